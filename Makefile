@@ -1,0 +1,51 @@
+# make quickstart   installs into .venv, trains configs/quickstart.py and says where the report is
+# make test         installs into .venv and runs the tests
+# make lint         style
+# make clean        removes .venv and caches, never a run
+#
+# PYTHON=python3.12 picks another interpreter (3.11 or newer); .venv is made again when it changes.
+
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
+INSTALLED := .venv/installed-$(VERSION)
+TEST_INSTALLED := .venv/test-installed-$(VERSION)
+RUN := runs/quickstart
+PYTEST_ARGS ?=
+
+.PHONY: help quickstart test lint clean python
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+quickstart: $(INSTALLED)
+	.venv/bin/opendeep train --config=configs/quickstart.py --workdir=$(RUN)
+	@echo "Report: $(CURDIR)/$(RUN)/report.html"
+
+test: $(TEST_INSTALLED)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_INSTALLED)
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# An interpreter that is missing or too old is refused before anything is made.
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "$(PYTHON) is missing, or older than Python 3.11. Give another one: make PYTHON=python3.12 ..." >&2; exit 2; }
+
+$(INSTALLED): pyproject.toml | python
+	@[ "$$(.venv/bin/python -c 'import platform; print(platform.python_version())' 2>/dev/null)" = "$(VERSION)" ] \
+	|| { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@echo "Installing OpenDeep into .venv (Python $(VERSION)) ..."
+	@$(PIP) install --editable .
+	@touch $@
+
+$(TEST_INSTALLED): $(INSTALLED)
+	@echo "Installing what the tests need ..."
+	@$(PIP) install --editable '.[test]'
+	@touch $@

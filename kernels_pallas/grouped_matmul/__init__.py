@@ -1,0 +1,3 @@
+"""Matrix multiplication of row groups, each with its own weights."""
+
+from kernels_pallas.grouped_matmul.api import grouped_matmul as grouped_matmul

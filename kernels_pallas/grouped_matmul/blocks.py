@@ -1,0 +1,113 @@
+"""Grouped matmul whose work follows the rows that are there, in plain JAX: for CPUs.
+
+Groups are taken BATCH at a time, those of like size together. A loop over blocks of ROWS rows multiplies one block of
+each of them in one batched matmul, as often as the largest of them needs: weights are read once per group, and the
+batch is what lets the CPU backend use all cores. Loop lengths depend on the data, so the derivatives are written out.
+
+M rows, G groups, K inner size, N output size, J batches of groups, B groups in a batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROWS = 256
+BATCH = 4
+
+
+@jax.custom_vjp
+def grouped_matmul(lhs, rhs, group_sizes):
+    """See `api.grouped_matmul`."""
+    return _rows_by_groups("brk,bkn->brn", lhs, rhs, group_sizes)
+
+
+def _forward(lhs, rhs, group_sizes):
+    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _backward(saved, cotangent):
+    lhs, rhs, group_sizes = saved
+    d_lhs = _rows_by_groups("brn,bkn->brk", cotangent, rhs, group_sizes)
+    return d_lhs, _groups_from_rows(lhs, cotangent, group_sizes).astype(rhs.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _batches(group_sizes):
+    """Groups, their first rows and their sizes, each [J, B]. What fills the last batch up has size 0."""
+    batch = min(BATCH, group_sizes.shape[0])
+    order = jnp.argsort(group_sizes)
+    columns = order, (jnp.cumsum(group_sizes) - group_sizes)[order], group_sizes[order]
+    fill = -group_sizes.shape[0] % batch
+    return [jnp.pad(column, (0, fill)).reshape(-1, batch) for column in columns]
+
+
+def _take(x, starts):
+    """Blocks [B, ROWS, …] of x from each start."""
+    return jnp.stack([lax.dynamic_slice_in_dim(x, start, ROWS) for start in starts])
+
+
+def _present(sizes, offset):
+    """True [B, ROWS, 1] for the rows of a block that belong to its group."""
+    return (jnp.arange(ROWS) < (sizes - offset)[:, None])[..., None]
+
+
+def _pad(x):
+    """Room behind the last row, so that a block that begins in x never ends outside."""
+    return jnp.pad(x, ((0, ROWS), (0, 0)))
+
+
+def _rows_by_groups(equation, x, weights, group_sizes):
+    """Each row of x [M, ·] times its group's weights [G, ·, ·], zeros beyond the groups."""
+    padded = _pad(x)
+    groups, starts, sizes = _batches(group_sizes)
+    width = weights.shape[2] if equation.endswith("n") else weights.shape[1]
+
+    def batch(j, out):
+        batch_weights = weights[groups[j]]
+
+        def block(state):
+            offset, out = state
+            first = jnp.minimum(starts[j] + offset, x.shape[0])
+            y = jnp.einsum(equation, _take(padded, first), batch_weights, preferred_element_type=jnp.float32)
+            present = _present(sizes[j], offset)
+            for b in range(groups.shape[1]):
+                # Rows behind a group's end are another group's: they keep what stands there.
+                kept = lax.dynamic_slice_in_dim(out, first[b], ROWS)
+                merged = jnp.where(present[b], y[b].astype(out.dtype), kept)
+                out = lax.dynamic_update_slice_in_dim(out, merged, first[b], 0)
+            return offset + ROWS, out
+
+        return lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, out))[1]
+
+    out = jnp.zeros((padded.shape[0], width), x.dtype)
+    return lax.fori_loop(0, groups.shape[0], batch, out)[: x.shape[0]]
+
+
+def _groups_from_rows(x, y, group_sizes):
+    """The sum over each group's rows of the outer products of x [M, K] and y [M, N]: float32 [G, K, N]."""
+    padded_x, padded_y = _pad(x), _pad(y)
+    groups, starts, sizes = _batches(group_sizes)
+
+    def batch(j, out):
+        def block(state):
+            offset, total = state
+            first = jnp.minimum(starts[j] + offset, x.shape[0])
+            present = jnp.where(_present(sizes[j], offset), _take(padded_x, first), 0)
+            product = jnp.einsum(
+                "brk,brn->bkn", present, _take(padded_y, first), preferred_element_type=jnp.float32
+            )
+            return offset + ROWS, total + product
+
+        total = jnp.zeros((groups.shape[1], x.shape[1], y.shape[1]), jnp.float32)
+        total = lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, total))[1]
+        for b in range(groups.shape[1]):
+            # What fills the last batch up names group 0 again, with nothing to add.
+            fresh = (j * groups.shape[1] + b) < group_sizes.shape[0]
+            kept = lax.dynamic_index_in_dim(out, groups[j, b], keepdims=False)
+            out = lax.dynamic_update_index_in_dim(out, jnp.where(fresh, total[b], kept), groups[j, b], 0)
+        return out
+
+    out = jnp.zeros((group_sizes.shape[0], x.shape[1], y.shape[1]), jnp.float32)
+    return lax.fori_loop(0, groups.shape[0], batch, out)

@@ -1,0 +1,7 @@
+"""`python -m opendeep_jax ...` is `opendeep ...`."""
+
+import sys
+
+from opendeep_jax.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,41 @@
+"""Flags of the commands that work on a finished run: absl's, in a registry of their own for each call."""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import did_you_mean
+
+
+def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
+    """A registry with `--workdir` and the flags in `more`, each `name=(default, help)`, of its default's type."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Directory of the run, as `opendeep train` wrote it.", flag_values=values)
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for name, (default, text) in more.items():
+        define[type(default)](name, default, text, flag_values=values)
+    return values
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], program: str, purpose: str) -> flags.FlagValues:
+    """Parses `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
+    if {"-h", "--help"} & set(argv):
+        lines = "".join(f"  --{name:<14}{values[name].help}{_default(values[name])}\n" for name in values)
+        print(f"{purpose}\n\nusage: {program} --workdir=DIRECTORY [--name=value ...]\n\n{lines}", end="")
+        sys.exit(0)
+    try:
+        rest = values([program, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}. See {program} --help.") from error
+    if rest:
+        hint = did_you_mean(rest[0].partition("=")[0], [f"--{name}" for name in values])
+        raise ConfigError(f"{rest[0]}: {program} has no such setting.{hint} See {program} --help.")
+    if not values.workdir:
+        raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")
+    return values
+
+
+def _default(flag: flags.Flag) -> str:
+    return "" if flag.default is None else f" (default: {flag.default!r})"

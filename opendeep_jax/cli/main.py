@@ -1,0 +1,82 @@
+"""`opendeep COMMAND ...`: finds the command, and turns every failure a user can mend into one paragraph."""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import opendeep_jax
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import did_you_mean
+
+COMMANDS = {
+    "train": "Train a recipe, or resume its run.",
+    "data": "Make a tokenizer or a token store, and look up what a step trained on.",
+    "eval": "Measure a run's held-out bits per byte.",
+    "generate": "Continue a prompt with a run's model.",
+    "report": "Write a run's report again.",
+}
+MODULES = {"eval": "evaluate"}  # a module named eval would read like the builtin
+
+_SPACE = "What was saved before is intact: free some space, then give the same command to go on from it."
+_ACCESS = "Choose a place that you may read and write, or change its permissions."
+MENDABLE = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EROFS: _ACCESS,
+}
+"""Failures of the file system that the user can mend, and how."""
+
+HELP = f"""\
+opendeep: train, look into and release DeepSeek-class models, fully in the open.
+
+usage: opendeep COMMAND [--name=value ...]
+
+{"".join(f"  {name:<10}{text}" + chr(10) for name, text in COMMANDS.items())}
+`opendeep COMMAND --help` shows what a command can be told, `opendeep --version` the version.
+A first run, in minutes on a laptop: opendeep train --config=quickstart
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (without the program's name; `sys.argv` if None) and returns the exit status.
+
+    0 is success, 2 input that the user can mend, 130 an interrupt. Any other failure is a bug and raises.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"opendeep {opendeep_jax.__version__}")
+        return 0
+    command, *rest = argv
+    try:
+        if command not in COMMANDS:
+            hint = did_you_mean(command, list(COMMANDS))
+            raise ConfigError(f"there is no command {command}.{hint} Commands: {', '.join(COMMANDS)}.")
+        # Imported only now, so that `opendeep --help` and a wrong command answer at once.
+        module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
+        return module.main(rest) or 0
+    except ConfigError as error:
+        print(f"opendeep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nopendeep {command}: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `opendeep train --help | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

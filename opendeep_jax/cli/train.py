@@ -1,0 +1,25 @@
+"""`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`"""
+
+from collections.abc import Sequence
+
+from opendeep_jax.config.checks import check_devices
+from opendeep_jax.config.load import check_workdir, save_run_config
+from opendeep_jax.config.overrides import resolve
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains the run that `argv` describes, or resumes it. Raises ConfigError for input that cannot work."""
+    config, launch = resolve(argv)
+    check_workdir(config, launch.workdir)
+
+    # Only now, behind everything that can be refused without it: loading JAX takes about a second.
+    import jax
+    from absl import logging
+
+    logging.set_verbosity(launch.verbosity)
+    check_devices(config, jax.device_count())
+    save_run_config(config, launch.recipe, launch.workdir)
+
+    from opendeep_jax.train.loop import train
+
+    train(config, launch.workdir)

@@ -1,0 +1,211 @@
+"""Recipes to configurations, configurations to JSON and back, and what a work directory remembers of its run."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import opendeep_jax
+from opendeep_jax.config.checks import ConfigError, check_run, deferred
+from opendeep_jax.config.schema import RunConfig, to_dict
+
+CONFIG_FILE = "config.json"
+DIFF_FILE = "config_diff.txt"
+
+HARMLESS = (
+    "name",
+    "train.log_every",
+    "train.sample_every",
+    "train.sample_prompts",
+    "train.sample_tokens",
+    "train.compilation_cache",
+    "evaluation.",
+    "checkpoint.",
+    "hardware.",
+    "data.directory",
+)
+"""Fields, and groups of fields, that cannot change what a run computes: they may differ when it is resumed."""
+
+SMALLEST_FREE_BYTES = 256 * 2**20
+"""A run is not started on a disk with less free space than this."""
+
+
+def recipe_directory() -> Path:
+    """Where the recipes are: inside the installed package, or `configs/` of a source tree."""
+    package = Path(opendeep_jax.__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with OpenDeep, for `--config=NAME`."""
+    return sorted(path.stem for path in recipe_directory().glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_recipe(name_or_path: str) -> RunConfig:
+    """The configuration of a recipe: the name of one that ships with OpenDeep, or the path of a .py file.
+
+    Raises ConfigError for an unknown name, and for a file that fails or has no `get_config() -> RunConfig`.
+    """
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        path = recipe_directory() / f"{name_or_path}.py"
+    elif path.suffix != ".py" or not path.is_file():
+        hint = did_you_mean(path.stem, recipe_names())
+        raise ConfigError(
+            f"--config={name_or_path}: neither a recipe file nor the name of a recipe.{hint} "
+            f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file with get_config()."
+        )
+    try:
+        spec = importlib.util.spec_from_file_location(f"opendeep_recipe_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except ConfigError as error:
+        raise ConfigError(f"Recipe {path}: {error}") from error
+    except Exception as error:  # a recipe is the user's own Python: whatever fails in it is theirs to read
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ConfigError(f"Recipe {where}: {type(error).__name__}: {error}.") from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"Recipe {path}: it must define get_config() that returns a RunConfig. For an example, see "
+            f"{recipe_directory() / 'quickstart.py'}."
+        )
+    return config
+
+
+def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
+    """` Did you mean X?` for the known word that is most like `word`, or nothing when none is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def to_json(config: RunConfig) -> str:
+    """The whole configuration as indented JSON; `from_json` gives back an equal one."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str, origin: str = "configuration") -> RunConfig:
+    """The configuration that `to_json` wrote. Fields that are missing take their defaults.
+
+    Raises ConfigError, naming `origin`, for text that is not JSON, unknown fields, and values that break a rule.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: not JSON ({error}). Restore the file, or start in a new directory.") from error
+    with deferred():
+        config = _build(RunConfig, values, "", origin)
+    check_run(config)
+    return config
+
+
+def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {name or 'the top'} = {value!r} must be an object of named fields.")
+        fields = {field.name: field.type for field in dataclasses.fields(annotation)}
+        for key in value:
+            if key not in fields:
+                dotted = f"{name}.{key}".lstrip(".")
+                raise ConfigError(f"{origin}: there is no field {dotted}.{did_you_mean(key, list(fields))}")
+        return annotation(
+            **{key: _build(fields[key], v, f"{name}.{key}".lstrip("."), origin) for key, v in value.items()}
+        )
+    if get_origin(annotation) is tuple and isinstance(value, list):
+        element = get_args(annotation)[0]
+        return tuple(_build(element, v, f"{name}.{index}", origin) for index, v in enumerate(value))
+    return value
+
+
+def diff(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two configurations differ: (dotted name, value in `a`, value in `b`), in schema order."""
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        fields = [(field.name, getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)]
+    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and any(map(dataclasses.is_dataclass, a)):
+        fields = [(str(index), *pair) for index, pair in enumerate(zip(a, b, strict=True))]
+    else:
+        return [] if a == b else [(name, a, b)]
+    return [entry for key, x, y in fields for entry in diff(x, y, f"{name}.{key}".lstrip("."))]
+
+
+def format_diff(differences: list[tuple[str, Any, Any]]) -> str:
+    """One aligned line for each difference: `optimizer.learning_rate  0.0003 -> 0.001`."""
+    width = max((len(name) for name, _, _ in differences), default=0)
+    return "".join(f"{name:<{width}}  {a!r} -> {b!r}\n" for name, a, b in differences)
+
+
+def save_run_config(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
+    """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`."""
+    changes = format_diff(diff(recipe_config, config)) or "No difference from the recipe.\n"
+    _write_atomically(Path(workdir) / CONFIG_FILE, to_json(config))
+    _write_atomically(Path(workdir) / DIFF_FILE, changes)
+
+
+def load_run_config(workdir: str | os.PathLike) -> RunConfig:
+    """The configuration of the run in `workdir`. Raises ConfigError when there is none, or it cannot be read."""
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--workdir={workdir}: no run can be read there, as {path.name} is missing or unreadable ({error}). "
+            "Give the directory that `opendeep train --workdir=...` wrote."
+        ) from error
+
+
+def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
+    """Makes `workdir` and raises ConfigError unless `config` can be run or resumed in it.
+
+    Refused are a path that is no directory or cannot be written, a nearly full disk, and the directory of a run that
+    computes something else. Fields in HARMLESS may differ, and a constant schedule may be made longer.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise ConfigError(
+            f"--workdir={workdir}: cannot write there ({reason}). Choose a directory that you may write to."
+        ) from error
+    free = shutil.disk_usage(workdir).free
+    if free < SMALLEST_FREE_BYTES:
+        raise ConfigError(
+            f"--workdir={workdir}: {free / 2**20:.0f} MiB are free on this disk, and a run needs "
+            f"{SMALLEST_FREE_BYTES / 2**20:.0f} MiB or more. Free some space, or choose a directory on another disk."
+        )
+    if not (workdir / CONFIG_FILE).exists():
+        return
+    differences = [entry for entry in diff(load_run_config(workdir), config) if not _may_differ(entry, config)]
+    if differences:
+        lines = format_diff(differences).strip().replace("\n", "\n  ")
+        raise ConfigError(
+            f"--workdir={workdir}: it holds a run with another configuration (there -> here):\n  {lines}\n"
+            "Give that run's settings to resume it, or another --workdir to start anew."
+        )
+
+
+def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
+    name, there, here = difference
+    if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
+        return 0 < there < here
+    return any(name == field or (field.endswith(".") and name.startswith(field)) for field in HARMLESS)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """A reader, and a run that resumes after a crash, sees the old file or the new one and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""The command line of a run: absl carries what belongs to the process, tyro every field of the configuration.
+
+    opendeep train --config=quickstart --workdir=runs/a --optimizer.learning_rate=3e-4 --model.moe.experts_per_token=2
+
+All overrides are applied together, and only their result is checked. tyro parses the values; names are looked up here
+first, so that a wrong one is answered with the right one, and every error is one `ConfigError` without a box around it.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+import tyro
+from absl import flags
+
+from opendeep_jax.config.checks import ConfigError, check_run, deferred, expected
+from opendeep_jax.config.load import did_you_mean, load_recipe, recipe_names
+from opendeep_jax.config.schema import RunConfig
+
+TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What belongs to the process and not to the run, for example
+    `Launch(config_name="quickstart", workdir="runs/quickstart", verbosity=0, recipe=RunConfig(...))`.
+    """
+
+    config_name: str
+    """Name of the recipe: its file's, without `.py`."""
+    workdir: str
+    """Directory of the run."""
+    verbosity: int
+    """absl's log level: 1 debug, 0 info, -1 warnings, -2 errors."""
+    recipe: RunConfig
+    """The recipe's configuration before the command line changed it."""
+
+
+def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunConfig, Launch]:
+    """The configuration that the arguments after the program's name ask for, and what they say about the process.
+
+    Prints help and raises SystemExit(0) for `--help`. Raises ConfigError for an unknown recipe or field, a value of
+    the wrong type, and settings that cannot work together; every problem found is in its message.
+    """
+    process, rest = _parse_process_flags(argv, program)
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if not process.config and not wants_help:
+        _group(rest, dict(_leaves(RunConfig, RunConfig())))  # a misspelt --confg is the better answer
+        raise ConfigError(
+            "--config is missing: say what to run, as in --config=quickstart. "
+            f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file."
+        )
+    recipe = load_recipe(process.config) if process.config else RunConfig()
+    if wants_help:
+        print_help(recipe, process, program)
+    name = Path(process.config).stem
+    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe)
+    return apply(recipe, rest), launch
+
+
+def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """`recipe` with the overrides `--dotted.name=value` (or `--dotted.name value ...`) applied, then checked.
+
+    Raises ConfigError as `resolve` does.
+    """
+    fields = dict(_leaves(RunConfig, recipe))
+    overrides = _group(arguments, fields)
+    for name, values in overrides.items():
+        if fields[name] is bool and values[0] in ("true", "false"):
+            overrides[name] = [values[0].capitalize()]
+    config = _parse(recipe, overrides)
+    if config is None:
+        wrong = [
+            f"--{name}={' '.join(values)}: expected {expected(fields[name])}."
+            for name, values in overrides.items()
+            if _parse(recipe, {name: values}) is None
+        ]
+        raise ConfigError("\n".join(wrong))
+    check_run(config)
+    return config
+
+
+def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
+    """Prints every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
+    own = "\n".join(f"--{name:<11}{process[name].help}" for name in process)
+    tyro.cli(
+        RunConfig,
+        args=["--help"],
+        prog=f"{program} --config=RECIPE [--workdir=DIRECTORY]",
+        description=f"{own}\n\nEvery setting of the run, with the recipe's value (or the default if none is given):",
+        default=recipe,
+        use_underscores=True,
+        config=TYRO_MARKERS,
+    )
+    raise SystemExit(0)  # tyro has exited already; this is for the type checker
+
+
+def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagValues, list[str]]:
+    """absl's flags, in a registry of their own so that nothing global remembers them, and the other arguments."""
+    process = flags.FlagValues()
+    flags.DEFINE_string("config", None, "Recipe: a name or the path of a .py file.", flag_values=process)
+    flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
+    flags.DEFINE_integer("verbosity", 0, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
+    process.set_gnu_getopt(True)  # `--seed 3 --config=x`: go on behind the 3
+    try:
+        return process, process([program, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}. See {program} --help.") from error
+
+
+def _leaves(annotation: Any, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of everything that can be set; entries of a tuple of dataclasses by their index."""
+    if dataclasses.is_dataclass(annotation):
+        for field in dataclasses.fields(annotation):
+            yield from _leaves(field.type, getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    elif _holds_dataclasses(annotation):
+        for index, element in enumerate(value):
+            yield from _leaves(get_args(annotation)[0], element, f"{name}.{index}")
+    else:
+        yield name, annotation
+
+
+def _holds_dataclasses(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple and dataclasses.is_dataclass(get_args(annotation)[0])
+
+
+def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[str]]:
+    """Arguments as {field: its values}, the last occurrence winning. Raises ConfigError for what is no field."""
+    overrides: dict[str, list[str]] = {}
+    problems = []
+    name = None
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            overrides[name] = [value] if equals else []
+            if name not in fields:
+                problems.append(f"--{name}: {_why_unknown(name, fields)}")
+        elif name is not None and (get_origin(fields.get(name)) is tuple or not overrides[name]):
+            overrides[name].append(argument)
+        else:
+            hint = f" Did you mean --config={argument}?" if argument in recipe_names() else ""
+            problems.append(f"{argument}: settings are written --name=value.{hint}")
+    problems += [
+        f"--{name}: a value is missing; expected {expected(fields[name])}."
+        for name, values in overrides.items()
+        if name in fields and not values and get_origin(fields[name]) is not tuple
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return overrides
+
+
+def _why_unknown(name: str, fields: dict[str, Any]) -> str:
+    group, _, last = name.rpartition(".")
+    siblings = [field.rpartition(".")[2] for field in fields if field.rpartition(".")[0] == group]
+    inside = [field for field in fields if field.startswith(f"{name}.")]
+    if inside:
+        return f"is a group of settings; set one of them, such as --{inside[0]}."
+    for entries in _tuples_of_dataclasses(RunConfig):
+        if name == entries or (name.startswith(f"{entries}.") and not siblings):
+            return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
+    known = [*fields, "config", "workdir", "verbosity"]
+    same_ending = [field for field in known if field.rpartition(".")[2] == last]
+    in_group = [f"{group}.{sibling}".lstrip(".") for sibling in difflib.get_close_matches(last, siblings, n=1)]
+    hint = did_you_mean(name, same_ending or in_group or ([] if group and siblings else known), prefix="--")
+    if not hint and group:
+        hint = f" {group} has {', '.join(siblings)}." if siblings else ""
+    return f"there is no such setting.{hint} See --help for all of them."
+
+
+def _tuples_of_dataclasses(annotation: Any, name: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(annotation):
+        dotted = f"{name}.{field.name}".lstrip(".")
+        if _holds_dataclasses(field.type):
+            yield dotted
+        elif dataclasses.is_dataclass(field.type):
+            yield from _tuples_of_dataclasses(field.type, dotted)
+
+
+def _parse(recipe: RunConfig, overrides: dict[str, list[str]]) -> RunConfig | None:
+    """`recipe` with the overrides, not yet checked; None if tyro finds a value of the wrong type."""
+    arguments = []
+    for name, values in overrides.items():
+        arguments += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    try:
+        # Nothing between the recipe and the result is checked, so that fields which belong together can change in any
+        # order; and tyro draws its own error message before it exits, which nobody is to see.
+        with deferred(), contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(RunConfig, args=arguments, default=recipe, use_underscores=True, config=TYRO_MARKERS)
+    except SystemExit:
+        return None

@@ -1,0 +1,335 @@
+"""What the fields of a configuration must satisfy, alone and together: generators of sentences about what does not.
+
+A sentence is `field = value: rule. cure.` The rules assume that every value is of its annotated type (`checks.py`
+looks at that first). Standard library only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from opendeep_jax.config.schedule import total_steps
+
+REMAT_NAMES = (
+    "attention_output",
+    "kv_latent",
+    "q_latent",
+    "expert_rows",
+    "shared_output",
+    "mlp_gate",
+    "mlp_up",
+)
+"""Activations that the blocks name, and that `model.remat.names` may list."""
+
+BYTE_VOCABULARY = 256 + 6
+"""Bytes and the special tokens: the vocabulary of the `bytes` tokenizer."""
+
+SMALLEST_BPE = 300
+"""A `bpe:SIZE` vocabulary below this would be the bytes, the special tokens and hardly a merge."""
+
+TRAINABLE_AXES = ("data", "fsdp")
+"""Mesh axes that this version trains over."""
+
+
+def problem(name: str, value: Any, rule: str, cure: str) -> str:
+    """The sentence that tells the user what is wrong with one field; `cure` may be empty."""
+    return f"{name} = {value!r}: {rule}." + (f" {cure}." if cure else "")
+
+
+def _at_least(minimum: float, name: str, config: Any, *fields: str) -> Iterator[str]:
+    """Problems of the fields below `minimum`; fields inside `config` are named relative to `name`."""
+    for field in fields:
+        if getattr(config, field) < minimum:
+            yield problem(f"{name}.{field}", getattr(config, field), f"must be at least {minimum}", "")
+
+
+def _above_zero(name: str, config: Any, *fields: str) -> Iterator[str]:
+    for field in fields:
+        if not getattr(config, field) > 0:
+            yield problem(f"{name}.{field}", getattr(config, field), "must be greater than 0", "")
+
+
+def _fraction(name: str, config: Any, *fields: str, below_one: bool = False) -> Iterator[str]:
+    for field in fields:
+        value = getattr(config, field)
+        if not 0 <= value <= 1 or (below_one and value == 1):
+            yield problem(f"{name}.{field}", value, "must be from 0 to " + ("below 1" if below_one else "1"), "")
+
+
+def model_problems(model: Any) -> Iterator[str]:
+    """Yields a sentence for each rule that a `ModelConfig` breaks."""
+    yield from _at_least(1, "model", model, "vocab_size", "hidden_size", "num_layers")
+    yield from _at_least(0, "model", model, "num_dense_layers")
+    yield from _above_zero("model", model, "norm_epsilon", "init_std")
+    if model.num_dense_layers > model.num_layers:
+        yield problem(
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"cannot exceed model.num_layers, which is {model.num_layers}",
+            "Lower it or add layers",
+        )
+    if model.num_leading_dense_layers > 0:
+        yield from _at_least(1, "model", model, "mlp_size")
+    yield from _attention_problems(model.attention)
+    yield from _at_least(0, "model.moe", model.moe, "num_experts")
+    if model.moe.num_experts > 0:
+        yield from _moe_problems(model.moe)
+    yield from _at_least(0, "model.mtp", model.mtp, "depth", "loss_weight", "final_loss_weight", "final_from_tokens")
+    for name in model.remat.names:
+        if name not in REMAT_NAMES:
+            yield problem("model.remat.names", name, "names no activation", f"Known names: {', '.join(REMAT_NAMES)}")
+
+
+def _attention_problems(attention: Any) -> Iterator[str]:
+    where = "model.attention"
+    yield from _at_least(1, where, attention, "num_heads")
+    if attention.kind == "mla":
+        yield from _at_least(0, where, attention, "q_lora_rank")
+        yield from _at_least(1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        rotated = "qk_rope_head_dim"
+    else:
+        yield from _at_least(1, where, attention, "num_kv_heads", "head_dim")
+        rotated = "head_dim"
+        if attention.num_kv_heads > 0 and attention.num_heads % attention.num_kv_heads:
+            yield problem(
+                f"{where}.num_heads",
+                attention.num_heads,
+                f"must be a multiple of num_kv_heads, which is {attention.num_kv_heads}",
+                f"Set num_kv_heads to a divisor of {attention.num_heads}, or num_heads to "
+                f"{math.ceil(attention.num_heads / attention.num_kv_heads) * attention.num_kv_heads}",
+            )
+    size = getattr(attention, rotated)
+    if size % 2:
+        yield problem(f"{where}.{rotated}", size, "must be even, as RoPE rotates pairs", f"Use {size + 1}")
+    rope = attention.rope
+    yield from _above_zero(f"{where}.rope", rope, "theta", "yarn_beta_fast", "yarn_beta_slow")
+    yield from _at_least(1, f"{where}.rope", rope, "yarn_factor", "yarn_original_length")
+    yield from _at_least(0, f"{where}.rope", rope, "yarn_mscale", "yarn_mscale_all_dim")
+    if rope.yarn_beta_fast <= rope.yarn_beta_slow:
+        yield problem(
+            f"{where}.rope.yarn_beta_fast",
+            rope.yarn_beta_fast,
+            f"must exceed yarn_beta_slow, which is {rope.yarn_beta_slow}",
+            "The usual values are 32 and 1",
+        )
+
+
+def _moe_problems(moe: Any) -> Iterator[str]:
+    where = "model.moe"
+    counts = ("experts_per_token", "expert_size", "num_groups", "groups_per_token")
+    yield from _at_least(1, where, moe, *counts)
+    yield from _at_least(0, where, moe, "num_shared_experts", "bias_update_speed", "bias_update_until_tokens")
+    yield from _at_least(0, where, moe, "balance_loss_weight")
+    yield from _above_zero(where, moe, "routed_scaling_factor")
+    if min(getattr(moe, field) for field in counts) < 1:
+        return  # the rules below divide by these
+    if moe.num_experts % moe.num_groups:
+        yield problem(
+            f"{where}.num_experts",
+            moe.num_experts,
+            f"must be a multiple of num_groups, which is {moe.num_groups}",
+            f"Use {math.ceil(moe.num_experts / moe.num_groups) * moe.num_groups} experts, or a number of groups "
+            f"that divides {moe.num_experts}",
+        )
+        return
+    if moe.groups_per_token > moe.num_groups:
+        yield problem(
+            f"{where}.groups_per_token",
+            moe.groups_per_token,
+            f"cannot exceed num_groups, which is {moe.num_groups}",
+            "Keep fewer groups",
+        )
+        return
+    group_size = moe.num_experts // moe.num_groups
+    if moe.experts_per_token > group_size * moe.groups_per_token:
+        yield problem(
+            f"{where}.experts_per_token",
+            moe.experts_per_token,
+            f"cannot exceed the {group_size * moe.groups_per_token} experts that the {moe.groups_per_token} kept of "
+            f"{moe.num_groups} groups hold ({group_size} each)",
+            "Choose fewer experts per token, or raise groups_per_token or num_experts",
+        )
+    if moe.group_score == "top2_sum" and moe.num_groups > 1 and group_size < 2:
+        yield problem(
+            f"{where}.group_score",
+            moe.group_score,
+            f"needs at least 2 experts in a group, and {moe.num_experts} experts in {moe.num_groups} groups give 1",
+            "Use fewer groups, or group_score='max'",
+        )
+
+
+def run_problems(run: Any) -> Iterator[str]:
+    """Yields a sentence for each rule that a `RunConfig` breaks, its model's own rules left out."""
+    if not run.name.strip():
+        yield problem("name", run.name, "must not be empty", "Give the run a title")
+    if not 0 <= run.seed < 2**32:
+        yield problem("seed", run.seed, "must be from 0 to 2**32 - 1", "")
+    yield from _data_problems(run)
+    yield from _optimizer_problems(run)
+    yield from _train_problems(run)
+    yield from _at_least(0, "evaluation", run.evaluation, "every", "final_batches", "batch_size")
+    yield from _at_least(1, "evaluation", run.evaluation, "batches")
+    yield from _at_least(0, "checkpoint", run.checkpoint, "every", "keep")
+    yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
+    yield from _parallel_problems(run)
+
+
+def _data_problems(run: Any) -> Iterator[str]:
+    data = run.data
+    if not data.sources:
+        yield problem("data.sources", data.sources, "must hold at least one source", "Add a SourceConfig")
+    names = [source.name for source in data.sources]
+    for index, source in enumerate(data.sources):
+        where = f"data.sources.{index}"
+        yield from _above_zero(where, source, "weight")
+        if not source.name.strip() or source.name in names[:index]:
+            yield problem(f"{where}.name", source.name, "must not be empty or shared by two sources", "Rename it")
+        if not source.path and source.name != "python_stdlib":
+            yield problem(
+                f"{where}.path",
+                source.path,
+                f"must say where the documents of {source.name!r} are; only 'python_stdlib' is embedded",
+                "Give a file, directory or glob",
+            )
+    yield from _tokenizer_problems(data.tokenizer, run.model.vocab_size)
+    yield from _fraction("data", data, "held_out_fraction", below_one=True)
+    if data.sequence_length <= run.model.mtp.depth + 1:
+        yield problem(
+            "data.sequence_length",
+            data.sequence_length,
+            f"must exceed model.mtp.depth + 1 = {run.model.mtp.depth + 1}, or nothing is left to predict",
+            "Use longer rows",
+        )
+
+
+def _tokenizer_problems(tokenizer: str, vocab_size: int) -> Iterator[str]:
+    kind, _, size = tokenizer.partition(":")
+    needed = 0
+    if tokenizer == "bytes":
+        needed = BYTE_VOCABULARY
+    elif kind == "bpe" and size.isascii() and size.isdigit():
+        needed = int(size)
+        if needed < SMALLEST_BPE:
+            yield problem("data.tokenizer", tokenizer, f"a BPE needs a vocabulary of {SMALLEST_BPE} or more", "")
+    elif not tokenizer.endswith(".json"):
+        yield problem(
+            "data.tokenizer",
+            tokenizer,
+            "is none of the known forms",
+            "Write 'bytes', 'bpe:SIZE' such as 'bpe:8192', or the path of a tokenizer.json",
+        )
+    if needed > vocab_size:
+        yield problem(
+            "data.tokenizer",
+            tokenizer,
+            f"has {needed} tokens, more than model.vocab_size = {vocab_size} rows of the embedding",
+            f"Set model.vocab_size to {needed} or more",
+        )
+
+
+def _optimizer_problems(run: Any) -> Iterator[str]:
+    optimizer, where = run.optimizer, "optimizer"
+    yield from _above_zero(where, optimizer, "learning_rate", "epsilon")
+    yield from _at_least(0, where, optimizer, "warmup_steps", "weight_decay", "clip_norm")
+    yield from _at_least(1, where, optimizer, "muon_steps")
+    yield from _fraction(where, optimizer, "decay_fraction", "final_fraction")
+    yield from _fraction(where, optimizer, "beta1", "beta2", "muon_momentum", below_one=True)
+    if optimizer.schedule == "phases" and not optimizer.phases:
+        yield problem(
+            "optimizer.schedule", "phases", "needs optimizer.phases, which is empty", "List phases in the recipe"
+        )
+    for index, phase in enumerate(optimizer.phases):
+        yield from _at_least(0, f"optimizer.phases.{index}", phase, "to", "tokens")
+        endless = phase.shape == "constant" and index == len(optimizer.phases) - 1
+        if phase.tokens == 0 and not endless:
+            yield problem(
+                f"optimizer.phases.{index}.tokens", 0, "only a constant last phase has no length", "Give its tokens"
+            )
+
+
+def _train_problems(run: Any) -> Iterator[str]:
+    train, where = run.train, "train"
+    yield from _at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every")
+    yield from _at_least(1, where, train, "batch_size", "accumulation_steps", "loss_chunk", "log_every")
+    yield from _at_least(1, where, train, "sample_tokens")
+    if (train.steps > 0) == (train.total_tokens > 0):
+        both = "both are set" if train.steps else "neither is"
+        yield problem(
+            "train.steps",
+            train.steps,
+            f"exactly one of train.steps and train.total_tokens says how long to train, and {both}",
+            "Set one to 0 and the other above it",
+        )
+    elif min(run.data.sequence_length, *(rows for _, rows in _batches(run))) > 0:
+        steps = total_steps(run)
+        if run.optimizer.warmup_steps > steps:
+            yield problem(
+                "optimizer.warmup_steps",
+                run.optimizer.warmup_steps,
+                f"cannot exceed the run, which has {steps} steps",
+                f"Use at most {steps}, or train longer",
+            )
+    for index, stage in enumerate(train.batch_ramp):
+        yield from _at_least(1, f"train.batch_ramp.{index}", stage, "batch_size", "tokens")
+    if train.accumulation_steps > 0:
+        for name, rows in _batches(run):
+            if rows % train.accumulation_steps:
+                yield problem(
+                    name,
+                    rows,
+                    f"must be a multiple of train.accumulation_steps, which is {train.accumulation_steps}",
+                    f"Use {math.ceil(rows / train.accumulation_steps) * train.accumulation_steps}",
+                )
+    if train.sample_every and not train.sample_prompts:
+        yield problem("train.sample_prompts", (), "must not be empty when train.sample_every is set", "Add a prompt")
+
+
+def _parallel_problems(run: Any) -> Iterator[str]:
+    sizes = axes(run)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield problem(f"parallel.{axis}", size, "must be at least 1, or -1 for what the devices leave", "")
+        elif size != 1 and axis not in TRAINABLE_AXES:
+            yield problem(
+                f"parallel.{axis}",
+                size,
+                f"this version trains over the axes {' and '.join(TRAINABLE_AXES)} only",
+                f"Set parallel.{axis}=1 and use parallel.fsdp",
+            )
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        yield problem(
+            f"parallel.{free[0]}", -1, f"only one axis can be -1, and {', '.join(free)} are", "Fix all but one"
+        )
+    shards = math.prod(sizes[axis] for axis in TRAINABLE_AXES)
+    if not free and shards > 0 and run.train.accumulation_steps > 0:
+        yield from row_problems(run, shards)
+
+
+def row_problems(run: Any, shards: int) -> Iterator[str]:
+    """Yields a sentence for each batch whose micro-batches do not divide over `shards` devices."""
+    micro = run.train.accumulation_steps
+    batches = [(name, rows, micro) for name, rows in _batches(run)]
+    if run.evaluation.batch_size:
+        batches.append(("evaluation.batch_size", run.evaluation.batch_size, 1))
+    for name, rows, parts in batches:
+        if rows > 0 and rows % parts == 0 and rows // parts % shards:
+            in_parts = f" in each of {parts} micro-batches" if parts > 1 else ""
+            yield problem(
+                name,
+                rows,
+                f"rows must divide evenly over the {shards} devices of data x fsdp{in_parts}",
+                f"Use a multiple of {parts * shards}, such as {math.ceil(rows / (parts * shards)) * parts * shards}",
+            )
+
+
+def _batches(run: Any) -> list[tuple[str, int]]:
+    stages = enumerate(run.train.batch_ramp)
+    ramp = [(f"train.batch_ramp.{index}.batch_size", stage.batch_size) for index, stage in stages]
+    return [("train.batch_size", run.train.batch_size), *ramp]
+
+
+def axes(run: Any) -> dict[str, int]:
+    """Size of each mesh axis by name, -1 where the devices decide."""
+    return dataclasses.asdict(run.parallel)

@@ -1,0 +1,386 @@
+"""The configuration of one run: a tree of frozen dataclasses that is complete, hashable and checked.
+
+Nothing outside a `RunConfig` decides what a run computes. Every field can be set from the command line by its
+dotted name (`--model.moe.experts_per_token=4`); its default and the text under it are what `--help` prints.
+The rules that tie fields together live in `checks.py` and run whenever one of these objects is made.
+
+This module imports nothing but the standard library, so a bad configuration is refused before JAX is even loaded.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opendeep_jax.config import checks
+
+DType = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "full", "named"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021), with YaRN (Peng et al. 2023) for long contexts."""
+
+    theta: float = 10_000.0
+    """Base of the geometric series of rotation frequencies."""
+    interleaved: bool = True
+    """Rotate neighbouring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
+    yarn_factor: float = 1.0
+    """How many times the context is stretched; 1 switches YaRN off."""
+    yarn_original_length: int = 4096
+    """Context length before stretching."""
+    yarn_beta_fast: float = 32.0
+    """Dimensions that turn more often than this within the original length keep their frequency."""
+    yarn_beta_slow: float = 1.0
+    """Dimensions that turn less often than this within the original length are fully interpolated."""
+    yarn_mscale: float = 1.0
+    """YaRN's attention temperature, numerator."""
+    yarn_mscale_all_dim: float = 1.0
+    """YaRN's attention temperature, denominator; its square also scales the softmax."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1) or grouped-query attention."""
+
+    kind: Literal["mla", "gqa"] = "mla"
+    """`mla` caches one small latent per token; `gqa` caches num_kv_heads keys and values."""
+    num_heads: int = 8
+    """Query heads H."""
+    q_lora_rank: int = 0
+    """MLA: rank of the query compression; 0 projects queries directly, as V2-Lite does."""
+    kv_lora_rank: int = 64
+    """MLA: size of the cached latent that keys and values are made of."""
+    qk_nope_head_dim: int = 32
+    """MLA: size of a head's part without rotation."""
+    qk_rope_head_dim: int = 16
+    """MLA: size of a head's rotated part; its key is shared by all heads."""
+    v_head_dim: int = 32
+    """MLA: size of a value head."""
+    num_kv_heads: int = 8
+    """GQA: key/value heads, each shared by num_heads / num_kv_heads query heads."""
+    head_dim: int = 32
+    """GQA: size of a query, key or value head; all of it is rotated."""
+    rope: RopeConfig = RopeConfig()
+    """Position embedding."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of a query/key head as the softmax sees it."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a value head."""
+        return self.v_head_dim if self.kind == "mla" else self.head_dim
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts (DeepSeekMoE; V3 section 2.1.2). `num_experts=0` makes every layer dense."""
+
+    num_experts: int = 0
+    """Routed experts E in each MoE layer; 0 for a dense model."""
+    experts_per_token: int = 2
+    """Routed experts K chosen for each token."""
+    num_shared_experts: int = 1
+    """Experts that every token passes through; realised as one SwiGLU of this many times expert_size."""
+    expert_size: int = 256
+    """Hidden width F of one expert."""
+    num_groups: int = 1
+    """Groups the experts are divided into for node-limited routing."""
+    groups_per_token: int = 1
+    """Groups kept for each token; experts of the other groups cannot be chosen."""
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router score: sigmoid (V3) or softmax over all experts (V2)."""
+    normalize_weights: bool = True
+    """Divide the chosen experts' weights by their sum (V3) or use the scores as they are (V2)."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' output; 2.5 in V3."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """A group's score: sum of its two best biased scores (V3) or its best score (V2)."""
+    use_router_bias: bool = True
+    """Balance without auxiliary loss: add a bias to the scores for selection only, moved by the expert load."""
+    bias_update_speed: float = 1e-3
+    """How far a router bias moves after each step (u in V3)."""
+    bias_update_until_tokens: int = 0
+    """Freeze the biases once this many tokens are trained; 0 never freezes them. V3: 14.3T."""
+    balance_loss_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (alpha in V3); 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (V3 section 2.2): modules after the main model, sharing its embedding and head."""
+
+    depth: int = 0
+    """Number of modules; module k predicts the token k steps beyond the next one. V3: 1."""
+    loss_weight: float = 0.3
+    """Weight of the modules' mean loss (lambda in V3)."""
+    final_loss_weight: float = 0.1
+    """Weight once final_from_tokens tokens are trained."""
+    final_from_tokens: int = 0
+    """When the final weight takes over, in tokens; 0 never. V3: 10T."""
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes, per kind of block."""
+
+    dense: RematPolicy = "none"
+    """Dense blocks: `none` saves every activation, `full` saves the block's input only, `named` the names below."""
+    moe: RematPolicy = "none"
+    """MoE blocks, the MTP module's included: as above."""
+    names: tuple[str, ...] = ("attention_output", "kv_latent", "q_latent", "expert_rows", "shared_output")
+    """Activations that `named` saves: attention_output, kv_latent, q_latent, expert_rows, shared_output, mlp_gate, mlp_up."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head."""
+
+    vocab_size: int = 8192
+    """Rows V of the embedding and columns of the head; at least the tokenizer's vocabulary."""
+    hidden_size: int = 256
+    """Width D of the residual stream."""
+    num_layers: int = 4
+    """All blocks, the leading dense ones included, MTP's not."""
+    num_dense_layers: int = 1
+    """Leading blocks with a dense SwiGLU; all of them when moe.num_experts is 0."""
+    mlp_size: int = 1024
+    """Hidden width of the dense SwiGLU."""
+    norm_epsilon: float = 1e-6
+    """RMSNorm epsilon."""
+    init_std: float = 0.006
+    """Standard deviation of every weight at the start. V3: 0.006."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    dtype: DType = "bfloat16"
+    """Compute dtype of matmuls and activations; routing, norms, softmax and losses are float32 in any case."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention."""
+    moe: MoEConfig = MoEConfig()
+    """Mixture of experts."""
+    mtp: MTPConfig = MTPConfig()
+    """Multi-token prediction."""
+    remat: RematConfig = RematConfig()
+    """Rematerialisation."""
+
+    def __post_init__(self):
+        checks.check_model(self)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with routed experts, MTP's not counted."""
+        return self.num_layers - self.num_leading_dense_layers
+
+    @property
+    def num_leading_dense_layers(self) -> int:
+        """Blocks with a dense SwiGLU."""
+        return self.num_dense_layers if self.moe.num_experts else self.num_layers
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents in the mixture."""
+
+    name: str = "python_stdlib"
+    """Name in logs and provenance. `python_stdlib` with an empty path is the embedded source."""
+    path: str = ""
+    """File, directory or glob of .txt, .py, .md or .jsonl (field `text`) documents; empty for the embedded source."""
+    weight: float = 1.0
+    """Share of training tokens drawn from this source, relative to the other weights."""
+    license: str = "PSF-2.0"
+    """Licence of the documents, kept in the store's manifest."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text to batches. A batch is a pure function of this configuration and the step."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    """Sources, mixed by weight."""
+    tokenizer: str = "bpe:8192"
+    """`bytes`, `bpe:SIZE` (byte-level BPE trained on the sources, cached by content hash), or a tokenizer.json path."""
+    directory: str = "runs/data"
+    """Where tokenizers and tokenized stores are kept, shared between runs, named by content hash."""
+    sequence_length: int = 512
+    """Tokens L in a row."""
+    held_out_fraction: float = 0.05
+    """Share of files kept from training, chosen by a hash of their path."""
+    segment_mask: bool = True
+    """Keep attention inside a document. The V3 report does not; we do by default."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a learning-rate schedule, as V3's report writes it. Ends `tokens` after the phase before."""
+
+    shape: Literal["linear", "constant", "cosine"] = "constant"
+    """How the rate goes from where it was to `to`."""
+    to: float = 1.0
+    """Rate at the end, as a fraction of optimizer.learning_rate (a constant phase has it from its start)."""
+    tokens: int = 0
+    """Length of the phase in tokens; the last phase never ends."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest."""
+    learning_rate: float = 3e-4
+    """Peak learning rate; Muon's updates are scaled to AdamW's size and share it."""
+    schedule: Literal["constant", "cosine", "wsd", "phases"] = "cosine"
+    """After warm-up: constant, cosine to final_fraction, warmup-stable-decay, or the phases below."""
+    warmup_steps: int = 100
+    """Linear warm-up from 0, in steps."""
+    decay_fraction: float = 0.2
+    """wsd: the last share of the run over which the rate falls linearly."""
+    final_fraction: float = 0.1
+    """cosine and wsd: rate at the end, as a fraction of the peak."""
+    phases: tuple[Phase, ...] = ()
+    """phases: the stretches after warm-up."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    epsilon: float = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases are never decayed."""
+    decay_embeddings: bool = True
+    """Decay the embedding and the head too."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    first_moment_dtype: DType = "float32"
+    """Storage of Adam's (and Muon's) first moment. V3: bfloat16."""
+    second_moment_dtype: DType = "float32"
+    """Storage of Adam's second moment. V3: bfloat16."""
+    muon_momentum: float = 0.95
+    """muon: momentum."""
+    muon_steps: int = 5
+    """muon: Newton-Schulz iterations."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Size of each mesh axis; -1 fills what the devices leave, on one axis at most."""
+
+    data: int = 1
+    """Replicas with a copy of the weights each (over slices or nodes)."""
+    fsdp: int = -1
+    """Devices that share one copy of weights and optimizer state, each with its own rows of the batch."""
+    expert: int = 1
+    """Devices that the experts are divided over."""
+    context: int = 1
+    """Devices that a sequence is divided over."""
+    tensor: int = 1
+    """Devices that heads and widths are divided over."""
+
+
+@dataclass(frozen=True)
+class RampStage:
+    """One stage of the batch-size ramp."""
+
+    batch_size: int = 1
+    """Rows in a global batch during this stage."""
+    tokens: int = 0
+    """Length of the stage in tokens, rounded up to whole steps."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps; 0 takes as many as total_tokens needs."""
+    total_tokens: int = 0
+    """Tokens to train on when steps is 0."""
+    batch_size: int = 8
+    """Rows in a global batch, after the ramp."""
+    batch_ramp: tuple[RampStage, ...] = ()
+    """Stages with smaller batches before batch_size is reached."""
+    accumulation_steps: int = 1
+    """Micro-batches a batch is cut into; the result is that of the whole batch."""
+    loss_chunk: int = 1024
+    """Positions of a row whose logits exist at one time, batch rows times this many tokens times vocabulary."""
+    z_loss_weight: float = 0.0
+    """Weight of the squared log-partition function (PaLM); 0 leaves it out."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sample_every: int = 0
+    """Steps between sample texts; 0 never."""
+    sample_prompts: tuple[str, ...] = ("import ", "def main(", "class ")
+    """Beginnings of the sample texts."""
+    sample_tokens: int = 48
+    """Length of a sample, in tokens."""
+    compilation_cache: str = "runs/xla_cache"
+    """Directory of compiled programs that later starts reuse; empty for none."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out bits per byte during and after training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    batches: int = 4
+    """Batches of an evaluation during training."""
+    final_batches: int = 0
+    """Batches of the last evaluation; 0 takes all held-out text."""
+    batch_size: int = 0
+    """Rows in an evaluation batch; 0 takes train.batch_size."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and what to save. Saving is asynchronous and atomic."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the report and the logs compare speed with."""
+
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of one device for MFU; 0 uses the table of known chips, or a measured matmul on a CPU."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str = "run"
+    """Title in reports and logs."""
+    seed: int = 0
+    """Seed of weights, shuffling and sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    data: DataConfig = DataConfig()
+    """Text to batches."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Gradients to updates."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The device mesh."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out text."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    hardware: HardwareConfig = HardwareConfig()
+    """Peak speed."""
+
+    def __post_init__(self):
+        checks.check_run(self)
+
+
+def to_dict(config) -> dict:
+    """The configuration as nested plain dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,63 @@
+"""Writing prepared data so that a reader never meets half of it, and failing to with a message for the user."""
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from opendeep_jax.config.checks import ConfigError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write below `path` into a ConfigError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path}: {error.strerror or error}. Prepared tokenizers and tokens are kept there, in "
+            "data.directory. Free some space, or set --data.directory to a place that can be written."
+        ) from error
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A directory that is at `path` by then stays: another process has prepared the same content. Raises ConfigError
+    when it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(path):
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes `path` in one step, making its directory. Raises ConfigError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def file_name(*parts: str) -> str:
+    """`parts` joined by dashes, with what a file name should not hold replaced."""
+    return re.sub(r"[^\w.-]+", "_", "-".join(parts))

@@ -1,0 +1,77 @@
+"""Mixture of experts: shared experts for every token, routed experts for those that choose them (DeepSeekMoE).
+
+B batch, L length, D model width, E experts, K chosen per token, F expert width.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.models.layers import Context, SwiGLU, weight
+from opendeep_jax.ops import routing
+from opendeep_jax.ops.dispatch import routed_experts
+from opendeep_jax.parallel.axes import per_batch_shard
+
+
+class RouterBias(nnx.Variable):
+    """What is added to an expert's score for selection only. Moved by the expert load, never by a gradient."""
+
+
+class RouterStats(NamedTuple):
+    """What a router did with a batch; with a leading layers axis for stacked layers."""
+
+    load: Int[Array, "E"]
+    """Tokens of the whole batch that chose each expert."""
+    balance_loss: Float[Array, ""]
+    """Sequence-wise balance loss summed over the rows, without its weight."""
+
+
+class MoE(nnx.Module):
+    """The feed-forward of a MoE block."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        moe, D, std = config.moe, config.hidden_size, config.init_std
+        E, F = moe.num_experts, moe.expert_size
+        self.router = weight(rngs, (D, E), ("embed", "router"), std)
+        if moe.use_router_bias:
+            self.router_bias = RouterBias(jnp.zeros((E,), jnp.float32), logical_axes=("router",))
+        self.gate = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
+        self.up = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
+        self.down = weight(rngs, (E, F, D), ("experts", "mlp", "embed"), std)
+        if moe.num_shared_experts:
+            self.shared = SwiGLU(config, moe.num_shared_experts * F, rngs=rngs)
+        self.config = moe
+
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats]:
+        """Shared plus routed experts of each position, and what the router did."""
+        weights, indices, scores = self.route(x)
+        counts = routing.expert_counts(indices, context.valid, self.config.num_experts)
+        balance = routing.sequence_balance_loss(scores, counts, context.valid, self.config.experts_per_token)
+        kernels = (kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down))
+        out = per_batch_shard(_routed_rows, batched=3)(x, indices, weights, *kernels)
+        if self.config.num_shared_experts:
+            out += checkpoint_name(self.shared(x), "shared_output")
+        return out, RouterStats(jnp.sum(counts, axis=0), jnp.sum(balance))
+
+    def route(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
+        """Weights and indices [B, L, K] of the chosen experts and all scores [B, L, E], in float32."""
+        logits = x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
+        bias = self.router_bias[...] if self.config.use_router_bias else None
+        return routing.route(logits, bias, self.config)
+
+
+def _routed_rows(x, indices, weights, gate, up, down):
+    """`routed_experts` on rows: [B, L, D] in and out."""
+    flat = routed_experts(
+        x.reshape(-1, x.shape[-1]),
+        indices.reshape(-1, indices.shape[-1]),
+        weights.reshape(-1, weights.shape[-1]),
+        gate,
+        up,
+        down,
+    )
+    return flat.reshape(x.shape)

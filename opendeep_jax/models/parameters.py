@@ -1,0 +1,54 @@
+"""A model's arrays by name, apart from the model: what optimizers, checkpoints and files see.
+
+A name is the path through the modules, `moe_layers.moe.gate`. Both dictionaries are plain pytrees.
+"""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.moe import RouterBias
+
+Arrays = dict[str, jax.Array]
+
+
+class Skeleton(NamedTuple):
+    """A model without its arrays: the module graph, and each array's Variable with shape, dtype and logical axes."""
+
+    graph: nnx.GraphDef
+    variables: dict[str, nnx.Variable]
+
+    def model(self, params: Arrays, router_bias: Arrays) -> Decoder:
+        """The model made of these arrays; works inside `jax.jit`. Raises KeyError for a missing name."""
+        arrays = {**params, **router_bias}
+        flat = [(_path(name), variable.replace(arrays[name])) for name, variable in self.variables.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axis names of each array."""
+        return {name: variable.get_metadata("logical_axes") for name, variable in self.variables.items()}
+
+    def shapes(self, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of each array of a kind."""
+        return {name: variable.get_value() for name, variable in self.variables.items() if isinstance(variable, kind)}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def split(model: Decoder) -> tuple[Skeleton, Arrays, Arrays]:
+    """Takes a model apart into skeleton, parameters and router biases."""
+    graph, state = nnx.split(model)
+    variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
+    router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}
+    return Skeleton(graph, variables), params, router_bias
+
+
+def skeleton(config: ModelConfig) -> Skeleton:
+    """The skeleton of a model of any size; no array is made."""
+    return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]

@@ -1,0 +1,73 @@
+"""Tokens to their experts and back, dropless: sort the (token, choice) pairs by expert, multiply by groups, undo.
+
+T tokens, K experts chosen per token, E experts, D model width, F expert width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+
+
+def routed_experts(
+    x: Float[Array, "T D"],
+    indices: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "T D"]:
+    """The weighted sum of each token's chosen SwiGLU experts, `sum_k w_k (silu(x G_k) * (x U_k)) D_k`, in x's dtype."""
+    order, inverse, group_sizes = sort_by_expert(indices, gate.shape[0])
+    rows = checkpoint_name(scatter_to_experts(x, order, inverse), "expert_rows")
+    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
+    out = gather_from_experts(grouped_matmul(hidden, down, group_sizes), order, inverse)
+    return jnp.einsum("tkd,tk->td", out, weights.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def sort_by_expert(
+    indices: Int[Array, "T K"], num_experts: int
+) -> tuple[Int[Array, "T*K"], Int[Array, "T K"], Int[Array, "E"]]:
+    """The stable order of all choices by expert, the place of each choice in it, and the choices of each expert."""
+    flat = indices.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return order, inverse.reshape(indices.shape), group_sizes
+
+
+@jax.custom_vjp
+def scatter_to_experts(x, order, inverse):
+    """Rows of x [T, D] in expert order, [T*K, D], each token once for each of its experts."""
+    return x[order // inverse.shape[1]]
+
+
+@jax.custom_vjp
+def gather_from_experts(rows, order, inverse):
+    """Rows in expert order [T*K, D] back in token order, [T, K, D]."""
+    return rows[inverse]
+
+
+# Each one's derivative is the other (summed over K): gathers both, where autodiff would make slow scatters.
+def _scatter_forward(x, order, inverse):
+    return scatter_to_experts(x, order, inverse), (order, inverse)
+
+
+def _scatter_backward(saved, cotangent):
+    _, inverse = saved
+    return jnp.sum(cotangent[inverse], axis=1), None, None
+
+
+def _gather_forward(rows, order, inverse):
+    return gather_from_experts(rows, order, inverse), (order, inverse)
+
+
+def _gather_backward(saved, cotangent):
+    order, _ = saved
+    return cotangent.reshape(-1, cotangent.shape[-1])[order], None, None
+
+
+scatter_to_experts.defvjp(_scatter_forward, _scatter_backward)
+gather_from_experts.defvjp(_gather_forward, _gather_backward)

@@ -1,0 +1,58 @@
+"""Rotary position embedding and its YaRN extension (Peng et al. 2023, arXiv:2309.00071).
+
+B batch, L length, H heads, R rotated size of a head.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature `0.1 m ln(s) + 1` for a stretch `s > 1`, else 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(rope, qk_head_dim: int) -> float:
+    """The factor on attention scores: `qk_head_dim ** -0.5`, times YaRN's squared temperature."""
+    return qk_head_dim**-0.5 * yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim) ** 2
+
+
+def frequencies(rope, size: int) -> np.ndarray:
+    """Angle per position of each rotated pair, float64 [R/2]. Slow pairs are interpolated under YaRN."""
+    plain = rope.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if rope.yarn_factor <= 1:
+        return plain
+
+    def pair_that_turns(turns: float) -> float:
+        return size * math.log(rope.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(pair_that_turns(rope.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(rope.yarn_beta_slow)), size - 1)
+    interpolated = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return plain * (1 - interpolated) + plain / rope.yarn_factor * interpolated
+
+
+def rotations(
+    rope, positions: Int[Array, "B L"], size: int
+) -> tuple[Float[Array, "B L 1 R/2"], Float[Array, "B L 1 R/2"]]:
+    """Cosine and sine of each position's angles, float32, to be shared by all layers and heads."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, size), jnp.float32)
+    scale = yarn_mscale(rope.yarn_factor, rope.yarn_mscale) / yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(
+    x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 R/2"], sine: Float[Array, "B L 1 R/2"], interleaved: bool
+) -> Float[Array, "B L H R"]:
+    """Rotates pairs of x by their angles: neighbours (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …"""
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    out = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    return out.astype(x.dtype)

@@ -1,0 +1,123 @@
+"""Checkpoints of a run: asynchronous, atomic, readable on any mesh (Orbax).
+
+Each holds two items: `model` (params and router biases by name) and `optimizer` (step and moments by path), so that
+what only wants the model reads only the model.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_run_config
+from opendeep_jax.config.schema import CheckpointConfig, RunConfig
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.moe import RouterBias
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.train.state import TrainState
+
+DIRECTORY = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save."""
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each save
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=(config.keep or None) if config else None, read_only=config is None, create=config is not None
+        )
+        self.directory = Path(workdir).absolute() / DIRECTORY
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=("model", "optimizer"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, in order."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Begins to write `state`; returns when the state may be donated to the next step.
+
+        Raises:
+            OSError: when an earlier save failed (no space, no permission); that checkpoint was never whole.
+        """
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        model, optimizer = _items(state)
+        self.manager.save(
+            step, args=ocp.args.Composite(model=ocp.args.StandardSave(model), optimizer=ocp.args.StandardSave(optimizer))
+        )
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest state, with the shapes and shardings of `abstract`; None where there is no checkpoint."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        model, optimizer = _items(abstract)
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)
+            ),
+        )
+        leaves = restored["optimizer"]["opt_state"]
+        paths = [path for path, _ in _named_leaves(abstract.opt_state)]
+        opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), [leaves[path] for path in paths])
+        return TrainState(restored["optimizer"]["step"], opt_state=opt_state, **restored["model"])
+
+    def restore_model(self, abstract: dict, step: int) -> dict:
+        """The `model` item of a step: {"params": …, "router_bias": …}."""
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+        return self.manager.restore(step, args=args)["model"]
+
+
+def _items(state: TrainState) -> tuple[dict, dict]:
+    model = {"params": state.params, "router_bias": state.router_bias}
+    return model, {"step": state.step, "opt_state": dict(_named_leaves(state.opt_state))}
+
+
+def _named_leaves(tree) -> list[tuple[str, jax.Array]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def load_model(workdir: str | Path, step: int | None = None) -> tuple[Decoder, RunConfig]:
+    """The model of a run's checkpoint (the newest, or that of `step`), and the run's configuration.
+
+    Raises:
+        ConfigError: where there is no run, or no such checkpoint.
+    """
+    config = load_run_config(workdir)
+    if not (Path(workdir) / DIRECTORY).is_dir():
+        raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or step not in (None, *steps):
+            there = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+        bones = skeleton(config.model)
+        local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def here(shapes):
+            return {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local) for name, x in shapes.items()
+            }
+
+        abstract = {"params": here(bones.shapes(nnx.Param)), "router_bias": here(bones.shapes(RouterBias))}
+        arrays = checkpoints.restore_model(abstract, steps[-1] if step is None else step)
+    return bones.model(arrays["params"], arrays["router_bias"]), config
+
+
+def remove_partial_saves(workdir: str | Path) -> None:
+    """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
+    for path in (Path(workdir) / DIRECTORY).glob("*orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""What a person sees while a run goes: the start-up summary, the progress line, numbers in human units."""
+
+import math
+import sys
+import time
+
+
+class Progress:
+    """One live line: step, loss, held-out bits per byte, tokens/s, MFU, time left.
+
+    On a terminal the line redraws itself, at most a few times a second; elsewhere (a log file, CI) about forty aligned
+    lines are printed over the whole run. A terminal that misbehaves costs the bar, never the run.
+
+        with Progress(total_steps=1000) as progress:
+            progress.update(10, loss=8.1, tokens_per_second=2400.0, mfu=0.31)
+            progress.message("a sample text")
+
+    Args:
+        total_steps: the last step of the run.
+        start_step: the step training goes on from.
+        stream: where to write; standard output by default.
+    """
+
+    REDRAW_SECONDS = 0.25
+    PLAIN_LINES = 40
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream=None):
+        from rich.console import Console
+
+        self.total, self.step, self.numbers = max(total_steps, 1), start_step, {}
+        self._stream = stream or sys.stdout
+        self._console = Console(file=self._stream, highlight=False)
+        self._live = None
+        self._broken = False
+        self._first = None  # (step, time) of the first finished step: later ones are free of compilation
+        self._drawn_at = 0.0
+        self._stride = max(1, math.ceil((self.total - start_step) / (self.PLAIN_LINES - 2)))
+        self._plain_due = start_step + 1
+
+    def __enter__(self):
+        self._guard(self._start)
+        return self
+
+    def __exit__(self, *_):
+        self._guard(self._stop)
+
+    def update(self, step: int, **numbers: float) -> None:
+        """Notes that `step` is done. Numbers stay on the line until newer ones come: loss, held_out_bits_per_byte,
+        tokens_per_second, mfu (a share of 1)."""
+        now = time.perf_counter()
+        self.step = step
+        self.numbers.update(numbers)
+        self._first = self._first or (step, now)
+        if self._live is not None:
+            if now - self._drawn_at >= self.REDRAW_SECONDS or step >= self.total:
+                self._drawn_at = now
+                self._guard(self._draw)
+        elif numbers and (step >= self._plain_due or step >= self.total):
+            self._plain_due = (step // self._stride + 1) * self._stride
+            self._guard(lambda: self._print(self._plain_line()))
+
+    def message(self, text: str) -> None:
+        """Prints a text of its own above the line: a sample, an evaluation, a checkpoint."""
+        self._guard(lambda: self._print(text))
+
+    def _start(self) -> None:
+        if self._console.is_interactive:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+            self._draw()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._draw()
+            self._live.stop()
+
+    def _draw(self) -> None:
+        from rich.text import Text
+
+        self._live.update(Text(self._live_line(), no_wrap=True, overflow="crop"), refresh=True)
+
+    def _print(self, text: str) -> None:
+        from rich.text import Text
+
+        if self._live is not None:
+            self._console.print(Text(_printable(text, self._console.encoding)))
+        else:  # rich would wrap lines at 80 columns
+            self._stream.write(_printable(text, getattr(self._stream, "encoding", None)) + "\n")
+            self._stream.flush()
+
+    def _guard(self, action) -> None:
+        # A closed pipe or an odd encoding must not end a training run: stop showing, go on training.
+        if not self._broken:
+            try:
+                action()
+            except Exception:
+                self._broken = True
+
+    def _seconds_left(self) -> float | None:
+        if self._first is None or self.step <= self._first[0]:
+            return None
+        seconds_per_step = (time.perf_counter() - self._first[1]) / (self.step - self._first[0])
+        return seconds_per_step * (self.total - self.step)
+
+    def _pieces(self) -> list[str]:
+        """The line's parts, the dearest first: what a narrow terminal cuts is at the end."""
+        left, held_out = self._seconds_left(), self.numbers.get("held_out_bits_per_byte")
+        pieces = [f"loss {self.numbers['loss']:6.3f}" if "loss" in self.numbers else "loss    -  "]
+        pieces.append(f"{'-' if left is None else human_time(left):>10} left")
+        pieces.append(f"held-out {held_out:5.3f} bits/byte" if held_out is not None else "")
+        if "tokens_per_second" in self.numbers:
+            pieces.append(f"{self.numbers['tokens_per_second']:>9,.0f} tokens/s")
+        if "mfu" in self.numbers:
+            pieces.append(f"MFU {self.numbers['mfu']:6.1%}")
+        return pieces
+
+    def _plain_line(self) -> str:
+        width = len(f"{self.total:,}")
+        head = f"step {self.step:>{width},}/{self.total:,} {self.step / self.total:6.1%}"
+        pieces = self._pieces()
+        pieces[2] = f"{pieces[2]:<24}"
+        return "  ".join([head, *pieces]).rstrip()
+
+    def _live_line(self) -> str:
+        done = min(self.step / self.total, 1.0)
+        head, room = f"{done:4.0%}", self._console.width - 1
+        pieces = [f"step {self.step:,}/{self.total:,}", *(" ".join(piece.split()) for piece in self._pieces() if piece)]
+        while pieces and len("  ".join([head, *pieces])) > room:
+            pieces.pop()
+        bar = min(28, room - len("  ".join([head, *pieces])) - 2)
+        full = round(done * bar)
+        ink, blank = ("#", "-") if self._console.options.ascii_only else ("━", "╌")
+        return "  ".join([head, *([ink * full + blank * (bar - full)] if bar >= 8 else []), *pieces])
+
+
+def _printable(text: str, encoding: str | None) -> str:
+    """The text without what would upset a terminal: control characters (a sample may hold an escape sequence), and
+    characters its encoding lacks."""
+    clean = "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+    return clean.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8", "replace")
+
+
+def startup_summary(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns for the start of a run. A row with an empty value is the heading of the rows after it.
+
+    startup_summary([("Model", ""), ("parameters", "15.83M"), ("active", "5.21M")]) gives
+
+        Model
+          parameters  15.83M
+          active      5.21M
+    """
+    width = max((len(label) for label, value in rows if value), default=0)
+    lines = []
+    for label, value in rows:
+        if not value:
+            lines += [""] * bool(lines) + [label]
+            continue
+        first, *rest = value.split("\n")
+        lines += [f"  {label:<{width}}  {first}"] + [" " * (width + 4) + line for line in rest]
+    return "\n".join(lines)
+
+
+def human_count(number: float) -> str:
+    """A count in K, M, B, T: 671.03e9 is `671.03B`; below ten thousand every digit: `8,192`."""
+    return _human(number, 1000.0, ("", "K", "M", "B", "T"), plain_below=10_000)
+
+
+def human_bytes(number: float) -> str:
+    """Bytes in binary units: 2**31 is `2.00 GiB`."""
+    return _human(number, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"), plain_below=1024)
+
+
+def _human(number: float, base: float, units: tuple[str, ...], plain_below: float) -> str:
+    if not math.isfinite(number):
+        return str(number)
+    if abs(number) < plain_below:
+        return f"{number:,.2f}".rstrip("0").rstrip(".") + units[0]
+    power = 0
+    # Rounding first keeps 999,999 from reading "1000.00K".
+    while power < len(units) - 1 and round(abs(number) / base**power, 2) >= base:
+        power += 1
+    return f"{number / base**power:,.2f}{units[power]}"
+
+
+def human_time(seconds: float) -> str:
+    """A duration in its two largest units: `8.7 s`, `3 min 20 s`, `2 h 05 min`, `54 d 3 h`."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    total = round(seconds)
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    if total < 86_400:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 86_400} d {total % 86_400 // 3600} h"

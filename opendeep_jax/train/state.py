@@ -1,0 +1,59 @@
+"""What a training step takes and gives back, and where its arrays lie on the mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.parameters import Arrays, Skeleton, split
+from opendeep_jax.parallel.axes import partition_spec
+
+
+class TrainState(NamedTuple):
+    """All that changes while training; a pytree."""
+
+    step: Int[Array, ""]
+    """Steps done, int32."""
+    params: Arrays
+    """Float32 master weights by name."""
+    opt_state: optax.OptState
+    """The optimizer's moments."""
+    router_bias: Arrays
+    """Router biases by name, [layers, experts] or [experts]."""
+
+
+def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, a function of the configuration and its seed alone."""
+    _, params, router_bias = split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias)
+
+
+def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh) -> TrainState:
+    """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries."""
+    axes = skeleton.axes()
+
+    def sharding(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in axes]
+        if names and len(axes[names[-1]]) == len(leaf.shape):
+            return NamedSharding(mesh, partition_spec(axes[names[-1]], leaf.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def create_state(config: RunConfig, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh):
+    """Builds the first state in place on the mesh, no device ever holding more than its share."""
+
+    def init() -> TrainState:
+        return init_state(config, optimizer)
+
+    shardings = state_shardings(jax.eval_shape(init), skeleton, mesh)
+    # This program runs once: on a CPU, compiling it takes far longer than running it, so it is compiled without effort.
+    effort = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=effort)()

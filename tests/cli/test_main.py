@@ -1,0 +1,195 @@
+"""`opendeep` answers every mistake with one paragraph and a status, and never with a stack of frames."""
+
+import errno
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import opendeep_jax
+from opendeep_jax.cli import main as cli
+from opendeep_jax.cli.main import COMMANDS, main
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_recipe, load_run_config, save_run_config
+
+ROOT = Path(opendeep_jax.__file__).parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Puts a function in the place of every command's main."""
+
+    def put(function):
+        monkeypatch.setattr(cli.importlib, "import_module", lambda _: types.SimpleNamespace(main=function))
+
+    return put
+
+
+def raises(error):
+    def function(_):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(argv, capsys):
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"opendeep {opendeep_jax.__version__}\n"
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_paragraph_on_standard_error(command, capsys):
+    command(raises(ConfigError("seed = -1: must be from 0.")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr() == ("", "opendeep: seed = -1: must be from 0.\n")
+
+
+def test_an_interrupt_is_one_line_and_status_130(command, capsys):
+    command(raises(KeyboardInterrupt()))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "\nopendeep train: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    "number, reason, cure",
+    [
+        (errno.ENOSPC, "No space left on device", "free some space"),
+        (errno.EACCES, "Permission denied", "permissions"),
+        (errno.EROFS, "Read-only file system", "permissions"),
+    ],
+)
+def test_a_disk_that_does_not_take_a_file_is_explained(command, capsys, number, reason, cure):
+    command(raises(OSError(number, reason, "runs/a/state")))
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"opendeep: {reason} (runs/a/state). ") and cure in err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), RuntimeError("a bug"), ValueError("a bug")])
+def test_a_bug_is_not_hidden(command, error):
+    command(raises(error))
+    with pytest.raises(type(error)):
+        main(["train"])
+
+
+@pytest.mark.parametrize("name", ["eval", "generate", "report"])
+def test_a_command_on_a_run_explains_itself_and_its_mistakes(name, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert "--workdir" in capsys.readouterr().out
+    for argv, answer in [
+        ([], "--workdir is missing"),
+        (["--workdr=x"], "Did you mean --workdir?"),
+        (["runs/a"], "runs/a: opendeep"),
+        ([f"--workdir={tmp_path}"], "no run can be read there"),
+    ]:
+        assert main([name, *argv]) == 2
+        assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument, answer",
+    [
+        ("--temperature=-1", "must be at least 0"),
+        ("--temperature=nan", "must be at least 0"),
+        ("--temperature=hot", "--temperature=hot"),
+        ("--max_tokens=0", "must be at least 1"),
+        ("--top_k=-1", "must be at least 0"),
+    ],
+)
+def test_senseless_sampling_is_refused(argument, answer, capsys, tmp_path):
+    recipe = load_recipe("quickstart")
+    save_run_config(recipe, recipe, tmp_path)
+    assert main(["generate", f"--workdir={tmp_path}", argument]) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_train_hands_the_resolved_configuration_to_the_loop_and_saves_it(monkeypatch, tmp_path):
+    handed = []
+    loop = types.SimpleNamespace(train=lambda config, workdir: handed.append((config, workdir)))
+    monkeypatch.setitem(sys.modules, "opendeep_jax.train.loop", loop)
+    workdir = str(tmp_path / "run")
+    argv = ["train", "--config=quickstart", f"--workdir={workdir}", "--seed=5", "--train.batch_size=8"]
+    assert main(argv) == 0
+    assert handed == [(load_run_config(workdir), workdir)]
+    assert handed[0][0].seed == 5
+    assert "seed              0 -> 5" in (tmp_path / "run" / "config_diff.txt").read_text()
+    assert main(argv) == 0  # and goes on in the same directory
+
+    assert main([*argv, "--seed=6"]) == 2
+    assert len(handed) == 2
+
+
+def test_train_refuses_rows_that_do_not_divide_over_the_devices(monkeypatch, tmp_path, capsys):
+    import jax
+
+    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    assert main(["train", "--config=quickstart", f"--workdir={tmp_path}"]) == 2
+    assert "must divide evenly over the 7 devices" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_hands_its_flags_over_and_prints_pieces_as_they_come(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def generate(*arguments, **named):
+        calls.append((arguments, named))
+        yield from (" main", "()")
+
+    sampler = types.SimpleNamespace(generate_from_workdir=generate)
+    monkeypatch.setitem(sys.modules, "opendeep_jax.generation.sampler", sampler)
+    recipe = load_recipe("quickstart")
+    save_run_config(recipe, recipe, tmp_path)
+    assert main(["generate", f"--workdir={tmp_path}", "--prompt=def", "--top_k=3", "--step=7"]) == 0
+    assert capsys.readouterr().out == "def main()\n"
+    assert calls == [
+        ((str(tmp_path), "def"), {"max_tokens": 200, "temperature": 0.8, "top_k": 3, "seed": 0, "step": 7})
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, status, answer",
+    [
+        (["train", "--config=quickstart", "--model.moe.experts_per_token=20"], 2, "cannot exceed the 16 experts"),
+        (["train", "--config=nowhere"], 2, "neither a recipe file nor the name of a recipe"),
+        (["train", "--config=quickstart", "--help"], 0, "--model.moe.experts_per_token"),
+    ],
+)
+def test_a_bad_start_and_help_are_answered_in_under_three_seconds_without_jax(argv, status, answer):
+    program = (
+        "import sys\n"
+        "from opendeep_jax.cli.main import main\n"
+        "try:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules\n"
+        "sys.exit(status)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - start
+    assert done.returncode == status, done.stderr
+    assert answer in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 3
+
+
+def test_the_package_runs_as_a_module_and_help_may_be_cut_short():
+    command = f"'{sys.executable}' -m opendeep_jax train --help | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: opendeep train")
+    assert done.stderr == ""

@@ -1,0 +1,173 @@
+"""The command line changes what it names, checks only the result, and answers mistakes with the cure."""
+
+import dataclasses
+import re
+
+import pytest
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import diff, load_recipe
+from opendeep_jax.config.overrides import Launch, apply, resolve
+from opendeep_jax.config.schema import RunConfig
+
+
+def changed(*arguments: str) -> dict:
+    """What `arguments` change about the quickstart recipe."""
+    config, launch = resolve(["--config=quickstart", *arguments])
+    return {name: value for name, _, value in diff(launch.recipe, config)}
+
+
+def test_nothing_given_is_the_recipe_itself():
+    config, launch = resolve(["--config=quickstart"])
+    recipe = load_recipe("quickstart")
+    assert config == recipe
+    assert launch == Launch("quickstart", "runs/quickstart", 0, recipe)
+
+
+def test_flags_of_the_process_are_found_anywhere_between_the_overrides():
+    arguments = ["--seed", "3", "--config", "quickstart", "--parallel.fsdp=-1", "--workdir=runs/a", "--verbosity=1"]
+    config, launch = resolve(arguments)
+    assert (config.seed, launch.workdir, launch.verbosity) == (3, "runs/a", 1)
+
+
+def test_a_recipe_by_path_names_its_directory_after_the_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from opendeep_jax.config.schema import RunConfig\n\n\ndef get_config():\n    return RunConfig()\n")
+    assert resolve([f"--config={path}"])[1].workdir == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--optimizer.learning_rate=3e-4"], {"optimizer.learning_rate": 3e-4}),
+        (["--optimizer.learning-rate=3e-4"], {"optimizer.learning_rate": 3e-4}),
+        (["--model.tie_embeddings=true"], {"model.tie_embeddings": True}),
+        (["--model.attention.rope.interleaved", "False"], {"model.attention.rope.interleaved": False}),
+        (["--name=true"], {"name": "true"}),
+        (["--train.compilation_cache="], {"train.compilation_cache": ""}),
+        (["--train.sample_prompts", "a", "b c"], {"train.sample_prompts": ("a", "b c")}),
+        (["--train.sample_prompts=a"], {"train.sample_prompts": ("a",)}),
+        (["--data.sources.0.weight=2"], {"data.sources.0.weight": 2.0}),
+        (["--seed=1", "--seed=2"], {"seed": 2}),
+    ],
+)
+def test_an_override_changes_the_field_it_names_and_no_other(arguments, expected):
+    assert changed(*arguments) == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(["num_experts=6", "num_groups=3", "groups_per_token=3", "experts_per_token=5"]))
+def test_fields_that_only_fit_together_change_in_any_order(arguments):
+    routing = apply(load_recipe("quickstart"), [f"--model.moe.{argument}" for argument in arguments]).model.moe
+    assert (routing.num_experts, routing.num_groups, routing.experts_per_token) == (6, 3, 5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(min_value=1e-300, max_value=1e300), st.integers(0, 2**32 - 1))
+def test_numbers_arrive_exactly(rate, seed):
+    config = apply(RunConfig(), [f"--optimizer.learning_rate={rate!r}", f"--seed={seed}"])
+    assert (config.optimizer.learning_rate, config.seed) == (rate, seed)
+
+
+@pytest.mark.parametrize(
+    "argument, answer",
+    [
+        ("--optimzer.learning_rate=1", "Did you mean --optimizer.learning_rate?"),
+        ("--learning_rate=1", "Did you mean --optimizer.learning_rate?"),
+        ("--model.expert_size=1", "Did you mean --model.moe.expert_size?"),
+        ("--optimizer.lr=1", "optimizer has kind, learning_rate,"),
+        ("--sead=1", "Did you mean --seed?"),
+        ("--work_dir=x", "Did you mean --workdir?"),
+        ("--model.moe=1", "is a group of settings; set one of them, such as --model.moe.num_experts."),
+        ("--optimizer.phases.0.tokens=1", "Entries of optimizer.phases are added in a recipe file"),
+        ("--data.sources.3.weight=1", "Entries of data.sources are added in a recipe file"),
+        ("--data.sources.0.wait=1", "Did you mean --data.sources.0.weight?"),
+        ("--zzz.qqq=1", "there is no such setting. See --help"),
+        ("--seed", "a value is missing; expected a whole number."),
+        ("moe_1b", "settings are written --name=value. Did you mean --config=moe_1b?"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_right_one(argument, answer):
+    with pytest.raises(ConfigError) as error:
+        resolve(["--config=quickstart", argument])
+    message = str(error.value)
+    assert message.startswith(argument.partition("=")[0]) and answer in message, message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("--train.steps=1e3", "a whole number"),
+        ("--seed=many", "a whole number"),
+        ("--optimizer.learning_rate=fast", "a finite number"),
+        ("--model.dtype=int8", "one of 'float32', 'bfloat16'"),
+        ("--model.tie_embeddings=yes", "True or False"),
+    ],
+)
+def test_a_wrong_type_is_answered_with_the_value_and_what_is_expected(argument, expected, capsys):
+    with pytest.raises(ConfigError, match=re.escape(f"{argument}: expected {expected}.")):
+        resolve(["--config=quickstart", argument])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_several_wrong_values_are_answered_together():
+    with pytest.raises(ConfigError) as error:
+        resolve(["--config=quickstart", "--seed=x", "--name=fine", "--train.steps=y"])
+    assert str(error.value).splitlines() == [
+        "--seed=x: expected a whole number.",
+        "--train.steps=y: expected a whole number.",
+    ]
+
+
+def test_contradictions_in_several_parts_are_reported_together():
+    with pytest.raises(ConfigError) as error:
+        resolve(["--config=quickstart", "--model.moe.num_experts=10", "--train.batch_size=0"])
+    assert "model.moe.num_experts = 10" in str(error.value) and "train.batch_size = 0" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config is missing.*quickstart"),
+        (["--confg=quickstart"], "--confg.*Did you mean --config"),
+        (["--config"], "Missing value for flag --config"),
+        (["--config=quickstart", "--verbosity=loud"], "--verbosity=loud"),
+        (["--config=quikstart"], "Did you mean quickstart"),
+    ],
+)
+def test_mistakes_in_the_flags_of_the_process_are_explained(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(arguments)
+
+
+def test_nothing_global_remembers_a_command_line():
+    before = set(flags.FLAGS)
+    resolve(["--config=quickstart", "--workdir=a"])
+    assert resolve(["--config=quickstart"])[1].workdir == "runs/quickstart"
+    assert set(flags.FLAGS) == before
+
+
+def test_help_shows_every_field_with_its_meaning_and_the_recipes_value(capsys):
+    with pytest.raises(SystemExit) as end:
+        resolve(["--help", "--config=quickstart"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    recipe = load_recipe("quickstart")
+    for name in ("--config", "--workdir", "--verbosity", "--seed", "--data.sources.0.path"):
+        assert f"{name} " in text
+    for name in _scalars(recipe):
+        assert f"--{name} " in text, name
+    assert "Peak learning rate" in text and f"(default: {recipe.model.vocab_size})" in text
+
+
+def _scalars(config, name=""):
+    for field in dataclasses.fields(config):
+        value, dotted = getattr(config, field.name), f"{name}.{field.name}".lstrip(".")
+        if dataclasses.is_dataclass(value):
+            yield from _scalars(value, dotted)
+        elif not isinstance(value, tuple):
+            yield dotted
