@@ -32,7 +32,8 @@ def grouped_matmul(
         rhs: one matrix per group.
         group_sizes: int32 rows in each group, any of them 0; rows beyond their sum give zeros.
         implementation: `blocks` (work proportional to the rows present, for CPUs), `ragged_dot` (XLA's own, for TPUs
-            and GPUs; on a CPU it multiplies every row by every group), `reference` (a dense mask); None picks by platform.
+            and GPUs; on a CPU it multiplies every row by every group), `reference` (a dense mask); None picks by
+            platform.
     Raises:
         ValueError: for an implementation of another name.
     """

@@ -95,9 +95,7 @@ def _groups_from_rows(x, y, group_sizes):
             offset, total = state
             first = jnp.minimum(starts[j] + offset, x.shape[0])
             present = jnp.where(_present(sizes[j], offset), _take(padded_x, first), 0)
-            product = jnp.einsum(
-                "brk,brn->bkn", present, _take(padded_y, first), preferred_element_type=jnp.float32
-            )
+            product = jnp.einsum("brk,brn->bkn", present, _take(padded_y, first), preferred_element_type=jnp.float32)
             return offset + ROWS, total + product
 
         total = jnp.zeros((groups.shape[1], x.shape[1], y.shape[1]), jnp.float32)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"--{name}={values[name].value}: must be at least {least}.")
     load_run_config(values.workdir)
 
-    from opendeep_jax.generation.sampler import generate_from_workdir
+    from opendeep_jax.train.generate import generate_from_workdir
 
     print(values.prompt, end="", flush=True)
     pieces = generate_from_workdir(

@@ -132,7 +132,7 @@ class RematConfig:
     moe: RematPolicy = "none"
     """MoE blocks, the MTP module's included: as above."""
     names: tuple[str, ...] = ("attention_output", "kv_latent", "q_latent", "expert_rows", "shared_output")
-    """Activations that `named` saves: attention_output, kv_latent, q_latent, expert_rows, shared_output, mlp_gate, mlp_up."""
+    """Activations that `named` saves, of these and mlp_gate, mlp_up."""
 
 
 @dataclass(frozen=True)

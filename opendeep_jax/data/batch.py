@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 class Batch:
     """Rows of packed documents, for example (B=1, L=6; two documents `[1 7 8 2]` and `[1 9 5 ...` , 1 begins, 2 ends):
 
-        tokens       [[1, 7, 8, 2, 1, 9]]
-        targets      [[7, 8, 2, 1, 9, 5]]   the token after each, also where a document goes on in the next row
-        loss_mask    [[T, T, T, F, T, T]]   False where the target belongs to another document, or is padding
-        segment_ids  [[1, 1, 1, 1, 2, 2]]   from 1 in each row; 0 is padding
-        positions    [[0, 1, 2, 3, 0, 1]]   restart with each segment
+    tokens       [[1, 7, 8, 2, 1, 9]]
+    targets      [[7, 8, 2, 1, 9, 5]]   the token after each, also where a document goes on in the next row
+    loss_mask    [[T, T, T, F, T, T]]   False where the target belongs to another document, or is padding
+    segment_ids  [[1, 1, 1, 1, 2, 2]]   from 1 in each row; 0 is padding
+    positions    [[0, 1, 2, 3, 0, 1]]   restart with each segment
     """
 
     tokens: Int[np.ndarray | jax.Array, "B L"]

@@ -4,17 +4,12 @@ B prompts, L context length, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.pipeline import prepare_tokenizer
-from opendeep_jax.data.tokenizer import Tokenizer
-from opendeep_jax.models.parameters import Arrays, Skeleton, split
-from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.models.parameters import Arrays, Skeleton
 
 NextTokens = Callable[[Arrays, Arrays, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -50,35 +45,40 @@ def continue_prompts(
     next_tokens: NextTokens,
     params: Arrays,
     router_bias: Arrays,
-    tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: list[list[int]],
+    end: int,
     length: int,
     max_tokens: int,
     seed: int,
-) -> Iterator[list[str]]:
-    """Yields the continuation of each prompt so far, after each token; a text ends at the end-of-text token.
+) -> Iterator[list[list[int]]]:
+    """Yields the continuation of each prompt so far, after each token; a text ends before the token `end`.
 
-    A context longer than `length` forgets its older half, the beginning mark excepted.
+    Prompts are token ids, the beginning mark first. A context longer than `length` forgets its older half, that mark
+    excepted. A row's samples depend on the seed and its place in the list, not on the other prompts.
     """
-    texts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
-    begun = [len(text) for text in texts]
+    texts = [list(prompt) for prompt in prompts]
     done = [False] * len(texts)
     for count in range(max_tokens):
         contexts = [_window(text, length) for text in texts]
         tokens = np.zeros((len(texts), length), np.int32)
         for row, context in zip(tokens, contexts, strict=True):
             row[: len(context)] = context
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), count))(
-            np.arange(len(texts))
-        )
+        keys = _keys(seed, count, np.arange(len(texts)))
         lengths = np.array([len(context) for context in contexts], np.int32)
         for i, token in enumerate(np.asarray(next_tokens(params, router_bias, tokens, lengths, keys))):
-            done[i] = done[i] or token == tokenizer.eos_id
+            done[i] = done[i] or token == end
             if not done[i]:
                 texts[i].append(int(token))
-        yield [tokenizer.decode(text[start:]) for text, start in zip(texts, begun, strict=True)]
+        yield [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
         if all(done):
             return
+
+
+@jax.jit
+def _keys(seed, count, rows):
+    """One key for each row's next token."""
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def _window(text: list[int], length: int) -> list[int]:
@@ -88,38 +88,3 @@ def _window(text: list[int], length: int) -> list[int]:
     half = max(length // 2, 1)
     over = len(text) - length
     return text[:1] + text[1 + -(-over // half) * half :]
-
-
-def generate_from_workdir(
-    workdir: str | Path,
-    prompt: str,
-    max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    step: int | None = None,
-) -> Iterator[str]:
-    """Continues a prompt with the model of a run's checkpoint, yielding text as it comes.
-
-    Raises:
-        ConfigError: where there is no run or no such checkpoint.
-    """
-    model, config = load_model(workdir, step)
-    tokenizer = prepare_tokenizer(config.data, progress=False)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
-            f"{config.model.vocab_size}. Use the tokenizer that the run was trained with."
-        )
-    skeleton, params, router_bias = split(model)
-    next_tokens = make_next_tokens(skeleton, tokenizer.vocab_size, temperature, top_k)
-    length = config.data.sequence_length
-    shown = ""
-    for (text,) in continue_prompts(
-        next_tokens, params, router_bias, tokenizer, [prompt], length, max_tokens, seed
-    ):
-        # The bytes of an unfinished character wait for its end.
-        ready = text.rstrip("\ufffd")
-        if ready.startswith(shown):
-            yield ready[len(shown) :]
-            shown = ready

@@ -29,9 +29,7 @@ def causal_attention(
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        scores = jnp.einsum(
-            "blgrq,bmgq->bgrlm", query[:, start:end], key[:, :end], preferred_element_type=jnp.float32
-        )
+        scores = jnp.einsum("blgrq,bmgq->bgrlm", query[:, start:end], key[:, :end], preferred_element_type=jnp.float32)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         visible = causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores * scale, -1e30), axis=-1)

@@ -23,7 +23,7 @@ MESH_AXES = {
 
 
 def partition_spec(logical_axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The spec of an array whose dimensions have these logical names; a dimension that its axis can't divide is whole."""
+    """The spec of an array whose dimensions have these names; a dimension that its mesh axis can't divide is whole."""
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         axes = MESH_AXES.get(name)

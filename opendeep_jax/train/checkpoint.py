@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
@@ -18,6 +19,7 @@ from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.train.state import TrainState
 
 DIRECTORY = "checkpoints"
@@ -54,9 +56,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         model, optimizer = _items(state)
-        self.manager.save(
-            step, args=ocp.args.Composite(model=ocp.args.StandardSave(model), optimizer=ocp.args.StandardSave(optimizer))
-        )
+        save = ocp.args.StandardSave
+        self.manager.save(step, args=ocp.args.Composite(model=save(model), optimizer=save(optimizer)))
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state, with the shapes and shardings of `abstract`; None where there is no checkpoint."""
@@ -90,29 +91,36 @@ def _named_leaves(tree) -> list[tuple[str, jax.Array]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def load_model(workdir: str | Path, step: int | None = None) -> tuple[Decoder, RunConfig]:
+def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> tuple[Decoder, RunConfig]:
     """The model of a run's checkpoint (the newest, or that of `step`), and the run's configuration.
 
+    Args:
+        mesh: where the weights go, by their logical axes; None puts them on the first device.
     Raises:
         ConfigError: where there is no run, or no such checkpoint.
     """
     config = load_run_config(workdir)
     if not (Path(workdir) / DIRECTORY).is_dir():
         raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
+    bones = skeleton(config.model)
+    axes = bones.axes()
+
+    def placed(name: str, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        if mesh is not None:
+            sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
     with Checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
         if not steps or step not in (None, *steps):
             there = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
-        bones = skeleton(config.model)
-        local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-        def here(shapes):
-            return {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local) for name, x in shapes.items()
-            }
-
-        abstract = {"params": here(bones.shapes(nnx.Param)), "router_bias": here(bones.shapes(RouterBias))}
+        kinds = {"params": nnx.Param, "router_bias": RouterBias}
+        abstract = {
+            item: {name: placed(name, array) for name, array in bones.shapes(kind).items()}
+            for item, kind in kinds.items()
+        }
         arrays = checkpoints.restore_model(abstract, steps[-1] if step is None else step)
     return bones.model(arrays["params"], arrays["router_bias"]), config
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import open_data
@@ -72,10 +73,10 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     Raises:
         ConfigError: where there is no run or no such checkpoint.
     """
-    model, config = load_model(workdir, step)
+    mesh = make_mesh(load_run_config(workdir).parallel)
+    model, config = load_model(workdir, step, mesh)
     skeleton, params, router_bias = split(model)
     data = open_data(config)
-    mesh = make_mesh(config.parallel)
     evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
     batches = data.held_out(evaluation_batch_size(config), config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | compressors(data.held_out_text)

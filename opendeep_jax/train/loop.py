@@ -159,22 +159,23 @@ class Observer:
 
     def sample(self, step: int, state: TrainState) -> str:
         """Lets the model continue the sample prompts; returns what to print."""
-        train = self.config.train
-        prompts = list(train.sample_prompts)
+        train, tokenizer = self.config.train, self.data.tokenizer
+        prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in train.sample_prompts]
         with self.aside(state):
             *_, texts = continue_prompts(
                 self.next_tokens,
                 state.params,
                 state.router_bias,
-                self.data.tokenizer,
                 prompts,
+                tokenizer.eos_id,
                 self.config.data.sequence_length,
                 train.sample_tokens,
                 self.config.seed + step,
             )
-        for prompt, text in zip(prompts, texts, strict=True):
+        texts = [tokenizer.decode(text) for text in texts]
+        for prompt, text in zip(train.sample_prompts, texts, strict=True):
             self.writer.sample(step, prompt, text)
-        return "\n".join(f"  {prompt}{text}" for prompt, text in zip(prompts, texts, strict=True))
+        return "\n".join(f"  {prompt}{text}" for prompt, text in zip(train.sample_prompts, texts, strict=True))
 
     def finish(self, steps: int, seconds: float) -> dict:
         """Writes summary.json and closes the files."""

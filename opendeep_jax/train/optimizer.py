@@ -69,11 +69,18 @@ def make_optimizer(config: RunConfig, axes: Axes) -> optax.GradientTransformatio
     labels = {name: "muon" if _is_hidden_matrix(axes[name]) else "adamw" for name in axes}
 
     def of_matrices(function):
-        # optax.partition leaves a MaskedNode, not an array, where a parameter is the other rule's.
-        return lambda tree, params=None: {
-            name: value if isinstance(value, optax.MaskedNode) else function(value, _dimension_numbers(axes[name]))
-            for name, value in tree.items()
-        }
+        """A function of a tree that applies `function(value, dimension numbers)` to each matrix.
+
+        optax.partition leaves a MaskedNode, not an array, where a parameter is the other rule's.
+        """
+
+        def of_tree(tree, params=None):
+            return {
+                name: value if isinstance(value, optax.MaskedNode) else function(value, _dimension_numbers(axes[name]))
+                for name, value in tree.items()
+            }
+
+        return of_tree
 
     muon = optax.chain(
         scale_by_muon(
@@ -110,9 +117,7 @@ def _stored_as(adam: optax.GradientTransformation, **dtypes) -> optax.GradientTr
     """Adam whose moments are kept in other dtypes between steps; the arithmetic stays float32."""
 
     def cast(state, dtypes):
-        return state._replace(
-            **{name: jax.tree.map(lambda x: x.astype(dtype), getattr(state, name)) for name, dtype in dtypes.items()}
-        )
+        return state._replace(**{name: optax.tree.cast(getattr(state, name), dtype) for name, dtype in dtypes.items()})
 
     def init(params):
         return cast(adam.init(params), dtypes)

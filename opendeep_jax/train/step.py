@@ -49,7 +49,7 @@ def make_train_step(
 
 
 def batch_gradients(config: RunConfig, skeleton: Skeleton, state: TrainState, batch: Batch) -> tuple[Arrays, Metrics]:
-    """Gradients of the global batch's loss in float32, and its metrics, over `train.accumulation_steps` micro-batches."""
+    """Gradients of the global batch's loss in float32, and its metrics, micro-batch after micro-batch."""
     counts = target_counts(config, batch)
     gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
 

@@ -64,8 +64,10 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     """
 
     def size(tree):
-        shards = (leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape for leaf in
-                  jax.tree.leaves(tree))
+        shards = (
+            leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
+            for leaf in jax.tree.leaves(tree)
+        )
         return sum(
             int(np.prod(shape)) * leaf.dtype.itemsize for shape, leaf in zip(shards, jax.tree.leaves(tree), strict=True)
         )
@@ -74,7 +76,7 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     tokens = train.batch_size * config.data.sequence_length / train.accumulation_steps / devices
     itemsize = jnp.dtype(model.dtype).itemsize
     a, moe, D = model.attention, model.moe, model.hidden_size
-    attention = 4 * D + a.num_heads * (2 * a.qk_head_dim + 3 * a.value_head_dim) + a.num_heads * config.data.sequence_length
+    attention = 4 * D + a.num_heads * (2 * a.qk_head_dim + 3 * a.value_head_dim + config.data.sequence_length)
     full = {
         "dense": attention + 3 * model.mlp_size,
         "moe": attention + moe.experts_per_token * (3 * D + 4 * moe.expert_size) + 3 * moe.expert_size,
@@ -110,11 +112,14 @@ def startup_rows(config: RunConfig, state: TrainState, mesh, data: dict, peak: f
         ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}: {axes}"),
         ("peak", f"{peak * mesh.size / 1e12:.3g} TFLOP/s" if peak else "unknown: set hardware.peak_tflops for MFU"),
         ("memory per device", f"about {human_bytes(sum(memory.values()))}: {parts}"),
-        ("data", f"{human_count(data['train_tokens'])} tokens in {data['train_documents']:,} documents, "
-                 f"{data['bytes_per_token']:.2f} bytes per token, tokenizer {data['tokenizer']}"),
+        (
+            "data",
+            f"{human_count(data['train_tokens'])} tokens in {data['train_documents']:,} documents, "
+            f"{data['bytes_per_token']:.2f} bytes per token, tokenizer {data['tokenizer']}",
+        ),
         ("held out", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
         *([("left out", f"{len(data['skipped'])} files: {', '.join(data['skipped'][:3])}")] if data["skipped"] else []),
-        ("training", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / max(data['train_tokens'], 1):.2f} epochs"),
+        ("training", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / data['train_tokens']:.2f} epochs"),
         ("checkpoints", f"resuming from step {found[-1]:,}" if found else "none found, starting anew"),
     ]
 

@@ -1,0 +1,46 @@
+"""Text from a run's checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.pipeline import prepare_tokenizer
+from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
+from opendeep_jax.models.parameters import split
+from opendeep_jax.train.checkpoint import load_model
+
+
+def generate_from_workdir(
+    workdir: str | Path,
+    prompt: str,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    step: int | None = None,
+) -> Iterator[str]:
+    """Continues a prompt with the model of a run's checkpoint, yielding text as it comes.
+
+    Raises:
+        ConfigError: where there is no run or no such checkpoint.
+    """
+    model, config = load_model(workdir, step)
+    tokenizer = prepare_tokenizer(config.data, progress=False)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{config.model.vocab_size}. Use the tokenizer that the run was trained with."
+        )
+    skeleton, params, router_bias = split(model)
+    next_tokens = make_next_tokens(skeleton, tokenizer.vocab_size, temperature, top_k)
+    length = config.data.sequence_length
+    shown = ""
+    ids = [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
+    for (text,) in continue_prompts(
+        next_tokens, params, router_bias, [ids], tokenizer.eos_id, length, max_tokens, seed
+    ):
+        # The bytes of an unfinished character wait for its end.
+        ready = tokenizer.decode(text).rstrip("\ufffd")
+        if ready.startswith(shown):
+            yield ready[len(shown) :]
+            shown = ready
