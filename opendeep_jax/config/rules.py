@@ -12,13 +12,17 @@ from typing import Any
 from opendeep_jax.config.schedule import total_steps
 
 REMAT_NAMES = (
-    "attention_output",
-    "kv_latent",
     "q_latent",
-    "expert_rows",
-    "shared_output",
+    "kv_latent",
+    "query",
+    "key_value",
+    "attention_output",
+    "residual",
+    "router_logits",
     "mlp_gate",
     "mlp_up",
+    "expert_gate",
+    "expert_up",
 )
 """Activations that the blocks name, and that `model.remat.names` may list."""
 

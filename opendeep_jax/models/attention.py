@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, RMSNorm, weight
 from opendeep_jax.ops.attention import causal_attention
+from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.rope import rotate, softmax_scale
 from opendeep_jax.parallel.axes import constrain
 
@@ -29,8 +30,7 @@ class Attention(nnx.Module):
         """Attends within each segment."""
         query, key, value = self.project(x, context)
         out = causal_attention(query, key, value, context.segment_ids, self.scale)
-        out = checkpoint_name(constrain(out, "batch", "length", "heads", None), "attention_output")
-        return jnp.einsum("blhv,hvd->bld", out, self.out[...].astype(x.dtype))
+        return project(constrain(out, "batch", "length", "heads", None), self.out[...], inputs=2)
 
 
 class MultiHeadLatentAttention(Attention):
@@ -55,12 +55,12 @@ class MultiHeadLatentAttention(Attention):
 
     def project(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
         """Queries and keys [B, L, H, N + R], values [B, L, H, V]."""
-        query = self.queries(x)
+        query = checkpoint_name(self.queries(x), "query")
         N = self.config.qk_nope_head_dim
         turn = lambda part: rotate(part, context.cosine, context.sine, self.config.rope.interleaved)  # noqa: E731
         query = jnp.concatenate([query[..., :N], turn(query[..., N:])], axis=-1)
         latent, key_rope = self.latents(x)
-        key_value = jnp.einsum("blr,rhk->blhk", latent, self.kv_up[...].astype(x.dtype))
+        key_value = checkpoint_name(project(latent, self.kv_up[...]), "key_value")
         key_rope = jnp.broadcast_to(turn(key_rope[:, :, None]), (*key_value.shape[:3], key_rope.shape[-1]))
         key = jnp.concatenate([key_value[..., :N], key_rope], axis=-1)
         return query, key, key_value[..., N:]
@@ -68,13 +68,13 @@ class MultiHeadLatentAttention(Attention):
     def queries(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H Q"]:
         """Queries before rotation, through the compression where there is one."""
         if not self.config.q_lora_rank:
-            return jnp.einsum("bld,dhq->blhq", x, self.q_proj[...].astype(x.dtype))
-        latent = checkpoint_name(x @ self.q_down[...].astype(x.dtype), "q_latent")
-        return jnp.einsum("blr,rhq->blhq", self.q_norm(latent), self.q_up[...].astype(x.dtype))
+            return project(x, self.q_proj[...])
+        latent = checkpoint_name(project(x, self.q_down[...]), "q_latent")
+        return project(self.q_norm(latent), self.q_up[...])
 
     def latents(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L kv_rank"], Float[Array, "B L R"]]:
         """What a cache holds of each position: the normalised latent, and the key part before its rotation."""
-        compressed = checkpoint_name(x @ self.kv_down[...].astype(x.dtype), "kv_latent")
+        compressed = checkpoint_name(project(x, self.kv_down[...]), "kv_latent")
         rank = self.config.kv_lora_rank
         return self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
 
@@ -95,7 +95,8 @@ class GroupedQueryAttention(Attention):
     def project(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
         """Queries [B, L, H, Q], keys and values [B, L, G, Q]."""
         query, key, value = (
-            jnp.einsum("bld,dhq->blhq", x, kernel[...].astype(x.dtype)) for kernel in (self.query, self.key, self.value)
+            checkpoint_name(project(x, kernel[...]), name)
+            for kernel, name in ((self.query, "query"), (self.key, "key_value"), (self.value, "key_value"))
         )
         interleaved = self.config.rope.interleaved
         query = rotate(query, context.cosine, context.sine, interleaved)

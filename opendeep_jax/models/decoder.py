@@ -9,12 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.attention import make_attention
 from opendeep_jax.models.layers import Context, Embedding, Head, RMSNorm, SwiGLU, stacked, weight
 from opendeep_jax.models.moe import MoE, RouterStats
+from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.rope import rotations
 from opendeep_jax.parallel.axes import constrain
 
@@ -35,6 +37,7 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         """The residual stream after this block, and what its router did if it has one."""
         x = constrain(x + self.attention(self.attention_norm(x), context), "batch", "length", None)
+        x = checkpoint_name(x, "residual")
         if self.is_moe:
             out, stats = self.moe(self.mlp_norm(x), context)
         else:
@@ -59,7 +62,7 @@ class MTPModule(nnx.Module):
     def combine(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The block's input: [normalised next token's embedding; normalised hidden state], projected to D."""
         both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        return both @ self.projection[...].astype(both.dtype)
+        return project(both, self.projection[...])
 
 
 class Output(NamedTuple):
@@ -120,14 +123,14 @@ class Decoder(nnx.Module):
         """Runs all blocks. MTP modules run where `next_tokens` (the token after each position) is given."""
         context = self.context(tokens, segment_ids, positions)
         x = self.embedding(tokens)
-        x, _ = _scan(self.dense_layers, x, context, self.config, self.config.remat.dense)
-        x, stats = _scan(self.moe_layers, x, context, self.config, self.config.remat.moe)
+        x, _ = _scan(self.dense_layers, x, context, self.config)
+        x, stats = _scan(self.moe_layers, x, context, self.config)
         hidden = previous = self.final_norm(x)
         mtp_hidden, mtp_stats = [], []
         for depth, module in enumerate(self.mtp if next_tokens is not None else ()):
             embedded = self.embedding(shift_left(next_tokens, depth))
-            run = _rematerialised(lambda block, x: block(x, context), self.config, self._mtp_remat())
-            x, router = _apply(run, module.block, module.combine(previous, embedded))
+            layer, state = _layer(module.block, context, self.config, scanned=False)
+            x, router = layer(module.combine(previous, embedded), state)
             previous = module.norm(x)
             mtp_hidden.append(previous)
             mtp_stats.append(router)
@@ -143,36 +146,29 @@ class Decoder(nnx.Module):
         size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
         return Context(segment_ids, segment_ids > 0, *rotations(attention.rope, positions, size))
 
-    def _mtp_remat(self):
-        return self.config.remat.moe if self.config.moe.num_experts else self.config.remat.dense
-
 
 def shift_left(x: Array, count: int) -> Array:
     """x [B, L] with each row moved `count` places to the left, zeros (False) behind."""
     return jnp.pad(x, ((0, 0), (0, count)))[:, count:]
 
 
-def _rematerialised(function, config: ModelConfig, policy: str):
-    """`function` with its activations saved as `policy` says (see RematConfig)."""
+def _layer(block: nnx.Module, context: Context, config: ModelConfig, scanned: bool):
+    """The block as a function (x, arrays) -> (x, router stats), which keeps what its remat policy says; its arrays."""
+    graph, state = nnx.split(block)
+    policy = config.remat.moe if block.is_moe else config.remat.dense
+
+    def layer(x, state):
+        return nnx.merge(graph, state)(x, context)
+
     if policy == "none":
-        return function
+        return layer, state
     names = jax.checkpoint_policies.save_only_these_names(*config.remat.names) if policy == "named" else None
-    return jax.checkpoint(function, policy=names, prevent_cse=False)
+    return jax.checkpoint(layer, policy=names, prevent_cse=not scanned), state
 
 
-def _apply(function, module: nnx.Module, x):
-    """`function(module, x)` with the module passed through transformations as plain arrays."""
-    graph, state = nnx.split(module)
-    return function(nnx.merge(graph, state), x)
-
-
-def _scan(layers: nnx.Module | None, x, context: Context, config: ModelConfig, remat: str):
+def _scan(layers: nnx.Module | None, x, context: Context, config: ModelConfig):
     """Runs stacked layers one after the other; returns x and the layers' router stats, stacked."""
     if layers is None:
         return x, None
-    graph, state = nnx.split(layers)
-
-    def layer(x, layer_state):
-        return nnx.merge(graph, layer_state)(x, context)
-
-    return jax.lax.scan(_rematerialised(layer, config, remat), x, state)
+    layer, state = _layer(layers, context, config, scanned=True)
+    return jax.lax.scan(layer, x, state)

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.norm import rms_norm
 from opendeep_jax.parallel.axes import constrain
 
@@ -55,10 +57,10 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the feed-forward to each position."""
-        gate = jax.ad_checkpoint.checkpoint_name(x @ self.gate[...].astype(x.dtype), "mlp_gate")
-        up = jax.ad_checkpoint.checkpoint_name(x @ self.up[...].astype(x.dtype), "mlp_up")
+        gate = checkpoint_name(project(x, self.gate[...]), "mlp_gate")
+        up = checkpoint_name(project(x, self.up[...]), "mlp_up")
         hidden = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return hidden @ self.down[...].astype(x.dtype)
+        return project(hidden, self.down[...])
 
 
 class Embedding(nnx.Module):

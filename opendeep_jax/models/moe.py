@@ -14,6 +14,7 @@ from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, SwiGLU, weight
 from opendeep_jax.ops import routing
 from opendeep_jax.ops.dispatch import routed_experts
+from opendeep_jax.ops.linear import project
 from opendeep_jax.parallel.axes import per_batch_shard
 
 
@@ -54,12 +55,12 @@ class MoE(nnx.Module):
         kernels = (kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down))
         out = per_batch_shard(_routed_rows, batched=3)(x, indices, weights, *kernels)
         if self.config.num_shared_experts:
-            out += checkpoint_name(self.shared(x), "shared_output")
+            out += self.shared(x)
         return out, RouterStats(jnp.sum(counts, axis=0), jnp.sum(balance))
 
     def route(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         """Weights and indices [B, L, K] of the chosen experts and all scores [B, L, E], in float32."""
-        logits = x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
+        logits = checkpoint_name(project(x.astype(jnp.float32), self.router[...]), "router_logits")
         bias = self.router_bias[...] if self.config.use_router_bias else None
         return routing.route(logits, bias, self.config)
 

@@ -1,10 +1,19 @@
-"""Causal attention over packed documents, in plain JAX.
+"""Causal attention over packed documents, in plain JAX, in memory linear in the length.
 
-B batch, L length, H query heads, G key/value heads, Q query/key head size, V value head size.
+The forward pass keeps its output and each query's log-sum-exp; the backward pass makes the scores again from them
+(Dao et al. 2022). Queries go in blocks that meet only the keys up to their own end, so that nearly half of the scores
+are never computed.
+
+B batch, L length, H query heads, G key/value heads, R = H / G query heads per key/value head, Q query/key head size,
+V value head size, S keys that a block of queries meets.
 """
+
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 MIN_BLOCK = 128
@@ -20,19 +29,73 @@ def causal_attention(
 ) -> Float[Array, "B L H V"]:
     """Softmax attention of each position to the earlier ones (and itself) of its own segment; softmax in float32.
 
-    Queries go in up to MAX_BLOCKS blocks, each meeting only the keys up to its own end, so that nearly half of the
-    scores are never computed. H is a multiple of G; query head h reads key/value head h // (H / G).
+    H is a multiple of G; query head h reads key/value head h // R. The output is named "attention_output" for remat.
     """
-    length, num_heads, groups = query.shape[1], query.shape[2], key.shape[2]
-    query = query.reshape(*query.shape[:2], groups, num_heads // groups, query.shape[-1])
-    block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    outputs = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        scores = jnp.einsum("blgrq,bmgq->bgrlm", query[:, start:end], key[:, :end], preferred_element_type=jnp.float32)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        visible = causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores * scale, -1e30), axis=-1)
-        outputs.append(jnp.einsum("bgrlm,bmgv->blgrv", probabilities.astype(value.dtype), value[:, :end]))
-    out = jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
-    return out.reshape(*out.shape[:2], num_heads, out.shape[-1])
+    batch, length, heads, _ = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, -1).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    out = _attention(scale, query, key, value, segment_ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    """Queries of each block; its keys are those up to its end."""
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _scores(query, key, segment_ids, rows, scale):
+    """Scaled scores [B, G, R, rows, S] of a block in float32, and -1e30 where a query may not look."""
+    scores = jnp.einsum(
+        "bgrlq,bgsq->bgrls", query[:, :, :, rows], key[:, :, : rows.stop], preferred_element_type=jnp.float32
+    )
+    causal = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(rows.stop)
+    visible = causal & (segment_ids[:, rows, None] == segment_ids[:, None, : rows.stop])
+    return jnp.where(visible[:, None, None], scores * scale, -1e30)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, query, key, value, segment_ids):
+    return _forward(scale, query, key, value, segment_ids)[0]
+
+
+def _forward(scale, query, key, value, segment_ids):
+    outputs, log_sums = [], []
+    for rows in _blocks(query.shape[3]):
+        scores = _scores(query, key, segment_ids, rows, scale)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "bgrls,bgsv->bgrlv",
+            weights.astype(value.dtype),
+            value[:, :, : rows.stop],
+            preferred_element_type=jnp.float32,
+        )
+        outputs.append((out / total).astype(value.dtype))
+        log_sums.append(largest + jnp.log(total))
+    # Named here, not by the caller: these very arrays are what the backward pass needs.
+    out = checkpoint_name(jnp.concatenate(outputs, axis=3), "attention_output")
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attention_output")
+    return out, (query, key, value, segment_ids, out, log_sum)
+
+
+def _backward(scale, saved, d_out):
+    query, key, value, segment_ids, out, log_sum = saved
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    d_query = []
+    for rows in _blocks(query.shape[3]):
+        weights = jnp.exp(_scores(query, key, segment_ids, rows, scale) - log_sum[:, :, :, rows])
+        d_rows, seen = d_out[:, :, :, rows], slice(0, rows.stop)
+        d_weights = product("bgrlv,bgsv->bgrls", d_rows, value[:, :, seen])
+        d_scores = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(query.dtype)
+        d_value = d_value.at[:, :, seen].add(product("bgrls,bgrlv->bgsv", weights.astype(value.dtype), d_rows))
+        d_key = d_key.at[:, :, seen].add(product("bgrls,bgrlq->bgsq", d_scores, query[:, :, :, rows]))
+        d_query.append(product("bgrls,bgsq->bgrlq", d_scores, key[:, :, seen]).astype(query.dtype))
+    return jnp.concatenate(d_query, axis=3), d_key.astype(key.dtype), d_value.astype(value.dtype), None
+
+
+_attention.defvjp(_forward, _backward)

@@ -19,12 +19,16 @@ def routed_experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "T D"]:
-    """The weighted sum of each token's chosen SwiGLU experts, `sum_k w_k (silu(x G_k) * (x U_k)) D_k`, in x's dtype."""
+    """The weighted sum of each token's chosen SwiGLU experts, `sum_k w_k (silu(x G_k) * (x U_k)) D_k`, in x's dtype.
+
+    The weight goes in before the down projection, where rows are narrow and its gradient needs no expert's output.
+    """
     order, inverse, group_sizes = sort_by_expert(indices, gate.shape[0])
-    rows = checkpoint_name(scatter_to_experts(x, order, inverse), "expert_rows")
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
-    out = gather_from_experts(grouped_matmul(hidden, down, group_sizes), order, inverse)
-    return jnp.einsum("tkd,tk->td", out, weights.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    rows = scatter_to_experts(x, order, inverse)
+    gated = checkpoint_name(grouped_matmul(rows, gate, group_sizes), "expert_gate")
+    upped = checkpoint_name(grouped_matmul(rows, up, group_sizes), "expert_up")
+    hidden = jax.nn.silu(gated) * upped * weights.reshape(-1, 1)[order].astype(x.dtype)
+    return gather_from_experts(grouped_matmul(hidden, down, group_sizes), order, inverse)
 
 
 def sort_by_expert(
@@ -46,18 +50,17 @@ def scatter_to_experts(x, order, inverse):
 
 @jax.custom_vjp
 def gather_from_experts(rows, order, inverse):
-    """Rows in expert order [T*K, D] back in token order, [T, K, D]."""
-    return rows[inverse]
+    """Rows in expert order [T*K, D] back in token order, summed over a token's experts: [T, D]."""
+    return jnp.sum(rows[inverse], axis=1, dtype=jnp.float32).astype(rows.dtype)
 
 
-# Each one's derivative is the other (summed over K): gathers both, where autodiff would make slow scatters.
+# Each one's derivative is the other: gathers both, where autodiff would make slow scatters.
 def _scatter_forward(x, order, inverse):
     return scatter_to_experts(x, order, inverse), (order, inverse)
 
 
 def _scatter_backward(saved, cotangent):
-    _, inverse = saved
-    return jnp.sum(cotangent[inverse], axis=1), None, None
+    return gather_from_experts(cotangent, *saved), None, None
 
 
 def _gather_forward(rows, order, inverse):
@@ -65,8 +68,7 @@ def _gather_forward(rows, order, inverse):
 
 
 def _gather_backward(saved, cotangent):
-    order, _ = saved
-    return cotangent.reshape(-1, cotangent.shape[-1])[order], None, None
+    return scatter_to_experts(cotangent, *saved), None, None
 
 
 scatter_to_experts.defvjp(_scatter_forward, _scatter_backward)

@@ -10,26 +10,28 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from opendeep_jax.parallel.axes import batch_shards
+
 
 def chunked_cross_entropy(
     hidden: Float[Array, "B L D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B L"],
     mask: Bool[Array, "B L"],
-    chunk: int,
+    chunk_tokens: int,
     z_loss_weight: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
     """Sums `-log softmax(hidden @ head)[target] + z_loss_weight * logsumexp²` over the positions in `mask`.
 
-    Logits exist for `chunk` positions of each row at a time, in float32, and are never computed twice: where a
-    gradient is wanted, each chunk's share of it is made while its logits are there.
+    Logits exist for about `chunk_tokens` tokens of a device at a time (the same positions of all its rows), in float32,
+    and are never computed twice: where a gradient is wanted, each chunk's share of it is made while its logits are there.
 
     Returns:
         The sum (divide by the global count of targets for a mean), and each position's cross-entropy without the
         z-loss, 0 outside the mask; only the first carries a gradient.
     """
-    length = hidden.shape[1]
-    chunk = min(chunk, length)
+    rows, length = hidden.shape[0] // batch_shards(), hidden.shape[1]
+    chunk = min(max(chunk_tokens // max(rows, 1), 1), length)
     fill = ((0, 0), (0, -length % chunk))
     hidden = jnp.pad(hidden, (*fill, (0, 0)))
     targets, mask = jnp.pad(targets, fill), jnp.pad(mask, fill)

@@ -3,6 +3,7 @@
 Weights name their axes where they are made, activations where they are constrained; neither knows the mesh.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,9 +28,7 @@ def partition_spec(logical_axes: tuple[str | None, ...], shape: tuple[int, ...],
     spec = []
     for name, size in zip(logical_axes, shape, strict=True):
         axes = MESH_AXES.get(name)
-        ways = 1
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            ways *= mesh.shape[axis]
+        ways = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
         spec.append(axes if ways > 1 and size % ways == 0 else None)
     return PartitionSpec(*spec)
 
@@ -42,13 +41,19 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, mesh))
 
 
+def batch_shards() -> int:
+    """How many parts the batch is divided into on the mesh in use; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def per_batch_shard(function: Callable, batched: int) -> Callable:
     """`function` on each device's own rows: its first `batched` arguments are divided along their first axis, which is
     the batch, the others are whole; the result is divided like the batch. Without a mesh, `function` itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in BATCH_AXES):
+    if batch_shards() == 1:
         return function
+    mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(BATCH_AXES)
 
     def divided(*arguments):

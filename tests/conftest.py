@@ -1,0 +1,43 @@
+"""Tests run on a CPU that JAX divides into 8 devices; what XLA compiles is kept for the next time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+    """Puts the compilation cache beside pytest's own, also for the processes that tests start."""
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        directory = str(config.cache.mkdir("xla"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory) -> Path:
+    """A directory of small Python files that look like the real thing."""
+    from small_models import write_text
+
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, text_corpus) -> Path:
+    """The work directory of a small finished run over 8 devices, with every mechanism of V3 switched on."""
+    from small_models import small_run_config
+
+    from opendeep_jax.config.load import save_run_config
+    from opendeep_jax.train.loop import train
+
+    directory = tmp_path_factory.mktemp("small_run")
+    config = small_run_config(text_corpus, directory / "data")
+    save_run_config(config, config, directory / "run")
+    train(config, directory / "run")
+    return directory / "run"

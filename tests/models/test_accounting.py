@@ -1,0 +1,120 @@
+"""Sizes and FLOPs from the configuration alone agree with the model that is built."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxprs import matmul_flops
+from small_models import DENSE, FAMILIES, GQA, V2, V3
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.schema import MTPConfig, RematConfig
+from opendeep_jax.models.accounting import count_parameters, flops_per_token
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.ops import dispatch
+from opendeep_jax.ops.losses import chunked_cross_entropy
+
+MORE = {
+    "v3 with two MTP modules": dataclasses.replace(V3, mtp=MTPConfig(depth=2)),
+    "v3 without q compression": dataclasses.replace(V3, attention=dataclasses.replace(V3.attention, q_lora_rank=0)),
+    "all layers MoE": dataclasses.replace(V2, num_dense_layers=0),
+    "no shared experts": dataclasses.replace(V3, moe=dataclasses.replace(V3.moe, num_shared_experts=0)),
+    "tied MoE": dataclasses.replace(GQA, tie_embeddings=True),
+    "dense, untied, with MTP": dataclasses.replace(DENSE, tie_embeddings=False, mtp=MTPConfig(depth=1)),
+}
+
+
+def built_sizes(config):
+    """(main model, MTP modules) parameters of the built model; no array is made."""
+    sizes = {name: math.prod(shape.shape) for name, shape in skeleton(config).shapes(nnx.Param).items()}
+    mtp = sum(size for name, size in sizes.items() if name.startswith("mtp."))
+    return sum(sizes.values()) - mtp, mtp
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_parameters_are_those_of_the_built_model(name):
+    config = (FAMILIES | MORE)[name]
+    count = count_parameters(config)
+    assert (count.total, count.mtp) == built_sizes(config)
+    unused = config.moe.num_experts - config.moe.experts_per_token if config.moe.num_experts else 0
+    expert = 3 * config.hidden_size * config.moe.expert_size
+    assert count.total - count.active == config.num_moe_layers * unused * expert
+
+
+@pytest.mark.parametrize(
+    "recipe, total, active",
+    [("deepseek_v3", 671.03e9, 37.55e9), ("deepseek_v2_lite", 15.71e9, 2.66e9), ("moe_1b", None, None)],
+)
+def test_recipes_have_the_published_sizes(recipe, total, active):
+    config = load_recipe(recipe).model
+    count = count_parameters(config)
+    assert (count.total, count.mtp) == built_sizes(config)
+    if total:
+        assert count.total == pytest.approx(total, abs=5e6)
+        assert count.active == pytest.approx(active, abs=5e6)
+
+
+def test_benchmark_model_has_the_size_that_the_issue_states():
+    config = dataclasses.replace(
+        V3,
+        vocab_size=8192,
+        hidden_size=256,
+        num_layers=4,
+        mlp_size=1024,
+        attention=dataclasses.replace(
+            V3.attention,
+            num_heads=8,
+            q_lora_rank=128,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+        ),
+        moe=dataclasses.replace(V3.moe, num_experts=16, experts_per_token=4, expert_size=256),
+        mtp=MTPConfig(),
+    )
+    assert count_parameters(config).total == 15_825_920
+
+
+ROWS, LENGTH = 2, 32
+
+
+def counted_flops(config, backward: bool) -> float:
+    """FLOPs per token of all matmuls in the jaxpr of the loss (and its gradient), MTP modules included."""
+    bones = skeleton(config)
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+
+    def loss(params, router_bias):
+        model = bones.model(params, router_bias)
+        out = model.forward(tokens, next_tokens=tokens if config.mtp.depth else None)
+        head, mask = model.head_kernel(), tokens == 0
+        # One chunk: a length that no chunk divides is padded, and padding is no work of the model.
+        outputs = (out.hidden, *out.mtp_hidden)
+        return sum(chunked_cross_entropy(hidden, head, tokens, mask, ROWS * LENGTH)[0] for hidden in outputs)
+
+    shapes = bones.shapes(nnx.Param), {n: s for n, s in bones.shapes().items() if n.endswith("router_bias")}
+    return matmul_flops(jax.make_jaxpr(jax.grad(loss) if backward else loss)(*shapes)) / (ROWS * LENGTH)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("name", [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP"])
+def test_flops_are_those_that_the_jaxpr_counts(name, backward, monkeypatch):
+    # XLA's own ragged matmul is one operation, whose work can be read off its shapes.
+    monkeypatch.setattr(dispatch, "grouped_matmul", partial(grouped_matmul, implementation="ragged_dot"))
+    # What is computed twice to save memory is no work of the model.
+    config = dataclasses.replace((FAMILIES | MORE)[name], remat=RematConfig(dense="none", moe="none"))
+    flops = flops_per_token(config, LENGTH, backward=backward, causal=False)  # one block computes all scores
+    assert flops.total == pytest.approx(counted_flops(config, backward), rel=0.02)
+
+
+def test_causal_flops_count_the_keys_that_a_query_sees():
+    full, causal = (flops_per_token(V3, 127, causal=causal) for causal in (False, True))
+    assert causal.weights == full.weights
+    assert causal.attention == pytest.approx(full.attention * np.mean(np.arange(1, 128)) / 127)
+    assert full.total == full.weights + full.attention

@@ -1,0 +1,58 @@
+"""Attention over packed documents against a dense mask, at lengths that divide nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import compiled
+
+from opendeep_jax.ops.attention import causal_attention
+
+SCALE = 0.3
+
+
+def inputs(length, heads=4, groups=2, rows=2):
+    random = np.random.default_rng(length)
+    shapes = (rows, length, heads, 6), (rows, length, groups, 6), (rows, length, groups, 5)
+    query, key, value = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes)
+    ends = np.sort(random.integers(0, length + 1, (rows, 3)), axis=1)
+    segment_ids = jnp.asarray(1 + (np.arange(length)[None, :, None] >= ends[:, None]).sum(-1))
+    return query, key, value, segment_ids.at[0, length - length // 5 :].set(0)
+
+
+def dense_attention(query, key, value, segment_ids):
+    """All scores at once, one head after the other."""
+    length, heads = query.shape[1:3]
+    visible = jnp.tril(jnp.ones((length, length), bool)) & (segment_ids[:, :, None] == segment_ids[:, None])
+    outs = []
+    for head in range(heads):
+        group = head * key.shape[2] // heads
+        scores = jnp.where(visible, SCALE * query[:, :, head] @ key[:, :, group].mT, -jnp.inf)
+        outs.append(jax.nn.softmax(scores, axis=-1) @ value[:, :, group])
+    return jnp.stack(outs, axis=2)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 37, 301])
+def test_output_is_that_of_a_dense_mask(length, heads, groups):
+    arguments = inputs(length, heads, groups)
+    out = compiled(lambda *x: causal_attention(*x, SCALE), *arguments)
+    np.testing.assert_allclose(out, compiled(dense_attention, *arguments), atol=2e-6)
+
+
+def test_gradients_are_those_of_a_dense_mask():
+    query, key, value, segment_ids = inputs(149)
+
+    def gradients(attention):
+        return compiled(jax.grad(lambda *x: jnp.sum(attention(*x, segment_ids) ** 2), (0, 1, 2)), query, key, value)
+
+    ours = gradients(lambda *x: causal_attention(*x, SCALE))
+    for grad, want in zip(ours, gradients(dense_attention), strict=True):
+        np.testing.assert_allclose(grad, want, atol=2e-5)
+
+
+def test_large_scores_do_not_overflow_and_bfloat16_stays_bfloat16():
+    query, key, value, segment_ids = inputs(37)
+    query, key, value = (x.astype(jnp.bfloat16) for x in (200 * query, key, value))
+    out = compiled(lambda *x: causal_attention(*x, 100.0), query, key, value, segment_ids)
+    assert out.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(out)))

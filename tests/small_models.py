@@ -1,0 +1,159 @@
+"""Small models, batches and runs that the tests share. Sizes are as small as keeps every mechanism at work."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from opendeep_jax.config.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from opendeep_jax.data.batch import Batch
+from opendeep_jax.models.moe import RouterBias
+from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton
+
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+"""Compiler options: these programs run once, so most of their time is compiling them."""
+
+MLA = AttentionConfig(num_heads=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+MOE = MoEConfig(
+    num_experts=8,
+    experts_per_token=3,
+    num_shared_experts=1,
+    expert_size=8,
+    num_groups=4,
+    groups_per_token=2,
+    routed_scaling_factor=2.5,
+    balance_loss_weight=1e-2,
+)
+V3 = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_layers=3,
+    num_dense_layers=1,
+    mlp_size=32,
+    init_std=0.05,
+    dtype="float32",
+    attention=MLA,
+    moe=MOE,
+    mtp=MTPConfig(depth=1),
+)
+"""A DeepSeek-V3: one dense and two MoE layers, and a MTP module."""
+
+V2 = dataclasses.replace(
+    V3,
+    attention=dataclasses.replace(MLA, q_lora_rank=0),
+    moe=dataclasses.replace(
+        MOE,
+        scoring="softmax",
+        normalize_weights=False,
+        group_score="max",
+        use_router_bias=False,
+        routed_scaling_factor=1.0,
+        num_shared_experts=2,
+    ),
+    mtp=MTPConfig(),
+)
+GQA = dataclasses.replace(
+    V3, attention=AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=4), mtp=MTPConfig()
+)
+DENSE = dataclasses.replace(GQA, moe=MoEConfig(), tie_embeddings=True)
+FAMILIES = {"v3": V3, "v2": V2, "gqa": GQA, "dense": DENSE}
+
+
+def run_config(model: ModelConfig = V3, length: int = 16, batch_size: int = 8, **changes) -> RunConfig:
+    """A run of a small model over bytes; `changes` replace whole parts. The vocabulary may be below the tokenizer's
+    262 tokens where no data is opened, so the tokenizer is named by a file that isn't there."""
+    parts = {
+        "data": DataConfig(tokenizer="none.json", sequence_length=length),
+        "optimizer": OptimizerConfig(warmup_steps=0),
+        "train": TrainConfig(steps=10, batch_size=batch_size, loss_chunk=12, compilation_cache=""),
+    }
+    return RunConfig(model=model, **parts | changes)
+
+
+def random_arrays(bones: Skeleton, seed: int = 0, std: float = 0.2) -> tuple[Arrays, Arrays]:
+    """Parameters and router biases without compiling an initialiser: normal, norm scales around 1."""
+    random = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        value = random.normal(scale=std, size=shape.shape)
+        return jnp.asarray(value + 1 if name.endswith("scale") else value, shape.dtype)
+
+    params = {name: draw(name, shape) for name, shape in bones.shapes(nnx.Param).items()}
+    return params, {name: 0.2 * draw(name, shape) for name, shape in bones.shapes(RouterBias).items()}
+
+
+def random_model(config: ModelConfig, seed: int = 0, std: float = 0.2):
+    """A model of random arrays."""
+    bones = skeleton(config)
+    return bones.model(*random_arrays(bones, seed, std))
+
+
+def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: int = 0) -> Batch:
+    """Rows of packed documents of 1 to 7 tokens, random tokens; the first rows end in padding of different length."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, vocab_size, (rows, length + 1), dtype=np.int32)
+    segment_ids, positions = np.zeros((2, rows, length), np.int32)
+    loss_mask = np.zeros((rows, length), bool)
+    for row in range(rows):
+        start, segment, filled = 0, 1, length - max(0, length // 2 - 2 * row)
+        while start < filled:
+            end = min(start + int(random.integers(1, 8)), filled)
+            segment_ids[row, start:end] = segment
+            positions[row, start:end] = np.arange(end - start)
+            loss_mask[row, start : end - 1] = True
+            start, segment = end, segment + 1
+    padding = segment_ids == 0
+    targets = np.where(padding, 0, tokens[:, 1:])
+    return Batch(np.where(padding, 0, tokens[:, :-1]), targets, loss_mask, segment_ids, positions)
+
+
+def compiled(function, *arguments):
+    """Calls a function compiled without effort."""
+    return jax.jit(function, compiler_options=FAST_COMPILE)(*arguments)
+
+
+def write_text(root: Path, documents: int = 40) -> Path:
+    """Small Python files below `root`: different, but alike enough for a small model to learn something."""
+    names = ("value", "count", "name", "path", "number", "größe", "text")
+    for i in range(documents):
+        lines = [
+            f"def {names[(i + j) % 7]}_{j}({names[j % 7]}):\n    return {names[j % 7]} + {i * j % 9}\n"
+            for j in range(3 + i % 5)
+        ]
+        (root / f"module_{i}.py").write_text(f"import {names[i % 5]}\n\n" + "\n".join(lines), encoding="utf-8")
+    return root
+
+
+def small_run_config(corpus: Path, prepared: Path, **train) -> RunConfig:
+    """A run of 24 steps over the bytes of a corpus; the keywords replace fields of `train`."""
+    settings = {"steps": 24, "batch_size": 8, "loss_chunk": 20, "log_every": 2, "sample_every": 12, "sample_tokens": 4}
+    return RunConfig(
+        name="small",
+        model=dataclasses.replace(V3, vocab_size=264, hidden_size=32, num_layers=3),
+        data=DataConfig(
+            sources=(SourceConfig("corpus", str(corpus), license="CC0-1.0"),),
+            tokenizer="bytes",
+            directory=str(prepared),
+            sequence_length=32,
+            held_out_fraction=0.2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
+        train=TrainConfig(**settings | {"compilation_cache": "", "sample_prompts": ("import ", "def ")} | train),
+        evaluation=EvaluationConfig(every=12, batches=2),
+        checkpoint=CheckpointConfig(every=8),
+    )
