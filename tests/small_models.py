@@ -122,6 +122,15 @@ def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: in
     return Batch(np.where(padding, 0, tokens[:, :-1]), targets, loss_mask, segment_ids, positions)
 
 
+def dense_attention(query, key, value, segment_ids, scale):
+    """Causal attention in a segment as it is written down, all scores at once. Shapes as in ops/attention.py."""
+    length, shared = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+    visible = jnp.tril(jnp.ones((length, length), bool)) & (segment_ids[:, :, None] == segment_ids[:, None])
+    scores = jnp.where(visible[:, None], scale * jnp.einsum("blhq,bmhq->bhlm", query, key), -jnp.inf)
+    return jnp.einsum("bhlm,bmhv->blhv", jax.nn.softmax(scores, axis=-1), value)
+
+
 def compiled(function, *arguments):
     """Calls a function compiled without effort."""
     return jax.jit(function, compiler_options=FAST_COMPILE)(*arguments)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from opendeep_jax.config.checks import check_devices
-from opendeep_jax.config.load import check_workdir, save_run_config
+from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import resolve
 
 
@@ -18,8 +18,7 @@ def main(argv: Sequence[str]) -> None:
 
     logging.set_verbosity(launch.verbosity)
     check_devices(config, jax.device_count())
-    save_run_config(config, launch.recipe, launch.workdir)
 
     from opendeep_jax.train.loop import train
 
-    train(config, launch.workdir)
+    train(config, launch.workdir, launch.recipe)

@@ -188,16 +188,27 @@ def open_data(config: RunConfig, progress: bool = True) -> Data:
     """
     found = _find(config.data)
     tokenizer = _open_tokenizer(config.data, found, progress)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than model.vocab_size="
-            f"{config.model.vocab_size} rows of the embedding. Set --model.vocab_size={tokenizer.vocab_size} or more."
-        )
+    _check_vocabulary(tokenizer, config)
     stores: dict[Split, list[Store]] = {
         split: [_open_split(config.data, tokenizer, one, split, progress) for one in found]
         for split in ("train", "held_out")
     }
     return Data(config, tokenizer, found, stores)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises ConfigError for what `open_data` would refuse, as far as it shows without tokenizing anything."""
+    _find(config.data)
+    if not config.data.tokenizer.startswith("bpe:"):
+        _check_vocabulary(open_tokenizer(config.data.tokenizer, "", list, Path()), config)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than model.vocab_size="
+            f"{config.model.vocab_size} rows of the embedding. Set --model.vocab_size={tokenizer.vocab_size} or more."
+        )
 
 
 def prepare_tokenizer(config: DataConfig, progress: bool = True) -> Tokenizer:

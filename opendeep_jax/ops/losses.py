@@ -24,7 +24,7 @@ def chunked_cross_entropy(
     """Sums `-log softmax(hidden @ head)[target] + z_loss_weight * logsumexp²` over the positions in `mask`.
 
     Logits exist for about `chunk_tokens` tokens of a device at a time (the same positions of all its rows), in float32,
-    and are never computed twice: where a gradient is wanted, each chunk's share of it is made while its logits are there.
+    and are never computed twice: where a gradient is wanted, each chunk's share is made while its logits are there.
 
     Returns:
         The sum (divide by the global count of targets for a mean), and each position's cross-entropy without the

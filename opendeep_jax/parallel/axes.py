@@ -49,7 +49,8 @@ def batch_shards() -> int:
 
 def per_batch_shard(function: Callable, batched: int) -> Callable:
     """`function` on each device's own rows: its first `batched` arguments are divided along their first axis, which is
-    the batch, the others are whole; the result is divided like the batch. Without a mesh, `function` itself.
+    the batch, the others are whole; the result is divided like the batch. Where the batch can't be divided, and without
+    a mesh, every device runs `function` on all rows.
     """
     if batch_shards() == 1:
         return function
@@ -57,6 +58,8 @@ def per_batch_shard(function: Callable, batched: int) -> Callable:
     rows = PartitionSpec(BATCH_AXES)
 
     def divided(*arguments):
+        if arguments[0].shape[0] % batch_shards():
+            return function(*arguments)
         specs = tuple(rows if i < batched else PartitionSpec() for i in range(len(arguments)))
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
 

@@ -25,7 +25,12 @@ def make_mesh(parallel: ParallelConfig) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows divided over all devices that have rows of their own."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
 def put_batch(batch, mesh: Mesh):
     """A pytree of this process's rows as global arrays [B, …], each device holding its own rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

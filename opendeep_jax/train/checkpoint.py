@@ -23,6 +23,8 @@ from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.train.state import TrainState
 
 DIRECTORY = "checkpoints"
+TOKENIZER_FILE = "tokenizer.json"
+"""A copy of the run's tokenizer; the `bytes` tokenizer has no file."""
 
 
 class Checkpoints:

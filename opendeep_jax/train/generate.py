@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.pipeline import prepare_tokenizer
+from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.parameters import split
-from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.train.checkpoint import TOKENIZER_FILE, load_model
 
 
 def generate_from_workdir(
@@ -25,12 +24,8 @@ def generate_from_workdir(
         ConfigError: where there is no run or no such checkpoint.
     """
     model, config = load_model(workdir, step)
-    tokenizer = prepare_tokenizer(config.data, progress=False)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
-            f"{config.model.vocab_size}. Use the tokenizer that the run was trained with."
-        )
+    saved = Path(workdir, TOKENIZER_FILE)
+    tokenizer = load_tokenizer(saved) if saved.exists() else byte_tokenizer()
     skeleton, params, router_bias = split(model)
     next_tokens = make_next_tokens(skeleton, tokenizer.vocab_size, temperature, top_k)
     length = config.data.sequence_length

@@ -3,84 +3,96 @@
 import contextlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from opendeep_jax.config.schedule import tokens_before, total_steps
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import save_run_config
+from opendeep_jax.config.schedule import batch_size_at, total_steps
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.files import write_file
-from opendeep_jax.data.pipeline import Data, open_data
-from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
-from opendeep_jax.models.accounting import count_parameters, flops_per_token
-from opendeep_jax.models.parameters import Skeleton, skeleton
-from opendeep_jax.parallel.mesh import make_mesh, put_batch
-from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
-from opendeep_jax.train.evaluate import compressors, evaluation_batch_size, make_evaluator
-from opendeep_jax.train.metrics import MetricsWriter
+from opendeep_jax.data.pipeline import Data, check_data, open_data
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.mesh import batch_sharding, make_mesh, put_batch
+from opendeep_jax.train.checkpoint import TOKENIZER_FILE, Checkpoints, remove_partial_saves
+from opendeep_jax.train.observer import SUMMARY, Observer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.progress import Progress, human_time, startup_summary
 from opendeep_jax.train.report import write_report
-from opendeep_jax.train.state import TrainState, create_state
+from opendeep_jax.train.state import TrainState, abstract_state, create_state
 from opendeep_jax.train.step import make_train_step
-from opendeep_jax.train.summary import peak_flops, peak_memory_bytes, startup_rows
+from opendeep_jax.train.summary import data_rows, model_rows, peak_flops
+
+DATA_FILE = "data.json"
 
 
-def train(config: RunConfig, workdir: str | Path) -> dict:
+def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = None) -> dict:
     """Trains the run in `workdir` from its newest checkpoint (or from nothing) to its end; returns its summary.
 
+    Args:
+        recipe: what the configuration was made from, for `config_diff.txt`.
     Raises:
-        ConfigError: for data or a directory that the run cannot start from, before anything is compiled.
+        ConfigError: for data or a directory that the run cannot start from.
         OSError: when the disk fills up; the newest whole checkpoint stays.
     """
     begun = time.perf_counter()
     workdir = Path(workdir)
     use_compilation_cache(config)
-    data = open_data(config)
-    mesh = make_mesh(config.parallel)
-    bones = skeleton(config.model)
-    optimizer = make_optimizer(config, bones.axes())
+    check_data(config)
+    mesh, bones = make_mesh(config.parallel), skeleton(config.model)
     steps, peak = total_steps(config), peak_flops(config)
-    remove_partial_saves(workdir)
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        state = create_state(config, optimizer, bones, mesh)
-        found = checkpoints.steps()
-        print(startup_summary(startup_rows(config, state, mesh, data.describe(), peak, found)), flush=True)
-        state = checkpoints.restore(abstract(state)) or state if found else state
+    optimizer = make_optimizer(config, bones.axes())
+    with (
+        jax.set_mesh(mesh),
+        ThreadPoolExecutor(1) as background,
+        Checkpoints(workdir, config.checkpoint) as checkpoints,
+    ):
+        opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
+        remove_partial_saves(workdir)
+        template, found = abstract_state(config, optimizer, bones, mesh), checkpoints.steps()
+        print(startup_summary(model_rows(config, template, mesh, peak, found)), flush=True)
+        state = checkpoints.restore(template) if found else create_state(config, optimizer, template)
+        start = int(state.step)
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
-        observer = Observer(config, workdir, data, bones, mesh, peak, int(state.step))
-        with Progress(steps, int(state.step)) as progress:
-            batches = data.iterate(int(state.step), jax.process_index(), jax.process_count())
-            for step in range(int(state.step) + 1, steps + 1):
-                state, metrics = step_function(state, put_batch(next(batches), mesh))
-                if step == observer.first_step:
+        programs = Programs(config, step_function, template, mesh)
+        programs.at(start)
+        data = opening.result()
+        print(startup_summary(data_rows(config, data.describe())), flush=True)
+        save_run(config, recipe or config, data, workdir)
+        if start >= steps and (workdir / SUMMARY).exists():
+            print(f"finished: all {steps:,} steps are done. Report: {write_report(workdir)}")
+            return json.loads((workdir / SUMMARY).read_text())
+        observer = Observer(config, workdir, data, bones, mesh, peak, start)
+        with Progress(steps, start) as progress, contextlib.closing(observer.writer):
+            batches = data.iterate(start, jax.process_index(), jax.process_count())
+            for step in range(start + 1, steps + 1):
+                state, metrics = programs.at(step - 1)(state, put_batch(next(batches), mesh))
+                if step == start + 1:
                     jax.block_until_ready(metrics["loss"])
                     progress.message(f"first step after {human_time(time.perf_counter() - begun)}")
-                if is_due(step, config.train.log_every, steps) or step == observer.first_step:
+                if is_due(step, config.train.log_every, start + 1, steps):
                     progress.update(step, **observer.log(step, metrics))
                 if is_due(step, config.evaluation.every) and step < steps:
                     progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
-                if is_due(step, config.train.sample_every, steps if config.train.sample_every else 0):
+                if is_due(step, config.train.sample_every):
                     progress.message(observer.sample(step, state))
                 if is_due(step, config.checkpoint.every, steps):
                     with observer.aside(state):
                         checkpoints.save(state)
             progress.update(steps, **observer.evaluate(steps, state, config.evaluation.final_batches))
         summary = observer.finish(steps, time.perf_counter() - begun)
-    report = write_report(workdir)
-    print(f"report: {report}")
+    print(f"report: {write_report(workdir)}")
     return summary
 
 
-def is_due(step: int, every: int, last: int = 0) -> bool:
-    """Whether something done every so many steps (0: never), and at the last, is due at `step`."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+def is_due(step: int, every: int, *also: int) -> bool:
+    """Whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
+    return step in also or (every > 0 and step % every == 0)
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -90,109 +102,41 @@ def use_compilation_cache(config: RunConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-class Observer:
-    """What a run tells the world: numbers, evaluations, samples, the summary. It changes nothing of the run."""
+class Programs:
+    """The compiled training step for each batch size of the run, made when it is first needed."""
 
-    def __init__(self, config: RunConfig, workdir: Path, data: Data, bones: Skeleton, mesh, peak: float, step: int):
-        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
-        self.writer = MetricsWriter(workdir, resume_step=step)
-        self.first_step = step + 1
-        self.flops = flops_per_token(config.model, config.data.sequence_length).total
-        self.peak = peak * mesh.size
-        self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
-        self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
-        self.logged = step, time.perf_counter()
-        self.trained_seconds, self.trained_tokens = 0.0, 0
-        self.last: dict[str, float] = {}
+    def __init__(self, config: RunConfig, step_function, template: TrainState, mesh: Mesh):
+        self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
+        self.compiled: dict[int, jax.stages.Compiled] = {}
 
-    @contextlib.contextmanager
-    def aside(self, state: TrainState):
-        """What happens in here is not training: the clock behind tokens/s stands still."""
-        jax.block_until_ready(state)
-        begun = time.perf_counter()
-        yield
-        step, logged = self.logged
-        self.logged = step, logged + time.perf_counter() - begun
+    def at(self, step: int) -> jax.stages.Compiled:
+        """The program of `step` (from 0), compiled for the batch that it has."""
+        length = self.config.data.sequence_length
+        rows = batch_size_at(self.config.train, length, step)
+        if rows not in self.compiled:
+            sharding = batch_sharding(self.mesh)
+            whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
+            mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=sharding)
+            batch = Batch(whole, whole, mask, whole, whole)
+            self.compiled[rows] = self.step_function.lower(self.template, batch).compile()
+        return self.compiled[rows]
 
-    def log(self, step: int, metrics: dict) -> dict[str, float]:
-        """Writes a step's numbers. Only here does the loop wait for the device."""
-        metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        load, bias = metrics.pop("load"), metrics.pop("router_bias")
-        previous, before = self.logged
-        tokens = tokens_before(self.config, step) - tokens_before(self.config, previous)
-        seconds = now - before
-        record = {"step": step, "tokens": tokens_before(self.config, step)}
-        record |= {name: float(value) for name, value in metrics.items()}
-        if load:
-            layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
-            peaks = layers.max(axis=1) / np.maximum(layers.mean(axis=1), 1e-9)
-            record["expert_load_max_over_mean"] = float(peaks.max())
-            record["expert_load_max_over_mean_by_layer"] = [round(float(peak), 4) for peak in peaks]
-            biases = np.concatenate([np.atleast_2d(bias[name]) for name in load]) if bias else None
-            self.writer.experts(step, layers, biases)
-            if bias:
-                record |= {"router_bias_min": float(biases.min()), "router_bias_max": float(biases.max())}
-        if step > self.first_step:  # the first step compiles
-            self.trained_seconds += seconds
-            self.trained_tokens += tokens
-            speed = tokens / seconds
-            record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
-            record["mfu"] = speed * self.flops / self.peak if self.peak else None
-        else:
-            record["first_step_seconds"] = seconds
-        self.writer.scalars(record)
-        self.last = record
-        self.logged = step, time.perf_counter()
-        return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
 
-    def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        """Measures held-out text, all of it for 0 batches."""
-        with self.aside(state):
-            batches = self.data.held_out(
-                evaluation_batch_size(self.config), max_batches, jax.process_index(), jax.process_count()
-            )
-            result = self.evaluator(state.params, state.router_bias, batches)
-        self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **result})
-        self.last |= result
-        return {"held_out_bits_per_byte": result["held_out_bits_per_byte"]}
+def save_run(config: RunConfig, recipe: RunConfig, data: Data, workdir: Path) -> None:
+    """Writes what the run is made of: configuration, data and tokenizer.
 
-    def sample(self, step: int, state: TrainState) -> str:
-        """Lets the model continue the sample prompts; returns what to print."""
-        train, tokenizer = self.config.train, self.data.tokenizer
-        prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in train.sample_prompts]
-        with self.aside(state):
-            *_, texts = continue_prompts(
-                self.next_tokens,
-                state.params,
-                state.router_bias,
-                prompts,
-                tokenizer.eos_id,
-                self.config.data.sequence_length,
-                train.sample_tokens,
-                self.config.seed + step,
-            )
-        texts = [tokenizer.decode(text) for text in texts]
-        for prompt, text in zip(train.sample_prompts, texts, strict=True):
-            self.writer.sample(step, prompt, text)
-        return "\n".join(f"  {prompt}{text}" for prompt, text in zip(train.sample_prompts, texts, strict=True))
-
-    def finish(self, steps: int, seconds: float) -> dict:
-        """Writes summary.json and closes the files."""
-        count = count_parameters(self.config.model)
-        summary = {
-            "steps": steps,
-            "tokens": tokens_before(self.config, steps),
-            "seconds": seconds,
-            "final_loss": self.last.get("loss"),
-            "held_out_bits_per_byte": self.last["held_out_bits_per_byte"],
-            **compressors(self.data.held_out_text),
-            "tokens_per_second": self.trained_tokens / self.trained_seconds if self.trained_seconds else None,
-            "mfu": self.last.get("mfu"),
-            "parameters": count.total + count.mtp,
-            "active_parameters": count.active,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        write_file(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.writer.close()
-        return summary
+    Raises:
+        ConfigError: where the directory's run was trained on other text; its batches could not be made again.
+    """
+    here = data.describe()
+    path = workdir / DATA_FILE
+    if path.exists() and (there := json.loads(path.read_text()))["content_hash"] != here["content_hash"]:
+        raise ConfigError(
+            f"--workdir={workdir}: its run was trained on {there['train_tokens']:,} tokens (hash "
+            f"{there['content_hash'][:12]}), and the sources and the tokenizer now give {here['train_tokens']:,} others "
+            f"(hash {here['content_hash'][:12]}). Bring the sources back as they were, or give another --workdir."
+        )
+    write_file(path, json.dumps(here, indent=2) + "\n")
+    if data.tokenizer.path:
+        write_file(workdir / TOKENIZER_FILE, Path(data.tokenizer.path).read_text(encoding="utf-8"))
+    save_run_config(config, recipe, workdir)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from opendeep_jax.config.schedule import step_at_tokens, total_steps
+from opendeep_jax.config.schedule import step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import OptimizerConfig, RunConfig
 
 Axes = dict[str, tuple[str | None, ...]]
@@ -38,8 +38,9 @@ def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
 
 
 def _phases(config: RunConfig) -> tuple[list[optax.Schedule], list[int]]:
-    """V3's phases: token counts become steps, counted from the start of training."""
-    parts, ends, tokens, rate, start = [], [], 0, 1.0, config.optimizer.warmup_steps
+    """V3's phases, which follow the warm-up: token counts become steps."""
+    parts, ends, rate, start = [], [], 1.0, config.optimizer.warmup_steps
+    tokens = tokens_before(config, start)
     for phase in config.optimizer.phases:
         tokens += phase.tokens
         end = round(step_at_tokens(config, tokens))

@@ -47,13 +47,21 @@ def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh) -> TrainS
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def create_state(config: RunConfig, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh):
+def abstract_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; no array is made."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+
+    def placed(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh))
+
+
+def create_state(config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
     """Builds the first state in place on the mesh, no device ever holding more than its share."""
-
-    def init() -> TrainState:
-        return init_state(config, optimizer)
-
-    shardings = state_shardings(jax.eval_shape(init), skeleton, mesh)
     # This program runs once: on a CPU, compiling it takes far longer than running it, so it is compiled without effort.
     effort = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=effort)()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings, compiler_options=effort)()

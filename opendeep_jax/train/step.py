@@ -52,10 +52,12 @@ def batch_gradients(config: RunConfig, skeleton: Skeleton, state: TrainState, ba
     """Gradients of the global batch's loss in float32, and its metrics, micro-batch after micro-batch."""
     counts = target_counts(config, batch)
     gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+    axes = skeleton.axes()
 
     def micro_gradient(micro: Batch) -> tuple[Arrays, Metrics]:
         (_, sums), grads = gradient(config, skeleton, state.params, state.router_bias, micro, counts, state.step)
-        return grads, sums
+        # A gradient lies where its weight lies: each device adds up its own share and never holds another's.
+        return {name: constrain(grad, *axes[name]) for name, grad in grads.items()}, sums
 
     micros = config.train.accumulation_steps
     if micros == 1:

@@ -1,15 +1,16 @@
 """What a run says of itself: before the first step, and when it is over."""
 
+import math
 import resource
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from opendeep_jax.config.schedule import tokens_before, total_steps
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState
@@ -58,51 +59,75 @@ def measured_matmul(size: int = 1024, tries: int = 5) -> float:
 
 
 def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[str, float]:
-    """Bytes on one device by plain arithmetic: weights, gradients, moments, and the largest activations.
+    """Bytes on one device by plain arithmetic: weights, gradients, moments, and what the backward pass waits for.
 
-    Activations are what the backward pass keeps of each layer under its remat policy, in the compute dtype, to the
-    nearest few tens of percent; a compiled program knows better.
+    Activations count what each layer keeps under its remat policy; `none` keeps about 2.5 times what the matmuls give.
+    The compiler's own buffers come on top.
     """
 
-    def size(tree):
-        shards = (
-            leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
-            for leaf in jax.tree.leaves(tree)
-        )
-        return sum(
-            int(np.prod(shape)) * leaf.dtype.itemsize for shape, leaf in zip(shards, jax.tree.leaves(tree), strict=True)
-        )
+    def size(tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     model, train = config.model, config.train
     tokens = train.batch_size * config.data.sequence_length / train.accumulation_steps / devices
-    itemsize = jnp.dtype(model.dtype).itemsize
-    a, moe, D = model.attention, model.moe, model.hidden_size
-    attention = 4 * D + a.num_heads * (2 * a.qk_head_dim + 3 * a.value_head_dim + config.data.sequence_length)
-    full = {
-        "dense": attention + 3 * model.mlp_size,
-        "moe": attention + moe.experts_per_token * (3 * D + 4 * moe.expert_size) + 3 * moe.expert_size,
-    }
-    layers = {"dense": model.num_leading_dense_layers, "moe": model.num_moe_layers + model.mtp.depth}
-    kept = sum(
-        count * (full[kind] if getattr(model.remat, kind) == "none" else D) for kind, count in layers.items() if count
-    )
+    kept = 0.0
+    for kind, layers in (
+        ("dense", model.num_leading_dense_layers),
+        ("moe", model.num_moe_layers),
+        ("moe" if model.moe.num_experts else "dense", model.mtp.depth),
+    ):
+        widths, policy = activation_widths(model, kind), getattr(model.remat, kind)
+        names = model.remat.names if policy == "named" else () if policy == "full" else widths
+        width = model.hidden_size + sum(widths.get(name, 0) for name in names)
+        kept += layers * width * (2.5 if policy == "none" else 1)
     return {
         "weights": size(state.params),
         "gradients": size(state.params),
         "moments": size(state.opt_state),
-        "activations": tokens * kept * itemsize,
+        "activations": tokens * kept * jnp.dtype(model.dtype).itemsize,
         "logits": 2 * min(train.loss_chunk, tokens) * model.vocab_size * 4,
     }
 
 
-def startup_rows(config: RunConfig, state: TrainState, mesh, data: dict, peak: float, found: list[int]):
-    """Rows for `progress.startup_summary`: what is about to be trained, on what, for how long."""
+def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:
+    """Values per token of each activation that a `dense` or `moe` block names for remat."""
+    a, moe = model.attention, model.moe
+    if a.kind == "mla":
+        widths = {
+            "q_latent": a.q_lora_rank,
+            "kv_latent": a.kv_lora_rank + a.qk_rope_head_dim,
+            "key_value": a.num_heads * (a.qk_nope_head_dim + a.v_head_dim),
+        }
+    else:
+        widths = {"key_value": 2 * a.num_kv_heads * a.head_dim}
+    widths |= {
+        "query": a.num_heads * a.qk_head_dim,
+        "attention_output": a.num_heads * (a.value_head_dim + 1),
+        "residual": model.hidden_size,
+    }
+    if kind == "dense":
+        return widths | {"mlp_gate": model.mlp_size, "mlp_up": model.mlp_size}
+    shared, routed = moe.num_shared_experts * moe.expert_size, moe.experts_per_token * moe.expert_size
+    experts = {"mlp_gate": shared, "mlp_up": shared, "expert_gate": routed, "expert_up": routed}
+    return widths | experts | {"router_logits": moe.num_experts}
+
+
+def model_rows(
+    config: RunConfig, state: TrainState, mesh: Mesh, peak: float, found: list[int]
+) -> list[tuple[str, str]]:
+    """Rows for `progress.startup_summary`: what is about to be trained, on what, for how long.
+
+    Args:
+        state: the (abstract) state, for its shapes and shardings.
+        peak: FLOP/s of one device; 0 if it isn't known.
+        found: steps of the checkpoints in the work directory.
+    """
     count = count_parameters(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
     memory = memory_estimate(config, state, mesh.size)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     steps = total_steps(config)
-    tokens = tokens_before(config, steps)
     mtp = f" + {human_count(count.mtp)} in MTP modules" if count.mtp else ""
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())
     return [
@@ -112,16 +137,25 @@ def startup_rows(config: RunConfig, state: TrainState, mesh, data: dict, peak: f
         ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}: {axes}"),
         ("peak", f"{peak * mesh.size / 1e12:.3g} TFLOP/s" if peak else "unknown: set hardware.peak_tflops for MFU"),
         ("memory per device", f"about {human_bytes(sum(memory.values()))}: {parts}"),
-        (
-            "data",
-            f"{human_count(data['train_tokens'])} tokens in {data['train_documents']:,} documents, "
-            f"{data['bytes_per_token']:.2f} bytes per token, tokenizer {data['tokenizer']}",
-        ),
-        ("held out", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
-        *([("left out", f"{len(data['skipped'])} files: {', '.join(data['skipped'][:3])}")] if data["skipped"] else []),
-        ("training", f"{steps:,} steps, {human_count(tokens)} tokens, {tokens / data['train_tokens']:.2f} epochs"),
+        ("training", f"{steps:,} steps, {human_count(tokens_before(config, steps))} tokens"),
         ("checkpoints", f"resuming from step {found[-1]:,}" if found else "none found, starting anew"),
     ]
+
+
+def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
+    """Rows on the text, from `Data.describe()`."""
+    epochs = tokens_before(config, total_steps(config)) / max(data["train_tokens"], 1)
+    rows = [
+        (
+            "training text",
+            f"{human_count(data['train_tokens'])} tokens in {data['train_documents']:,} documents, "
+            f"{data['bytes_per_token']:.2f} bytes per token ({data['tokenizer']}); this run takes {epochs:.2f} epochs",
+        ),
+        ("held-out text", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
+    ]
+    if data["skipped"]:
+        rows.append(("left out", f"{len(data['skipped'])} files: {', '.join(data['skipped'][:3])}"))
+    return rows
 
 
 def peak_memory_bytes() -> int:

@@ -201,7 +201,7 @@ def test_recomputing_activations_changes_no_loss_and_no_gradient(policy, without
         np.testing.assert_allclose(grad, without_remat[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_full_remat_recomputes_more_matmuls_than_named_and_named_more_than_none():
+def test_full_remat_recomputes_the_matmuls_that_named_saves():
     none, named, nothing_named, full = (
         matmul_flops(jax.make_jaxpr(function)(params))
         for function, params in map(
@@ -209,7 +209,7 @@ def test_full_remat_recomputes_more_matmuls_than_named_and_named_more_than_none(
             (with_remat("none"), with_remat("named"), with_remat("named", names=()), with_remat("full")),
         )
     )
-    assert none < named < full
+    assert none <= named < full
     assert nothing_named == full
 
 
@@ -226,5 +226,5 @@ def test_yarn_stretches_the_context_of_the_same_weights():
     rope = RopeConfig(yarn_factor=8.0, yarn_original_length=8)
     stretched = dataclasses.replace(V3, attention=dataclasses.replace(V3.attention, rope=rope))
     tokens = random_tokens(1)
-    plain, longer = (compiled(lambda model=random_model(config): model(tokens)) for config in (V3, stretched))
+    plain, longer = (compiled(lambda model: model(tokens), random_model(config)) for config in (V3, stretched))
     assert np.abs(plain - longer).max() > 1e-3

@@ -68,7 +68,7 @@ def test_v3_learning_rate_is_the_reports_at_every_stage(v3):
     def rate(tokens):
         return v3.optimizer.learning_rate * rates(v3, round(step_at_tokens(v3, tokens)))[0]
 
-    assert v3.optimizer.learning_rate * rates(v3, 0)[0] == pytest.approx(2.2e-4 / 2000)
+    assert v3.optimizer.learning_rate * rates(v3, 0)[0] == pytest.approx(2.2e-4 / 2000, rel=1e-3)
     assert v3.optimizer.learning_rate * rates(v3, 1999)[0] == pytest.approx(2.2e-4)
     assert [rate(TRILLION), rate(10 * TRILLION)] == pytest.approx([2.2e-4] * 2)
     assert rate(12_150 * BILLION) == pytest.approx((2.2e-4 + 2.2e-5) / 2, rel=1e-3)  # half way down the cosine
@@ -110,7 +110,9 @@ def test_tokens_and_steps_are_each_others_inverse(ramp, length, step, final):
     assert rows_before(train, length, step) == sum(batch_size_at(train, length, i) for i in range(step))
     assert step_at_tokens(config, tokens_before(config, step)) == pytest.approx(step)
     assert tokens_before(config, step) == rows_before(train, length, step) * length
-    ramp_tokens = sum(math.ceil(stage.tokens / (stage.batch_size * length)) * stage.batch_size * length for stage in ramp)
+    ramp_tokens = sum(
+        math.ceil(stage.tokens / (stage.batch_size * length)) * stage.batch_size * length for stage in ramp
+    )
     assert batch_size_at(train, length, math.ceil(step_at_tokens(config, ramp_tokens))) == final
 
 
@@ -158,12 +160,20 @@ def test_adamw_is_the_papers_and_decays_matrices_alone(decay_embeddings):
         np.testing.assert_allclose(params[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def moments(state, *kinds):
+    """The arrays by name of an optimizer state's moments, all or those of the kinds `mu` and `nu`."""
+    return {
+        (path[-1].key if kinds else path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if any(getattr(key, "name", None) in (kinds or ("mu", "nu")) for key in path)
+    }
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_moments_are_stored_in_their_own_dtypes(kind):
     config = run(kind=kind, first_moment_dtype="bfloat16", second_moment_dtype="bfloat16")
     params, state = three_steps(config)
-    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
-    assert moments and {leaf.dtype for leaf in moments} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in moments(state).values()} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in params.values()} == {jnp.dtype("float32")}
     exact, _ = three_steps(run(kind=kind))
     for name, value in params.items():
@@ -222,10 +232,6 @@ def test_the_rule_of_a_weight_follows_its_axes_in_a_whole_model():
     config = dataclasses.replace(run(kind="muon"), model=V3)
     params = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in bones.shapes().items() if "bias" not in name}
     state = jax.eval_shape(make_optimizer(config, bones.axes()).init, params)
-    second = {
-        path[-1].key
-        for path, _ in jax.tree_util.tree_leaves_with_path(state)
-        if any(getattr(key, "name", None) == "nu" for key in path)
-    }
     expected = {name for name in params if name.endswith("scale")} | {"embedding.embedding", "head.kernel"}
-    assert second == expected  # only AdamW keeps a second moment
+    assert set(moments(state, "nu")) == expected  # only AdamW keeps a second moment
+    assert set(moments(state, "mu")) == set(params)

@@ -1,0 +1,141 @@
+"""What a run tells the world: numbers, evaluations, samples, the summary."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from opendeep_jax.config.schedule import tokens_before
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.files import write_file
+from opendeep_jax.data.pipeline import Data
+from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
+from opendeep_jax.models.accounting import count_parameters, flops_per_token
+from opendeep_jax.models.parameters import Skeleton
+from opendeep_jax.train.evaluate import compressors, evaluation_batch_size, make_evaluator
+from opendeep_jax.train.metrics import MetricsWriter
+from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.step import Metrics
+from opendeep_jax.train.summary import peak_memory_bytes
+
+SUMMARY = "summary.json"
+
+
+class Observer:
+    """Measures and writes; it changes nothing of the run.
+
+    Args:
+        peak: FLOP/s of one device, for MFU; 0 if it isn't known.
+        step: the step that training goes on from.
+    """
+
+    def __init__(
+        self, config: RunConfig, workdir: Path, data: Data, bones: Skeleton, mesh: Mesh, peak: float, step: int
+    ):
+        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
+        self.writer = MetricsWriter(workdir, resume_step=step)
+        self.first_step = step + 1
+        self.flops = flops_per_token(config.model, config.data.sequence_length).total
+        self.peak = peak * mesh.size
+        self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
+        self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
+        self.logged = step, time.perf_counter()
+        self.trained_seconds, self.trained_tokens = 0.0, 0
+        self.last: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def aside(self, state: TrainState) -> Iterator[None]:
+        """What happens in here is not training: the clock behind tokens/s stands still."""
+        jax.block_until_ready(state)
+        begun = time.perf_counter()
+        yield
+        step, logged = self.logged
+        self.logged = step, logged + time.perf_counter() - begun
+
+    def log(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Writes a step's numbers. Only here does the loop wait for the device."""
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        load, bias = metrics.pop("load"), metrics.pop("router_bias")
+        previous, before = self.logged
+        tokens = tokens_before(self.config, step) - tokens_before(self.config, previous)
+        seconds = now - before
+        record = {"step": step, "tokens": tokens_before(self.config, step)}
+        record |= {name: float(value) for name, value in metrics.items()}
+        if load:
+            layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
+            peaks = layers.max(axis=1) / np.maximum(layers.mean(axis=1), 1e-9)
+            record["expert_load_max_over_mean"] = float(peaks.max())
+            record["expert_load_max_over_mean_by_layer"] = [round(float(peak), 4) for peak in peaks]
+            biases = np.concatenate([np.atleast_2d(bias[name]) for name in load]) if bias else None
+            self.writer.experts(step, layers, biases)
+            if bias:
+                record |= {"router_bias_min": float(biases.min()), "router_bias_max": float(biases.max())}
+        if step > self.first_step:  # the first step compiles
+            self.trained_seconds += seconds
+            self.trained_tokens += tokens
+            speed = tokens / seconds
+            record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
+            record["mfu"] = speed * self.flops / self.peak if self.peak else None
+        else:
+            record["first_step_seconds"] = seconds
+        self.writer.scalars(record)
+        self.last = record
+        self.logged = step, time.perf_counter()
+        return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
+
+    def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
+        """Measures held-out text, all of it for 0 batches."""
+        with self.aside(state):
+            batches = self.data.held_out(
+                evaluation_batch_size(self.config), max_batches, jax.process_index(), jax.process_count()
+            )
+            result = self.evaluator(state.params, state.router_bias, batches)
+        self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **result})
+        self.last |= result
+        return {"held_out_bits_per_byte": result["held_out_bits_per_byte"]}
+
+    def sample(self, step: int, state: TrainState) -> str:
+        """Lets the model continue the sample prompts; returns what to print."""
+        train, tokenizer = self.config.train, self.data.tokenizer
+        prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in train.sample_prompts]
+        with self.aside(state):
+            *_, texts = continue_prompts(
+                self.next_tokens,
+                state.params,
+                state.router_bias,
+                prompts,
+                tokenizer.eos_id,
+                self.config.data.sequence_length,
+                train.sample_tokens,
+                self.config.seed + step,
+            )
+        texts = [tokenizer.decode(text) for text in texts]
+        for prompt, text in zip(train.sample_prompts, texts, strict=True):
+            self.writer.sample(step, prompt, text)
+        return "\n".join(f"  {prompt}{text}" for prompt, text in zip(train.sample_prompts, texts, strict=True))
+
+    def finish(self, steps: int, seconds: float) -> dict:
+        """Writes summary.json and closes the files."""
+        count = count_parameters(self.config.model)
+        summary = {
+            "steps": steps,
+            "tokens": tokens_before(self.config, steps),
+            "seconds": seconds,
+            "final_loss": self.last.get("loss"),
+            "held_out_bits_per_byte": self.last["held_out_bits_per_byte"],
+            **compressors(self.data.held_out_text),
+            "tokens_per_second": self.trained_tokens / self.trained_seconds if self.trained_seconds else None,
+            "mfu": self.last.get("mfu"),
+            "parameters": count.total + count.mtp,
+            "active_parameters": count.active,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_file(self.workdir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        self.writer.close()
+        return summary

@@ -1,0 +1,191 @@
+"""One training step: the same on any devices and in any number of micro-batches, and what each number means."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_models import DENSE, FAST_COMPILE, GQA, V3, packed_batch, random_arrays, run_config
+
+from opendeep_jax.config.schema import MTPConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.mesh import AXES, axis_sizes, put_batch
+from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
+from opendeep_jax.train.step import make_train_step
+
+MODEL = dataclasses.replace(V3, mtp=MTPConfig(depth=1, loss_weight=0.3))
+BATCH = packed_batch(rows=16, length=16, seed=5)
+
+
+def gradients_as_state():
+    """An update rule that changes nothing and keeps the gradients it was given as its state."""
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(params), grads))
+
+
+def mesh_of(parallel: ParallelConfig, device_count: int):
+    """The mesh of a configuration over the first devices."""
+    sizes = axis_sizes(parallel, device_count)
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=jax.devices()[:device_count])
+
+
+def run_step(model=MODEL, batch=BATCH, devices=1, accumulation=1, clip_norm=0.0, z_loss_weight=0.01, **parallel):
+    """One step from random parameters: (state before, state after with the gradients as opt_state, metrics)."""
+    config = run_config(
+        model,
+        optimizer=OptimizerConfig(warmup_steps=0, clip_norm=clip_norm),
+        train=TrainConfig(
+            steps=10, batch_size=16, loss_chunk=24, accumulation_steps=accumulation, z_loss_weight=z_loss_weight
+        ),
+    )
+    bones = skeleton(model)
+    params, router_bias = random_arrays(bones)
+    rule = gradients_as_state()
+    mesh = mesh_of(ParallelConfig(**{"fsdp": 1} | parallel), devices)
+    state = TrainState(jnp.int32(0), params, rule.init(params), router_bias)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, state_shardings(state, bones, mesh))
+        step = jax.jit(make_train_step(config, bones, rule), compiler_options=FAST_COMPILE)
+        return state, *step(state, put_batch(batch, mesh))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The step on one device, the batch in one piece."""
+    return run_step()
+
+
+CUTS = {
+    "2 micro-batches": {"accumulation": 2},
+    "data 8": {"devices": 8, "data": 8},
+    "fsdp 8": {"devices": 8, "fsdp": 8},
+    "data 2 x fsdp 4, 2 micro-batches": {"devices": 8, "data": 2, "fsdp": 4, "accumulation": 2},
+}
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def cut(request):
+    """The step with its batch cut over devices or micro-batches."""
+    return run_step(**CUTS[request.param])
+
+
+def test_a_cut_batch_has_the_loss_and_gradients_of_the_whole_one(cut, reference):
+    (_, whole, whole_metrics), (_, parts, metrics) = reference, cut
+    assert metrics.keys() == whole_metrics.keys()
+    for name in ("loss", "lm_loss", "mtp_loss", "balance_loss"):
+        np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics["grad_norm"], whole_metrics["grad_norm"], rtol=1e-4)
+    for name, grad in whole.opt_state.items():
+        scale = np.abs(grad).max()
+        np.testing.assert_allclose(parts.opt_state[name], grad, rtol=1e-4, atol=1e-4 * scale, err_msg=name)
+
+
+def test_a_cut_batch_has_exactly_the_loads_and_router_biases_of_the_whole_one(cut, reference):
+    (_, whole, whole_metrics), (_, parts, metrics) = reference, cut
+    jax.tree.map(np.testing.assert_array_equal, metrics["load"], whole_metrics["load"])
+    jax.tree.map(np.testing.assert_array_equal, parts.router_bias, whole.router_bias)
+
+
+def test_weights_and_optimizer_state_stay_divided_over_the_fsdp_axis():
+    before, after, _ = run_step(devices=8, fsdp=8)
+    for state in (before, after):
+        for arrays in (state.params, state.opt_state):
+            assert arrays["moe_layers.moe.gate"].sharding.shard_shape((2, 8, 16, 8)) == (2, 8, 2, 8)
+            assert arrays["embedding.embedding"].sharding.shard_shape((64, 16)) == (64, 2)
+    # What cannot be divided is whole everywhere, and that is little.
+    whole = sum(x.size for x in before.params.values() if x.sharding.is_fully_replicated)
+    assert whole < 0.1 * sum(x.size for x in before.params.values())
+
+
+def test_the_first_state_is_made_in_its_place_and_is_the_same_on_any_mesh():
+    config = run_config(dataclasses.replace(GQA, num_layers=1, num_dense_layers=0))
+    bones = skeleton(config.model)
+    optimizer = make_optimizer(config, bones.axes())
+    one, eight = (
+        create_state(config, optimizer, abstract_state(config, optimizer, bones, mesh_of(ParallelConfig(), count)))
+        for count in (1, 8)
+    )
+    assert jax.tree.structure(one) == jax.tree.structure(eight)
+    for name, value in one.params.items():
+        np.testing.assert_array_equal(value, eight.params[name], err_msg=name)
+    gate = eight.params["moe_layers.moe.gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (1, 8, 2, 8)
+    placed = [leaf for leaf in jax.tree.leaves(eight.opt_state) if leaf.shape == gate.shape]
+    assert placed and all(leaf.sharding == gate.sharding for leaf in placed)
+
+
+# ---- what the numbers mean
+
+
+def masked_mean(logits, targets, mask):
+    each = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1)[..., 0]
+    return each[mask].mean()
+
+
+def test_losses_are_means_over_all_valid_targets_and_add_up(reference):
+    before, _, metrics = reference
+    bones = skeleton(MODEL)
+
+    @jax.jit
+    def logits(params, router_bias, batch):
+        model = bones.model(params, router_bias)
+        out = model.forward(batch.tokens, batch.segment_ids, batch.positions, batch.targets)
+        return [hidden @ model.head_kernel() for hidden in (out.hidden, *out.mtp_hidden)]
+
+    main, mtp = logits(before.params, before.router_bias, BATCH)
+    lm_loss = masked_mean(main, BATCH.targets, BATCH.loss_mask)
+    further = np.roll(BATCH.targets, -1, axis=1)
+    mask = BATCH.loss_mask & np.roll(BATCH.loss_mask, -1, axis=1)
+    mask[:, -1] = False
+    mtp_loss = masked_mean(mtp, further, mask)
+    z_loss = 0.01 * (np.asarray(jax.nn.logsumexp(main, axis=-1))[BATCH.loss_mask] ** 2).mean()
+    mtp_z_loss = 0.01 * (np.asarray(jax.nn.logsumexp(mtp, axis=-1))[mask] ** 2).mean()
+    np.testing.assert_allclose(metrics["lm_loss"], lm_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["mtp_loss"], mtp_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["z_loss"], z_loss, rtol=1e-4)
+    total = lm_loss + z_loss + 0.3 * (mtp_loss + mtp_z_loss) + 1e-2 * metrics["balance_loss"]
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
+def test_loads_count_every_valid_tokens_choices_and_biases_move_against_them(reference):
+    before, after, metrics = reference
+    valid = int((BATCH.segment_ids > 0).sum())
+    for name, load in metrics["load"].items():
+        load = np.asarray(load)
+        assert load.dtype == np.int32 and (load.sum(-1) == valid * V3.moe.experts_per_token).all()
+        moved = after.router_bias[name] - before.router_bias[name]
+        want = 1e-3 * np.sign(load.mean(-1, keepdims=True) - load)
+        np.testing.assert_allclose(moved, want, atol=1e-7)
+    assert (
+        set(metrics["load"]) == set(after.router_bias) == {"moe_layers.moe.router_bias", "mtp.0.block.moe.router_bias"}
+    )
+
+
+def test_what_stands_in_padding_changes_nothing(reference):
+    _, whole, whole_metrics = reference
+    padding, noise = BATCH.segment_ids == 0, packed_batch(rows=16, seed=9)
+    assert padding.any()
+    batch = dataclasses.replace(
+        BATCH,
+        tokens=np.where(padding, noise.targets, BATCH.tokens),
+        targets=np.where(padding, noise.targets, BATCH.targets),
+    )
+    _, state, metrics = run_step(batch=batch)
+    np.testing.assert_allclose(metrics["lm_loss"], whole_metrics["lm_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["balance_loss"], whole_metrics["balance_loss"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, metrics["load"], whole_metrics["load"])
+
+
+def test_gradients_are_cut_to_the_clip_norm_and_smaller_ones_left_alone():
+    model = dataclasses.replace(DENSE, num_layers=1)
+    norms = []
+    for clip in (1000.0, 0.05):
+        _, state, metrics = run_step(model, clip_norm=clip)
+        norms.append((float(metrics["grad_norm"]), float(optax.global_norm(state.opt_state))))
+    (reported, plain), (reported_again, cut) = norms
+    assert plain > 0.05 and cut == pytest.approx(0.05, rel=1e-5)
+    assert (reported, reported_again) == pytest.approx((plain, plain), rel=1e-5)
