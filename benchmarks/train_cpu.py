@@ -159,5 +159,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=12, help="timed steps, at least 3")
     parser.add_argument("--reference", action="store_true", help="measure transformers + torch instead")
     arguments = parser.parse_args()
+    if not arguments.reference:
+        from opendeep_jax.cli.large_pages import restart_with_large_pages
+
+        restart_with_large_pages()  # as `opendeep train` does
     measure = measure_transformers if arguments.reference else measure_opendeep
     print(json.dumps(measure(max(arguments.steps, 3))))

@@ -2,6 +2,6 @@
 
 import sys
 
-from opendeep_jax.cli.main import main
+from opendeep_jax.cli.main import script
 
-sys.exit(main())
+sys.exit(script())

@@ -33,12 +33,11 @@ def small_run(tmp_path_factory, text_corpus) -> Path:
     """The work directory of a small finished run over 8 devices, with every mechanism of V3 switched on."""
     from small_models import small_run_config
 
-    from opendeep_jax.config.load import check_workdir, save_run_config
+    from opendeep_jax.config.load import check_workdir
     from opendeep_jax.train.loop import train
 
     directory = tmp_path_factory.mktemp("small_run")
     config = small_run_config(text_corpus, directory / "data")
     check_workdir(config, directory / "run")
-    save_run_config(config, config, directory / "run")
     train(config, directory / "run")
     return directory / "run"

@@ -1,18 +1,25 @@
 """Grouped matmul whose work follows the rows that are there, in plain JAX: for CPUs.
 
-Groups are taken BATCH at a time, those of like size together. A loop over blocks of ROWS rows multiplies one block of
-each of them in one batched matmul, as often as the largest of them needs: weights are read once per group, and the
-batch is what lets the CPU backend use all cores. Loop lengths depend on the data, so the derivatives are written out.
+Groups are taken a few at a time, those of like size together. A loop over blocks of rows multiplies one block of each
+of them in one batched matmul, as often as the largest of them needs: weights are read once per group, and the batch
+is what lets the CPU backend use all cores. Loop lengths depend on the data, so the derivatives are written out.
 
-M rows, G groups, K inner size, N output size, J batches of groups, B groups in a batch.
+M rows, G groups, K inner size, N output size, J batches of groups, B groups in a batch, R rows in a block.
 """
+
+import os
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROWS = 256
-BATCH = 4
+BATCH = min(max(os.cpu_count() or 1, 2), 8)
+"""Groups multiplied at a time: a core for each, and no more than fit the caches."""
+
+
+def _block_rows(num_rows, num_groups):
+    """Rows R of a block: a power of two from 32 to 256, about a quarter of a group, so that little is padding."""
+    return min(max(1 << (num_rows // num_groups // 4).bit_length(), 32), 256)
 
 
 @jax.custom_vjp
@@ -43,24 +50,25 @@ def _batches(group_sizes):
     return [jnp.pad(column, (0, fill)).reshape(-1, batch) for column in columns]
 
 
-def _take(x, starts):
-    """Blocks [B, ROWS, …] of x from each start."""
-    return jnp.stack([lax.dynamic_slice_in_dim(x, start, ROWS) for start in starts])
+def _take(x, starts, rows):
+    """Blocks [B, R, …] of x from each start."""
+    return jnp.stack([lax.dynamic_slice_in_dim(x, start, rows) for start in starts])
 
 
-def _present(sizes, offset):
-    """True [B, ROWS, 1] for the rows of a block that belong to its group."""
-    return (jnp.arange(ROWS) < (sizes - offset)[:, None])[..., None]
+def _present(sizes, offset, rows):
+    """True [B, R, 1] for the rows of a block that belong to its group."""
+    return (jnp.arange(rows) < (sizes - offset)[:, None])[..., None]
 
 
-def _pad(x):
+def _pad(x, rows):
     """Room behind the last row, so that a block that begins in x never ends outside."""
-    return jnp.pad(x, ((0, ROWS), (0, 0)))
+    return jnp.pad(x, ((0, rows), (0, 0)))
 
 
 def _rows_by_groups(equation, x, weights, group_sizes):
     """Each row of x [M, ·] times its group's weights [G, ·, ·], zeros beyond the groups."""
-    padded = _pad(x)
+    rows = _block_rows(x.shape[0], weights.shape[0])
+    padded = _pad(x, rows)
     groups, starts, sizes = _batches(group_sizes)
     width = weights.shape[2] if equation.endswith("n") else weights.shape[1]
 
@@ -70,14 +78,14 @@ def _rows_by_groups(equation, x, weights, group_sizes):
         def block(state):
             offset, out = state
             first = jnp.minimum(starts[j] + offset, x.shape[0])
-            y = jnp.einsum(equation, _take(padded, first), batch_weights, preferred_element_type=jnp.float32)
-            present = _present(sizes[j], offset)
+            y = jnp.einsum(equation, _take(padded, first, rows), batch_weights, preferred_element_type=jnp.float32)
+            present = _present(sizes[j], offset, rows)
             for b in range(groups.shape[1]):
                 # Rows behind a group's end are another group's: they keep what stands there.
-                kept = lax.dynamic_slice_in_dim(out, first[b], ROWS)
+                kept = lax.dynamic_slice_in_dim(out, first[b], rows)
                 merged = jnp.where(present[b], y[b].astype(out.dtype), kept)
                 out = lax.dynamic_update_slice_in_dim(out, merged, first[b], 0)
-            return offset + ROWS, out
+            return offset + rows, out
 
         return lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, out))[1]
 
@@ -87,16 +95,19 @@ def _rows_by_groups(equation, x, weights, group_sizes):
 
 def _groups_from_rows(x, y, group_sizes):
     """The sum over each group's rows of the outer products of x [M, K] and y [M, N]: float32 [G, K, N]."""
-    padded_x, padded_y = _pad(x), _pad(y)
+    rows = _block_rows(x.shape[0], group_sizes.shape[0])
+    padded_x, padded_y = _pad(x, rows), _pad(y, rows)
     groups, starts, sizes = _batches(group_sizes)
 
     def batch(j, out):
         def block(state):
             offset, total = state
             first = jnp.minimum(starts[j] + offset, x.shape[0])
-            present = jnp.where(_present(sizes[j], offset), _take(padded_x, first), 0)
-            product = jnp.einsum("brk,brn->bkn", present, _take(padded_y, first), preferred_element_type=jnp.float32)
-            return offset + ROWS, total + product
+            present = jnp.where(_present(sizes[j], offset, rows), _take(padded_x, first, rows), 0)
+            product = jnp.einsum(
+                "brk,brn->bkn", present, _take(padded_y, first, rows), preferred_element_type=jnp.float32
+            )
+            return offset + rows, total + product
 
         total = jnp.zeros((groups.shape[1], x.shape[1], y.shape[1]), jnp.float32)
         total = lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, total))[1]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import opendeep_jax
+from opendeep_jax.cli.large_pages import restart_with_large_pages
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
 
@@ -78,5 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def script() -> int:
+    """The `opendeep` command."""
+    if sys.argv[1:2] == ["train"]:
+        restart_with_large_pages()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

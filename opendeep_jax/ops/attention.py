@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-MIN_BLOCK = 128
+MIN_BLOCK = 256
 MAX_BLOCKS = 8
 
 

@@ -49,7 +49,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
     optimizer = make_optimizer(config, bones.axes())
     with (
         jax.set_mesh(mesh),
-        ThreadPoolExecutor(1) as background,
+        ThreadPoolExecutor(1) as pool,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
@@ -133,7 +133,7 @@ def save_run(config: RunConfig, recipe: RunConfig, data: Data, workdir: Path) ->
     if path.exists() and (there := json.loads(path.read_text()))["content_hash"] != here["content_hash"]:
         raise ConfigError(
             f"--workdir={workdir}: its run was trained on {there['train_tokens']:,} tokens (hash "
-            f"{there['content_hash'][:12]}), and the sources and the tokenizer now give {here['train_tokens']:,} others "
+            f"{there['content_hash'][:12]}), and its sources and tokenizer now give {here['train_tokens']:,} others "
             f"(hash {here['content_hash'][:12]}). Bring the sources back as they were, or give another --workdir."
         )
     write_file(path, json.dumps(here, indent=2) + "\n")

@@ -12,7 +12,6 @@ from opendeep_jax.config.schema import CheckpointConfig, OptimizerConfig, Parall
 from opendeep_jax.models.parameters import skeleton, split
 from opendeep_jax.parallel.mesh import AXES, axis_sizes
 from opendeep_jax.train.checkpoint import Checkpoints, load_model, remove_partial_saves
-from opendeep_jax.train.loop import abstract
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings
 
@@ -32,6 +31,11 @@ def state_on(devices: int, step: int = 3, seed: int = 0, **parallel) -> TrainSta
     sizes = axis_sizes(ParallelConfig(**parallel), devices)
     mesh = jax.make_mesh(sizes, AXES, axis_types=types, devices=jax.devices()[:devices])
     return jax.device_put(state, state_shardings(state, BONES, mesh))
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def save(directory, *states, keep=0):

@@ -59,14 +59,6 @@ def assert_same_numbers(workdir, other):
     assert read_jsonl(workdir / "experts.jsonl")[-1] == read_jsonl(other / "experts.jsonl")[-1]
 
 
-@pytest.fixture
-def new_run(small_run, tmp_path):
-    """A work directory of the same run that has not begun."""
-    config = load_run_config(small_run)
-    save_run_config(config, config, tmp_path)
-    return tmp_path
-
-
 def test_a_finished_run_has_all_its_files(small_run):
     files = {path.name for path in small_run.iterdir()}
     assert files >= {"config.json", "config_diff.txt", "metrics.jsonl", "evaluation.jsonl", "experts.jsonl"}
@@ -114,35 +106,6 @@ def test_checkpoints_are_kept_as_configured(small_run):
         assert checkpoints.steps() == [16, 24]
 
 
-def test_a_run_that_is_interrupted_and_resumed_twice_has_the_numbers_of_an_undisturbed_one(
-    new_run, small_run, monkeypatch, capsys
-):
-    put, stop = loop.put_batch, {"after": 13}
-
-    def put_batch(*arguments):
-        stop["after"] -= 1
-        if stop["after"] < 0:
-            raise KeyboardInterrupt
-        return put(*arguments)
-
-    config = load_run_config(new_run)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "put_batch", put_batch)
-        with pytest.raises(KeyboardInterrupt):  # at step 14, the newest checkpoint is that of step 8
-            loop.train(config, new_run)
-        capsys.readouterr()
-        stop["after"] = 10
-        with pytest.raises(KeyboardInterrupt):  # at step 19, the newest checkpoint is that of step 16
-            loop.train(config, new_run)
-        assert "resuming from step 8" in capsys.readouterr().out
-    summary = loop.train(config, new_run)
-    assert "resuming from step 16" in capsys.readouterr().out
-    assert_same_numbers(new_run, small_run)
-    expected = json.loads((small_run / "summary.json").read_text())
-    for field in ("steps", "tokens", "final_loss", "held_out_bits_per_byte", "parameters"):
-        assert summary[field] == expected[field], field
-
-
 def test_training_a_finished_run_again_changes_none_of_its_numbers(small_run, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(small_run, again)
@@ -155,14 +118,33 @@ def test_training_a_finished_run_again_changes_none_of_its_numbers(small_run, tm
     assert json.loads((again / "summary.json").read_text()) == summary
 
 
-def test_a_killed_run_resumes_with_the_numbers_of_an_undisturbed_one(new_run, small_run):
-    root = Path(loop.__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+def test_a_run_that_is_killed_and_then_interrupted_has_the_numbers_of_an_undisturbed_one(
+    small_run, tmp_path, monkeypatch, capsys
+):
+    config = load_run_config(small_run)
+    save_run_config(config, config, tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[2])}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(new_run)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", KILLED_RUN, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    lines = records(new_run)
-    assert 8 in lines and not (new_run / "summary.json").exists()
-    loop.train(load_run_config(new_run), new_run)
-    assert_same_numbers(new_run, small_run)
+    assert 8 in records(tmp_path) and not (tmp_path / "summary.json").exists()
+
+    put, left = loop.put_batch, iter(range(10))
+
+    def put_batch(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return put(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "put_batch", put_batch)
+        loop.train(config, tmp_path)
+    assert "resuming from step 8" in capsys.readouterr().out
+    summary = loop.train(config, tmp_path)
+    assert "resuming from step 16" in capsys.readouterr().out
+
+    assert_same_numbers(tmp_path, small_run)
+    expected = json.loads((small_run / "summary.json").read_text())
+    for field in ("steps", "tokens", "final_loss", "held_out_bits_per_byte", "parameters"):
+        assert summary[field] == expected[field], field
