@@ -86,6 +86,6 @@ def get_config() -> RunConfig:
                 Phase("constant", 0.316 * 0.316),
             ),
         ),
-        train=TrainConfig(steps=0, total_tokens=TOTAL_TOKENS, batch_size=BATCH_SIZE, loss_chunk=256),
+        train=TrainConfig(steps=0, total_tokens=TOTAL_TOKENS, batch_size=BATCH_SIZE),
         evaluation=EvaluationConfig(every=1000, batches=2, final_batches=16, batch_size=1536),
     )

@@ -102,7 +102,6 @@ def get_config() -> RunConfig:
             total_tokens=14_800 * BILLION,
             batch_size=15_360,
             batch_ramp=tuple(RampStage(rows, RAMP_TOKENS // 4) for rows in (3072, 6144, 9216, 12_288)),
-            loss_chunk=256,
         ),
         evaluation=EvaluationConfig(every=1000, batches=2, final_batches=16, batch_size=3072),
     )

@@ -63,7 +63,7 @@ def get_config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=6e-4, schedule="wsd", warmup_steps=1000, final_fraction=0.0),
         parallel=ParallelConfig(fsdp=8),
-        train=TrainConfig(steps=0, total_tokens=20_000_000_000, batch_size=512, accumulation_steps=4, loss_chunk=256),
+        train=TrainConfig(steps=0, total_tokens=20_000_000_000, batch_size=512, accumulation_steps=4),
         evaluation=EvaluationConfig(every=500, batches=8, final_batches=64, batch_size=128),
         checkpoint=CheckpointConfig(every=1000),
     )

@@ -19,7 +19,7 @@ BATCH = min(max(os.cpu_count() or 1, 2), 8)
 
 def _block_rows(num_rows, num_groups):
     """Rows R of a block: a power of two from 32 to 256, about a quarter of a group, so that little is padding."""
-    return min(max(1 << (num_rows // num_groups // 4).bit_length(), 32), 256)
+    return min(max(1 << max((num_rows // num_groups // 4).bit_length() - 1, 0), 32), 256)
 
 
 @jax.custom_vjp

@@ -16,7 +16,7 @@ from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from opendeep_jax.train.step import make_train_step
 
-MODEL = dataclasses.replace(V3, mtp=MTPConfig(depth=1, loss_weight=0.3))
+MODEL = dataclasses.replace(V3, num_layers=2, num_dense_layers=0, mtp=MTPConfig(depth=1, loss_weight=0.3))
 BATCH = packed_batch(rows=16, length=16, seed=5)
 
 
