@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite: 15.7B parameters, 2.4B of them active.
+"""DeepSeek-V2-Lite: 15.7B parameters, 2.66B of them active (2.45B without the input embedding).
 
 Paper:     DeepSeek-V2 (arXiv:2405.04434), appendix B: MLA without q compression, softmax routing without groups or
            normalisation, balanced by an expert-level loss; the rate falls in two steps at 80 % and 90 % of the tokens.

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: 671B parameters, 37B of them active, and the multi-token prediction module. The report's pretraining.
+"""DeepSeek-V3: 671B parameters, 37.6B of them active, and a multi-token prediction module. The report's pretraining.
 
 Paper:     DeepSeek-V3 (arXiv:2412.19437), sections 2.1, 2.2 and 4.2.
 Command:   opendeep train --config=deepseek_v3 --workdir=runs/deepseek_v3

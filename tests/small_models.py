@@ -25,9 +25,6 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-"""Compiler options: these programs run once, so most of their time is compiling them."""
-
 MLA = AttentionConfig(num_heads=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
 MOE = MoEConfig(
     num_experts=8,
@@ -132,8 +129,8 @@ def dense_attention(query, key, value, segment_ids, scale):
 
 
 def compiled(function, *arguments):
-    """Calls a function compiled without effort."""
-    return jax.jit(function, compiler_options=FAST_COMPILE)(*arguments)
+    """Calls a function compiled as a whole: one program instead of one for each of its operations."""
+    return jax.jit(function)(*arguments)
 
 
 def write_text(root: Path, documents: int = 40) -> Path:

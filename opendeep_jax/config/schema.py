@@ -237,7 +237,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "wsd", "phases"] = "cosine"
     """After warm-up: constant, cosine to final_fraction, warmup-stable-decay, or the phases below."""
     warmup_steps: int = 100
-    """Linear warm-up from 0, in steps."""
+    """Linear warm-up in equal stairs: the first step has 1 / warmup_steps of the peak."""
     decay_fraction: float = 0.2
     """wsd: the last share of the run over which the rate falls linearly."""
     final_fraction: float = 0.1

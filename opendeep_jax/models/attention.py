@@ -28,7 +28,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
         """Attends within each segment."""
-        query, key, value = self.project(x, context)
+        query, key, value = self.queries_keys_values(x, context)
         out = causal_attention(query, key, value, context.segment_ids, self.scale)
         return project(constrain(out, "batch", "length", "heads", None), self.out[...], inputs=2)
 
@@ -41,19 +41,19 @@ class MultiHeadLatentAttention(Attention):
         H, N, R, V = attention.num_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
         q_rank, kv_rank = attention.q_lora_rank, attention.kv_lora_rank
         if q_rank:
-            self.q_down = weight(rngs, (D, q_rank), ("embed", "q_lora"), std)
+            self.q_down = weight(rngs, (D, q_rank), ("embed", None), std)
             self.q_norm = RMSNorm(q_rank, config.norm_epsilon)
-            self.q_up = weight(rngs, (q_rank, H, N + R), ("embed", "heads", "head_dim"), std)
+            self.q_up = weight(rngs, (q_rank, H, N + R), ("rank", "heads", "head_dim"), std)
         else:
             self.q_proj = weight(rngs, (D, H, N + R), ("embed", "heads", "head_dim"), std)
-        self.kv_down = weight(rngs, (D, kv_rank + R), ("embed", "kv_lora"), std)
+        self.kv_down = weight(rngs, (D, kv_rank + R), ("embed", None), std)
         self.kv_norm = RMSNorm(kv_rank, config.norm_epsilon)
-        self.kv_up = weight(rngs, (kv_rank, H, N + V), ("embed", "heads", "head_dim"), std)
+        self.kv_up = weight(rngs, (kv_rank, H, N + V), ("rank", "heads", "head_dim"), std)
         self.out = weight(rngs, (H, V, D), ("heads", "head_dim", "embed"), std)
         self.config = attention
         self.scale = softmax_scale(attention.rope, N + R)
 
-    def project(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
+    def queries_keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
         """Queries and keys [B, L, H, N + R], values [B, L, H, V]."""
         query = checkpoint_name(self.queries(x), "query")
         N = self.config.qk_nope_head_dim
@@ -92,7 +92,7 @@ class GroupedQueryAttention(Attention):
         self.config = attention
         self.scale = softmax_scale(attention.rope, Q)
 
-    def project(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
+    def queries_keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
         """Queries [B, L, H, Q], keys and values [B, L, G, Q]."""
         query, key, value = (
             checkpoint_name(project(x, kernel[...]), name)

@@ -136,7 +136,7 @@ class Decoder(nnx.Module):
             mtp_stats.append(router)
         return Output(hidden, tuple(mtp_hidden), stats, tuple(mtp_stats))
 
-    def context(self, tokens, segment_ids=None, positions=None) -> Context:
+    def context(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Context:
         """What all layers share: segments, validity and rotations of each position."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)

@@ -72,6 +72,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Looks up; the cast comes after, so that gradients of one token add up in float32."""
+        # Whole on each device: looked up in a divided table, every device would answer for every token.
         table = constrain(self.embedding[...], None, None)
         return constrain(table[tokens].astype(self.dtype), "batch", "length", None)
 
@@ -83,7 +84,7 @@ class Head(nnx.Module):
         self.kernel = weight(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"), config.init_std)
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:
     """`count` modules as one whose arrays have a leading "layers" axis; None for 0."""
     if count == 0:
         return None

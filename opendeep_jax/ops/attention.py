@@ -1,6 +1,7 @@
-"""Causal attention over packed documents, in plain JAX, in memory linear in the length.
+"""Causal attention over packed documents, in plain JAX.
 
-The forward pass keeps its output and each query's log-sum-exp; the backward pass makes the scores again from them
+What is kept for the backward pass is linear in the length; the scores of one block of queries exist at a time. The
+forward pass keeps its output and each query's log-sum-exp; the backward pass makes the scores again from them
 (Dao et al. 2022). Queries go in blocks that meet only the keys up to their own end, so that nearly half of the scores
 are never computed.
 

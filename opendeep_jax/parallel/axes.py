@@ -15,11 +15,12 @@ MESH_AXES = {
     "batch": BATCH_AXES,
     "length": "context",
     "embed": "fsdp",
+    "rank": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
-    # Never divided: "layers", "q_lora", "kv_lora", "head_dim", "norm", "router".
+    # Never divided: "layers", "head_dim", "norm", "router".
 }
 
 

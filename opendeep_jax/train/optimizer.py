@@ -24,10 +24,10 @@ def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
     if optimizer.schedule == "phases":
         parts, ends = _phases(config)
     elif optimizer.schedule == "cosine":
-        parts = [optax.cosine_decay_schedule(1.0, max(steps - warmup, 1), optimizer.final_fraction)]
+        parts = [_cosine(1.0, optimizer.final_fraction, max(steps - warmup, 1))]
         ends = [steps]
     elif optimizer.schedule == "wsd":
-        decay = max(round(steps * optimizer.decay_fraction), 1)
+        decay = min(max(round(steps * optimizer.decay_fraction), 1), max(steps - warmup, 1))
         parts = [optax.constant_schedule(1.0), optax.linear_schedule(1.0, optimizer.final_fraction, decay)]
         ends = [steps - decay, steps]
     else:
@@ -50,10 +50,19 @@ def _phases(config: RunConfig) -> tuple[list[optax.Schedule], list[int]]:
         elif phase.shape == "linear":
             parts.append(optax.linear_schedule(rate, phase.to, span))
         else:
-            parts.append(optax.cosine_decay_schedule(rate, span, phase.to / rate))
+            parts.append(_cosine(rate, phase.to, span))
         ends.append(end)
         rate, start = phase.to, end
     return parts, ends
+
+
+def _cosine(begin: float, end: float, span: int) -> optax.Schedule:
+    """Half a cosine from `begin` to `end`, up or down, then constant."""
+
+    def rate(step):
+        return end + (begin - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / span, 0, 1)))
+
+    return rate
 
 
 def make_optimizer(config: RunConfig, axes: Axes) -> optax.GradientTransformation:

@@ -5,6 +5,7 @@ counts are taken first, then each part adds its share. Expert loads are global i
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +80,22 @@ def batch_gradients(config: RunConfig, skeleton: Skeleton, state: TrainState, ba
     return total
 
 
-def target_counts(config: RunConfig, batch: Batch) -> dict[str, jax.Array]:
-    """What each sum of the loss is divided by: valid targets of the head and of each MTP module, and rows."""
+class TargetCounts(NamedTuple):
+    """What each sum of the global batch's loss is divided by."""
+
+    targets: jax.Array
+    """Valid targets of the main model, float32."""
+    mtp_targets: list[jax.Array]
+    """Valid targets of each MTP module, float32."""
+    rows: int
+    """Rows of the batch."""
+
+
+def target_counts(config: RunConfig, batch: Batch) -> TargetCounts:
+    """Counts a global batch; at least 1 target each, so that nothing is divided by 0."""
     masks = [batch.loss_mask, *mtp_masks(batch.loss_mask, config.model.mtp.depth)]
     counts = [jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0) for mask in masks]
-    return {"targets": counts[0], "mtp_targets": counts[1:], "rows": batch.tokens.shape[0]}
+    return TargetCounts(counts[0], counts[1:], batch.tokens.shape[0])
 
 
 def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
@@ -96,7 +108,7 @@ def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
 
 
 def batch_loss(
-    config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, batch: Batch, counts: dict, step
+    config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, batch: Batch, counts: TargetCounts, step
 ) -> tuple[jax.Array, Metrics]:
     """This (micro-)batch's share of the global batch's loss, and its share of every metric."""
     model, train, mtp = skeleton.model(params, router_bias), config.train, config.model.mtp
@@ -107,7 +119,7 @@ def batch_loss(
         total, each = chunked_cross_entropy(hidden, head, targets, mask, train.loss_chunk, train.z_loss_weight)
         return total / count, jnp.sum(each) / count
 
-    loss, lm_loss = cross_entropy(out.hidden, batch.targets, batch.loss_mask, counts["targets"])
+    loss, lm_loss = cross_entropy(out.hidden, batch.targets, batch.loss_mask, counts.targets)
     metrics = {"lm_loss": lm_loss}
     if train.z_loss_weight:
         metrics["z_loss"] = jax.lax.stop_gradient(loss) - lm_loss
@@ -115,18 +127,18 @@ def batch_loss(
         masks = mtp_masks(batch.loss_mask, mtp.depth)
         parts = [
             cross_entropy(hidden, shift_left(batch.targets, k), mask, count)
-            for k, (hidden, mask, count) in enumerate(zip(out.mtp_hidden, masks, counts["mtp_targets"], strict=True), 1)
+            for k, (hidden, mask, count) in enumerate(zip(out.mtp_hidden, masks, counts.mtp_targets, strict=True), 1)
         ]
         loss += mtp_loss_weight(config, step) * sum(total for total, _ in parts) / mtp.depth
         metrics["mtp_loss"] = sum(mean for _, mean in parts) / mtp.depth
-    metrics["load"] = {}
-    if out.moe_layers is not None:
-        routers = {"moe_layers.moe.router_bias": out.moe_layers}
-        routers |= {f"mtp.{i}.block.moe.router_bias": stats for i, stats in enumerate(out.mtp)}
-        balance = sum(jnp.sum(stats.balance_loss) for stats in routers.values()) / counts["rows"]
+    routers = {"moe_layers.moe.router_bias": out.moe_layers}
+    routers |= {f"mtp.{i}.block.moe.router_bias": stats for i, stats in enumerate(out.mtp)}
+    routers = {name: stats for name, stats in routers.items() if stats is not None}
+    if routers:
+        balance = sum(jnp.sum(stats.balance_loss) for stats in routers.values()) / counts.rows
         loss += config.model.moe.balance_loss_weight * balance
         metrics["balance_loss"] = jax.lax.stop_gradient(balance)
-        metrics["load"] = {name: stats.load for name, stats in routers.items()}
+    metrics["load"] = {name: stats.load for name, stats in routers.items()}
     metrics["loss"] = jax.lax.stop_gradient(loss)
     return loss, metrics
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import FAST_COMPILE
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul.api import IMPLEMENTATIONS
@@ -51,7 +50,7 @@ def run(request):
         out, pull = jax.vjp(function, lhs, rhs)
         return out, *pull(cotangent)
 
-    return jax.jit(run, compiler_options=FAST_COMPILE)
+    return jax.jit(run)
 
 
 def check(run, sizes, rows=ROWS, dtype=np.float32, tolerance=1e-5):

@@ -10,7 +10,6 @@ from flax import nnx
 from jaxprs import matmul_flops
 from small_models import (
     FAMILIES,
-    FAST_COMPILE,
     GQA,
     V3,
     compiled,
@@ -37,7 +36,7 @@ def logits_of():
         if family not in functions:
             bones = skeleton(FAMILIES[family])
             arrays = random_arrays(bones)
-            forward = jax.jit(lambda p, b, *x: bones.model(p, b)(*x), compiler_options=FAST_COMPILE)
+            forward = jax.jit(lambda p, b, *x: bones.model(p, b)(*x))
             functions[family] = lambda *x: forward(*arrays, *x)
         return np.asarray(functions[family](*arguments))
 
@@ -93,7 +92,7 @@ def test_a_call_without_segments_takes_each_row_as_one_document():
 
 def test_initial_weights_are_normal_of_the_configured_size_and_differ_between_layers():
     config = dataclasses.replace(V3, hidden_size=64, init_std=0.03)
-    make = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(3)))[1:], compiler_options=FAST_COMPILE)
+    make = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(3)))[1:])
     params, router_bias = jax.device_get(make())
     for name, value in params.items():
         assert value.dtype == np.float32
@@ -121,7 +120,7 @@ def mtp_hidden():
         model = bones.model(params, router_bias)
         return jnp.stack(model.forward(batch.tokens, batch.segment_ids, batch.positions, batch.targets).mtp_hidden)
 
-    forward = jax.jit(forward, compiler_options=FAST_COMPILE)
+    forward = jax.jit(forward)
     return lambda batch: np.asarray(forward(*arrays, batch))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import FAST_COMPILE, V3, random_arrays, run_config
+from small_models import V3, random_arrays, run_config
 
 from opendeep_jax.config.schema import MTPConfig, OptimizerConfig
 from opendeep_jax.data.batch import Batch
@@ -15,11 +15,11 @@ from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import make_train_step
 
-ROWS, LENGTH, STEPS, MEASURED = 8, 32, 300, 50
+ROWS, LENGTH, STEPS, MEASURED = 16, 32, 300, 50
 MODEL = dataclasses.replace(
     V3,
     num_layers=2,
-    moe=dataclasses.replace(V3.moe, balance_loss_weight=0.0, bias_update_speed=5e-3, num_groups=1, groups_per_token=1),
+    moe=dataclasses.replace(V3.moe, balance_loss_weight=0.0, bias_update_speed=3e-3, num_groups=1, groups_per_token=1),
     mtp=MTPConfig(),
 )
 
@@ -40,7 +40,7 @@ def peaks():
     config = run_config(MODEL, LENGTH, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0))
     bones = skeleton(MODEL)
     optimizer = make_optimizer(config, bones.axes())
-    step_function = jax.jit(make_train_step(config, bones, optimizer), compiler_options=FAST_COMPILE)
+    step_function = jax.jit(make_train_step(config, bones, optimizer))
 
     def peaks(updated: bool) -> float:
         params, router_bias = random_arrays(bones)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import DENSE, FAST_COMPILE, GQA, V3, packed_batch, random_arrays, run_config
+from small_models import DENSE, GQA, V3, packed_batch, random_arrays, run_config
 
 from opendeep_jax.config.schema import MTPConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from opendeep_jax.models.parameters import skeleton
@@ -49,7 +49,7 @@ def run_step(model=MODEL, batch=BATCH, devices=1, accumulation=1, clip_norm=0.0,
     state = TrainState(jnp.int32(0), params, rule.init(params), router_bias)
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, bones, mesh))
-        step = jax.jit(make_train_step(config, bones, rule), compiler_options=FAST_COMPILE)
+        step = jax.jit(make_train_step(config, bones, rule))
         return state, *step(state, put_batch(batch, mesh))
 
 

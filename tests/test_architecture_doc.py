@@ -1,0 +1,74 @@
+"""docs/architecture.md names nothing that does not exist: files, functions in them, tests and settings."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import opendeep_jax
+from opendeep_jax.config.schema import RunConfig
+
+PACKAGE = Path(opendeep_jax.__file__).parent
+ROOT = PACKAGE.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGE, flags=re.DOTALL | re.MULTILINE))))
+GROUPS = [field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)]
+
+PLACES = [text for text in QUOTED if re.fullmatch(r"[\w.]+(/[\w.]+)+(:[\w.]+)?", text)]
+SETTINGS = [text for text in QUOTED if re.fullmatch(rf"({'|'.join(GROUPS)})(\.(?!json)\w+)+", text)]
+
+
+def find(path: str) -> Path | None:
+    """The file or folder of a path from the repository's root or from the package; None if there is none."""
+    return next((root / path for root in (ROOT, PACKAGE) if (root / path).exists()), None)
+
+
+def defines(body: list[ast.stmt], name: str) -> bool:
+    """Whether statements define `function`, `Class`, `Class.method` or `CONSTANT`."""
+    first, _, rest = name.partition(".")
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == first:
+            return not rest or defines(node.body, rest)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not rest and any(isinstance(target, ast.Name) and target.id == first for target in targets):
+            return True
+    return False
+
+
+def is_setting(name: str) -> bool:
+    """Whether a dotted name leads to a field of RunConfig."""
+    value = RunConfig()
+    for part in name.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_the_architecture_names_exists(place):
+    path, _, name = place.partition(":")
+    file = find(path)
+    assert file is not None, f"docs/architecture.md names {path}, which does not exist"
+    if name:
+        assert defines(ast.parse(file.read_text(encoding="utf-8")).body, name), f"{path} defines no {name}"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_the_architecture_names_are_fields(name):
+    assert is_setting(name), f"docs/architecture.md names the setting {name}, which RunConfig does not have"
+
+
+def test_the_page_is_read_and_a_wrong_name_is_seen():
+    assert len(PLACES) > 80 and len(SETTINGS) >= 3
+    body = ast.parse((PACKAGE / "train" / "step.py").read_text(encoding="utf-8")).body
+    assert defines(body, "make_train_step") and not defines(body, "make_step")
+    assert find("train/step.py") and find("train/stride.py") is None
+    assert is_setting("train.batch_ramp") and not is_setting("train.batch_ramps")
+
+
+def test_every_room_has_a_row():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert {room for room in rooms if f"`opendeep_jax/{room}`" not in PAGE} == set()
