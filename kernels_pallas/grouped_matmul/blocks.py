@@ -19,7 +19,8 @@ BATCH = min(max(os.cpu_count() or 1, 2), 8)
 
 def _block_rows(num_rows, num_groups):
     """Rows R of a block: a power of two from 32 to 256, about a quarter of a group, so that little is padding."""
-    return min(max(1 << max((num_rows // num_groups // 4).bit_length() - 1, 0), 32), 256)
+    quarter = 1 << max((num_rows // num_groups // 4).bit_length() - 1, 0)
+    return min(max(quarter, 32), 256, num_rows)
 
 
 @jax.custom_vjp
@@ -55,20 +56,15 @@ def _take(x, starts, rows):
     return jnp.stack([lax.dynamic_slice_in_dim(x, start, rows) for start in starts])
 
 
-def _present(sizes, offset, rows):
-    """True [B, R, 1] for the rows of a block that belong to its group."""
-    return (jnp.arange(rows) < (sizes - offset)[:, None])[..., None]
-
-
-def _pad(x, rows):
-    """Room behind the last row, so that a block that begins in x never ends outside."""
-    return jnp.pad(x, ((0, rows), (0, 0)))
+def _present(first, begins, ends, rows):
+    """True [B, R, 1] for the rows of blocks from `first` that lie from `begins` to before `ends`."""
+    index = (first[:, None] + jnp.arange(rows))[..., None]
+    return (index >= begins[:, None, None]) & (index < ends[:, None, None])
 
 
 def _rows_by_groups(equation, x, weights, group_sizes):
     """Each row of x [M, ·] times its group's weights [G, ·, ·], zeros beyond the groups."""
     rows = _block_rows(x.shape[0], weights.shape[0])
-    padded = _pad(x, rows)
     groups, starts, sizes = _batches(group_sizes)
     width = weights.shape[2] if equation.endswith("n") else weights.shape[1]
 
@@ -77,11 +73,11 @@ def _rows_by_groups(equation, x, weights, group_sizes):
 
         def block(state):
             offset, out = state
-            first = jnp.minimum(starts[j] + offset, x.shape[0])
-            y = jnp.einsum(equation, _take(padded, first, rows), batch_weights, preferred_element_type=jnp.float32)
-            present = _present(sizes[j], offset, rows)
+            # The last block of all begins early enough to end with x; it leaves alone what is not its own.
+            first = jnp.minimum(starts[j] + offset, x.shape[0] - rows)
+            present = _present(first, starts[j] + offset, starts[j] + sizes[j], rows)
+            y = jnp.einsum(equation, _take(x, first, rows), batch_weights, preferred_element_type=jnp.float32)
             for b in range(groups.shape[1]):
-                # Rows behind a group's end are another group's: they keep what stands there.
                 kept = lax.dynamic_slice_in_dim(out, first[b], rows)
                 merged = jnp.where(present[b], y[b].astype(out.dtype), kept)
                 out = lax.dynamic_update_slice_in_dim(out, merged, first[b], 0)
@@ -89,24 +85,21 @@ def _rows_by_groups(equation, x, weights, group_sizes):
 
         return lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, out))[1]
 
-    out = jnp.zeros((padded.shape[0], width), x.dtype)
-    return lax.fori_loop(0, groups.shape[0], batch, out)[: x.shape[0]]
+    return lax.fori_loop(0, groups.shape[0], batch, jnp.zeros((x.shape[0], width), x.dtype))
 
 
 def _groups_from_rows(x, y, group_sizes):
     """The sum over each group's rows of the outer products of x [M, K] and y [M, N]: float32 [G, K, N]."""
     rows = _block_rows(x.shape[0], group_sizes.shape[0])
-    padded_x, padded_y = _pad(x, rows), _pad(y, rows)
     groups, starts, sizes = _batches(group_sizes)
 
     def batch(j, out):
         def block(state):
             offset, total = state
-            first = jnp.minimum(starts[j] + offset, x.shape[0])
-            present = jnp.where(_present(sizes[j], offset, rows), _take(padded_x, first, rows), 0)
-            product = jnp.einsum(
-                "brk,brn->bkn", present, _take(padded_y, first, rows), preferred_element_type=jnp.float32
-            )
+            first = jnp.minimum(starts[j] + offset, x.shape[0] - rows)
+            present = _present(first, starts[j] + offset, starts[j] + sizes[j], rows)
+            mine = jnp.where(present, _take(x, first, rows), 0)
+            product = jnp.einsum("brk,brn->bkn", mine, _take(y, first, rows), preferred_element_type=jnp.float32)
             return offset + rows, total + product
 
         total = jnp.zeros((groups.shape[1], x.shape[1], y.shape[1]), jnp.float32)

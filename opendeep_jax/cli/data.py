@@ -52,6 +52,9 @@ def _where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--step={values.step}: steps are counted from 0.")
     config = load_run_config(values.workdir)
     from opendeep_jax.data.pipeline import open_data
+    from opendeep_jax.train.run_directory import check_same_data
 
-    for piece in open_data(config).where(values.step):
+    data = open_data(config)
+    check_same_data(data, values.workdir)
+    for piece in data.where(values.step):
         print(json.dumps(piece))

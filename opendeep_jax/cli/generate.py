@@ -25,7 +25,6 @@ def main(argv: Sequence[str]) -> None:
 
     from opendeep_jax.train.generate import generate_from_workdir
 
-    print(values.prompt, end="", flush=True)
     pieces = generate_from_workdir(
         values.workdir,
         values.prompt,
@@ -35,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
         seed=values.seed,
         step=None if values.step < 0 else values.step,
     )
+    first = next(pieces, "")  # a missing checkpoint is the whole answer, so nothing is printed before this
+    print(f"{values.prompt}{first}", end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opendeep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nopendeep {command}: interrupted.", file=sys.stderr)
+        cure = " Give the same command to go on." if command == "train" else ""
+        print(f"\nopendeep {command}: interrupted.{cure}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `opendeep train --help | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

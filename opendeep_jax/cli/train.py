@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from opendeep_jax.cli.process import process_start, set_verbosity
 from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import resolve
@@ -14,11 +15,10 @@ def main(argv: Sequence[str]) -> None:
 
     # Only now, behind everything that can be refused without it: loading JAX takes about a second.
     import jax
-    from absl import logging
 
-    logging.set_verbosity(launch.verbosity)
+    set_verbosity(launch.verbosity)
     check_devices(config, jax.device_count())
 
     from opendeep_jax.train.loop import train
 
-    train(config, launch.workdir, launch.recipe)
+    train(config, launch.workdir, launch.recipe, process_start())

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_run, deferred
+from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
 
 CONFIG_FILE = "config.json"
@@ -31,6 +32,9 @@ HARMLESS = (
     "data.directory",
 )
 """Fields, and groups of fields, that cannot change what a run computes: they may differ when it is resumed."""
+
+ROUNDING = ("parallel.", "model.remat.", "train.loss_chunk", "train.accumulation_steps")
+"""As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 
 SMALLEST_FREE_BYTES = 256 * 2**20
 """A run is not started on a disk with less free space than this."""
@@ -145,8 +149,8 @@ def format_diff(differences: list[tuple[str, Any, Any]]) -> str:
 def save_run_config(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
     """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`."""
     changes = format_diff(diff(recipe_config, config)) or "No difference from the recipe.\n"
-    _write_atomically(Path(workdir) / CONFIG_FILE, to_json(config))
-    _write_atomically(Path(workdir) / DIFF_FILE, changes)
+    write_atomically(Path(workdir) / CONFIG_FILE, to_json(config))
+    write_atomically(Path(workdir) / DIFF_FILE, changes)
 
 
 def load_run_config(workdir: str | os.PathLike) -> RunConfig:
@@ -165,7 +169,8 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
     """Makes `workdir` and raises ConfigError unless `config` can be run or resumed in it.
 
     Refused are a path that is no directory or cannot be written, a nearly full disk, and the directory of a run that
-    computes something else. Fields in HARMLESS may differ, and a constant schedule may be made longer.
+    computes something else. Fields in HARMLESS may differ, those in ROUNDING too with a printed line that says what
+    follows, and a constant schedule may be made longer.
     """
     workdir = Path(workdir)
     try:
@@ -185,27 +190,26 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
         )
     if not (workdir / CONFIG_FILE).exists():
         return
-    differences = [entry for entry in diff(load_run_config(workdir), config) if not _may_differ(entry, config)]
+    changes = diff(load_run_config(workdir), config)
+    rounding = [entry for entry in changes if _is_among(entry[0], ROUNDING)]
+    differences = [entry for entry in changes if entry not in rounding and not _may_differ(entry, config)]
     if differences:
         lines = format_diff(differences).strip().replace("\n", "\n  ")
         raise ConfigError(
             f"--workdir={workdir}: it holds a run with another configuration (there -> here):\n  {lines}\n"
             "Give that run's settings to resume it, or another --workdir to start anew."
         )
+    if rounding:
+        lines = "; ".join(f"{name} {there!r} -> {here!r}" for name, there, here in rounding)
+        print(f"--workdir={workdir}: from here on numbers may differ in rounding, as the run began with {lines}.")
 
 
 def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
     name, there, here = difference
     if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
         return 0 < there < here
-    return any(name == field or (field.endswith(".") and name.startswith(field)) for field in HARMLESS)
+    return _is_among(name, HARMLESS)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader, and a run that resumes after a crash, sees the old file or the new one and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _is_among(name: str, fields: tuple[str, ...]) -> bool:
+    return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)

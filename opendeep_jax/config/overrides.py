@@ -27,7 +27,7 @@ TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """What belongs to the process and not to the run, for example
-    `Launch(config_name="quickstart", workdir="runs/quickstart", verbosity=0, recipe=RunConfig(...))`.
+    `Launch(config_name="quickstart", workdir="runs/quickstart", verbosity=-1, recipe=RunConfig(...))`.
     """
 
     config_name: str
@@ -104,7 +104,7 @@ def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagV
     process = flags.FlagValues()
     flags.DEFINE_string("config", None, "Recipe: a name or the path of a .py file.", flag_values=process)
     flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
-    flags.DEFINE_integer("verbosity", 0, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
+    flags.DEFINE_integer("verbosity", -1, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
     process.set_gnu_getopt(True)  # `--seed 3 --config=x`: go on behind the 3
     try:
         return process, process([program, *argv], known_only=True)[1:]

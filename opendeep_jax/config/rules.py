@@ -19,6 +19,7 @@ REMAT_NAMES = (
     "attention_output",
     "residual",
     "router_logits",
+    "routing",
     "mlp_gate",
     "mlp_up",
     "expert_gate",

@@ -1,7 +1,6 @@
-"""Writing prepared data so that a reader never meets half of it, and failing to with a message for the user."""
+"""Writing into data.directory so that a reader never meets half of it, and failing to with a message for the user."""
 
 import contextlib
-import os
 import re
 import shutil
 import uuid
@@ -9,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.files import write_atomically
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write below `path` into a ConfigError that says what to do."""
+    """Turns the operating system's refusal to write below `path`, in data.directory, into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -46,16 +46,10 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes `path` in one step, making its directory. Raises ConfigError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """Writes a file of data.directory in one step, and its directory. Raises ConfigError when it can't be."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
 
 
 def file_name(*parts: str) -> str:

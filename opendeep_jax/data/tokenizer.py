@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.rules import BYTE_VOCABULARY
 from opendeep_jax.data.files import write_file
 
 # The special tokens of our own tokenizers, with their DeepSeek-V3 names. Ids 1 and 2 begin and end a document.
@@ -50,7 +51,6 @@ ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-
 REMEMBERED_WORDS = 1 << 20
 # Remembering words takes a third of the library's processor time, but one core, and the library uses all.
 FEW_CORES = 3
-SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)
 
 EncodeBatch = Callable[[list[str]], list[np.ndarray]]
 
@@ -115,10 +115,10 @@ def train_bpe(texts: Iterable[str], size: int) -> str:
 
     Raises ConfigError if `size` does not even hold the bytes and the special tokens.
     """
-    if size < SMALLEST_BPE:
+    if size < BYTE_VOCABULARY:
         raise ConfigError(
-            f"data.tokenizer is bpe:{size}, but a byte-level BPE needs at least {SMALLEST_BPE} tokens: 256 bytes and "
-            f"{len(SPECIAL_TOKENS)} special tokens. Ask for more, or set --data.tokenizer=bytes."
+            f"data.tokenizer is bpe:{size}, but a byte-level BPE needs at least {BYTE_VOCABULARY} tokens: 256 bytes "
+            f"and {len(SPECIAL_TOKENS)} special tokens. Ask for more, or set --data.tokenizer=bytes."
         )
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = PRE_TOKENIZER

@@ -50,6 +50,7 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats]:
         """Shared plus routed experts of each position, and what the router did."""
         weights, indices, scores = self.route(x)
+        indices = checkpoint_name(indices, "routing")
         counts = routing.expert_counts(indices, context.valid, self.config.num_experts)
         balance = routing.sequence_balance_loss(scores, counts, context.valid, self.config.experts_per_token)
         kernels = (kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down))

@@ -86,17 +86,19 @@ def _backward(scale, saved, d_out):
     query, key, value, segment_ids, out, log_sum = saved
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    d_key, d_value = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (key, value))
     d_query = []
     for rows in _blocks(query.shape[3]):
         weights = jnp.exp(_scores(query, key, segment_ids, rows, scale) - log_sum[:, :, :, rows])
         d_rows, seen = d_out[:, :, :, rows], slice(0, rows.stop)
         d_weights = product("bgrlv,bgsv->bgrls", d_rows, value[:, :, seen])
         d_scores = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(query.dtype)
-        d_value = d_value.at[:, :, seen].add(product("bgrls,bgrlv->bgsv", weights.astype(value.dtype), d_rows))
-        d_key = d_key.at[:, :, seen].add(product("bgrls,bgrlq->bgsq", d_scores, query[:, :, :, rows]))
+        # Transposed, so that the small operand is put into another order and not the scores.
+        d_value = d_value.at[..., seen].add(product("bgrlv,bgrls->bgvs", d_rows, weights.astype(value.dtype)))
+        d_key = d_key.at[..., seen].add(product("bgrlq,bgrls->bgqs", query[:, :, :, rows], d_scores))
         d_query.append(product("bgrls,bgsq->bgrlq", d_scores, key[:, :, seen]).astype(query.dtype))
-    return jnp.concatenate(d_query, axis=3), d_key.astype(key.dtype), d_value.astype(value.dtype), None
+    d_key, d_value = jnp.swapaxes(d_key, 2, 3).astype(key.dtype), jnp.swapaxes(d_value, 2, 3).astype(value.dtype)
+    return jnp.concatenate(d_query, axis=3), d_key, d_value, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ def routed_experts(
 
     The weight goes in before the down projection, where rows are narrow and its gradient needs no expert's output.
     """
-    order, inverse, group_sizes = sort_by_expert(indices, gate.shape[0])
+    order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, gate.shape[0]), "routing")
     rows = scatter_to_experts(x, order, inverse)
     gated = checkpoint_name(grouped_matmul(rows, gate, group_sizes), "expert_gate")
     upped = checkpoint_name(grouped_matmul(rows, up, group_sizes), "expert_up")

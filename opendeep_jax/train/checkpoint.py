@@ -4,8 +4,12 @@ Each holds two items: `model` (params and router biases by name) and `optimizer`
 what only wants the model reads only the model.
 """
 
+import contextlib
 import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,18 +27,23 @@ from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.train.state import TrainState
 
 DIRECTORY = "checkpoints"
-TOKENIZER_FILE = "tokenizer.json"
-"""A copy of the run's tokenizer; the `bytes` tokenizer has no file."""
 
 
 class Checkpoints:
-    """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save."""
+    """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save.
+
+    Saving raises OSError where the disk does not take it (no space, no permission). What was half-written is removed
+    on leaving, and older checkpoints stay.
+    """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each save
+        orbax_logger = logging.getLogger("absl")
+        if not orbax_logger.isEnabledFor(logging.INFO):  # unless asked for more:
+            orbax_logger.setLevel(logging.CRITICAL)  # it prints the frames of every failure that it raises anyway
         options = ocp.CheckpointManagerOptions(
             max_to_keep=(config.keep or None) if config else None, read_only=config is None, create=config is not None
         )
+        self.writable = config is not None
         self.directory = Path(workdir).absolute() / DIRECTORY
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=("model", "optimizer"))
 
@@ -42,7 +51,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self.manager.close()
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+            if self.writable:
+                remove_partial_saves(self.directory.parent)
+
+    def wait(self) -> None:
+        """Returns when the last save is whole. Raises OSError as `save` does."""
+        with _disk_failures(self.directory):
+            self.manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, in order."""
@@ -52,14 +71,15 @@ class Checkpoints:
         """Begins to write `state`; returns when the state may be donated to the next step.
 
         Raises:
-            OSError: when an earlier save failed (no space, no permission); that checkpoint was never whole.
+            OSError: when this save or the one before failed; that checkpoint was never whole.
         """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
         model, optimizer = _items(state)
         save = ocp.args.StandardSave
-        self.manager.save(step, args=ocp.args.Composite(model=save(model), optimizer=save(optimizer)))
+        with _disk_failures(self.directory):
+            self.manager.save(step, args=ocp.args.Composite(model=save(model), optimizer=save(optimizer)))
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state, with the shapes and shardings of `abstract`; None where there is no checkpoint."""
@@ -125,6 +145,22 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
         }
         arrays = checkpoints.restore_model(abstract, steps[-1] if step is None else step)
     return bones.model(arrays["params"], arrays["router_bias"]), config
+
+
+@contextlib.contextmanager
+def _disk_failures(directory: Path) -> Iterator[None]:
+    """Raises every refusal of the disk as an OSError that names `directory`.
+
+    tensorstore raises ValueError, with the number in its text: `… No space left on device [os_error_code='28']`.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        number = error.errno if isinstance(error, OSError) else found and int(found[1])
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(directory)) from error
 
 
 def remove_partial_saves(workdir: str | Path) -> None:

@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import open_data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.ops.losses import chunked_cross_entropy
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.train.programs import use_compilation_cache
+from opendeep_jax.train.run_directory import check_same_data
 
 Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
@@ -46,7 +49,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
 
     def evaluate(params: Arrays, router_bias: Arrays, batches: Iterable[Batch]) -> dict[str, float]:
         with jax.set_mesh(mesh):
-            parts = [sums(params, router_bias, put_batch(batch, mesh)) for batch in batches]
+            parts = [sums(params, router_bias, put_batch(pad_rows(batch, mesh.size), mesh)) for batch in batches]
         nats, tokens, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
         return {
             "held_out_loss": nats / max(tokens, 1),
@@ -56,6 +59,12 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
     return evaluate
 
 
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """`batch` with rows of padding, which have no target, up to a multiple that divides over the devices."""
+    missing = -len(batch.tokens) % multiple
+    return jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), batch) if missing else batch
+
+
 def compressors(text: bytes) -> dict[str, float]:
     """What `gzip -9` and `xz -9` make of the text, in bits per byte."""
     packed = {"gzip": gzip.compress(text, 9), "xz": lzma.compress(text, preset=9)}
@@ -63,20 +72,30 @@ def compressors(text: bytes) -> dict[str, float]:
 
 
 def evaluation_batch_size(config: RunConfig) -> int:
-    """Rows in an evaluation batch."""
-    return config.evaluation.batch_size or config.train.batch_size
+    """Rows in an evaluation batch: by default those of a micro-batch, which are known to fit."""
+    return config.evaluation.batch_size or config.train.batch_size // config.train.accumulation_steps
 
 
 def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, float]:
-    """Measures a checkpoint of a run (the newest, or that of `step`) on all held-out text.
+    """Measures a checkpoint of a run (the newest, or that of `step`) as at the run's end, on the devices found here.
+
+    It takes `evaluation.final_batches` of the held-out text, and the compressors all of it.
 
     Raises:
-        ConfigError: where there is no run or no such checkpoint.
+        ConfigError: where there is no run, no such checkpoint, no held-out text, or other text than the run's.
     """
-    mesh = make_mesh(load_run_config(workdir).parallel)
+    run = load_run_config(workdir)
+    use_compilation_cache(run)
+    if not run.data.held_out_fraction:
+        raise ConfigError(
+            f"--workdir={workdir}: data.held_out_fraction = 0, so this run held out no text to be measured on. "
+            "Train with --data.held_out_fraction=0.05, or another share above 0."
+        )
+    mesh = make_mesh(ParallelConfig())
     model, config = load_model(workdir, step, mesh)
     skeleton, params, router_bias = split(model)
     data = open_data(config)
+    check_same_data(data, workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
     batches = data.held_out(evaluation_batch_size(config), config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | compressors(data.held_out_text)

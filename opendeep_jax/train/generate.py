@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from opendeep_jax.config.load import load_run_config
 from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.parameters import split
-from opendeep_jax.train.checkpoint import TOKENIZER_FILE, load_model
+from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.train.programs import use_compilation_cache
+from opendeep_jax.train.run_directory import TOKENIZER_FILE
 
 
 def generate_from_workdir(
@@ -23,6 +26,7 @@ def generate_from_workdir(
     Raises:
         ConfigError: where there is no run or no such checkpoint.
     """
+    use_compilation_cache(load_run_config(workdir))
     model, config = load_model(workdir, step)
     saved = Path(workdir, TOKENIZER_FILE)
     tokenizer = load_tokenizer(saved) if saved.exists() else byte_tokenizer()

@@ -12,6 +12,8 @@ import os
 import time
 from pathlib import Path
 
+from opendeep_jax.config.files import write_atomically
+
 SCALARS, EVALUATION, EXPERTS, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "experts.jsonl", "samples.jsonl"
 
 
@@ -53,9 +55,7 @@ def rewind(path: str | Path, step: int) -> int:
     kept = [line for line in lines if step > 0 and (record := _parse(line)) and record.get("step", 0) <= step]
     dropped = len(lines) - len(kept) + bool(tail)
     if dropped:
-        scratch = path.with_name(path.name + ".partial")
-        scratch.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(scratch, path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
     return dropped
 
 
@@ -85,7 +85,12 @@ class MetricsWriter:
         self._tensorboard("train", record)
 
     def evaluation(self, record: dict) -> None:
-        """Appends one evaluation to evaluation.jsonl: `step`, `tokens`, `held_out_bits_per_byte`, `held_out_loss`."""
+        """Appends one evaluation to evaluation.jsonl: `step`, `tokens`, `held_out_bits_per_byte`, `held_out_loss`.
+
+        It takes the place of one that an earlier start made at the step it was stopped at.
+        """
+        if record["step"] == self._resume_step:
+            rewind(self.workdir / EVALUATION, record["step"] - 1)
         self._append(EVALUATION, record)
         self._tensorboard("evaluation", record)
 

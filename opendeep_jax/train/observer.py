@@ -1,6 +1,7 @@
 """What a run tells the world: numbers, evaluations, samples, the summary."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -10,20 +11,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.files import write_file
 from opendeep_jax.data.pipeline import Data
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Skeleton
 from opendeep_jax.train.evaluate import compressors, evaluation_batch_size, make_evaluator
-from opendeep_jax.train.metrics import MetricsWriter
+from opendeep_jax.train.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
+from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import Metrics
 from opendeep_jax.train.summary import peak_memory_bytes
-
-SUMMARY = "summary.json"
 
 
 class Observer:
@@ -32,21 +32,30 @@ class Observer:
     Args:
         peak: FLOP/s of one device, for MFU; 0 if it isn't known.
         step: the step that training goes on from.
+        begun: when the program was started, on the clock of `time.perf_counter`.
     """
 
     def __init__(
-        self, config: RunConfig, workdir: Path, data: Data, bones: Skeleton, mesh: Mesh, peak: float, step: int
+        self,
+        config: RunConfig,
+        workdir: Path,
+        data: Data,
+        bones: Skeleton,
+        mesh: Mesh,
+        peak: float,
+        step: int,
+        begun: float,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
         self.writer = MetricsWriter(workdir, resume_step=step)
-        self.first_step = step + 1
+        self.first_step, self.begun = step + 1, begun
+        lines = read_jsonl(workdir / SCALARS)
+        self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
         self.flops = flops_per_token(config.model, config.data.sequence_length).total
         self.peak = peak * mesh.size
         self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
         self.logged = step, time.perf_counter()
-        self.trained_seconds, self.trained_tokens = 0.0, 0
-        self.last: dict[str, float] = {}
 
     @contextlib.contextmanager
     def aside(self, state: TrainState) -> Iterator[None]:
@@ -65,7 +74,7 @@ class Observer:
         previous, before = self.logged
         tokens = tokens_before(self.config, step) - tokens_before(self.config, previous)
         seconds = now - before
-        record = {"step": step, "tokens": tokens_before(self.config, step)}
+        record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
         record |= {name: float(value) for name, value in metrics.items()}
         if load:
             layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
@@ -76,28 +85,24 @@ class Observer:
             self.writer.experts(step, layers, biases)
             if bias:
                 record |= {"router_bias_min": float(biases.min()), "router_bias_max": float(biases.max())}
-        if step > self.first_step:  # the first step compiles
-            self.trained_seconds += seconds
-            self.trained_tokens += tokens
+        if step > self.first_step:
             speed = tokens / seconds
             record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
             record["mfu"] = speed * self.flops / self.peak if self.peak else None
         else:
-            record["first_step_seconds"] = seconds
+            record["first_step_seconds"] = now - self.begun  # from the start of the program, compilation and all
         self.writer.scalars(record)
-        self.last = record
         self.logged = step, time.perf_counter()
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        """Measures held-out text, all of it for 0 batches."""
+        """Measures held-out text, all of it for 0 batches. Gives and writes nothing where no text is held out."""
+        batches = self.data.held_out(evaluation_batch_size(self.config), max_batches)
+        if not len(batches):
+            return {}
         with self.aside(state):
-            batches = self.data.held_out(
-                evaluation_batch_size(self.config), max_batches, jax.process_index(), jax.process_count()
-            )
             result = self.evaluator(state.params, state.router_bias, batches)
         self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **result})
-        self.last |= result
         return {"held_out_bits_per_byte": result["held_out_bits_per_byte"]}
 
     def sample(self, step: int, state: TrainState) -> str:
@@ -120,22 +125,41 @@ class Observer:
             self.writer.sample(step, prompt, text)
         return "\n".join(f"  {prompt}{text}" for prompt, text in zip(train.sample_prompts, texts, strict=True))
 
-    def finish(self, steps: int, seconds: float) -> dict:
-        """Writes summary.json and closes the files."""
-        count = count_parameters(self.config.model)
+    def seconds(self) -> float:
+        """How long the run has taken, with all starts up to the step that the next one went on from."""
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    def finish(self, steps: int) -> dict:
+        """Writes summary.json, over all starts of the run, and closes the files."""
+        self.writer.close()
+        lines, evaluations = (read_jsonl(self.workdir / name) for name in (SCALARS, EVALUATION))
+        count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text
+        names = ("held_out_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte")
+        held_out = compressors(text) | evaluations[-1] if text else {}
         summary = {
             "steps": steps,
             "tokens": tokens_before(self.config, steps),
-            "seconds": seconds,
-            "final_loss": self.last.get("loss"),
-            "held_out_bits_per_byte": self.last["held_out_bits_per_byte"],
-            **compressors(self.data.held_out_text),
-            "tokens_per_second": self.trained_tokens / self.trained_seconds if self.trained_seconds else None,
-            "mfu": self.last.get("mfu"),
+            "seconds": self.seconds(),
+            "final_loss": lines[-1]["loss"],
+            **{name: held_out.get(name) for name in names},
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops / self.peak if speed and self.peak else None,
             "parameters": count.total + count.mtp,
             "active_parameters": count.active,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        write_file(self.workdir / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        self.writer.close()
+        write_atomically(self.workdir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary
+
+
+def training_speed(lines: list[dict]) -> float | None:
+    """Mean tokens/s over the lines of metrics.jsonl, start-up, evaluations, samples and checkpoints left out.
+
+    None where no line has a speed: a run of one step.
+    """
+    tokens = seconds = 0.0
+    for previous, line in itertools.pairwise(lines):
+        if line.get("step_seconds"):
+            tokens += line["tokens"] - previous["tokens"]
+            seconds += line["step_seconds"] * (line["step"] - previous["step"])
+    return tokens / seconds if seconds else None

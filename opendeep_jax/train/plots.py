@@ -7,7 +7,6 @@ they are set for the length of a drawing, behind a lock.
 import base64
 import contextlib
 import io
-import math
 import re
 import threading
 from collections.abc import Sequence
@@ -235,8 +234,3 @@ def write_png(
         for number, (label, lines, levels) in enumerate(panels, 1):
             _draw_lines(figure.add_subplot(1, len(panels), number), lines, levels, x_label, label, log=False)
         FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
-
-
-def is_drawable(line: Line) -> bool:
-    """Whether a line has a value to show."""
-    return len(line.x) > 0 and any(math.isfinite(value) for value in line.y)

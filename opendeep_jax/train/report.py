@@ -4,12 +4,11 @@ A run that is still going, has died, or has only just begun gives a report of wh
 """
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from opendeep_jax.config.files import replacing, write_atomically
 from opendeep_jax.train import plots
 from opendeep_jax.train.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
 from opendeep_jax.train.progress import human_bytes, human_count, human_time
@@ -29,18 +28,10 @@ def write_report(workdir: str | Path) -> Path:
     sections = [_headline(run), _learning(run), _speed(run), _experts(run), _samples(run), _configuration(run)]
     document = page(f"{run.name}: run report", "".join(sections))
     report = run.workdir / "report.html"
-    _replace(report, lambda path: path.write_text(document, encoding="utf-8"))
-    _replace(run.workdir / "loss.png", lambda path: _loss_png(run, path))
+    write_atomically(report, document)
+    with replacing(run.workdir / "loss.png") as picture:
+        _loss_png(run, picture)
     return report
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # Curves

@@ -1,0 +1,46 @@
+"""The compiled training step, for each batch size that a run has."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opendeep_jax.config.schedule import batch_size_at
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.batch import Batch
+from opendeep_jax.parallel.mesh import batch_sharding
+from opendeep_jax.train.state import TrainState
+
+
+def use_compilation_cache(config: RunConfig) -> None:
+    """Keeps compiled programs in `train.compilation_cache`, so that the next start is quick."""
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Programs:
+    """The compiled training step for each batch size of the run, made when it is first needed."""
+
+    def __init__(self, config: RunConfig, step_function, template: TrainState, mesh: Mesh):
+        self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
+        self.compiled: dict[int, jax.stages.Compiled] = {}
+
+    def has(self, step: int) -> bool:
+        """Whether the program of `step` (from 0) is compiled: not at the first step of a stage of the batch ramp."""
+        return self._rows(step) in self.compiled
+
+    def at(self, step: int) -> jax.stages.Compiled:
+        """The program of `step` (from 0), compiled for the batch that it has."""
+        rows, length = self._rows(step), self.config.data.sequence_length
+        if rows not in self.compiled:
+            sharding = batch_sharding(self.mesh)
+            whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
+            mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=sharding)
+            batch = Batch(whole, whole, mask, whole, whole)
+            self.compiled[rows] = self.step_function.lower(self.template, batch).compile()
+        return self.compiled[rows]
+
+    def _rows(self, step: int) -> int:
+        return batch_size_at(self.config.train, self.config.data.sequence_length, step)
