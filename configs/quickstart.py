@@ -55,8 +55,8 @@ def get_config() -> RunConfig:
             mtp=MTPConfig(depth=1),
         ),
         data=DataConfig(tokenizer="bpe:4096", sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
-        train=TrainConfig(steps=600, batch_size=16, loss_chunk=256, log_every=10, sample_every=100),
-        evaluation=EvaluationConfig(every=100),
-        checkpoint=CheckpointConfig(every=200),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=6e-3, schedule="cosine", warmup_steps=20),
+        train=TrainConfig(steps=180, batch_size=16, log_every=5, sample_every=60),
+        evaluation=EvaluationConfig(every=45, batches=6),
+        checkpoint=CheckpointConfig(every=60),
     )

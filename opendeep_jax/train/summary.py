@@ -1,6 +1,7 @@
 """What a run says of itself: before the first step, and when it is over."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
@@ -88,6 +90,28 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
         "activations": tokens * kept * jnp.dtype(model.dtype).itemsize,
         "logits": 2 * min(train.loss_chunk, tokens) * model.vocab_size * 4,
     }
+
+
+def check_memory(config: RunConfig, state: TrainState, devices: int) -> None:
+    """Raises ConfigError where the weights, gradients and moments alone cannot fit, before anything is made."""
+    memory = memory_estimate(config, state, devices)
+    needed = sum(memory[part] for part in ("weights", "gradients", "moments"))
+    present = device_memory_bytes()
+    if needed > present:
+        raise ConfigError(
+            f"{config.name}: weights, gradients and moments take {human_bytes(needed)} on each of {devices} devices, "
+            f"and a device has {human_bytes(present)}. Use at least {math.ceil(needed * devices / present)} such devices "
+            "(--parallel.fsdp=-1 divides over all), a smaller model, or --optimizer.first_moment_dtype=bfloat16 and "
+            "--optimizer.second_moment_dtype=bfloat16."
+        )
+
+
+def device_memory_bytes() -> int:
+    """Memory of one device: its own where it is counted, else this process's share of the host's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:

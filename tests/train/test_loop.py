@@ -17,7 +17,7 @@ from opendeep_jax.train import loop
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.metrics import read_jsonl
 
-CLOCK = {"tokens_per_second", "step_seconds", "mfu", "first_step_seconds"}
+CLOCK = {"seconds", "tokens_per_second", "step_seconds", "mfu", "first_step_seconds"}
 """Fields that a clock decides."""
 
 KILLED_RUN = """
