@@ -333,7 +333,7 @@ class EvaluationConfig:
     final_batches: int = 0
     """Batches of the last evaluation; 0 takes all held-out text."""
     batch_size: int = 0
-    """Rows in an evaluation batch; 0 takes train.batch_size."""
+    """Rows in an evaluation batch; 0 takes the rows of a micro-batch."""
 
 
 @dataclass(frozen=True)

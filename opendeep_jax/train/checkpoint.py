@@ -5,6 +5,7 @@ what only wants the model reads only the model.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.axes import partition_spec
+from opendeep_jax.train.progress import human_bytes
 from opendeep_jax.train.state import TrainState
 
 DIRECTORY = "checkpoints"
@@ -37,9 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None):
-        orbax_logger = logging.getLogger("absl")
-        if not orbax_logger.isEnabledFor(logging.INFO):  # unless asked for more:
-            orbax_logger.setLevel(logging.CRITICAL)  # it prints the frames of every failure that it raises anyway
+        _quieten_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=(config.keep or None) if config else None, read_only=config is None, create=config is not None
         )
@@ -52,9 +52,9 @@ class Checkpoints:
 
     def __exit__(self, *_):
         try:
-            self.wait()
+            with _disk_failures(self.directory), contextlib.closing(self.manager):
+                self.manager.wait_until_finished()
         finally:
-            self.manager.close()
             if self.writable:
                 remove_partial_saves(self.directory.parent)
 
@@ -71,11 +71,17 @@ class Checkpoints:
         """Begins to write `state`; returns when the state may be donated to the next step.
 
         Raises:
-            OSError: when this save or the one before failed; that checkpoint was never whole.
+            OSError: when the save before failed, or there is no space for this one, of which then nothing is written.
         """
+        self.wait()
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        needed = sum(array.nbytes for array in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            sizes = f"a checkpoint takes {human_bytes(needed)}, {human_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(self.directory))
         model, optimizer = _items(state)
         save = ocp.args.StandardSave
         with _disk_failures(self.directory):
@@ -161,6 +167,17 @@ def _disk_failures(directory: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(directory)) from error
+
+
+def _quieten_orbax() -> None:
+    """Keeps Orbax from printing the frames of failures that it raises anyway, unless the log level is info or more."""
+    if not logging.getLogger("absl").isEnabledFor(logging.INFO):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_is_no_disk_failure)
+
+
+def _is_no_disk_failure(record: logging.LogRecord) -> bool:
+    return "os_error_code" not in record.getMessage()
 
 
 def remove_partial_saves(workdir: str | Path) -> None:

@@ -61,7 +61,9 @@ def test_bad_input_is_one_paragraph_on_standard_error(command, capsys):
 def test_an_interrupt_is_one_line_and_status_130(command, capsys):
     command(raises(KeyboardInterrupt()))
     assert main(["train"]) == 130
-    assert capsys.readouterr().err == "\nopendeep train: interrupted.\n"
+    assert capsys.readouterr().err == "\nopendeep train: interrupted. Give the same command to go on.\n"
+    assert main(["eval"]) == 130
+    assert capsys.readouterr().err == "\nopendeep eval: interrupted.\n"
 
 
 @pytest.mark.parametrize(
@@ -119,16 +121,20 @@ def test_senseless_sampling_is_refused(argument, answer, capsys, tmp_path):
     assert answer in capsys.readouterr().err
 
 
-def test_train_hands_the_resolved_configuration_to_the_loop_and_saves_it(monkeypatch, tmp_path):
+def test_train_hands_the_resolved_configuration_and_the_recipe_to_the_loop(monkeypatch, tmp_path):
     handed = []
-    loop = types.SimpleNamespace(train=lambda config, workdir: handed.append((config, workdir)))
-    monkeypatch.setitem(sys.modules, "opendeep_jax.train.loop", loop)
+
+    def train(config, workdir, recipe, begun):
+        handed.append((config, workdir, recipe))
+        assert 0 < time.perf_counter() - begun < 3600
+        save_run_config(config, recipe, workdir)
+
+    monkeypatch.setitem(sys.modules, "opendeep_jax.train.loop", types.SimpleNamespace(train=train))
     workdir = str(tmp_path / "run")
     argv = ["train", "--config=quickstart", f"--workdir={workdir}", "--seed=5", "--train.batch_size=8"]
     assert main(argv) == 0
-    assert handed == [(load_run_config(workdir), workdir)]
+    assert handed == [(load_run_config(workdir), workdir, load_recipe("quickstart"))]
     assert handed[0][0].seed == 5
-    assert "seed              0 -> 5" in (tmp_path / "run" / "config_diff.txt").read_text()
     assert main(argv) == 0  # and goes on in the same directory
 
     assert main([*argv, "--seed=6"]) == 2
@@ -151,8 +157,8 @@ def test_generate_hands_its_flags_over_and_prints_pieces_as_they_come(monkeypatc
         calls.append((arguments, named))
         yield from (" main", "()")
 
-    sampler = types.SimpleNamespace(generate_from_workdir=generate)
-    monkeypatch.setitem(sys.modules, "opendeep_jax.generation.sampler", sampler)
+    module = types.SimpleNamespace(generate_from_workdir=generate)
+    monkeypatch.setitem(sys.modules, "opendeep_jax.train.generate", module)
     recipe = load_recipe("quickstart")
     save_run_config(recipe, recipe, tmp_path)
     assert main(["generate", f"--workdir={tmp_path}", "--prompt=def", "--top_k=3", "--step=7"]) == 0
@@ -160,6 +166,20 @@ def test_generate_hands_its_flags_over_and_prints_pieces_as_they_come(monkeypatc
     assert calls == [
         ((str(tmp_path), "def"), {"max_tokens": 200, "temperature": 0.8, "top_k": 3, "seed": 0, "step": 7})
     ]
+
+
+def test_generate_prints_nothing_before_it_has_a_model(monkeypatch, tmp_path, capsys):
+    def generate(*_, **__):
+        raise ConfigError("no checkpoint")
+        yield
+
+    monkeypatch.setitem(
+        sys.modules, "opendeep_jax.train.generate", types.SimpleNamespace(generate_from_workdir=generate)
+    )
+    recipe = load_recipe("quickstart")
+    save_run_config(recipe, recipe, tmp_path)
+    assert main(["generate", f"--workdir={tmp_path}", "--prompt=def"]) == 2
+    assert capsys.readouterr() == ("", "opendeep: no checkpoint\n")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ from opendeep_jax.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
+    RematConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -211,6 +214,26 @@ def test_a_work_directory_of_another_run_is_refused_with_the_difference(tmp_path
 def test_fields_that_cannot_change_the_computed_run_may_change_on_resume(tmp_path, changes):
     save_run_config(RunConfig(), RunConfig(), tmp_path)
     check_workdir(dataclasses.replace(RunConfig(), **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("parallel.fsdp -1 -> 2", {"parallel": ParallelConfig(fsdp=2)}),
+        ("train.loss_chunk 1024 -> 64", {"train": TrainConfig(loss_chunk=64)}),
+        ("train.accumulation_steps 1 -> 4", {"train": TrainConfig(accumulation_steps=4)}),
+        ("model.remat.dense 'named' -> 'full'", {"model": ModelConfig(remat=RematConfig(dense="full"))}),
+    ],
+)
+def test_what_changes_rounding_alone_may_change_on_resume_and_is_said(tmp_path, capsys, name, changes):
+    save_run_config(RunConfig(), RunConfig(), tmp_path)
+    check_workdir(RunConfig(), tmp_path)
+    assert capsys.readouterr().out == ""
+    check_workdir(dataclasses.replace(RunConfig(), **changes), tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "may differ in rounding" in out and name in out
+    with pytest.raises(ConfigError, match="another configuration"):
+        check_workdir(dataclasses.replace(RunConfig(), seed=1, **changes), tmp_path)
 
 
 def test_only_a_constant_schedule_lets_a_run_grow_longer(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from opendeep_jax.cli.data import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
+from opendeep_jax.data.pipeline import open_data
 
 
 @pytest.fixture
@@ -38,6 +39,17 @@ def test_where_lists_the_documents_of_a_step(configure, tmp_path, capsys):
     main(["where", f"--workdir={tmp_path}", "--step=2"])
     pieces = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {piece["row"] for piece in pieces} == {0, 1, 2, 3}
+
+
+def test_where_refuses_other_text_than_the_run_was_trained_on(configure, corpus, tmp_path, capsys):
+    save_run_config(configure(), configure(), tmp_path)
+    described = open_data(configure(), progress=False).describe()
+    (tmp_path / "data.json").write_text(json.dumps(described))
+    main(["where", f"--workdir={tmp_path}"])
+    assert capsys.readouterr().out
+    (corpus / "new.py").write_text("something new")
+    with pytest.raises(ConfigError, match=f"trained on {described['train_tokens']:,} tokens.*Bring the sources back"):
+        main(["where", f"--workdir={tmp_path}"])
 
 
 def test_help_and_wrong_commands(capsys):

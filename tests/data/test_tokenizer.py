@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.rules import BYTE_VOCABULARY
 from opendeep_jax.data.tokenizer import (
     SPECIAL_TOKENS,
     byte_tokenizer,
@@ -52,6 +53,10 @@ def test_each_token_stands_for_the_bytes_it_decodes_to(tokenizer):
             assert tokenizer.token_bytes[i] == len(text.encode("utf-8"))
         else:
             assert tokenizer.token_bytes[i] >= 1
+
+
+def test_the_configurations_rules_know_the_smallest_vocabulary():
+    assert byte_tokenizer().vocab_size == BYTE_VOCABULARY
 
 
 def test_ids_are_int32_below_the_vocabulary_in_batches_as_alone(tokenizer):
