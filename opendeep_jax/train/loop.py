@@ -23,7 +23,7 @@ from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
 from opendeep_jax.train.state import abstract_state, create_state
 from opendeep_jax.train.step import make_train_step
-from opendeep_jax.train.summary import data_rows, model_rows, peak_flops
+from opendeep_jax.train.summary import check_memory, data_rows, model_rows, peak_flops
 
 
 def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = None, begun: float | None = None) -> dict:
@@ -67,9 +67,10 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         ThreadPoolExecutor(1) as pool,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
-        opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
         template, found = abstract_state(config, optimizer, bones, mesh), checkpoints.steps()
         print(startup_summary(model_rows(config, template, mesh, peak, found)), flush=True)
+        check_memory(config, template, mesh.size)
+        opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
         state = checkpoints.restore(template) if found else create_state(config, optimizer, template)
         start = int(state.step)
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)

@@ -100,9 +100,9 @@ def check_memory(config: RunConfig, state: TrainState, devices: int) -> None:
     if needed > present:
         raise ConfigError(
             f"{config.name}: weights, gradients and moments take {human_bytes(needed)} on each of {devices} devices, "
-            f"and a device has {human_bytes(present)}. Use at least {math.ceil(needed * devices / present)} such devices "
-            "(--parallel.fsdp=-1 divides over all), a smaller model, or --optimizer.first_moment_dtype=bfloat16 and "
-            "--optimizer.second_moment_dtype=bfloat16."
+            f"and a device has {human_bytes(present)}. Use at least {math.ceil(needed * devices / present):,} such "
+            "devices (--parallel.fsdp=-1 divides over all), a smaller model, or bfloat16 for "
+            "--optimizer.first_moment_dtype and --optimizer.second_moment_dtype."
         )
 
 

@@ -1,0 +1,60 @@
+"""What a run says of itself before its first step."""
+
+import dataclasses
+
+import jax
+import pytest
+from small_models import V3, run_config
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_recipe
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.train import summary
+from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.state import abstract_state
+
+
+def state_of(config):
+    """The abstract state of a run over the devices here, and their number."""
+    bones, mesh = skeleton(config.model), make_mesh(config.parallel)
+    return abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh), mesh.size
+
+
+def test_671b_parameters_on_one_host_are_refused_before_anything_is_made():
+    config = load_recipe("deepseek_v3")
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data=1, fsdp=-1))
+    with pytest.raises(ConfigError, match=r"deepseek_v3: .* on each of 8 devices.* Use at least [\d,]+ such devices"):
+        summary.check_memory(config, *state_of(config))
+
+
+def test_a_small_model_fits_and_its_estimate_counts_weights_exactly():
+    config = run_config(V3)
+    state, devices = state_of(config)
+    summary.check_memory(config, state, devices)
+    memory = summary.memory_estimate(config, state, devices)
+    shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state.params)]
+    assert memory["weights"] == memory["gradients"] == 4 * sum(map(_product, shards))
+    assert memory["moments"] >= 2 * memory["weights"]
+
+
+def _product(shape):
+    """All sizes multiplied."""
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+def test_saving_fewer_activations_is_estimated_as_less_memory():
+    def activations(policy):
+        remat = dataclasses.replace(V3.remat, dense=policy, moe=policy)
+        config = run_config(dataclasses.replace(V3, remat=remat))
+        return summary.memory_estimate(config, *state_of(config))["activations"]
+
+    assert activations("full") < activations("named") < activations("none")
+
+
+@pytest.mark.parametrize("kind, name", [("dense", "expert_gate"), ("moe", "expert_gate")])
+def test_only_blocks_with_experts_keep_their_activations(kind, name):
+    assert (name in summary.activation_widths(V3, kind)) == (kind == "moe")
