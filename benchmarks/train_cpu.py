@@ -60,8 +60,9 @@ def measure_opendeep(steps: int) -> dict:
     from opendeep_jax.data.batch import Batch
     from opendeep_jax.models.accounting import count_parameters, flops_per_token
     from opendeep_jax.models.parameters import skeleton
-    from opendeep_jax.parallel.mesh import make_mesh
+    from opendeep_jax.parallel.mesh import make_mesh, put_batch
     from opendeep_jax.train.optimizer import make_optimizer
+    from opendeep_jax.train.programs import Programs
     from opendeep_jax.train.state import abstract_state, create_state
     from opendeep_jax.train.step import make_train_step
     from opendeep_jax.train.summary import measured_matmul
@@ -76,8 +77,11 @@ def measure_opendeep(steps: int) -> dict:
     with jax.set_mesh(mesh):
         bones = skeleton(run.model)
         optimizer = make_optimizer(run, bones.axes())
-        state = create_state(run, optimizer, abstract_state(run, optimizer, bones, mesh))
-        step = jax.jit(make_train_step(run, bones, optimizer), donate_argnums=0)
+        template = abstract_state(run, optimizer, bones, mesh)
+        state = create_state(run, optimizer, template)
+        step_function = jax.jit(make_train_step(run, bones, optimizer), donate_argnums=0)
+        step = Programs(run, step_function, template, mesh).at(0)
+        batch = put_batch(batch, mesh)
         state, metrics = jax.block_until_ready(step(state, batch))
         first = time.perf_counter() - BEGUN
         before = measured_matmul()

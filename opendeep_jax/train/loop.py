@@ -72,7 +72,7 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         check_memory(config, template, mesh.size)
         opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
         state = checkpoints.restore(template) if found else create_state(config, optimizer, template)
-        start = int(state.step)
+        start = found[-1] if found else 0  # not state.step: the state is still being made while the step is traced
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
         programs = Programs(config, step_function, template, mesh)
         if start < steps:
