@@ -55,8 +55,8 @@ def get_config() -> RunConfig:
             mtp=MTPConfig(depth=1),
         ),
         data=DataConfig(tokenizer="bpe:4096", sequence_length=256),
-        optimizer=OptimizerConfig(kind="muon", learning_rate=6e-3, schedule="cosine", warmup_steps=20),
-        train=TrainConfig(steps=180, batch_size=16, log_every=5, sample_every=60),
-        evaluation=EvaluationConfig(every=45, batches=6),
-        checkpoint=CheckpointConfig(every=60),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, schedule="cosine", warmup_steps=20),
+        train=TrainConfig(steps=140, batch_size=16, log_every=5, sample_every=70),
+        evaluation=EvaluationConfig(every=28, batches=6),
+        checkpoint=CheckpointConfig(every=70),
     )

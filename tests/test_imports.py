@@ -67,7 +67,7 @@ def test_a_module_imports_only_from_earlier_rooms(path):
     assert violations(room, path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", (ROOT / "opendeep_jax" / "config").glob("*.py"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "opendeep_jax" / "config").glob("*.py")), ids=lambda path: path.name)
 def test_config_needs_nothing_but_the_standard_library_and_the_command_line_parsers(path):
     allowed = {"opendeep_jax", *sys.stdlib_module_names} | ({"tyro", "absl"} if path.name == "overrides.py" else set())
     assert {name.split(".")[0] for name in imported(path.read_text())} <= allowed
