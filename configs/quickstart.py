@@ -5,8 +5,10 @@ Paper:     DeepSeek-V3 (arXiv:2412.19437): MLA with q and kv compression, sigmoi
 Text:      the Python sources of the interpreter's own standard library, so nothing is downloaded.
 Command:   opendeep train --config=quickstart --workdir=runs/quickstart
 Hardware:  a laptop; two CPU cores are enough.
-Time:      not measured yet.
-Expected:  not measured yet.
+Optimizer: Muon, where V3 has AdamW: on so little text it needs half the tokens for the same bits per byte (2.08 with
+           AdamW, 1.85 with Muon after 614K tokens). --optimizer.kind=adamw --optimizer.learning_rate=4e-3 goes back.
+Time:      5.1 minutes on 2 cores, 2.5 GB of memory; `make quickstart` on a fresh clone took 5.8 with installing.
+Expected:  1.87 bits per byte on held-out text, where gzip -9 needs 1.99 and xz -9 1.69 (Python 3.11's sources).
 """
 
 from opendeep_jax.config.schema import (
