@@ -8,9 +8,9 @@ Hardware:  a laptop; two CPU cores are enough.
 Optimizer: Muon, where V3 has AdamW: on so little text it needs half the tokens for the same bits per byte (2.08 with
            AdamW, 1.85 with Muon after 614K tokens). --optimizer.kind=adamw --optimizer.learning_rate=4e-3 goes back.
 Balance:   biases move by 1e-2 a step, where V3 has 1e-3: there are 140 steps to find the balance in, not 200,000.
-Time:      5.1 minutes on 2 cores, 2.5 GB of memory; `make quickstart` on a fresh clone took 5.8 with installing.
-Expected:  1.87 bits per byte on held-out text, where gzip -9 needs 1.99 and xz -9 1.69 (Python 3.11's sources; measured
-           with V3's 1e-3 for the biases, with which the largest load was still 2.8 times the mean at the end).
+Time:      5.1 minutes on two quiet cores; `make quickstart` on a fresh clone took 5.8 with installing. 1.6 to 2.5 GB.
+Expected:  1.85 bits per byte on held-out text, where gzip -9 needs 1.99 and xz -9 1.69 (Python 3.11's sources); 1.87
+           with V3's speed of the biases.
 """
 
 from opendeep_jax.config.schema import (
