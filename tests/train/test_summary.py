@@ -1,6 +1,7 @@
 """What a run says of itself before its first step."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -34,16 +35,8 @@ def test_a_small_model_fits_and_its_estimate_counts_weights_exactly():
     summary.check_memory(config, state, devices)
     memory = summary.memory_estimate(config, state, devices)
     shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state.params)]
-    assert memory["weights"] == memory["gradients"] == 4 * sum(map(_product, shards))
+    assert memory["weights"] == memory["gradients"] == 4 * sum(map(math.prod, shards))
     assert memory["moments"] >= 2 * memory["weights"]
-
-
-def _product(shape):
-    """All sizes multiplied."""
-    out = 1
-    for size in shape:
-        out *= size
-    return out
 
 
 def test_saving_fewer_activations_is_estimated_as_less_memory():
