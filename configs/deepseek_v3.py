@@ -12,7 +12,7 @@ Where this departs from the report:
  - Attention stays inside a document; the report lets it cross (--data.segment_mask=False).
  - The report says that the batch rises from 3072 to 15,360 rows over the first 469B tokens, not in which stages: here
    they are four of equal length.
- - No fill-in-the-middle (rate 0.1 in the report), and bfloat16 where the report multiplies in FP8.
+ - Fill-in-the-middle is cut between tokens, not between characters, and bfloat16 is where the report multiplies in FP8.
 YaRN is off: it belongs to the long-context phases that follow.
 """
 
@@ -79,6 +79,7 @@ def get_config() -> RunConfig:
             tokenizer="corpus/tokenizer.json",
             sequence_length=SEQUENCE_LENGTH,
             held_out_fraction=0.0001,
+            fim_rate=0.1,
         ),
         optimizer=OptimizerConfig(
             learning_rate=2.2e-4,

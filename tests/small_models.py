@@ -1,11 +1,14 @@
 """Small models, batches and runs that the tests share. Sizes are as small as keeps every mechanism at work."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from opendeep_jax.config.schema import (
@@ -152,7 +155,7 @@ def small_run_config(corpus: Path, prepared: Path, **train) -> RunConfig:
         name="small",
         model=dataclasses.replace(V3, vocab_size=264, hidden_size=32, num_layers=3),
         data=DataConfig(
-            sources=(SourceConfig("corpus", str(corpus), license="CC0-1.0"),),
+            sources=(SourceConfig("corpus", str(corpus), license="CC0-1.0", epochs=1000.0),),
             tokenizer="bytes",
             directory=str(prepared),
             sequence_length=32,
@@ -163,3 +166,20 @@ def small_run_config(corpus: Path, prepared: Path, **train) -> RunConfig:
         evaluation=EvaluationConfig(every=12, batches=2),
         checkpoint=CheckpointConfig(every=8),
     )
+
+
+@contextlib.contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Training inside takes `steps` steps and is interrupted before the next, as by Ctrl-C."""
+    from opendeep_jax.train import loop
+
+    put, left = loop.put_batch, iter(range(steps))
+
+    def put_batch(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return put(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "put_batch", put_batch)
+        yield

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import opendeep_jax
+from opendeep_jax.cli.data import HELP
 from opendeep_jax.cli.main import COMMANDS, main
 from opendeep_jax.config.overrides import resolve
 
@@ -73,7 +74,9 @@ def understood(arguments: list[str], capsys) -> None:
     words = [word for word in arguments if not word.startswith("--")]
     settings = [word for word in arguments if word.startswith("--") and word != "--help"]
     if any(setting.startswith("--config") for setting in settings):
-        resolve(settings)  # raises for a recipe, field or value that is wrong
+        # The other data commands take settings of their own beside the recipe's; `opendeep data` names them.
+        of_the_run = [word for word in settings if name != "data" or f"{word.partition('=')[0]}=" not in HELP]
+        resolve(of_the_run + [word for word in settings if word.startswith("--config")])  # raises for what is wrong
         return
     try:
         assert main([*words, "--help"]) == 0
@@ -102,10 +105,12 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
         (corpus / f"{index}.py").write_text(f"def number_{index}():\n    return {index}\n" * 20)
     monkeypatch.chdir(tmp_path)
     source = [f"--data.sources.0.path={corpus}", "--data.sources.0.name=corpus", "--data.held_out_fraction=0.3"]
-    more = {"train": [*TINY, *source], "generate": ["--max_tokens=4"]}
+    more = {"train": [*TINY, *source], "generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
     commands = train_commands()
-    assert {"train", "generate", "eval", "report"} <= {command[0] for command in commands}
+    assert {"train", "generate", "eval", "report", "data"} <= {command[0] for command in commands}
     for command in commands:
-        assert main([*command, *more.get(command[0], [])]) == 0, capsys.readouterr().err
+        name = command[1] if command[0] == "data" else command[0]
+        command = [word.replace("json/decoder.py", "7.py") for word in command]  # a document of this corpus
+        assert main([*command, *more.get(name, [])]) == 0, capsys.readouterr().err
     (workdir,) = (tmp_path / "runs").glob("*/report.html")
     assert workdir.stat().st_size > 0

@@ -1,60 +1,121 @@
-"""`opendeep data tokenizer|prepare --config=RECIPE ...` and `opendeep data where --workdir=DIRECTORY --step=N`"""
+"""`opendeep data ACTION ...`: from open text to auditable batches. Actions that look things up are in `audit.py`."""
 
 import json
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from opendeep_jax.cli.flags import parse, run_flags
+from opendeep_jax.cli.audit import diff, verify, when, where
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import did_you_mean, load_run_config
-from opendeep_jax.config.overrides import resolve
+from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.schema import RunConfig
 
+if TYPE_CHECKING:
+    from opendeep_jax.config.overrides import Launch
+
+EXECUTORS = ("local", "slurm", "ray")
 HELP = """\
-Text to tokens.
+From open text to auditable batches.
 
 usage: opendeep data tokenizer --config=RECIPE [--name=value ...]   train or open the tokenizer, and describe it
-       opendeep data prepare   --config=RECIPE [--name=value ...]   tokenize all sources, and count what is there
-       opendeep data where     --workdir=DIRECTORY --step=N         list the documents that a step trains on
+       opendeep data curate    --config=RECIPE [--name=value ...]   filter, deduplicate, decontaminate and mask, with
+                               [--executor=local|slurm|ray]         this machine or others
+                               [--executor_options=partition=cpu,time=8:00:00]
+       opendeep data prepare   --config=RECIPE [--name=value ...]   curate, tokenize and pack all that is not there yet
+       opendeep data card      --config=RECIPE [--out=DIRECTORY]    write the data card: Markdown, HTML and JSON
+       opendeep data where     --workdir=DIRECTORY --step=N         name the documents that a step trains on
+       opendeep data when      --workdir=DIRECTORY --doc=ID         name the steps that train on a document
+       opendeep data verify    --directory=DIRECTORY                recompute all hashes, and name what is damaged
+       opendeep data diff      A B                                  compare the mixtures of two runs
 """
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs one of the data commands. Prints JSON; raises ConfigError for input that cannot work."""
-    actions = {"tokenizer": _tokenizer, "prepare": _prepare, "where": _where}
+def main(argv: Sequence[str]) -> int:
+    """Runs one of the data commands; returns the exit status. Raises ConfigError for input that cannot work."""
+    actions = {
+        "tokenizer": _tokenizer,
+        "curate": _curate,
+        "prepare": _prepare,
+        "card": _card,
+        "where": where,
+        "when": when,
+        "verify": verify,
+        "diff": diff,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
-    elif argv[0] not in actions:
+        return 0
+    if argv[0] not in actions:
         hint = did_you_mean(argv[0], list(actions))
         raise ConfigError(f"opendeep data {argv[0]}: no such command.{hint} Commands: {', '.join(actions)}.")
-    else:
-        actions[argv[0]](argv[1:])
+    return actions[argv[0]](argv[1:]) or 0
 
 
 def _tokenizer(argv: Sequence[str]) -> None:
-    config, _ = resolve(argv, "opendeep data tokenizer")
-    from opendeep_jax.data.pipeline import prepare_tokenizer
+    config, _ = _resolve(argv, "tokenizer")
+    from opendeep_jax.data.prepared import prepare_tokenizer
 
-    tokenizer = prepare_tokenizer(config.data)
-    names = ("name", "path", "vocab_size", "bos_id", "eos_id", "special_tokens", "content_hash")
+    tokenizer = prepare_tokenizer(config)
+    names = ("name", "path", "vocab_size", "bos_id", "eos_id", "fim_ids", "special_tokens", "content_hash")
     print(json.dumps({name: getattr(tokenizer, name) for name in names}, indent=2, ensure_ascii=False))
 
 
+def _curate(argv: Sequence[str]) -> None:
+    argv, executor = _take(argv, "executor", "local")
+    argv, options = _take(argv, "executor_options", "")
+    if executor not in EXECUTORS:
+        raise ConfigError(f"--executor={executor}: must be one of {', '.join(EXECUTORS)}.")
+    config, _ = _resolve(argv, "curate")
+    if not config.data.curation.active:
+        raise ConfigError(
+            "data.curation asks for nothing, so there is nothing to do. Say what, as in --data.curation.quality "
+            "gopher_quality c4 --data.curation.minhash_deduplication=True."
+        )
+    from opendeep_jax.data.curation import parse_options, read_accounting
+    from opendeep_jax.data.prepared import curated_sources
+
+    sources = curated_sources(config, executor=executor, options=parse_options(options))
+    print(json.dumps(read_accounting(sources), indent=2, ensure_ascii=False))
+
+
 def _prepare(argv: Sequence[str]) -> None:
-    config, _ = resolve(argv, "opendeep data prepare")
-    from opendeep_jax.data.pipeline import open_data
+    config, _ = _resolve(argv, "prepare")
+    from opendeep_jax.data.describe import describe, table
+    from opendeep_jax.data.prepared import prepare
 
-    print(json.dumps(open_data(config).describe(), indent=2))
+    tokenizer, prepared = prepare(config)
+    described = describe(prepared, tokenizer)
+    print(table(described) if sys.stdout.isatty() else json.dumps(described, indent=2))
 
 
-def _where(argv: Sequence[str]) -> None:
-    flags = run_flags(step=(0, "Step to look up, from 0."))
-    values = parse(flags, argv, "opendeep data where", "Lists the documents that a step of a run trains on.")
-    if values.step < 0:
-        raise ConfigError(f"--step={values.step}: steps are counted from 0.")
-    config = load_run_config(values.workdir)
-    from opendeep_jax.data.pipeline import open_data
-    from opendeep_jax.train.run_directory import check_same_data
+def _card(argv: Sequence[str]) -> None:
+    argv, out = _take(argv, "out", "")
+    config, launch = _resolve(argv, "card")
+    from opendeep_jax.data.card import build_card, write_card
+    from opendeep_jax.data.curation import read_accounting
+    from opendeep_jax.data.prepared import curated_sources, prepare
 
-    data = open_data(config)
-    check_same_data(data, values.workdir)
-    for piece in data.where(values.step):
-        print(json.dumps(piece))
+    tokenizer, prepared = prepare(config)
+    curation = read_accounting(curated_sources(config)) if config.data.curation.active else None
+    card = build_card(config, curation, prepared.stores, tokenizer=tokenizer)
+    print(write_card(out or f"{launch.workdir}/data_card", card))
+
+
+def _resolve(argv: Sequence[str], action: str) -> "tuple[RunConfig, Launch]":
+    """The recipe's configuration with the settings of the command line. tyro takes a while, and not all need it."""
+    from opendeep_jax.config.overrides import resolve
+
+    return resolve(argv, f"opendeep data {action}")
+
+
+def _take(argv: Sequence[str], name: str, default: str) -> tuple[list[str], str]:
+    """The arguments without the flag `--name=value` (or `--name value`), and its value."""
+    rest, value, arguments = [], default, iter(argv)
+    for argument in arguments:
+        if argument == f"--{name}":
+            value = next(arguments, "")
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return rest, value

@@ -11,19 +11,31 @@ from opendeep_jax.config.load import did_you_mean
 
 def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
     """A registry with `--workdir` and the flags in `more`, each `name=(default, help)`, of its default's type."""
-    values = flags.FlagValues()
+    values = make_flags(**more)
     flags.DEFINE_string("workdir", None, "Directory of the run, as `opendeep train` wrote it.", flag_values=values)
+    return values
+
+
+def make_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
+    """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
+    values = flags.FlagValues()
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for name, (default, text) in more.items():
         define[type(default)](name, default, text, flag_values=values)
     return values
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], program: str, purpose: str) -> flags.FlagValues:
+def parse(
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    program: str,
+    purpose: str,
+    usage: str = "--workdir=DIRECTORY [--name=value ...]",
+) -> flags.FlagValues:
     """Parses `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
     if {"-h", "--help"} & set(argv):
         lines = "".join(f"  --{name:<14}{values[name].help}{_default(values[name])}\n" for name in values)
-        print(f"{purpose}\n\nusage: {program} --workdir=DIRECTORY [--name=value ...]\n\n{lines}", end="")
+        print(f"{purpose}\n\nusage: {program} {usage}\n\n{lines}", end="")
         sys.exit(0)
     try:
         rest = values([program, *argv], known_only=True)[1:]
@@ -32,10 +44,10 @@ def parse(values: flags.FlagValues, argv: Sequence[str], program: str, purpose: 
     if rest:
         hint = did_you_mean(rest[0].partition("=")[0], [f"--{name}" for name in values])
         raise ConfigError(f"{rest[0]}: {program} has no such setting.{hint} See {program} --help.")
-    if not values.workdir:
+    if "workdir" in values and values["workdir"].default is None and not values.workdir:
         raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")
     return values
 
 
 def _default(flag: flags.Flag) -> str:
-    return "" if flag.default is None else f" (default: {flag.default!r})"
+    return "" if flag.default in (None, "") else f" (default: {flag.default!r})"

@@ -30,6 +30,7 @@ HARMLESS = (
     "checkpoint.",
     "hardware.",
     "data.directory",
+    "data.workers",
 )
 """Fields, and groups of fields, that cannot change what a run computes: they may differ when it is resumed."""
 
@@ -48,8 +49,12 @@ def recipe_directory() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that ship with OpenDeep, for `--config=NAME`."""
-    return sorted(path.stem for path in recipe_directory().glob("*.py") if not path.stem.startswith("_"))
+    """Names of the recipes that ship with OpenDeep, for `--config=NAME`; corpora are `corpora/NAME`."""
+    root = recipe_directory()
+    found = [*root.glob("*.py"), *root.glob("corpora/*.py")]
+    return sorted(
+        path.relative_to(root).with_suffix("").as_posix() for path in found if not path.stem.startswith("_")
+    )
 
 
 def load_recipe(name_or_path: str) -> RunConfig:
@@ -207,7 +212,7 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
 def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
     name, there, here = difference
     if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
-        return 0 < there < here
+        return 0 < there < here and not config.data.phases  # which divide the text by the length of the whole run
     return _is_among(name, HARMLESS)
 
 

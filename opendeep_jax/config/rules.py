@@ -187,9 +187,15 @@ def _data_problems(run: Any) -> Iterator[str]:
     names = [source.name for source in data.sources]
     for index, source in enumerate(data.sources):
         where = f"data.sources.{index}"
-        yield from _above_zero(where, source, "weight")
+        yield from _at_least(0, where, source, "weight")
+        yield from _above_zero(where, source, "epochs")
         if not source.name.strip() or source.name in names[:index]:
             yield problem(f"{where}.name", source.name, "must not be empty or shared by two sources", "Rename it")
+        for rule in source.keep:
+            if "=" not in rule:
+                yield problem(f"{where}.keep", rule, "must be written field=value", "As in license_type=permissive")
+        if not source.text_field:
+            yield problem(f"{where}.text_field", "", "must name the field that holds the text", "Usually it is 'text'")
         if not source.path and source.name != "python_stdlib":
             yield problem(
                 f"{where}.path",
@@ -199,13 +205,68 @@ def _data_problems(run: Any) -> Iterator[str]:
             )
     yield from _tokenizer_problems(data.tokenizer, run.model.vocab_size)
     yield from _fraction("data", data, "held_out_fraction", below_one=True)
-    if data.sequence_length <= run.model.mtp.depth + 1:
+    yield from _fraction("data", data, "fim_rate")
+    yield from _at_least(0, "data", data, "workers")
+    lengths = [("data.sequence_length", data.sequence_length)]
+    lengths += [(f"data.phases.{i}.sequence_length", p.sequence_length) for i, p in enumerate(data.phases)]
+    for name, length in lengths:
+        if length <= run.model.mtp.depth + 1 and not (length == 0 and name != "data.sequence_length"):
+            yield problem(
+                name,
+                length,
+                f"must exceed model.mtp.depth + 1 = {run.model.mtp.depth + 1}, or nothing is left to predict",
+                "Use longer rows",
+            )
+    weights = [source.weight for source in data.sources]
+    if weights and max(weights) == 0 and not (data.phases and all(phase.weights for phase in data.phases)):
+        yield problem("data.sources.0.weight", weights[0], "one source must weigh more than 0", "Give one a weight")
+    yield from _curation_problems(data.curation)
+    yield from _phase_problems(run)
+
+
+def _curation_problems(curation: Any) -> Iterator[str]:
+    where = "data.curation"
+    counts = ("minhash_ngram", "minhash_buckets", "minhash_hashes_per_bucket", "evaluation_ngram")
+    yield from _at_least(1, where, curation, *counts)
+    yield from _fraction(where, curation, "language_threshold")
+    if curation.languages and not curation.language_model:
         yield problem(
-            "data.sequence_length",
-            data.sequence_length,
-            f"must exceed model.mtp.depth + 1 = {run.model.mtp.depth + 1}, or nothing is left to predict",
-            "Use longer rows",
+            f"{where}.languages",
+            curation.languages,
+            "needs a model that tells languages, and data.curation.language_model names none",
+            "Give the path of fastText's lid.176.bin",
         )
+
+
+def _phase_problems(run: Any) -> Iterator[str]:
+    phases, sources = run.data.phases, run.data.sources
+    for index, phase in enumerate(phases):
+        where, last = f"data.phases.{index}", index == len(phases) - 1
+        yield from _at_least(0, where, phase, "tokens", "sequence_length", "batch_size")
+        if not phase.name.strip() or phase.name in [other.name for other in phases[:index]]:
+            yield problem(f"{where}.name", phase.name, "must not be empty or shared by two phases", "Rename it")
+        if (phase.tokens == 0) != last:
+            rule = "the last phase never ends, so it has no length" if last else "only the last phase has no length"
+            yield problem(f"{where}.tokens", phase.tokens, rule, "Set it to 0" if last else "Give its tokens")
+        weights = phase.weights or [source.weight for source in sources]
+        if len(weights) != len(sources):
+            yield problem(
+                f"{where}.weights",
+                phase.weights,
+                f"must have one weight for each of the {len(sources)} sources of data.sources",
+                "A source that this phase leaves out has weight 0",
+            )
+        elif min(weights, default=0) < 0 or max(weights, default=0) == 0:
+            yield problem(f"{where}.weights", phase.weights, "must be 0 or above, and one of them above 0", "")
+    if len(phases) > 1 and min(run.train.batch_size, run.data.sequence_length, phases[0].tokens) > 0:
+        ramp = sum(stage.tokens for stage in run.train.batch_ramp)
+        if ramp >= phases[0].tokens:
+            yield problem(
+                "data.phases.0.tokens",
+                phases[0].tokens,
+                f"must exceed the {ramp} tokens of train.batch_ramp, which lies inside the first phase",
+                "Lengthen the phase, or shorten the ramp",
+            )
 
 
 def _tokenizer_problems(tokenizer: str, vocab_size: int) -> Iterator[str]:
@@ -332,7 +393,8 @@ def row_problems(run: Any, shards: int) -> Iterator[str]:
 def _batches(run: Any) -> list[tuple[str, int]]:
     stages = enumerate(run.train.batch_ramp)
     ramp = [(f"train.batch_ramp.{index}.batch_size", stage.batch_size) for index, stage in stages]
-    return [("train.batch_size", run.train.batch_size), *ramp]
+    phases = [(f"data.phases.{i}.batch_size", p.batch_size) for i, p in enumerate(run.data.phases) if p.batch_size]
+    return [("train.batch_size", run.train.batch_size), *ramp, *phases]
 
 
 def axes(run: Any) -> dict[str, int]:

@@ -1,47 +1,99 @@
-"""Batch size and tokens as functions of the step. Plain integers, exact at 14.8 trillion tokens."""
+"""Batch size, row length and tokens as functions of the step. Plain integers, exact at 14.8 trillion tokens."""
 
 import math
+from typing import NamedTuple
 
 
-def _stages(train, sequence_length: int):
-    """Yields (steps, batch_size) of each ramp stage; a stage's tokens are rounded up to whole steps."""
-    for stage in train.batch_ramp:
-        yield math.ceil(stage.tokens / (stage.batch_size * sequence_length)), stage.batch_size
+class Stage(NamedTuple):
+    """Steps whose batches have one shape and one mixture: a phase of data.phases, or a stage of its batch ramp."""
+
+    phase: int
+    """Index into data.phases; 0 where there are none."""
+    first_step: int
+    steps: float
+    """Its length; infinite for the last."""
+    batch_size: int
+    """Rows in a global batch."""
+    length: int
+    """Tokens in a row."""
 
 
-def batch_size_at(train, sequence_length: int, step: int) -> int:
+def stages(config) -> list[Stage]:
+    """The run as stages, the last without end. A stage's tokens are rounded up to whole steps.
+
+    train.batch_ramp comes first, inside the first phase.
+    """
+    data, train = config.data, config.train
+    spans = [(phase.tokens, phase.batch_size, phase.sequence_length) for phase in data.phases] or [(0, 0, 0)]
+    found: list[Stage] = []
+
+    def add(phase: int, tokens: float, batch_size: int, length: int) -> None:
+        steps = max(math.ceil(tokens / (batch_size * length)), 0) if tokens != math.inf else math.inf
+        found.append(Stage(phase, found[-1].first_step + found[-1].steps if found else 0, steps, batch_size, length))
+
+    for index, (tokens, batch_size, length) in enumerate(spans):
+        length = length or data.sequence_length
+        left = math.inf if index == len(spans) - 1 else tokens
+        for ramp in train.batch_ramp if index == 0 else ():
+            add(index, ramp.tokens, ramp.batch_size, length)
+            left -= found[-1].steps * ramp.batch_size * length
+        add(index, left, batch_size or train.batch_size, length)
+    return found
+
+
+def stage_at(config, step: int) -> Stage:
+    """The stage that `step` (from 0) belongs to."""
+    return next(stage for stage in reversed(stages(config)) if stage.first_step <= step and stage.steps > 0)
+
+
+def batch_size_at(config, step: int) -> int:
     """Rows in the global batch of `step` (from 0)."""
-    for steps, batch_size in _stages(train, sequence_length):
-        if step < steps:
-            return batch_size
-        step -= steps
-    return train.batch_size
+    return stage_at(config, step).batch_size
 
 
-def rows_before(train, sequence_length: int, step: int) -> int:
-    """Rows that the steps 0 … step - 1 consume."""
-    rows = 0
-    for steps, batch_size in _stages(train, sequence_length):
-        taken = min(step, steps)
-        rows += taken * batch_size
-        step -= taken
-    return rows + step * train.batch_size
+def length_at(config, step: int) -> int:
+    """Tokens in a row of `step` (from 0)."""
+    return stage_at(config, step).length
+
+
+def rows_before(config, step: int, phase: int) -> int:
+    """Rows of `phase` that the steps 0 … step - 1 take."""
+    return sum(
+        min(max(step - stage.first_step, 0), stage.steps) * stage.batch_size
+        for stage in stages(config)
+        if stage.phase == phase
+    )
+
+
+def step_of_row(config, phase: int, row: int) -> tuple[int, int] | None:
+    """(step, row of its batch) of the `row`-th row of `phase`, both from 0; None if the phase ends before it.
+
+    The inverse of `rows_before`.
+    """
+    for stage in stages(config):
+        if stage.phase == phase:
+            if row < stage.steps * stage.batch_size:
+                step, in_batch = divmod(row, stage.batch_size)
+                return stage.first_step + step, in_batch
+            row -= stage.steps * stage.batch_size
+    return None
 
 
 def tokens_before(config, step: int) -> int:
     """Tokens that a run has trained on before `step`, padding included."""
-    return rows_before(config.train, config.data.sequence_length, step) * config.data.sequence_length
+    return sum(
+        min(max(step - stage.first_step, 0), stage.steps) * stage.batch_size * stage.length for stage in stages(config)
+    )
 
 
 def step_at_tokens(config, tokens: int) -> float:
     """The (fractional) step at which `tokens` tokens are consumed: the inverse of `tokens_before`."""
-    length = config.data.sequence_length
-    step, rows = 0, tokens / length
-    for steps, batch_size in _stages(config.train, length):
-        if rows <= steps * batch_size:
-            return step + rows / batch_size
-        step, rows = step + steps, rows - steps * batch_size
-    return step + rows / config.train.batch_size
+    for stage in stages(config):
+        per_step = stage.batch_size * stage.length
+        if tokens <= stage.steps * per_step:
+            return stage.first_step + tokens / per_step
+        tokens -= stage.steps * per_step
+    raise AssertionError("the last stage has no end")
 
 
 def total_steps(config) -> int:

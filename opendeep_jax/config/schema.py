@@ -189,11 +189,87 @@ class SourceConfig:
     name: str = "python_stdlib"
     """Name in logs and provenance. `python_stdlib` with an empty path is the embedded source."""
     path: str = ""
-    """File, directory or glob of .txt, .py, .md or .jsonl (field `text`) documents; empty for the embedded source."""
+    """File, directory or glob of .parquet, .jsonl (plain, .gz, .zst), .array_record, .txt, .md or .py files, here or
+    under gs://, s3://, hf:// and the like; `datasets:NAME?split=train` for a Hugging Face dataset; a directory that
+    `opendeep data prepare` wrote; empty for the embedded source."""
     weight: float = 1.0
     """Share of training tokens drawn from this source, relative to the other weights."""
     license: str = "PSF-2.0"
-    """Licence of the documents, kept in the store's manifest."""
+    """Licence of the documents, where they do not state their own; kept in the store's manifest."""
+    citation: str = ""
+    """Paper or page to cite; kept in the manifest and the data card."""
+    text_field: str = "text"
+    """Field of a record that holds the text; dots reach into nested fields."""
+    id_field: str = ""
+    """Field that identifies a document; empty makes `file#number` its id."""
+    url_field: str = ""
+    """Field with the document's address; empty where there is none."""
+    license_field: str = ""
+    """Field with the document's own licence; empty where `license` holds for all."""
+    text_url: str = ""
+    """Where the text is kept when records only point at it, as `s3://bucket/{blob_id}` with the record's fields."""
+    keep: tuple[str, ...] = ()
+    """Records to keep, as `field=value`; all must hold. The others are counted as left out."""
+    bad_documents: Literal["refuse", "leave_out"] = "refuse"
+    """A record whose text is null, empty or not UTF-8 stops everything with its place, or is left out and counted."""
+    epochs: float = 1.0
+    """How often its text may be trained on. A run that would need more is refused."""
+
+
+@dataclass(frozen=True)
+class CurationConfig:
+    """What is done to documents before they are tokenized. Everything that leaves is counted by source and reason."""
+
+    quality: tuple[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"], ...] = ()
+    """Heuristic filters, in this order, with their papers' thresholds."""
+    languages: tuple[str, ...] = ()
+    """Keep documents in these languages, such as `en`; empty keeps all."""
+    language_model: str = ""
+    """fastText's lid.176.bin (or another model with `__label__xx`) that tells languages."""
+    language_threshold: float = 0.65
+    """Least certainty of the language."""
+    exact_deduplication: bool = False
+    """Keep the first of documents with equal text, over all sources."""
+    minhash_deduplication: bool = False
+    """Keep the first of each cluster of near-duplicates, over all sources (MinHash with locality-sensitive hashing)."""
+    minhash_engine: Literal["rensa", "datatrove"] = "rensa"
+    """Whose MinHash: rensa's, joined in one process at 40 bytes a document, or datatrove's four stages of files."""
+    minhash_ngram: int = 5
+    """Words in a shingle."""
+    minhash_buckets: int = 14
+    """Bands of the signature; two documents that agree in one are near-duplicates."""
+    minhash_hashes_per_bucket: int = 8
+    """Hashes in a band. 14 bands of 8 find half of the pairs with Jaccard similarity 0.70, and 0.92 of those at 0.8."""
+    mask_personal_data: bool = False
+    """Replace e-mail addresses and public IP addresses."""
+    evaluation_sets: tuple[str, ...] = ()
+    """Files (.jsonl, .parquet or .txt) of evaluation items; documents that share an n-gram with one are removed."""
+    evaluation_ngram: int = 13
+    """Words in a run that a document must not share with an evaluation item."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is done at all."""
+        switches = self.exact_deduplication, self.minhash_deduplication, self.mask_personal_data
+        return any((*switches, self.quality, self.languages, self.evaluation_sets))
+
+
+@dataclass(frozen=True)
+class DataPhase:
+    """A stretch of training with its own mixture, row length, packing and batch."""
+
+    name: str = "main"
+    """Name in logs and provenance."""
+    tokens: int = 0
+    """Length in tokens, rounded up to whole steps; the last phase never ends."""
+    weights: tuple[float, ...] = ()
+    """Weight of each source of data.sources, 0 leaving it out; empty takes the sources' own."""
+    sequence_length: int = 0
+    """Tokens L in a row; 0 takes data.sequence_length."""
+    packing: Literal["", "concatenate", "first_fit", "best_fit"] = ""
+    """Empty takes data.packing."""
+    batch_size: int = 0
+    """Rows in a global batch; 0 takes train.batch_size."""
 
 
 @dataclass(frozen=True)
@@ -205,13 +281,23 @@ class DataConfig:
     tokenizer: str = "bpe:8192"
     """`bytes`, `bpe:SIZE` (byte-level BPE trained on the sources, cached by content hash), or a tokenizer.json path."""
     directory: str = "runs/data"
-    """Where tokenizers and tokenized stores are kept, shared between runs, named by content hash."""
+    """Where tokenizers, curated text, token stores and packing plans are kept, shared between runs, named by hashes."""
     sequence_length: int = 512
     """Tokens L in a row."""
+    packing: Literal["concatenate", "first_fit", "best_fit"] = "concatenate"
+    """Documents laid end to end and cut into rows, or put whole into rows, the longest into the fullest (best_fit)."""
+    phases: tuple[DataPhase, ...] = ()
+    """Stretches of training that differ in mixture, length or batch; empty is one that never ends."""
     held_out_fraction: float = 0.05
-    """Share of files kept from training, chosen by a hash of their path."""
+    """Share of documents kept from training, chosen by a hash of their id."""
     segment_mask: bool = True
     """Keep attention inside a document. The V3 report does not; we do by default."""
+    fim_rate: float = 0.0
+    """Share of training documents put into fill-in-the-middle order: prefix, suffix, middle. V3: 0.1."""
+    curation: CurationConfig = CurationConfig()
+    """What is done to documents before they are tokenized."""
+    workers: int = 0
+    """Processes that curate and tokenize; 0 takes one for each core. Their number changes no output."""
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,30 @@ class Mixture:
     counts: np.ndarray
     """int64 [sources]: rows of each source in the pattern."""
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """(source, row of that source) of the global row `index`."""
-        period, n = divmod(index, len(self.sources))
-        source = int(self.sources[n])
-        return source, period * int(self.counts[source]) + int(self.ranks[n])
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int32 and int64: the source of each of the rows `indices`, and which of that source's rows it is."""
+        periods, n = np.divmod(np.asarray(indices, np.int64), len(self.sources))
+        sources = self.sources[n]
+        return sources, periods * self.counts[sources] + self.ranks[n]
+
+    def index_of(self, source: int, row: int) -> int:
+        """The place of a source's `row`: the inverse of `locate`. The source's weight must not be 0."""
+        period, rank = divmod(row, int(self.counts[source]))
+        return period * len(self.sources) + int(np.flatnonzero(self.sources == source)[rank])
+
+    def taken(self, rows: int) -> np.ndarray:
+        """int64 [sources]: how many of the first `rows` rows come from each source."""
+        periods, n = divmod(rows, len(self.sources))
+        return periods * self.counts + np.bincount(self.sources[:n], minlength=len(self.counts))
 
 
 def make_mixture(weights: Sequence[float]) -> Mixture:
-    """The Mixture of sources with these weights, which need not add up to 1. Raises ConfigError unless all are > 0."""
-    if not all(weight > 0 for weight in weights):
-        raise ConfigError(f"The weights of data.sources are {list(weights)}, but each must be above 0.")
+    """The Mixture of sources with these weights, which need not add up to 1; one of weight 0 gives no row.
+
+    Raises ConfigError for weights below 0, and unless one is above.
+    """
+    if not (all(weight >= 0 for weight in weights) and any(weight > 0 for weight in weights)):
+        raise ConfigError(f"The weights of the sources are {list(weights)}: each must be 0 or more, and one above 0.")
     counts = _whole_numbers(weights)
     period = sum(counts)
     # Row j of a source with share s = count / period may come from slot floor(j / s) on and must come before slot
@@ -47,7 +60,7 @@ def make_mixture(weights: Sequence[float]) -> Mixture:
     rows = sorted(
         (j * period // count, -(-(j + 1) * period // count), source)
         for source, count in enumerate(counts)
-        for j in range(count)
+        for j in range(count)  # none of a source without weight
     )
     waiting: list[tuple[int, int]] = []
     sources, ranks, taken, released = [], [], [0] * len(counts), 0
@@ -71,5 +84,5 @@ def _whole_numbers(weights: Sequence[float]) -> list[int]:
     counts = [count // divisor for count in counts]
     if sum(counts) > LONGEST_PERIOD:
         total = sum(counts)
-        counts = [max(1, round(count * LONGEST_PERIOD / total)) for count in counts]
+        counts = [count and max(1, round(count * LONGEST_PERIOD / total)) for count in counts]
     return counts

@@ -1,128 +1,317 @@
-"""The tokenized store: one split of one source as a memory-mapped run of tokens, written once, read at random.
+"""The token store of a source: all its documents, tokenized, in shards, for reading any span of any of them.
 
-A store is a directory:
+    store.json            written last, so the store is whole: source, tokenizer, totals, licences, hashes
+    shards.arrow          one row a shard, memory-mapped: opening a store with a million shards parses nothing
+    shards/00000000/
+        shard.json        the shard's own manifest
+        tokens/           zarr v3: uint16, or uint32 for a large vocabulary, each document as [begin] + tokens + [end]
+        documents.arrow   memory-mapped, one row a document: id, url, license, id_hash, begin, byte_length, by_hash
 
-    manifest.json     counts, source, licence, hashes of every source file and of the tokenizer, sizes of the rest
-    tokens.bin        every document as [begin] + tokens + [end], uint16, or uint32 for a large vocabulary
-    offsets.npy       int64 [documents + 1], where each document begins in tokens.bin, and the end
-    byte_lengths.npy  int64 [documents], UTF-8 bytes of each document's text
-    names.json        the documents' names
-    text.bin          the documents' text, one after the other; held-out split only
+Tokens are cut into inner chunks of 16,384 with a CRC-32C each, checked whenever one is read; documents.arrow is checked
+against its SHA-256 when its shard is first used. What is damaged is named, never read.
 """
 
+import bisect
 import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from opendeep_jax.data.files import new_directory, writing
-from opendeep_jax.data.sources import Document
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.layout import (
+    damaged,
+    damaged_index,
+    map_arrow,
+    numbers,
+    reading,
+    sha256_of,
+    sha256_of_ends,
+    token_file,
+    token_spec,
+)
+from opendeep_jax.data.sources import hash_id
 
-VERSION = 1
-# Text that is handed to the tokenizer at once: enough for all cores, little enough for memory.
-BATCH_BYTES = 1 << 20
+VERSION = 2
+# Decoded chunks kept in memory, shared by all stores of a process.
+CACHE_BYTES = 256 << 20
+# Shards that stay open: some 45 kB of memory each, and a mapping, of which Linux gives a process 65,530. Rows draw from
+# all of a store's shards, so a store with more of them opens one for nearly every piece that it reads.
+OPEN_SHARDS = 1 << 13
+# A shards.arrow up to this size (some 30,000 shards) is checked whenever its store is opened; of a larger one its ends,
+# which tell where everything is, and each row against the shard it describes when that is first used.
+CHECKED_INDEX_BYTES = 1 << 24
+
+
+@functools.cache
+def _context() -> Any:
+    import tensorstore
+
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Store:
-    """An open store."""
+class Shard:
+    """An open shard of a store. N documents."""
 
     directory: Path
-    manifest: dict
-    tokens: np.ndarray
-    """uint16 or uint32 [T], memory-mapped."""
-    offsets: np.ndarray
-    """int64 [documents + 1]."""
+    first_document: int
+    """Its first document's number in the store."""
+    documents: Any
+    """The pyarrow.RecordBatch of documents.arrow."""
+    begins: np.ndarray
+    """int64 [N]: where each document begins among the shard's tokens. Mapped like the rest: thousands are open."""
+    size: int
+    """Tokens in the shard."""
+    id_hashes: np.ndarray
+    """uint64 [N]."""
     byte_lengths: np.ndarray
-    """int64 [documents]."""
+    """int64 [N]: bytes of each document's text."""
+    dtype: str
 
     @functools.cached_property
-    def names(self) -> list[str]:
-        """The documents' names, in the store's order."""
-        return json.loads((self.directory / "names.json").read_text("utf-8"))
+    def tokens(self) -> Any:
+        """The tensorstore.TensorStore of the shard's tokens. Opening it reads nothing."""
+        import tensorstore
 
-    @property
-    def text(self) -> bytes:
-        """All documents' text, if the store keeps it."""
-        path = self.directory / "text.bin"
-        return path.read_bytes() if path.exists() else b""
+        spec = token_spec(self.directory / "tokens", self.size, self.dtype) | {"assume_metadata": True}
+        return tensorstore.open(spec, open=True, context=_context()).result()
+
+    def offsets(self, first: int, end: int) -> np.ndarray:
+        """int64 [end - first + 1]: where the documents [first, end) begin among the shard's tokens, and their end."""
+        if end < len(self.begins):
+            return self.begins[first : end + 1]
+        return np.append(self.begins[first:], self.size)
+
+    def read_tokens(self, begin: int, end: int) -> np.ndarray:
+        """Tokens [begin, end) of the shard, uint16 or uint32. Raises ConfigError if they are damaged."""
+        return self.result(begin, self.tokens[begin:end].read())
+
+    def result(self, begin: int, future: Any) -> np.ndarray:
+        """What the future of a reading from `begin` on gives. Raises ConfigError if it is damaged."""
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            raise damaged(token_file(self.directory, begin), str(error)) from error
 
 
-def write_store(
-    directory: Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    facts: dict,
-    keep_text: bool = False,
-    advance: Callable[[int], None] = lambda size: None,
-) -> None:
-    """Tokenizes `documents` into a new store at `directory`, calling `advance` with the bytes done.
+class Store:
+    """An open store; safe to use from several threads. Raises ConfigError, naming the file, for what is damaged."""
 
-    `facts` go into the manifest. Raises ConfigError if it cannot be written, and then leaves nothing behind.
+    def __init__(self, directory: Path, manifest: dict, index: Any):
+        self.directory, self.manifest, self.index = directory, manifest, index
+        self.documents: int = manifest["documents"]
+        self.tokens: int = manifest["tokens"]
+        self.content_hash: str = manifest["content_hash"]
+        self.shards: int = manifest["shards"]
+        self._first = numbers(index.column("first_document"))
+        self._checked: set[int] = set()
+        self.shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    def __reduce__(self):
+        return open_store, (self.directory,)
+
+    def row(self, number: int) -> dict:
+        """The row of shards.arrow for a shard: name, first_document, first_token, counts, content_hash, files."""
+        try:
+            row = self.index.slice(number, 1)
+            row.validate(full=True)  # A flipped byte may point anywhere in memory.
+            (found,) = row.to_pylist()
+            return found | {"files": json.loads(found["files"])}
+        except ValueError as error:
+            raise damaged_index(self.directory, str(error)) from error
+
+    def shard_directory(self, number: int) -> Path:
+        """Where a shard is."""
+        return self.directory / "shards" / self.row(number)["name"]
+
+    def files(self, number: int) -> dict[str, dict]:
+        """Size and SHA-256 of each file of a shard, by its name below the shard's directory."""
+        return self.row(number)["files"]
+
+    def lengths(self, first: int, end: int) -> np.ndarray:
+        """int64 [end - first]: tokens of these documents, begin and end marks included."""
+        return self._gather(first, end, lambda shard, a, b: np.diff(shard.offsets(a, b)), np.int64)
+
+    def id_hashes(self, first: int, end: int) -> np.ndarray:
+        """uint64 [end - first]: hashes of these documents' ids."""
+        return self._gather(first, end, lambda shard, a, b: shard.id_hashes[a:b], np.uint64)
+
+    def byte_lengths(self, first: int, end: int) -> np.ndarray:
+        """int64 [end - first]: bytes of these documents' text, as UTF-8."""
+        return self._gather(first, end, lambda shard, a, b: shard.byte_lengths[a:b], np.int64)
+
+    def read(self, spans: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        """Tokens [begin, end) of a document for each (document, begin, end): uint16 or uint32 arrays.
+
+        All are read together. Raises IndexError for a span that is not inside its document.
+        """
+        import tensorstore
+
+        numbers = self._shard_of(np.array([span[0] for span in spans], np.int64)).tolist()
+        pending = []
+        with tensorstore.Batch() as batch:
+            for number, (document, begin, end) in zip(numbers, spans, strict=True):
+                shard = self.shard(number)
+                row = document - shard.first_document
+                offset, limit = shard.offsets(row, row + 1).tolist()
+                if not 0 <= begin <= end <= limit - offset:
+                    raise IndexError(f"tokens {begin} to {end} of document {document}, which has {limit - offset}")
+                pending.append((shard, offset + begin, shard.tokens[offset + begin : offset + end].read(batch=batch)))
+        return [shard.result(begin, future) for shard, begin, future in pending]
+
+    def id_hashes_of(self, documents: np.ndarray) -> np.ndarray:
+        """uint64 [documents]: hashes of the ids of these documents, in any order."""
+        documents = np.asarray(documents, np.int64)
+        owners, found = self._shard_of(documents), np.empty(len(documents), np.uint64)
+        for number in np.unique(owners).tolist():
+            mine, shard = owners == number, self.shard(number)
+            found[mine] = shard.id_hashes[documents[mine] - shard.first_document]
+        return found
+
+    def open_shards(self, documents: Sequence[int]) -> None:
+        """Opens the shards of these documents, and checks them, side by side."""
+        owners = np.unique(self._shard_of(np.asarray(documents, np.int64))).tolist()
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(self.shard, owners):
+                pass
+
+    def describe(self, document: int) -> dict:
+        """A document's id, url, license, shard (its name), bytes and tokens."""
+        number = int(self._shard_of(document))
+        shard = self.shard(number)
+        row = document - shard.first_document
+        described = {name: shard.documents.column(name)[row].as_py() for name in ("id", "url", "license")}
+        described |= {"shard": shard.directory.name, "bytes": int(shard.byte_lengths[row])}
+        return described | {"tokens": int(np.diff(shard.offsets(row, row + 1))[0])}
+
+    def find(self, id: str) -> list[int]:
+        """The documents with this id, by bisection in each shard, which is only checked for damage if it has one."""
+        wanted, found = hash_id(id), []
+        for number in range(self.shards):
+            path = self.shard_directory(number) / "documents.arrow"
+            with reading(path):
+                documents = map_arrow(path)
+                hashes, by_hash = (numbers(documents.column(name)) for name in ("id_hash", "by_hash"))
+                first = bisect.bisect_left(by_hash, wanted, key=hashes.__getitem__)
+                end = bisect.bisect_right(by_hash, wanted, key=hashes.__getitem__)
+            if first < end:
+                shard = self.shard(number)
+                rows = sorted(by_hash[first:end].tolist())
+                ids = shard.documents.column("id")
+                found += [shard.first_document + row for row in rows if ids[row].as_py() == id]
+        return found
+
+    def _shard_of(self, document):
+        number = np.searchsorted(self._first, document, "right") - 1
+        if np.any(np.less(document, 0)) or np.any(np.greater_equal(document, self.documents)):
+            raise IndexError(f"document {document} of a store with {self.documents}")
+        return number
+
+    def _gather(self, first: int, end: int, take, dtype) -> np.ndarray:
+        if not 0 <= first <= end <= self.documents:
+            raise IndexError(f"documents {first} to {end} of a store with {self.documents}")
+        parts = [np.zeros(0, dtype)]
+        number = int(self._shard_of(first)) if first < end else 0
+        while first < end:
+            shard = self.shard(number)
+            stop = min(shard.first_document + len(shard.id_hashes), end)
+            parts.append(take(shard, first - shard.first_document, stop - shard.first_document))
+            first, number = stop, number + 1
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+    def _open_shard(self, number: int) -> Shard:
+        row = self.row(number)
+        directory = self.directory / "shards" / row["name"]
+        path = directory / "documents.arrow"
+        with reading(path):
+            if number not in self._checked:
+                wanted, found = row["files"][path.name]["sha256"], sha256_of(path)
+                if found != wanted:
+                    raise damaged(path, f"its SHA-256 is {found} instead of {wanted}")
+                self._checked.add(number)
+            documents = map_arrow(path)
+            tokens = int(documents.schema.metadata[b"tokens"])
+        next_document = int(self._first[number + 1]) if number + 1 < self.shards else self.documents
+        counts = row["documents"], next_document - row["first_document"], row["tokens"]
+        if counts != (len(documents), len(documents), tokens):
+            raise damaged_index(self.directory, f"it contradicts {path}")
+        begin, id_hashes, byte_lengths = (
+            numbers(documents.column(name)) for name in ("begin", "id_hash", "byte_length")
+        )
+        dtype = self.manifest["dtype"]
+        return Shard(directory, row["first_document"], documents, begin, tokens, id_hashes, byte_lengths, dtype)
+
+
+def open_store(directory: Path, tokenizer_hash: str | None = None) -> Store:
+    """Opens a store, reading store.json alone and mapping shards.arrow, however many shards there are.
+
+    Raises:
+        ConfigError: if there is no whole store, it is damaged, or it was made with a tokenizer whose content_hash is
+            not `tokenizer_hash`.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    names, lengths, byte_lengths, digest = [], [], [], hashlib.sha256()
-    with new_directory(directory) as temporary, writing(directory):
-        with open(temporary / "tokens.bin", "wb") as tokens, open(temporary / "text.bin", "wb") as text_file:
-            for batch in _batches(documents):
-                for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-                    row = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(dtype)
-                    tokens.write(row)
-                    digest.update(row)
-                    text = document.text.encode("utf-8")
-                    if keep_text:
-                        text_file.write(text)
-                    names.append(document.name)
-                    lengths.append(len(row))
-                    byte_lengths.append(len(text))
-                    advance(len(text))
-        np.save(temporary / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-        np.save(temporary / "byte_lengths.npy", np.array(byte_lengths, np.int64))
-        (temporary / "names.json").write_text(json.dumps(names), "utf-8")
-        manifest = {
-            **facts,
-            "version": VERSION,
-            "tokenizer": tokenizer.name,
-            "tokenizer_hash": tokenizer.content_hash,
-            "documents": len(names),
-            "bytes": sum(byte_lengths),
-            "tokens": sum(lengths),
-            "tokens_sha256": digest.hexdigest(),
-            "dtype": np.dtype(dtype).name,
-            "sizes": {path.name: path.stat().st_size for path in sorted(temporary.iterdir())},
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def open_store(directory: Path) -> Store:
-    """Opens a store without reading its tokens. Raises ValueError if a part is missing, cut off or unreadable."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if tokenizer_hash is not None and manifest["tokenizer_hash"] != tokenizer_hash:
+        raise ConfigError(
+            f"The store {directory} was made with the tokenizer {manifest['tokenizer']} (SHA-256 "
+            f"{manifest['tokenizer_hash'][:16]}...), not with the one of this run ({tokenizer_hash[:16]}...). Set "
+            "data.tokenizer to the tokenizer that it was made with, or prepare the source's text anew."
+        )
+    path = directory / "shards.arrow"
     try:
-        manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-        for name, size in manifest["sizes"].items():
-            found = (directory / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
-        tokens = np.zeros(0, manifest["dtype"])
-        if manifest["tokens"]:
-            tokens = np.memmap(directory / "tokens.bin", manifest["dtype"], mode="r")
-        offsets, byte_lengths = np.load(directory / "offsets.npy"), np.load(directory / "byte_lengths.npy")
+        size = path.stat().st_size
+        if size != manifest["index"]["size"]:
+            raise damaged_index(directory, f"it has {size} bytes instead of {manifest['index']['size']}")
+        kind, hash_of = ("sha256", sha256_of) if size <= CHECKED_INDEX_BYTES else ("ends_sha256", sha256_of_ends)
+        if hash_of(path) != manifest["index"][kind]:
+            raise damaged_index(directory, "its SHA-256 is not the one in store.json")
+        return Store(directory, manifest, map_arrow(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory} is damaged: {error}") from error
-    return Store(directory, manifest, tokens, offsets, byte_lengths)
+        if isinstance(error, ConfigError):
+            raise
+        raise damaged_index(directory, getattr(error, "strerror", None) or str(error)) from error
+
+
+def read_manifest(directory: Path) -> dict:
+    """What store.json says. Raises ConfigError if it is not there, damaged, or of another version."""
+    path = directory / "store.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        version, wanted = manifest["version"], {"tokenizer", "tokenizer_hash", "index", "content_hash", "shards"}
+        if version == VERSION and not wanted <= manifest.keys():
+            raise KeyError(*wanted - manifest.keys())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{directory} holds no whole token store: store.json is missing, which is written last. Run `opendeep data "
+            "prepare` (again): what is finished is kept."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}). Delete it and run `opendeep data prepare` again: whole shards are kept."
+        ) from error
+    if version != VERSION:
+        raise ConfigError(
+            f"The store {directory} has format {version}, and this version of OpenDeep reads format {VERSION}. "
+            "Prepare the source's text anew."
+        )
+    return manifest
+
+
+def check_files(store: Store) -> None:
+    """Raises ConfigError for the first file of the store's shards that is missing or has another size."""
+    for number in range(store.shards):
+        directory = store.shard_directory(number)
+        for name, file in store.files(number).items():
+            with reading(directory / name):
+                if (size := (directory / name).stat().st_size) != file["size"]:
+                    raise damaged(directory / name, f"it has {size} bytes instead of {file['size']}")
+
+
+def index_facts(path: Path) -> dict:
+    """What store.json says of shards.arrow."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path), "ends_sha256": sha256_of_ends(path)}

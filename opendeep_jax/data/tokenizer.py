@@ -1,8 +1,8 @@
 """Text to token ids and back: raw bytes, a byte-level BPE trained on the sources, or any `tokenizer.json`."""
 
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -15,6 +15,7 @@ import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
+from opendeep_jax.data.cuts import EncodeBatch, begins_words_at_cuts, in_pieces
 from opendeep_jax.data.files import write_file
 
 # The special tokens of our own tokenizers, with their DeepSeek-V3 names. Ids 1 and 2 begin and end a document.
@@ -37,6 +38,13 @@ BOUNDARIES = (
     ("[BOS]", "[EOS]"),
     ("[CLS]", "[SEP]"),
 )
+# And to the marks of fill-in-the-middle: before the prefix, before the suffix, before the middle.
+FILL_IN_THE_MIDDLE = (
+    SPECIAL_TOKENS[3:],
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
 # Merges stay inside: a word with the one sign or space before it, up to three digits, signs with the white space
 # after them (so `):` and the next line's indentation can be one token), or white space.
 WORDS = r"[^\s\p{L}\p{N}]?[\p{L}]+| [\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+\s*| ?\s+"
@@ -52,12 +60,13 @@ REMEMBERED_WORDS = 1 << 20
 # Remembering words takes a third of the library's processor time, but one core, and the library uses all.
 FEW_CORES = 3
 
-EncodeBatch = Callable[[list[str]], list[np.ndarray]]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer as the rest of OpenDeep sees it. Special tokens are never read from text, only placed by id."""
+    """A tokenizer as the rest of OpenDeep sees it. Special tokens are never read from text, only placed by id.
+
+    It travels to another process as its path, and is read anew there.
+    """
 
     name: str
     """What made it, for people: `bytes`, `bpe:8192` or a path."""
@@ -77,6 +86,11 @@ class Tokenizer:
     """SHA-256 of all that decides what it does."""
     path: str = ""
     """Its tokenizer.json, if it has one."""
+    fim_ids: tuple[int, int, int] | None = None
+    """Special tokens of fill-in-the-middle, if it has them: they stand before the prefix, the suffix and the middle."""
+
+    def __reduce__(self):
+        return _reopen, (self.name, self.path, self.content_hash)
 
     @property
     def vocab_size(self) -> int:
@@ -86,6 +100,15 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of one text, without special tokens."""
         return self.encode_batch([text])[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _reopen(name: str, path: str, content_hash: str) -> Tokenizer:
+    """The tokenizer that another process has sent. Raises ConfigError if its file has changed since."""
+    tokenizer = load_tokenizer(Path(path), name) if path else byte_tokenizer()
+    if tokenizer.content_hash != content_hash:
+        raise ConfigError(f"The tokenizer {path or name} has changed while it was in use. Start again.")
+    return tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -107,6 +130,7 @@ def byte_tokenizer() -> Tokenizer:
         special_tokens=special,
         token_bytes=np.array([1] * 256 + [0] * len(special), np.int32),
         content_hash=hashlib.sha256(repr(("bytes", SPECIAL_TOKENS)).encode()).hexdigest(),
+        fim_ids=tuple(special[name] for name in FILL_IN_THE_MIDDLE[0]),
     )
 
 
@@ -161,8 +185,10 @@ def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
         encoded = library.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
-    if _splits_into_our_words(description) and (os.cpu_count() or 1) <= FEW_CORES:
+    if _splits_into_our_words(description) and _threads() <= FEW_CORES:
         encode_batch = remember_words(encode_batch)
+    if begins_words_at_cuts(library):
+        encode_batch = in_pieces(encode_batch)
 
     def decode(ids: Sequence[int]) -> str:
         return library.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
@@ -177,7 +203,21 @@ def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
         token_bytes=_token_bytes(library, description),
         content_hash=hashlib.sha256(repr((text, bos_id, eos_id)).encode()).hexdigest(),
         path=str(path),
+        fim_ids=_fim_ids(library),
     )
+
+
+def _threads() -> int:
+    """Threads that the library encodes with."""
+    return 1 if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false") else os.cpu_count() or 1
+
+
+def _fim_ids(library: tokenizers.Tokenizer) -> tuple[int, int, int] | None:
+    for names in FILL_IN_THE_MIDDLE:
+        ids = tuple(map(library.token_to_id, names))
+        if None not in ids:
+            return ids
+    return None
 
 
 def _splits_into_our_words(description: dict) -> bool:
@@ -190,7 +230,7 @@ def _splits_into_our_words(description: dict) -> bool:
 
 def remember_words(encode_batch: EncodeBatch) -> EncodeBatch:
     """An `encode_batch` with the same results that encodes each word of ASCII text once, which is much faster."""
-    remembered: dict[str, list[int]] = {}
+    remembered: dict[str, bytes] = {}
 
     def encode(text: str) -> np.ndarray:
         words = ASCII_WORDS.findall(text)
@@ -198,8 +238,8 @@ def remember_words(encode_batch: EncodeBatch) -> EncodeBatch:
             if len(remembered) > REMEMBERED_WORDS:
                 remembered.clear()
                 new = list(set(words))
-            remembered.update(zip(new, (ids.tolist() for ids in encode_batch(new)), strict=True))
-        return np.fromiter(itertools.chain.from_iterable(map(remembered.__getitem__, words)), np.int32)
+            remembered.update(zip(new, (ids.tobytes() for ids in encode_batch(new)), strict=True))
+        return np.frombuffer(bytearray().join(map(remembered.__getitem__, words)), np.int32)
 
     def encode_all(texts: list[str]) -> list[np.ndarray]:
         others = iter(encode_batch([text for text in texts if not text.isascii()]))

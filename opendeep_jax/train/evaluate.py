@@ -94,7 +94,7 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     mesh = make_mesh(ParallelConfig())
     model, config = load_model(workdir, step, mesh)
     skeleton, params, router_bias = split(model)
-    data = open_data(config)
+    data = open_data(config, workdir=workdir)
     check_same_data(data, workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
     batches = data.held_out(evaluation_batch_size(config), config.evaluation.final_batches)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opendeep_jax.config.load import load_run_config
-from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer
+from opendeep_jax.config.schedule import stages
+from opendeep_jax.data.provenance import run_tokenizer
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.parameters import split
 from opendeep_jax.train.checkpoint import load_model
 from opendeep_jax.train.programs import use_compilation_cache
-from opendeep_jax.train.run_directory import TOKENIZER_FILE
 
 
 def generate_from_workdir(
@@ -28,11 +28,10 @@ def generate_from_workdir(
     """
     use_compilation_cache(load_run_config(workdir))
     model, config = load_model(workdir, step)
-    saved = Path(workdir, TOKENIZER_FILE)
-    tokenizer = load_tokenizer(saved) if saved.exists() else byte_tokenizer()
+    tokenizer = run_tokenizer(workdir)
     skeleton, params, router_bias = split(model)
     next_tokens = make_next_tokens(skeleton, tokenizer.vocab_size, temperature, top_k)
-    length = config.data.sequence_length
+    length = max(stage.length for stage in stages(config))
     shown = ""
     ids = [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
     for (text,) in continue_prompts(

@@ -10,7 +10,9 @@ import jax
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.pipeline import check_data, open_data
+from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.prepared import check_data
+from opendeep_jax.data.provenance import DATA_FILE
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
@@ -58,7 +60,8 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
 
 def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float) -> dict:
     use_compilation_cache(config)
-    check_data(config)
+    if not (workdir / DATA_FILE).exists():  # else the text is there already
+        check_data(config)
     mesh, bones, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
     optimizer = make_optimizer(config, bones.axes())
     remove_partial_saves(workdir)
@@ -70,7 +73,7 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         template, found = abstract_state(config, optimizer, bones, mesh), checkpoints.steps()
         print(startup_summary(model_rows(config, template, mesh, peak, found)), flush=True)
         check_memory(config, template, mesh.size)
-        opening = pool.submit(open_data, config)  # tokenizes while the step is compiled
+        opening = pool.submit(open_data, config, workdir=workdir)  # tokenizes while the step is compiled
         state = checkpoints.restore(template) if found else create_state(config, optimizer, template)
         start = found[-1] if found else 0  # not state.step: the state is still being made while the step is traced
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.schedule import tokens_before
+from opendeep_jax.config.schedule import length_at, tokens_before
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.pipeline import Data
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
@@ -51,7 +51,6 @@ class Observer:
         self.first_step, self.begun = step + 1, begun
         lines = read_jsonl(workdir / SCALARS)
         self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
-        self.flops = flops_per_token(config.model, config.data.sequence_length).total
         self.peak = peak * mesh.size
         self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
@@ -88,12 +87,16 @@ class Observer:
         if step > self.first_step:
             speed = tokens / seconds
             record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
-            record["mfu"] = speed * self.flops / self.peak if self.peak else None
+            record["mfu"] = speed * self.flops(step - 1) / self.peak if self.peak else None
         else:
             record["first_step_seconds"] = now - self.begun  # from the start of the program, compilation and all
         self.writer.scalars(record)
         self.logged = step, time.perf_counter()
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
+
+    def flops(self, step: int) -> float:
+        """FLOPs per token of `step` (from 0)."""
+        return flops_per_token(self.config.model, length_at(self.config, step)).total
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
         """Measures held-out text, all of it for 0 batches. Gives and writes nothing where no text is held out."""
@@ -143,7 +146,7 @@ class Observer:
             "final_loss": lines[-1]["loss"],
             **{name: held_out.get(name) for name in names},
             "tokens_per_second": speed,
-            "mfu": speed * self.flops / self.peak if speed and self.peak else None,
+            "mfu": speed * self.flops(steps - 1) / self.peak if speed and self.peak else None,
             "parameters": count.total + count.mtp,
             "active_parameters": count.active,
             "peak_memory_bytes": peak_memory_bytes(),

@@ -1,4 +1,4 @@
-"""The compiled training step, for each batch size that a run has."""
+"""The compiled training step, for each shape of batch that a run has."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opendeep_jax.config.schedule import batch_size_at
+from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.parallel.mesh import batch_sharding
@@ -21,28 +21,29 @@ def use_compilation_cache(config: RunConfig) -> None:
 
 
 class Programs:
-    """The compiled training step for each batch size of the run, made when it is first needed."""
+    """The compiled training step for each shape of the run's batches, made when it is first needed."""
 
     def __init__(self, config: RunConfig, step_function, template: TrainState, mesh: Mesh):
         self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
         # On a CPU most work is in library matmuls; more effort compiles a quarter longer and runs no faster.
         self.effort = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        self.compiled: dict[int, jax.stages.Compiled] = {}
+        self.compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
 
     def has(self, step: int) -> bool:
-        """Whether the program of `step` (from 0) is compiled: not at the first step of a stage of the batch ramp."""
-        return self._rows(step) in self.compiled
+        """Whether the program of `step` (from 0) is compiled: not at the first step of a phase or a ramp's stage."""
+        return self._shape(step) in self.compiled
 
     def at(self, step: int) -> jax.stages.Compiled:
         """The program of `step` (from 0), compiled for the batch that it has."""
-        rows, length = self._rows(step), self.config.data.sequence_length
-        if rows not in self.compiled:
+        shape = self._shape(step)
+        if shape not in self.compiled:
             sharding = batch_sharding(self.mesh)
-            whole = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
-            mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=sharding)
+            whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+            mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
             batch = Batch(whole, whole, mask, whole, whole)
-            self.compiled[rows] = self.step_function.lower(self.template, batch).compile(compiler_options=self.effort)
-        return self.compiled[rows]
+            self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.effort)
+        return self.compiled[shape]
 
-    def _rows(self, step: int) -> int:
-        return batch_size_at(self.config.train, self.config.data.sequence_length, step)
+    def _shape(self, step: int) -> tuple[int, int]:
+        stage = stage_at(self.config, step)
+        return stage.batch_size, stage.length

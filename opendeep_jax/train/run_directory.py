@@ -17,10 +17,11 @@ from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.pipeline import Data
+from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
 
-SUMMARY, DATA_FILE, ENVIRONMENT = "summary.json", "data.json", "environment.json"
-TOKENIZER_FILE, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
-"""A copy of the run's tokenizer, and of the file beside it that names its boundaries; `bytes` has neither."""
+SUMMARY, ENVIRONMENT = "summary.json", "environment.json"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+"""A copy of the file beside the run's tokenizer that names its boundaries; `bytes` has neither."""
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schedule import tokens_before, total_steps
+from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.train.progress import human_bytes, human_count
@@ -72,7 +72,7 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     model, train = config.model, config.train
-    tokens = train.batch_size * config.data.sequence_length / train.accumulation_steps / devices
+    tokens = max(stage.batch_size * stage.length for stage in stages(config)) / train.accumulation_steps / devices
     kept = 0.0
     for kind, layers in (
         ("dense", model.num_leading_dense_layers),
@@ -148,7 +148,7 @@ def model_rows(
         found: steps of the checkpoints in the work directory.
     """
     count = count_parameters(config.model)
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    flops = flops_per_token(config.model, length_at(config, 0))
     memory = memory_estimate(config, state, mesh.size)
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     steps = total_steps(config)
@@ -168,17 +168,27 @@ def model_rows(
 
 def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
     """Rows on the text, from `Data.describe()`."""
-    epochs = tokens_before(config, total_steps(config)) / max(data["train_tokens"], 1)
+    epochs = ", ".join(f"{source['epochs']:.2f} epochs of {source['name']}" for source in data["sources"])
     rows = [
         (
             "training text",
             f"{human_count(data['train_tokens'])} tokens in {data['train_documents']:,} documents, "
-            f"{data['bytes_per_token']:.2f} bytes per token ({data['tokenizer']}); this run takes {epochs:.2f} epochs",
+            f"{data['bytes_per_token']:.2f} bytes per token ({data['tokenizer']}); this run takes {epochs}",
         ),
         ("held-out text", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
     ]
-    if data["skipped"]:
-        rows.append(("left out", f"{len(data['skipped'])} files: {', '.join(data['skipped'][:3])}"))
+    for plan in data["plans"]:
+        packed = (
+            f"{plan['source']}: {plan['rows']:,} rows of {plan['sequence_length']}, {plan['packing']}, "
+            f"{plan['padding']:.2%} padding, {plan['truncated']:.2%} of the documents that fit a row are cut"
+        )
+        rows.append(("packing", packed))
+    if len(data["phases"]) > 1:
+        for phase in data["phases"]:
+            shape = f"{phase['batch_size']} x {phase['sequence_length']}"
+            rows.append((f"phase {phase['name']}", f"{phase['steps']:,} steps of {shape} from {phase['first_step']:,}"))
+    if data["left_out"]:
+        rows.append(("left out", ", ".join(f"{count:,} {reason}" for reason, count in data["left_out"].items())))
     return rows
 
 

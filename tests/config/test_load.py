@@ -56,8 +56,10 @@ def test_the_four_recipes_are_there():
 def test_a_recipe_says_what_it_is_in_a_lab_note(name):
     text = (recipe_directory() / f"{name}.py").read_text()
     note = text.split('"""')[1]
-    assert all(f"\n{part}:" in note for part in ("Paper", "Command", "Hardware", "Time", "Expected"))
-    assert f"--config={name} " in note
+    of_a_run, of_a_corpus = ("Paper", "Hardware", "Time", "Expected"), ("Size", "Licence", "Citation", "Where")
+    parts = of_a_corpus if name.startswith("corpora/") else of_a_run
+    assert all(f"\n{part}:" in note for part in ("Command", *parts))
+    assert f"--config={name}" in note.split("Command:")[1].split()
 
 
 def test_v3_learns_in_the_phases_of_the_report():

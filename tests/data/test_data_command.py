@@ -1,11 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from small_corpus import write_corpus
 
 from opendeep_jax.cli.data import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
+from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.pipeline import open_data
 
 
@@ -30,7 +33,7 @@ def test_tokenizer_is_trained_and_described(recipe, capsys):
 
 
 def test_prepare_counts_the_tokens(recipe, capsys):
-    main(["prepare", f"--config={recipe}", "--data.tokenizer=bytes"])
+    main(["prepare", f"--config={recipe}", "--data.tokenizer=bytes", "--data.sources.0.epochs=1000"])
     assert json.loads(capsys.readouterr().out)["train_tokens"] > 1000
 
 
@@ -41,15 +44,69 @@ def test_where_lists_the_documents_of_a_step(configure, tmp_path, capsys):
     assert {piece["row"] for piece in pieces} == {0, 1, 2, 3}
 
 
-def test_where_refuses_other_text_than_the_run_was_trained_on(configure, corpus, tmp_path, capsys):
+def test_where_and_when_go_by_what_the_run_was_trained_on_whatever_becomes_of_its_sources(
+    configure, corpus, tmp_path, capsys
+):
     save_run_config(configure(), configure(), tmp_path)
-    described = open_data(configure(), progress=False).describe()
-    (tmp_path / "data.json").write_text(json.dumps(described))
-    main(["where", f"--workdir={tmp_path}"])
-    assert capsys.readouterr().out
-    (corpus / "new.py").write_text("something new")
-    with pytest.raises(ConfigError, match=f"trained on {described['train_tokens']:,} tokens.*Bring the sources back"):
-        main(["where", f"--workdir={tmp_path}"])
+    (tmp_path / "data.json").write_text(json.dumps(open_data(configure(), progress=False).describe()))
+    main(["where", f"--workdir={tmp_path}", "--step=5", "--row=2"])
+    before = capsys.readouterr().out
+    shutil.rmtree(corpus)
+    main(["where", f"--workdir={tmp_path}", "--step=5", "--row=2"])
+    assert capsys.readouterr().out == before and before
+    piece = json.loads(before.splitlines()[0])
+    main(["when", f"--workdir={tmp_path}", f"--doc={piece['id']}"])
+    seen = json.loads(capsys.readouterr().out)["seen"]
+    assert {"step": 5, "row": 2, **{key: piece[key] for key in ("first_token", "end_token")}} in seen
+
+
+def test_a_recipe_can_be_looked_into_before_it_is_trained(recipe, capsys):
+    repeated = ["--data.tokenizer=bytes", "--data.sources.0.epochs=1000"]
+    main(["where", f"--config={recipe}", *repeated, "--step=1", "--row=0", "--format=text"])
+    shown = capsys.readouterr().out
+    assert "row 0  corpus  part" in shown and "licence PSF-2.0" in shown and "  | " in shown
+    document = shown.split()[3]
+    main(["when", f"--config={recipe}", *repeated, f"--doc={document}", "--format=text"])
+    assert "will be seen" in capsys.readouterr().out
+
+
+def test_verify_says_what_is_damaged_and_gives_status_1(recipe, tmp_path, capsys):
+    arguments = [f"--config={recipe}", "--data.tokenizer=bytes", "--data.sources.0.epochs=1000"]
+    main(["prepare", *arguments])
+    assert main(["verify", *arguments]) == 0 and main(["verify", f"--directory={tmp_path / 'data'}"]) == 0
+    (plan,) = (tmp_path / "data/plans").glob("*train*")
+    (plan / "ends.bin").unlink()
+    capsys.readouterr()
+    assert main(["verify", f"--directory={tmp_path / 'data'}"]) == 1
+    assert "ends.bin is damaged: missing. Delete" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="holds no prepared data"):
+        main(["verify", f"--directory={tmp_path / 'nothing'}"])
+
+
+def test_diff_compares_two_mixtures(configure, corpus, tmp_path, capsys):
+    sides = []
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        other = write_corpus(tmp_path / f"other_{name}", 25, salt=ord(name))
+        config = configure(
+            sources=(
+                SourceConfig("corpus", str(corpus), epochs=1000.0),
+                SourceConfig("other", str(other), weight, epochs=1000.0),
+                *([SourceConfig("new", str(corpus), epochs=1000.0)] if name == "b" else []),
+            )
+        )
+        sides.append(tmp_path / f"run_{name}")
+        sides[-1].mkdir()
+        save_run_config(config, config, sides[-1])
+        (sides[-1] / "data.json").write_text(json.dumps(open_data(config, progress=False).describe()))
+    main(["diff", *map(str, sides)])
+    same, other, new = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert same["same_tokens"] and same["share"] == [0.5, 0.2] and same["only_in_a"] == same["only_in_b"] == 0
+    assert not other["same_tokens"] and other["share"] == [0.5, 0.6] and other["only_in_a"] == 25
+    assert new["in"] == "b" and new["documents"] == [0, 30] and new["only_in_b"] == 30
+    main(["diff", *map(str, sides), "--format=text"])
+    assert "the same tokens in both" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="compares two runs or recipes, and 1 are given"):
+        main(["diff", str(sides[0])])
 
 
 def test_help_and_wrong_commands(capsys):

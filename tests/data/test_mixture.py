@@ -6,6 +6,11 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.data.mixture import LONGEST_PERIOD, make_mixture
 
+
+def located(mixture, indices):
+    return list(zip(*(part.tolist() for part in mixture.locate(np.array(list(indices)))), strict=True))
+
+
 small_weights = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
@@ -26,22 +31,40 @@ def test_every_prefix_is_less_than_one_row_off_the_shares(weights):
 def test_each_source_gives_its_rows_in_order_without_gaps(weights, start):
     mixture = make_mixture(weights)
     following: dict[int, int] = {}
-    for index in range(start, start + 60):
-        source, row = mixture.locate(index)
+    for source, row in located(mixture, range(start, start + 60)):
         assert row == following.get(source, row)
         following[source] = row + 1
 
 
 def test_rows_of_each_source_begin_at_zero():
     mixture = make_mixture([0.7, 0.2, 0.1])
-    located = [mixture.locate(index) for index in range(20)]
+    rows = located(mixture, range(20))
     assert len(mixture.sources) == 10
     for source, count in enumerate([14, 4, 2]):
-        assert [row for found, row in located if found == source] == list(range(count))
+        assert [row for found, row in rows if found == source] == list(range(count))
+
+
+@given(small_weights, st.integers(0, 10**12))
+def test_index_of_a_sources_row_is_the_way_back(weights, index):
+    mixture = make_mixture(weights)
+    (found,) = located(mixture, [index])
+    assert mixture.index_of(*found) == index
+
+
+@given(small_weights, st.integers(0, 500))
+def test_rows_taken_from_each_source_are_those_located(weights, rows):
+    mixture = make_mixture(weights)
+    counted = np.bincount(mixture.locate(np.arange(rows))[0], minlength=len(weights))
+    assert mixture.taken(rows).tolist() == counted.tolist()
+
+
+def test_a_source_without_weight_gives_no_row():
+    mixture = make_mixture([2, 0, 1])
+    assert mixture.taken(300).tolist() == [200, 0, 100]
 
 
 def test_one_source_takes_every_row():
-    assert [make_mixture([3.5]).locate(index) for index in (0, 7, 10**15)] == [(0, 0), (0, 7), (0, 10**15)]
+    assert located(make_mixture([3.5]), (0, 7, 10**15)) == [(0, 0), (0, 7), (0, 10**15)]
 
 
 def test_weights_without_a_short_pattern_are_rounded_and_none_is_lost():
@@ -51,7 +74,7 @@ def test_weights_without_a_short_pattern_are_rounded_and_none_is_lost():
     assert mixture.counts[2] == 1
 
 
-@pytest.mark.parametrize("weights", [[0.0], [1.0, -1.0], [float("nan")]])
-def test_weight_that_is_not_above_zero_is_refused(weights):
-    with pytest.raises(ConfigError, match="above 0"):
+@pytest.mark.parametrize("weights", [[0.0], [], [1.0, -1.0], [float("nan")]])
+def test_weights_below_zero_and_none_above_are_refused(weights):
+    with pytest.raises(ConfigError, match="one above 0"):
         make_mixture(weights)

@@ -2,14 +2,18 @@ import dataclasses
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small_corpus import write_corpus
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schema import ModelConfig, RampStage, SourceConfig
-from opendeep_jax.data.pipeline import open_data, prepare_tokenizer
+from opendeep_jax.config.schema import DataPhase, ModelConfig, RampStage, SourceConfig
+from opendeep_jax.data.describe import table
+from opendeep_jax.data.pipeline import Data, open_data
+from opendeep_jax.data.prepared import prepare_tokenizer, reopen
+from opendeep_jax.data.provenance import verify_all, when, where
 
 
 def assert_same(one, two):
@@ -19,7 +23,8 @@ def assert_same(one, two):
 
 def two_sources(tmp_path, corpus):
     other = write_corpus(tmp_path / "other", 25, salt=5)
-    return SourceConfig("corpus", str(corpus), weight=3.0), SourceConfig("other", str(other), weight=1.0)
+    repeated = {"epochs": 1000.0}
+    return SourceConfig("corpus", str(corpus), 3.0, **repeated), SourceConfig("other", str(other), 1.0, **repeated)
 
 
 def test_batches_are_integers_of_the_configured_shape(configure):
@@ -66,24 +71,82 @@ def test_batch_size_ramp_takes_the_same_rows_in_smaller_batches(configure):
     np.testing.assert_array_equal(rows, np.concatenate([plain.batch(step).tokens for step in range(7)]))
 
 
+def ids_of(store, documents):
+    return {store.describe(int(document))["id"] for document in documents}
+
+
 def test_an_epoch_trains_on_every_training_document_and_no_held_out_one(configure):
-    data = open_data(configure(), progress=False)
-    steps = -(-data.train_rows[0].rows_per_epoch // 4)
-    documents = {piece["document"] for step in range(steps) for piece in data.where(step)}
-    assert documents == set(data.stores["train"][0].names)
-    assert documents.isdisjoint(data.stores["held_out"][0].names)
+    prepared = open_data(configure(), progress=False).prepared
+    (plan,), (held_out,), (store,) = prepared.plans.values(), prepared.held_out, prepared.stores
+    steps = -(-plan.rows // 4)
+    trained = {piece["id"] for step in range(steps) for piece in where(prepared, step)}
+    kept = ids_of(store, held_out.documents)
+    assert trained.isdisjoint(kept) and trained | kept == ids_of(store, range(store.documents)) and kept
 
 
-def test_where_names_the_documents_of_a_batch(configure, corpus):
+def test_where_names_the_documents_of_a_batch_and_shows_their_text(configure, corpus):
     data = open_data(configure(), progress=False)
     batch = data.batch(3)
-    for row, pieces in itertools.groupby(data.where(3), lambda piece: piece["row"]):
+    for row, pieces in itertools.groupby(where(data.prepared, 3, None, data.tokenizer), lambda piece: piece["row"]):
         text = b""
         for piece in pieces:
-            whole = (corpus / piece["document"]).read_bytes()
-            text += whole[max(0, piece["first_token"] - 1) : piece["end_token"] - 1]
-        tokens = [*batch.tokens[row][batch.segment_ids[row] > 0], batch.targets[row][batch.segment_ids[row] > 0][-1]]
-        assert bytes(int(t) for t in tokens if t < 256) == text
+            whole = (corpus / piece["id"]).read_bytes()
+            ((begin, end),) = piece["bytes"]
+            assert piece["text"] == whole[begin:end].decode("utf-8", "replace") and piece["license"] == "CC0-1.0"
+            text += whole[begin:end]
+        used = batch.segment_ids[row] > 0
+        tokens = [*batch.tokens[row][used], batch.targets[row][used][-1]]
+        assert bytes(int(token) for token in tokens if token < 256) == text
+
+
+def test_a_document_is_found_by_where_at_the_steps_that_when_names(configure, corpus):
+    (corpus / "part0" / "planted.py").write_text("a planted document " * 9)
+    prepared = open_data(configure(steps=100), progress=False).prepared
+    (found,) = when(prepared, "part0/planted.py")
+    assert found["seen"] and not found["held_out"]
+    for step in range(100):
+        rows = [piece["row"] for piece in where(prepared, step) if piece["id"] == "part0/planted.py"]
+        assert rows == [place["row"] for place in found["seen"] if place["step"] == step]
+    with pytest.raises(ConfigError, match="--doc=nothing: no document of corpus has this id"):
+        when(prepared, "nothing")
+
+
+def test_fill_in_the_middle_rearranges_documents_and_loses_nothing(configure, tmp_path):
+    plain, rearranged = (open_data(configure(fim_rate=rate, held_out_fraction=0.0), progress=False) for rate in (0, 1))
+    (store,) = rearranged.prepared.stores
+    (plan,) = rearranged.prepared.plans.values()
+    prefix, hole, stop = rearranged.tokenizer.fim_ids
+    steps = range(-(-plan.rows // 4))
+    ids = np.concatenate([[0], *(batch.targets[batch.loss_mask] for batch in map(rearranged.batch, steps))])
+    every = np.concatenate([batch.targets[batch.loss_mask] for batch in map(plain.batch, steps)])
+    assert [np.sum(ids == mark) for mark in (prefix, hole, stop)] >= [store.documents] * 3
+    assert rearranged.content_hash != plain.content_hash and len(every) < len(ids)
+
+
+def test_fill_in_the_middle_needs_special_tokens(configure, tmp_path):
+    trained = prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False)
+    text = Path(trained.path).read_text("utf-8").replace("fim▁hole", "another")
+    (tmp_path / "tokenizer.json").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match="fim_rate = 0.1, but the tokenizer .* has no special tokens"):
+        open_data(configure(tokenizer=str(tmp_path / "tokenizer.json"), fim_rate=0.1), progress=False)
+
+
+def test_phases_of_several_lengths_have_their_own_batches_and_share_no_document(configure):
+    phases = (
+        DataPhase("main", tokens=4 * 32 * 5, packing="best_fit"),
+        DataPhase("long", sequence_length=64, batch_size=2),
+    )
+    data = open_data(configure(phases=phases, steps=30), progress=False)
+    assert [data.batch(step).tokens.shape for step in (0, 4, 5, 29)] == [(4, 32), (4, 32), (2, 64), (2, 64)]
+    documents = [set(plan.documents.tolist()) for plan in data.prepared.plans.values()]
+    assert not documents[0] & documents[1]
+    assert [phase["name"] for phase in data.describe()["phases"]] == ["main", "long"]
+
+
+def test_a_run_that_would_exhaust_its_text_is_refused(configure, corpus):
+    once = SourceConfig("corpus", str(corpus))
+    with pytest.raises(ConfigError, match="'corpus' is exhausted before the run ends.*data.sources.0.epochs="):
+        open_data(configure(sources=(once,)), progress=False)
 
 
 def test_held_out_batches_cover_the_held_out_text_once(configure, tmp_path, corpus):
@@ -115,27 +178,50 @@ def test_nothing_held_out_gives_no_batches(configure):
 
 
 def test_sources_are_mixed_by_weight(configure, tmp_path, corpus):
-    data = open_data(configure(sources=two_sources(tmp_path, corpus)), progress=False)
-    rows = {(step, piece["row"]): piece["source"] for step in range(25) for piece in data.where(step)}
+    prepared = open_data(configure(sources=two_sources(tmp_path, corpus)), progress=False).prepared
+    rows = {(step, piece["row"]): piece["source"] for step in range(25) for piece in where(prepared, step)}
     assert sum(source == "corpus" for source in rows.values()) == 75
 
 
-def test_summary_counts_what_is_there(configure, corpus):
+def test_description_counts_what_is_there(configure, corpus):
     (corpus / "latin.txt").write_bytes("é".encode("latin-1"))
-    summary = open_data(configure(), progress=False).describe()
-    assert summary["train_documents"] + summary["held_out_documents"] == 30
-    assert summary["train_tokens"] == summary["train_bytes"] + 2 * summary["train_documents"]
-    assert summary["skipped"] == ["corpus: latin.txt"]
-    assert summary["sources"][0]["license"] == "CC0-1.0" and summary["sources"][0]["share"] == 1
-    json.dumps(summary)
+    described = open_data(configure(), progress=False).describe()
+    assert described["train_documents"] + described["held_out_documents"] == 30
+    assert described["train_tokens"] == described["train_bytes"] + 2 * described["train_documents"]
+    assert described["left_out"] == {"corpus: not UTF-8": 1}
+    assert described["sources"][0]["license"] == "CC0-1.0" and described["sources"][0]["share"] == 1
+    (plan,) = described["plans"]
+    assert 0 <= plan["padding"] < 0.05 and plan["truncated"] == 0  # none fits a row of 32
+    json.dumps(described)
+    assert "corpus" in table(described) and "CC0-1.0" in table(described)
 
 
 def test_prepared_data_is_opened_and_not_made_again(configure, monkeypatch):
     config = configure(tokenizer="bpe:300")
     first = open_data(config, progress=False)
-    for name in ("sources.read_bytes", "tokenizer.train_bpe", "pipeline.write_store"):
+    for name in ("tokenizer.train_bpe", "prepared.prepare_store", "prepared.list_parts", "plan.pack"):
         monkeypatch.setattr(f"opendeep_jax.data.{name}", lambda *args, **kwargs: pytest.fail("made again"))
     assert open_data(config, progress=False).content_hash == first.content_hash
+
+
+def test_a_run_is_opened_again_from_its_record_without_its_sources(configure, corpus):
+    data = open_data(configure(fim_rate=0.5), progress=False)
+    record = json.loads(json.dumps(data.prepared.record()))
+    shutil.rmtree(corpus)
+    again = reopen(data.config, record)
+    assert again.content_hash == data.content_hash
+    assert_same(Data(data.tokenizer, again).batch(7), data.batch(7))
+
+
+def test_a_prepared_store_is_a_source_like_any_other(configure, tmp_path):
+    first = open_data(configure(), progress=False)
+    (store,) = first.prepared.stores
+    moved = shutil.copytree(store.directory, tmp_path / "elsewhere")
+    source = SourceConfig("corpus", str(moved), license="CC0-1.0", epochs=1000.0)
+    second = open_data(configure(sources=(source,), directory=str(tmp_path / "new")), progress=False)
+    assert second.content_hash == first.content_hash
+    with pytest.raises(ConfigError, match="is tokenized already"):
+        open_data(configure(sources=(source,), tokenizer="bpe:300"), progress=False)
 
 
 def test_changed_text_is_tokenized_again(configure, corpus):
@@ -144,26 +230,45 @@ def test_changed_text_is_tokenized_again(configure, corpus):
     assert open_data(configure(), progress=False).content_hash != first.content_hash
 
 
-def test_damaged_store_is_made_again_with_a_message(configure, caplog):
+def test_damaged_plan_is_named_with_its_cure_and_made_again_the_same(configure):
     first = open_data(configure(), progress=False)
-    path, batch = first.stores["train"][0].directory / "tokens.bin", first.batch(0)
-    shutil.copy(path, path.with_name("copy"))  # The open store keeps the old file; cutting it off would be its end.
-    with open(path.with_name("copy"), "rb+") as file:
-        file.truncate(100)
+    (plan,) = first.prepared.plans.values()
+    batch = first.batch(0)
+    path = plan.directory / "begins.bin"
+    path.with_name("copy").write_bytes(path.read_bytes()[:100])  # The open plan keeps the old file.
     path.with_name("copy").replace(path)
+    with pytest.raises(ConfigError, match="begins.bin is damaged: 100 bytes instead of .*Delete .*prepare. again"):
+        open_data(configure(), progress=False)
+    shutil.rmtree(plan.directory)
     again = open_data(configure(), progress=False)
-    assert again.content_hash == first.content_hash and "Tokenizing corpus again" in caplog.text
+    assert again.content_hash == first.content_hash
     assert_same(again.batch(0), batch)
 
 
+def test_a_flipped_byte_is_found_by_verify_and_named(configure, tmp_path):
+    data = open_data(configure(), progress=False)
+    root = tmp_path / "prepared"
+    number, damage = verify_all(root)
+    assert (number, damage) == (3, [])
+    (plan,) = data.prepared.plans.values()
+    victims = [plan.directory / "ends.bin", *data.prepared.stores[0].directory.glob("shards/*/documents.arrow")]
+    for victim in victims:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.with_name("copy").write_bytes(content)
+        victim.with_name("copy").replace(victim)
+    _, damage = verify_all(root)
+    assert len(damage) == 2 and all(any(str(victim) in sentence for sentence in damage) for victim in victims)
+
+
 def test_tokenizer_larger_than_the_embedding_is_refused_before_tokenizing(configure, tmp_path):
-    trained = prepare_tokenizer(configure(tokenizer="bpe:300").data, progress=False)
+    trained = prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False)
     shutil.copy(trained.path, tmp_path / "tokenizer.json")
     config = configure(tokenizer=str(tmp_path / "tokenizer.json"), directory=str(tmp_path / "fresh"))
     config = dataclasses.replace(config, model=ModelConfig(vocab_size=270))
     with pytest.raises(ConfigError, match="300 tokens, more than model.vocab_size=270"):
         open_data(config, progress=False)
-    assert not (tmp_path / "fresh/tokens").exists()
+    assert not (tmp_path / "fresh/stores").exists()
 
 
 def test_directory_that_cannot_be_written_is_named(configure, tmp_path):
@@ -173,13 +278,22 @@ def test_directory_that_cannot_be_written_is_named(configure, tmp_path):
 
 
 def test_bpe_sees_training_text_only(configure, corpus):
-    tokenizer = prepare_tokenizer(configure(tokenizer="bpe:300").data, progress=False)
-    held_out = open_data(configure(), progress=False).stores["held_out"][0].names
-    for name in held_out:
-        (corpus / name).write_bytes(b"zqx" * 300)
-    assert prepare_tokenizer(configure(tokenizer="bpe:300").data, progress=False).vocab_size == tokenizer.vocab_size
+    tokenizer = prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False)
+    prepared = open_data(configure(), progress=False).prepared
+    for name in ids_of(prepared.stores[0], prepared.held_out[0].documents):
+        size = (corpus / name).stat().st_size
+        (corpus / name).write_bytes((b"zqx" * size)[:size])
+    assert prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False).vocab_size == tokenizer.vocab_size
     first, second = sorted((corpus.parent / "prepared/tokenizers").glob("*.json"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fraction, words", [(0.99999, "no documents for training"), (0.00001, "no documents held out")]
+)
+def test_a_source_without_documents_in_one_split_is_refused(configure, fraction, words):
+    with pytest.raises(ConfigError, match=words):
+        open_data(configure(held_out_fraction=fraction), progress=False)
 
 
 def test_progress_is_shown_on_the_error_stream_while_preparing_only(configure, capsys):
@@ -188,3 +302,24 @@ def test_progress_is_shown_on_the_error_stream_while_preparing_only(configure, c
     assert "Tokenizing corpus" in shown.err and shown.out == ""
     open_data(configure(tokenizer="bpe:300"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_with_the_data_it_recorded_whatever_becomes_of_its_sources(configure, corpus, tmp_path):
+    config, workdir = configure(), tmp_path / "run"
+    first = open_data(config, progress=False, workdir=workdir)
+    workdir.mkdir()
+    (workdir / "data.json").write_text(json.dumps(first.describe()))
+    (corpus / "new.py").write_text("something new")
+    again = open_data(config, progress=False, workdir=workdir)
+    assert again.content_hash == first.content_hash
+    assert_same(again.batch(5), first.batch(5))
+    shutil.rmtree(tmp_path / "prepared")  # without what it recorded, it takes the sources as they are
+    assert open_data(config, progress=False, workdir=workdir).content_hash != first.content_hash
+
+
+def test_a_run_whose_prepared_data_is_elsewhere_is_told_where_it_was(configure, tmp_path):
+    data = open_data(configure(), progress=False)
+    record = data.prepared.record()
+    shutil.move(tmp_path / "prepared", tmp_path / "moved")
+    with pytest.raises(ConfigError, match="prepared, where this run's tokens and plans were kept, is not here"):
+        reopen(data.config, record)

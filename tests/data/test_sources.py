@@ -1,22 +1,51 @@
+import dataclasses
 import json
 import os
+import subprocess
+import sys
 
+import fsspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_corpus import write_corpus
+from small_shards import TEXTS, write_jsonl, write_parquet
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.sources import list_files, read_documents, read_split, split_of, survey
+from opendeep_jax.data import remote, sources
+from opendeep_jax.data.sources import (
+    Document,
+    fingerprint,
+    fraction_of,
+    hash_id,
+    held_out,
+    list_files,
+    list_parts,
+    read_part,
+)
 
 
 def names(source: SourceConfig) -> list[str]:
     return [file.name for file in list_files(source)]
 
 
-def texts(source: SourceConfig, split: str, fraction: float) -> dict[str, str]:
-    return {d.name: d.text for d in read_split(list_files(source), split, fraction)}
+def read(source: SourceConfig, left_out: list | None = None) -> list[Document]:
+    """All documents of a source; `left_out` collects what was not one, and nothing may be if it is not given."""
+    counted = [] if left_out is None else left_out
+    parts = list_parts(source, list_files(source))
+    documents = [d for part in parts for d in read_part(source, part, lambda *reason: counted.append(reason))]
+    assert left_out is not None or not counted
+    return documents
+
+
+@pytest.fixture
+def memory():
+    """An empty fsspec file system in memory, which is remote to us."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield files
+    files.store.clear()
 
 
 def test_standard_library_is_listed_without_tests_installed_packages_or_build_records():
@@ -28,7 +57,7 @@ def test_standard_library_is_listed_without_tests_installed_packages_or_build_re
 
 
 def test_directory_lists_text_files_by_relative_path_and_nothing_else(tmp_path):
-    for name in ("b/two.md", "a.txt", "b/one.py", "image.png", ".git/config.txt"):
+    for name in ("b/two.md", "a.txt", "b/one.py", "image.png", ".git/config.txt", "b/.hidden.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     assert names(SourceConfig("s", str(tmp_path))) == ["a.txt", "b/one.py", "b/two.md"]
@@ -36,114 +65,257 @@ def test_directory_lists_text_files_by_relative_path_and_nothing_else(tmp_path):
     assert names(SourceConfig("s", str(tmp_path / "**/*.py"))) == ["b/one.py"]
 
 
-def test_documents_keep_their_text_byte_for_byte(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\x00 é".encode())
-    (file,) = list_files(SourceConfig("s", str(tmp_path)))
-    assert [d.text for d in read_documents(file)] == ["\ufeffone\r\ntwo\x00 é"]
+def test_remote_files_are_listed_and_read_like_local_ones(tmp_path, memory):
+    for root in (tmp_path, "memory://bucket"):
+        for name, content in {"a/1.jsonl": b'{"text": "one"}\n', "a/2.jsonl": b'{"text": "two"}', "c.png": b""}.items():
+            with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as file:
+                file.write(content)
+    write_parquet(tmp_path / "p.parquet", {"text": (None, list(TEXTS))})
+    memory.put_file(str(tmp_path / "p.parquet"), "/bucket/p.parquet")
+    memory.pipe_file("/bucket/.hidden/x.jsonl", b"{}")
+    for pattern in ("", "/a", "/a/1.jsonl", "/*/2.jsonl", "/*.parquet"):
+        here, there = (SourceConfig("s", f"{root}{pattern}") for root in (tmp_path, "memory://bucket"))
+        assert names(here) == names(there) and read(here) == read(there) != []
 
 
-def test_jsonl_gives_one_document_a_line_and_skips_what_is_not_unicode(tmp_path):
-    lines = [json.dumps({"text": "first", "id": 1}).encode(), b"", b'{"text": "\xff"}', b'{"text": "\\ud800"}']
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, b'{"text": ""}', b'{"text": "last\\u2028"}', b""]))
-    (file,) = list_files(SourceConfig("s", str(tmp_path)))
-    assert list(read_documents(file)) == [
-        ("a.jsonl#1", "first"),
-        ("a.jsonl#3", None),
-        ("a.jsonl#4", None),
-        ("a.jsonl#6", "last\u2028"),
-    ]
+def test_what_is_no_place_or_has_no_text_is_refused(tmp_path, memory):
+    for path, message in {
+        str(tmp_path / "nowhere"): "No such file or directory: .*nowhere",
+        str(tmp_path): "'s' is empty",
+        str(tmp_path / "*.txt"): "'s' is empty",
+        "memory://nowhere/at/all.jsonl": "Cannot read memory://nowhere/at/all.jsonl: No such file",
+        "memory://nowhere/*.jsonl": "'s' is empty",
+        "strange://bucket/a.jsonl": "Cannot read strange://.*Protocol not known",
+        "datasets:nowhere/at/all?sprit=train": "no option 'sprit'.*name, split",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            list_files(SourceConfig("s", path))
+    with pytest.raises(ConfigError, match="has no path"):
+        list_files(SourceConfig("s"))
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"body": "x"}', '{"text": 3}'])
-def test_jsonl_line_without_text_is_refused_with_its_number(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
-    (file,) = list_files(SourceConfig("s", str(tmp_path)))
-    with pytest.raises(ConfigError, match="Line 2 of .*a.jsonl"):
-        list(read_documents(file))
+def test_missing_driver_and_unreachable_host_are_named_with_the_cure(memory, monkeypatch):
+    def raising(error):
+        def fail(*args, **kwargs):
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.core, "url_to_fs", raising(ImportError("Install s3fs to access S3")))
+        with pytest.raises(ConfigError, match=r"s3://bucket/a.*Install s3fs.*opendeep-jax\[remote\]"):
+            list_files(SourceConfig("s", "s3://bucket/a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "isdir", raising(TimeoutError("no route to host")))
+        with pytest.raises(ConfigError, match="memory://bucket: TimeoutError: no route to host. Check the address"):
+            list_files(SourceConfig("s", "memory://bucket"))
+    for name in ("a.jsonl", "a.parquet", "a.jsonl.zst"):
+        memory.pipe_file(f"/bucket/{name}", b'{"text": "some"}')
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), "_open", raising(ConnectionError("reset by peer")))
+            with pytest.raises(ConfigError, match=f"bucket/{name}: ConnectionError: reset by peer"):
+                read(SourceConfig("s", f"memory://bucket/{name}"))
 
 
-def test_missing_path_and_directory_without_text_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere"):
-        list_files(SourceConfig("s", str(tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match="'s' is empty"):
-        list_files(SourceConfig("s", str(tmp_path)))
-    with pytest.raises(ConfigError, match="'s' is empty"):
-        list_files(SourceConfig("s", str(tmp_path / "*.txt")))
-
-
-def test_file_that_cannot_be_reached_is_named(tmp_path):
+def test_file_that_cannot_be_reached_or_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
     with pytest.raises(ConfigError, match="Cannot read .*a.txt: No such file"):
         list_files(SourceConfig("s", str(tmp_path)))
+    (tmp_path / "gone").write_text("text")
+    source = SourceConfig("s", str(tmp_path))
+    (part,) = list_parts(source, list_files(source))
+    (tmp_path / "gone").unlink()
+    (tmp_path / "gone").mkdir()
+    with pytest.raises(ConfigError, match="Cannot read .*a.txt: Is a directory. Make the file readable"):
+        list(read_part(source, part, print))
 
 
-def test_empty_and_undecodable_corpora_are_refused(tmp_path):
-    source = SourceConfig("s", str(tmp_path / "text"))
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text/a.txt").write_bytes(b"")
-    with pytest.raises(ConfigError, match="its files are empty"):
-        survey(source, list_files(source), 0.1, tmp_path)
-    (tmp_path / "text/a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="none of its 1 documents is UTF-8"):
-        survey(source, list_files(source), 0.1, tmp_path)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.array_record"])
+def test_file_without_permission_is_named(tmp_path, monkeypatch, name):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).write_text("text")
+    monkeypatch.setattr(remote, "open", refuse, raising=False)  # root, who may run this, is refused nothing
+    with pytest.raises(ConfigError, match=f"Cannot read .*{name}: Permission denied. Make the file readable"):
+        read(SourceConfig("s", str(tmp_path)))
 
 
-def test_split_without_documents_is_refused_unless_nothing_is_to_be_held_out(tmp_path):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text/a.txt").write_text("text")
-    source = SourceConfig("s", str(tmp_path / "text"))
-    with pytest.raises(ConfigError, match="no documents held out.*data.held_out_fraction=0.001"):
-        survey(source, list_files(source), 0.001, tmp_path)
-    with pytest.raises(ConfigError, match="no documents for training"):
-        survey(source, list_files(source), 0.9999, tmp_path)
-    assert survey(source, list_files(source), 0.0, tmp_path).documents == {"train": 1, "held_out": 0}
+def test_a_readme_beside_records_is_not_taken_for_a_document(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "one"}])
+    (tmp_path / "README.md").write_text("About these data")
+    with pytest.raises(ConfigError, match=r"mixes files of records, as a.jsonl.gz, with files of text, as README.md"):
+        list_files(SourceConfig("s", str(tmp_path)))
+    assert names(SourceConfig("s", str(tmp_path / "**/*.gz"))) == ["a.jsonl.gz"]
 
 
-@given(st.lists(st.text("ab/é"), unique=True), st.floats(0, 1))
-def test_split_depends_on_the_name_alone_and_grows_with_the_fraction(names, fraction):
-    held_out = {name for name in names if split_of(name, fraction) == "held_out"}
-    assert held_out == {name for name in reversed(names) if split_of(name, fraction) == "held_out"}
-    assert held_out <= {name for name in names if split_of(name, min(1.0, fraction + 0.1)) == "held_out"}
+def test_text_files_keep_their_text_byte_for_byte_and_others_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\x00 é".encode())
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    left_out = []
+    source = SourceConfig("s", str(tmp_path), license="CC0-1.0")
+    assert read(source, left_out) == [Document("a.txt", "\ufeffone\r\ntwo\x00 é", "", "CC0-1.0")]
+    assert left_out == [("not UTF-8", "latin.txt")]
 
 
-def test_split_is_the_same_on_every_machine_and_near_the_asked_fraction():
-    held_out = [i for i in range(2000) if split_of(f"document-{i}", 0.1) == "held_out"]
-    assert held_out[:8] == [18, 20, 49, 64, 78, 79, 89, 95]
-    assert 0.08 < len(held_out) / 2000 < 0.12
+def test_source_of_empty_files_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    source = SourceConfig("s", str(tmp_path))
+    with pytest.raises(ConfigError, match="'s' .*its files are empty"):
+        list_parts(source, list_files(source))
 
 
-def test_splits_divide_the_documents_and_do_not_depend_on_where_the_corpus_lies(tmp_path):
-    one, two = (SourceConfig("s", str(write_corpus(tmp_path / name, 30))) for name in ("one", "two"))
-    train, held_out = texts(one, "train", 0.2), texts(one, "held_out", 0.2)
-    assert len(train) + len(held_out) == 30 and not set(train) & set(held_out) and held_out
-    assert texts(two, "train", 0.2) == train
+RECORDS = [
+    {"text": "one", "key": 17, "meta": {"url": "http://a", "licenses": ["MIT", None, "ISC"]}, "lang": "en", "ok": True},
+    {"text": "two", "key": 18, "meta": {"url": None, "licenses": []}, "lang": "fr", "ok": True},
+    {"text": "three", "key": 19, "meta": {"url": "http://c", "licenses": ["MIT"]}, "lang": "en", "ok": False},
+    {"text": "four", "key": None, "meta": {"url": "http://d", "licenses": None}, "lang": "en", "ok": True},
+]
 
 
-def test_survey_counts_hashes_and_names_what_it_skips(tmp_path, corpus):
-    (corpus / "latin.txt").write_bytes("é".encode("latin-1"))
-    source = SourceConfig("s", str(corpus))
-    found = survey(source, list_files(source), 0.2, tmp_path / "kept")
-    assert found.skipped == ["latin.txt"] and len(found.files) == 31
-    train = texts(source, "train", 0.2)
-    assert found.documents["train"] == len(train)
-    assert found.bytes["train"] == sum(len(text.encode()) for text in train.values())
+def write_records(path) -> str:
+    if path.suffix == ".parquet":
+        write_parquet(path, {name: (None, [record[name] for record in RECORDS]) for name in RECORDS[0]})
+    else:
+        write_jsonl(path, RECORDS)
+    return str(path)
 
 
-def test_survey_is_kept_until_a_file_changes(tmp_path, corpus, monkeypatch):
-    source, kept = SourceConfig("s", str(corpus)), tmp_path / "kept"
-    first = survey(source, list_files(source), 0.2, kept)
-    with monkeypatch.context() as patch:
-        patch.setattr("opendeep_jax.data.sources.read_bytes", lambda file: pytest.fail("read again"))
-        assert survey(source, list_files(source), 0.2, kept) == first
-    path = corpus / "part0/0-0.py"
-    path.write_bytes(bytes(reversed(path.read_bytes()[:5])) + path.read_bytes()[5:])
-    os.utime(path, ns=(1, 1))
-    assert survey(source, list_files(source), 0.2, kept).content_hash != first.content_hash
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet"])
+def test_fields_give_id_url_licence_and_what_is_kept(tmp_path, name):
+    source = SourceConfig(
+        "s",
+        write_records(tmp_path / name),
+        license="CC0-1.0",
+        id_field="key",
+        url_field="meta.url",
+        license_field="meta.licenses",
+        keep=("lang=en", "ok=true"),
+    )
+    left_out = []
+    assert read(source, left_out) == [
+        Document("17", "one", "http://a", "MIT AND ISC"),
+        Document(f"{name}#4", "four", "http://d", "CC0-1.0"),
+    ]
+    assert left_out == [("lang is not en", "18"), ("ok is not true", "19")]
 
 
-def test_damaged_survey_is_made_again(tmp_path, corpus):
-    source, kept = SourceConfig("s", str(corpus)), tmp_path / "kept"
-    first = survey(source, list_files(source), 0.2, kept)
-    (path,) = kept.iterdir()
-    path.write_text(path.read_text()[:50])
-    assert survey(source, list_files(source), 0.2, kept) == first
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_field_name_with_a_dot_wins_over_a_nested_one(tmp_path, name):
+    record = {"a.b": "whole", "a": {"b": "nested", "c.d": "inner"}}
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, {key: (None, [value]) for key, value in record.items()})
+    else:
+        write_jsonl(tmp_path / name, [record])
+    for field, text in {"a.b": "whole", "a.c.d": "inner"}.items():
+        assert [d.text for d in read(SourceConfig("s", str(tmp_path / name), text_field=field))] == [text]
+
+
+BAD_TEXTS = {"null text": None, "empty text": "", "not UTF-8": "\ud800"}
+
+
+@pytest.mark.parametrize("reason", BAD_TEXTS)
+def test_unusable_text_is_refused_with_its_place_or_left_out_and_counted(tmp_path, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": BAD_TEXTS[reason], "id": 7}))
+    source = SourceConfig("s", str(path))
+    with pytest.raises(ConfigError, match=f"Line 2 of {path} .*{reason}.*bad_documents=leave_out"):
+        read(source)
+    left_out = []
+    lenient = dataclasses.replace(source, bad_documents="leave_out")
+    assert [d.text for d in read(lenient, left_out)] == ["fine"] and left_out == [(reason, "a.jsonl#2")]
+
+
+def test_id_that_utf8_cannot_write_is_made_writable(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "some", "id": "x\\ud800y"}')
+    (document,) = read(SourceConfig("s", str(path), id_field="id"))
+    assert document.id == "x\\ud800y" and hash_id(document.id)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("keep", ("language",), "written as field=value"),
+        ("id_field", "key", "Line 1 .* has no field 'key'"),
+        ("text_field", "body", "Line 1 .* has no field 'body'"),
+        ("text_field", "n", "Line 1 .* has 3, which is no text, in its field 'n'"),
+        ("text_url", "memory://x/{blob}", "Line 1 .* has no field 'blob', which text_url"),
+    ],
+)
+def test_setting_that_does_not_fit_the_records_is_refused(tmp_path, field, value, message):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "some", "n": 3}])
+    with pytest.raises(ConfigError, match=message):
+        read(SourceConfig("s", str(tmp_path / "a.jsonl"), **{field: value}))
+
+
+def write_links(tmp_path, memory, contents: dict[str, bytes | None]) -> SourceConfig:
+    for key, content in contents.items():
+        if content is not None:
+            memory.pipe_file(f"/texts/{key}/x", content)
+    write_jsonl(tmp_path / "links.jsonl", [{"key": key, "src_encoding": "latin-1"} for key in contents])
+    return SourceConfig("s", str(tmp_path / "links.jsonl"), id_field="key", text_url="memory://texts/{key}/x")
+
+
+def test_linked_texts_are_fetched_in_order_and_decoded(tmp_path, memory):
+    source = write_links(tmp_path, memory, {str(i): f"é {i}".encode("latin-1") for i in range(150)})
+    assert read(source) == [Document(str(i), f"é {i}", "", source.license) for i in range(150)]
+
+
+def test_linked_text_that_is_not_there_is_a_bad_document(tmp_path, memory):
+    source = write_links(tmp_path, memory, {"a": b"one", "b": None, "c": b""})
+    with pytest.raises(ConfigError, match="Line 2 .*text not found"):
+        read(source)
+    left_out = []
+    assert len(read(dataclasses.replace(source, bad_documents="leave_out"), left_out)) == 1
+    assert left_out == [("text not found", "b"), ("empty text", "c")]
+
+
+def test_linked_text_that_is_damaged_is_refused(tmp_path, memory):
+    with pytest.raises(ConfigError, match="memory://texts/a/x is damaged"):
+        read(write_links(tmp_path, memory, {"a": b"\x1f\x8b\x08 no gzip"}))
+
+
+def test_fingerprint_follows_what_decides_the_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    source = SourceConfig("s", str(tmp_path), id_field="")
+    first = fingerprint(source, list_files(source))
+    for change in ({"weight": 2.0}, {"epochs": 3.0}, {"citation": "x"}):
+        assert fingerprint(dataclasses.replace(source, **change), list_files(source)) == first
+    for change in ({"text_field": "body"}, {"id_field": "id"}, {"license": "x"}, {"keep": ("a=b",)}):
+        assert fingerprint(dataclasses.replace(source, **change), list_files(source)) != first
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    assert fingerprint(source, list_files(source)) != first
+
+
+def test_stamp_of_a_remote_file_prefers_a_hash_of_its_content():
+    assert remote._stamp({"lfs": {"sha256": "abc"}, "blob_id": "x"}) == "abc"
+    assert remote._stamp({"ETag": '"e"', "mtime": 3}) == '"e"'
+    assert remote._stamp({"name": "x"}) == ""
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.floats(0, 1))
+def test_holding_out_depends_on_the_id_alone_and_grows_with_the_fraction(hashes, fraction):
+    array = np.array(hashes, dtype=np.uint64)
+    chosen = held_out(array, fraction)
+    assert chosen.tolist() == [bool(held_out(value, fraction)) for value in hashes]
+    assert not (chosen & ~held_out(array, min(1.0, fraction + 0.1))).any()
+    assert not held_out(array, 0.0).any() and held_out(array, 1.0).all()
+
+
+def test_fractions_are_the_same_on_every_machine_uniform_and_independent_between_purposes():
+    hashes = np.array([hash_id(f"document-{i}") for i in range(20_000)], dtype=np.uint64)
+    assert hash_id("document-0") == 1850834454840799979
+    assert np.flatnonzero(held_out(hashes[:100], 0.1)).tolist() == [13, 15, 44, 48, 58, 64, 81, 96]
+    one, two = fraction_of(hashes, "held_out"), fraction_of(hashes, "tokenizer")
+    assert 0 <= one.min() and one.max() < 1
+    counts, _ = np.histogram(one, bins=10, range=(0, 1))
+    assert abs(counts - 2000).max() < 200 and abs(np.corrcoef(one, two)[0, 1]) < 0.03
+    assert abs(np.corrcoef(one, hashes.astype(np.float64))[0, 1]) < 0.03
+
+
+def test_sources_can_be_listed_without_heavy_imports():
+    heavy = "jax", "pyarrow", "fsspec", "zstandard", "tensorstore"
+    program = f"import sys, {sources.__name__}; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"

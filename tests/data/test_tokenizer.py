@@ -1,4 +1,7 @@
 import json
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
+from opendeep_jax.data import tokenizer as tokenizer_module
 from opendeep_jax.data.tokenizer import (
     SPECIAL_TOKENS,
     byte_tokenizer,
@@ -180,3 +184,53 @@ def test_settings_for_cutting_and_padding_are_ignored(tmp_path):
     library.save(str(path))
     found = load_tokenizer(path)
     assert found.decode(found.encode(TEXTS[1])) == TEXTS[1] and len(found.encode("a")) == 1
+
+
+def test_ours_have_marks_for_filling_in_the_middle(tokenizer):
+    names = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    assert tokenizer.fim_ids == tuple(tokenizer.special_tokens[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜fim▁hole｜>"], (4, 6, 5)),
+        (["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"], (4, 6, 5)),
+        (["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"], (4, 6, 5)),
+        (["▁<PRE>", "▁<MID>", "▁<SUF>"], (4, 6, 5)),
+        (["<fim_prefix>", "<fim_middle>"], None),
+        ([], None),
+    ],
+)
+def test_fill_in_the_middle_is_found_by_its_usual_names(tmp_path, names, expected):
+    word_level(tmp_path / "tokenizer.json", ["<s>", "</s>", *names])
+    assert load_tokenizer(tmp_path / "tokenizer.json").fim_ids == expected
+
+
+def test_a_tokenizer_travels_to_another_process(tokenizer):
+    sent = pickle.dumps(tokenizer)
+    assert len(sent) < 1000
+    arrived = pickle.loads(sent)
+    assert arrived.content_hash == tokenizer.content_hash and arrived.name == tokenizer.name
+    assert arrived.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
+
+
+def test_a_tokenizer_that_changes_on_its_way_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_bpe(TEXTS, 300), "utf-8")
+    sent = pickle.dumps(load_tokenizer(path))
+    path.write_text(train_bpe(TEXTS, 301), "utf-8")
+    with pytest.raises(ConfigError, match="tokenizer.json has changed"):
+        pickle.loads(sent)
+
+
+def test_one_thread_remembers_words_however_many_cores(bpe, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert load_tokenizer(Path(bpe.path)).encode(TEXTS[1]).tolist() == bpe.encode(TEXTS[1]).tolist()
+    remembering = []
+    monkeypatch.setattr(tokenizer_module, "remember_words", lambda encode: remembering.append(1) or encode)
+    load_tokenizer(Path(bpe.path))
+    assert not remembering
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    load_tokenizer(Path(bpe.path))
+    assert remembering

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_models import interrupted_after
 
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.models.accounting import count_parameters
@@ -119,7 +120,7 @@ def test_training_a_finished_run_again_changes_none_of_its_numbers(small_run, tm
 
 
 def test_a_run_that_is_killed_and_then_interrupted_has_the_numbers_of_an_undisturbed_one(
-    small_run, tmp_path, monkeypatch, capsys
+    small_run, tmp_path, capsys
 ):
     config = load_run_config(small_run)
     save_run_config(config, config, tmp_path)
@@ -130,15 +131,7 @@ def test_a_run_that_is_killed_and_then_interrupted_has_the_numbers_of_an_undistu
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert 8 in records(tmp_path) and not (tmp_path / "summary.json").exists()
 
-    put, left = loop.put_batch, iter(range(10))
-
-    def put_batch(*arguments):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return put(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "put_batch", put_batch)
+    with interrupted_after(10):
         loop.train(config, tmp_path)
     assert "resuming from step 8" in capsys.readouterr().out
     summary = loop.train(config, tmp_path)

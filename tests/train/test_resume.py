@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import DENSE, packed_batch, small_run_config
+from small_models import DENSE, interrupted_after, packed_batch, small_run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.config.schema import (
     CheckpointConfig,
+    DataPhase,
     EvaluationConfig,
     ParallelConfig,
     RampStage,
     RunConfig,
     TrainConfig,
 )
+from opendeep_jax.data.provenance import read_description
 from opendeep_jax.train import evaluate, generate, loop
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size, pad_rows
@@ -128,6 +130,25 @@ def test_compiling_for_a_larger_batch_is_no_training_time(interrupted_run):
     lines = read_jsonl(interrupted_run / "metrics.jsonl")
     assert [line["tokens"] // 32 for line in lines] == [8, 16, 24, 40, 56, 72]
     assert lines[3]["step_seconds"] < 1  # the compilation before it was made to take longer than this
+
+
+def test_phases_of_several_lengths_train_one_after_the_other_and_resume_with_the_same_numbers(text_corpus, tmp_path):
+    config = dense_config(text_corpus, tmp_path / "data")
+    phases = (DataPhase("short", tokens=3 * 16 * 32), DataPhase("long", sequence_length=64, batch_size=8))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, phases=phases, packing="best_fit"),
+        train=dataclasses.replace(config.train, batch_ramp=()),
+        checkpoint=CheckpointConfig(every=4),
+    )
+    loop.train(config, tmp_path / "whole")
+    with interrupted_after(5):
+        loop.train(config, tmp_path / "resumed")
+    loop.train(config, tmp_path / "resumed")
+    whole, resumed = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "resumed"))
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+    assert [line["tokens"] for line in whole] == [512 * step for step in range(1, 7)]
+    assert [phase["steps"] for phase in read_description(tmp_path / "whole")["phases"]] == [3, 3]
 
 
 def test_without_held_out_text_nothing_is_claimed_about_it(interrupted_run):

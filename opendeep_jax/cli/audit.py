@@ -1,0 +1,167 @@
+"""`opendeep data where|when|verify|diff`: for people on a terminal, as JSON (a line each) when the output is piped.
+
+What is looked into is a run (`--workdir`), or, before there is one, a recipe (`--config` and settings).
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl.flags import Error, FlagValues
+
+from opendeep_jax.cli.flags import make_flags, parse, run_flags
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from opendeep_jax.data.prepared import Prepared
+    from opendeep_jax.data.tokenizer import Tokenizer
+
+FORMAT = ("auto", "text, json, or auto: text on a terminal, JSON lines in a pipe.")
+SHOWN_CHARACTERS = 300
+USAGE = "--workdir=DIRECTORY | --config=RECIPE [--name=value ...]"
+
+
+def _parse(
+    flags: FlagValues, argv: Sequence[str], program: str, purpose: str, usage: str = USAGE
+) -> RunConfig | None:
+    """Parses `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
+    if not any(argument.partition("=")[0] == "--config" for argument in argv):
+        parse(flags, argv, program, purpose, usage)
+        return None
+    from opendeep_jax.config.overrides import resolve  # tyro takes a while, and a run needs none of it
+
+    try:
+        config = resolve(flags([program, *argv], known_only=True)[1:], program)[0]
+    except Error as error:
+        raise ConfigError(f"{error}. See {program} --help.") from error
+    if flags.workdir:
+        raise ConfigError(f"--config and --workdir={flags.workdir}: look into a recipe or a run, not both.")
+    return config
+
+
+def _open(flags: FlagValues, config: RunConfig | None) -> "tuple[Tokenizer, Prepared]":
+    """The tokenizer of the run or recipe, and what its batches are made of."""
+    from opendeep_jax.data.prepared import prepare
+    from opendeep_jax.data.provenance import open_run
+
+    return open_run(flags.workdir) if config is None else prepare(config)
+
+
+def where(argv: Sequence[str]) -> None:
+    """Names the documents of a step's batch."""
+    flags = run_flags(step=(0, "Step to look up, from 0."), row=(-1, "Row of its batch; -1 shows all."), format=FORMAT)
+    purpose = "Names the documents that a step of a run trains on."
+    config = _parse(flags, argv, "opendeep data where", purpose)
+    if flags.step < 0:
+        raise ConfigError(f"--step={flags.step}: steps are counted from 0.")
+    if flags.row < -1:
+        raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
+    tokenizer, prepared = _open(flags, config)
+    from opendeep_jax.data import provenance
+
+    pieces = provenance.where(prepared, flags.step, None if flags.row < 0 else flags.row, tokenizer)
+    _print(pieces, flags.format, _piece_text)
+
+
+def _piece_text(piece: dict) -> str:
+    text = piece["text"] if len(piece["text"]) <= SHOWN_CHARACTERS else piece["text"][:SHOWN_CHARACTERS] + " […]"
+    spans = ", ".join(f"{begin:,}–{end:,}" for begin, end in piece["bytes"]) or "none"
+    lines = [
+        f"row {piece['row']}  {piece['source']}  {piece['id']}",
+        f"  {'fill-in-the-middle, ' * piece['fim']}tokens {piece['first_token']:,}–{piece['end_token']:,}, "
+        f"bytes {spans}, shard {piece['shard']}, licence {piece['license'] or 'unknown'}",
+        *([f"  {piece['url']}"] if piece["url"] else []),
+        *(f"  | {line}" for line in text.splitlines()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def when(argv: Sequence[str]) -> None:
+    """Names the steps that train on a document."""
+    flags = run_flags(doc=("", "Id of the document, as `opendeep data where` shows it."), format=FORMAT)
+    purpose = "Names the steps at which a run trains on a document."
+    config = _parse(flags, argv, "opendeep data when", purpose)
+    if not flags.doc:
+        raise ConfigError("--doc is missing: give a document's id, as `opendeep data where` shows it.")
+    _, prepared = _open(flags, config)
+    from opendeep_jax.data import provenance
+
+    done = provenance.steps_done(flags.workdir) if config is None else 0
+    found = provenance.when(prepared, flags.doc)
+    _print(({**one, "steps_done": done} for one in found), flags.format, _document_text)
+
+
+def _document_text(found: dict) -> str:
+    if found["held_out"]:
+        fate = "is held out: no step trains on it"
+    elif not found["seen"]:
+        fate = "is in no row that this run trains on"
+    else:
+        fate = f"is read in {len(found['seen']):,} row{'s' * (len(found['seen']) != 1)}"
+    size = f"({found['tokens']:,} tokens, licence {found['license'] or 'unknown'})"
+    lines = [f"{found['source']}  {found['id']}  {size} {fate}"]
+    for place in found["seen"]:
+        tense = "was seen" if place["step"] < found["steps_done"] else "will be seen"
+        span = f"tokens {place['first_token']:,}–{place['end_token']:,}"
+        lines.append(f"  step {place['step']:>8,}  row {place['row']:>5}  {span}  {tense}")
+    return "\n".join(lines)
+
+
+def verify(argv: Sequence[str]) -> int:
+    """Recomputes the hashes of stores and plans; exit status 1 where something is damaged."""
+    flags = make_flags(
+        directory=("", "data.directory: all stores and plans in it (default: runs/data)."),
+        workdir=("", "Directory of a run: only what that run is made of."),
+    )
+    program, usage = "opendeep data verify", "--directory=DIRECTORY | --workdir=DIRECTORY | --config=RECIPE"
+    config = _parse(flags, argv, program, "Recomputes every hash of prepared data.", usage)
+    directory = flags.directory or (config.data.directory if config else "runs/data")
+    from opendeep_jax.data.provenance import verify_all
+
+    number, damage = verify_all(Path(directory), flags.workdir)
+    print("\n".join(damage) or f"All {number:,} stores and plans are whole: every hash is the one in its manifest.")
+    return 1 if damage else 0
+
+
+def diff(argv: Sequence[str]) -> None:
+    """Compares the mixtures of two runs."""
+    flags = make_flags(documents=("yes", "yes or no: count the documents that only one has."), format=FORMAT)
+    sides = [argument for argument in argv if not argument.startswith("--")]
+    rest = [argument for argument in argv if argument.startswith("--")]
+    purpose = "Compares the mixtures of two runs."
+    values = parse(flags, rest, "opendeep data diff", purpose, "A B [--name=value ...]   (work directories or recipes)")
+    if len(sides) != 2:
+        raise ConfigError(f"opendeep data diff compares two runs or recipes, and {len(sides)} are given.")
+    from opendeep_jax.data import provenance
+
+    described, prepared = zip(*(provenance.open_side(side) for side in sides), strict=True)
+    ids = tuple(map(provenance.source_ids, prepared)) if values.documents == "yes" else None
+    entries = provenance.diff(*described, ids)
+    _print(entries, values.format, _difference_text)
+
+
+def _difference_text(entry: dict) -> str:
+    lines = [f"{entry['source']}: {_presence(entry)}", f"  {'':<10} {'A':>20} {'B':>20}"]
+    for key, form in (("share", ".2%"), ("documents", ",d"), ("tokens", ",d"), ("epochs", ".3f")):
+        a, b = entry[key]
+        lines.append(f"  {key:<10} {a:>20{form}} {b:>20{form}}{'' if a == b else '  differs'}")
+    if "only_in_a" in entry:
+        lines.append(f"  {'only in':<10} {entry['only_in_a']:>20,} {entry['only_in_b']:>20,}")
+    return "\n".join(lines) + "\n"
+
+
+def _presence(entry: dict) -> str:
+    if entry["in"] != "both":
+        return f"only in {entry['in'].upper()}"
+    return "the same tokens in both" if entry["same_tokens"] else "in both, with other tokens"
+
+
+def _print(entries: Iterable[dict], form: str, text) -> None:
+    if form not in ("auto", "text", "json"):
+        raise ConfigError(f"--format={form}: must be text, json or auto.")
+    for entry in entries:
+        as_text = form == "text" or (form == "auto" and sys.stdout.isatty())
+        print(text(entry) if as_text else json.dumps(entry, ensure_ascii=False))

@@ -1,0 +1,181 @@
+"""Sources in, the same sources without what a recipe drops out, and an account of every document.
+
+    sources = curate(config)                        # config.curation says what is done
+    config = dataclasses.replace(config, sources=tuple(sources))
+
+The order is: quality filters and language, exact duplicates, near-duplicates, evaluation overlap, personal data.
+Copies are looked for over all sources; the first in order of source and file stays. The result is a function of the
+documents and the recipe alone, byte by byte, whoever computed it and however often that was broken off.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
+from opendeep_jax.data.curation.accounting import VERSION, load_accounting
+from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
+from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
+from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_plan
+from opendeep_jax.data.curation.stages import refuse_nothing_left
+from opendeep_jax.data.files import file_name, writing
+from opendeep_jax.data.sources import fingerprint, list_files, list_parts
+
+RESERVED = ("work", "dropped", "logs", "curation.json")
+"""Names in the directory of a curation that no source may have."""
+LANGUAGE_MODEL_CURE = (
+    "fastText's own, lid.176.bin, for 176 languages, is at https://fasttext.cc/docs/en/language-identification.html "
+    "(126 MB); GlotLID, for 2,000, is model.bin of cis-lmu/glotlid on the Hugging Face Hub"
+)
+
+
+def curate(
+    config: DataConfig,
+    executor: Executor = "local",
+    progress: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> list[SourceConfig]:
+    """The sources as config.curation leaves them, each a directory of Parquet files below config.directory.
+
+    What was curated before, by any executor, is returned at once. What was begun and broken off is gone on with.
+
+    Args:
+        config: of it sources, curation, directory and workers count.
+        executor: `local` works with config.workers processes of this machine; `slurm` and `ray` with datatrove's
+            executors of these names, and then config.directory must be on a disk that all machines share.
+        progress: show bars on the error stream.
+        options: arguments of datatrove's executor, such as `{"partition": "cpu", "time": "8:00:00"}` for Slurm.
+
+    Raises:
+        ConfigError: for sources that cannot be read, packages, models and evaluation sets that are not there, an
+            executor that fails, and a source of which nothing is left.
+    """
+    directory = curation_directory(config)
+    if not load_accounting(directory):
+        check_curation(config)
+        check_executor(executor, options or {})
+        with _alone(directory):
+            if not load_accounting(directory):  # Another process may have done it while this one waited.
+                plan = _plan(config, directory)
+                run_stages(plan, executor, options or {}, config.workers, progress)
+    shutil.rmtree(directory / "work", ignore_errors=True)
+    accounting = load_accounting(directory)
+    refuse_nothing_left(accounting)
+    return [_curated(source, directory) for source in config.sources]
+
+
+def curation_directory(config: DataConfig) -> Path:
+    """The directory of this curation, named by a hash of all that decides its result. Raises ConfigError.
+
+    That is the sources' files and fields, the recipe, and the contents of the language model and evaluation sets; not
+    the versions of the engines, which curation.json tells, so that nothing is done again for an upgrade.
+    """
+    recipe = config.curation
+    sources = [(source.name, fingerprint(source, list_files(source))) for source in config.sources]
+    files = [_file_hash(Path(path).expanduser()) for path in _files_of(recipe)]
+    content = [VERSION, sources, dataclasses.asdict(recipe), files]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return Path(config.directory) / "curated" / key[:16]
+
+
+def _files_of(recipe: CurationConfig) -> list[str]:
+    return [*filter(None, [recipe.language_model]), *recipe.evaluation_sets]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if path.suffix in SUFFIXES:
+            raise ConfigError(
+                f"Cannot read the evaluation set {path}: {error.strerror}. data.curation.evaluation_sets names files."
+            ) from error
+        raise ConfigError(
+            f"Cannot read the language model {path}: {error.strerror}. data.curation.language_model is the path of a "
+            f"fastText model: {LANGUAGE_MODEL_CURE}."
+        ) from error
+
+
+def check_curation(config: DataConfig) -> None:
+    """Raises ConfigError, quickly, for what `curate` would stop at: packages, files and settings."""
+    recipe = config.curation
+    needed = {"datatrove", "xxhash", "regex", "pyarrow"}
+    needed |= {"rensa"} if recipe.minhash_deduplication and recipe.minhash_engine == "rensa" else set()
+    needed |= {"fasttext", "fasteners"} if recipe.language_model else set()
+    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ConfigError(
+            f"Curation needs {', '.join(missing)}, which is not installed: pip install 'opendeep-jax[curation]'."
+        )
+    if recipe.languages and not recipe.language_model:
+        raise ConfigError(
+            f"data.curation.languages is {', '.join(recipe.languages)}, but data.curation.language_model names no "
+            f"model that could tell languages. Set it to the path of one: {LANGUAGE_MODEL_CURE}."
+        )
+    for path in recipe.evaluation_sets:
+        if Path(path).suffix not in SUFFIXES:
+            raise ConfigError(
+                f"data.curation.evaluation_sets has {path}, but a set of evaluation items is a file that ends in "
+                f"{', '.join(SUFFIXES)}."
+            )
+    set_names(recipe)
+    for path in _files_of(recipe):
+        if not Path(path).expanduser().is_file():
+            _file_hash(Path(path).expanduser())
+    for name in ("minhash_ngram", "minhash_buckets", "minhash_hashes_per_bucket", "evaluation_ngram"):
+        if getattr(recipe, name) < 1:
+            raise ConfigError(f"data.curation.{name} is {getattr(recipe, name)}, but must be at least 1.")
+    names = [file_name(source.name) for source in config.sources]
+    for name in names:
+        if names.count(name) > 1 or name in RESERVED:
+            raise ConfigError(
+                f"A source of data.sources is named {name!r}, as {'another' if name not in RESERVED else 'a file'} in "
+                "the directory of curated text is. Give each source a name of its own."
+            )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Waits until no other process of this machine works on the same curation."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _plan(config: DataConfig, directory: Path) -> Plan:
+    """The plan of an earlier attempt, or a new one."""
+    try:
+        plan = dataclasses.replace(read_plan(directory), sources=config.sources)
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(directory / "work", ignore_errors=True)
+        parts = [list_parts(source, list_files(source)) for source in config.sources]
+        recipe = config.curation
+        evaluation = write_index(recipe, directory / "work" / "evaluation") if recipe.evaluation_sets else {}
+        plan = Plan(directory, recipe, config.sources, cut_tasks(parts), evaluation)
+    write_plan(plan)
+    return plan
+
+
+def _curated(source: SourceConfig, directory: Path) -> SourceConfig:
+    return dataclasses.replace(
+        source,
+        path=str(directory / file_name(source.name)),
+        text_field="text",
+        id_field="id",
+        url_field="url",
+        license_field="license",
+        text_url="",
+        keep=(),
+        bad_documents="refuse",
+    )

@@ -1,0 +1,285 @@
+"""From a configuration to what its batches are made of: tokenizer, stores, packing plans and the order of rows.
+
+    text --curate--> text --tokenize--> stores --pack--> plans;   (configuration, rows of each plan) --> order
+
+Everything is kept in data.directory, named by a hash of all that it was made from, and made only once.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schema import RunConfig, SourceConfig
+from opendeep_jax.data.files import file_name
+from opendeep_jax.data.fim import NO_FIM, FimRule
+from opendeep_jax.data.order import Order, PlanKey
+from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan
+from opendeep_jax.data.prepare import prepare_store
+from opendeep_jax.data.sources import fingerprint, fraction_of, hash_id, held_out, list_files, list_parts, read_part
+from opendeep_jax.data.store import VERSION, Store, check_files, open_store
+from opendeep_jax.data.tokenizer import Tokenizer, open_tokenizer
+
+# Text that a BPE is trained on: more costs start-up time and gains little. It is drawn from at most so many times as
+# much, so that a trillion tokens need not be read for it, and from no document more than a megabyte.
+SAMPLE_BYTES = 4_000_000
+SAMPLED_FROM = 16
+SAMPLED_CHARACTERS = 1_000_000
+# Fewer are packed in the blink of an eye.
+SHOWN_DOCUMENTS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that decides a run's batches, open."""
+
+    config: RunConfig
+    stores: list[Store]
+    """In the order of data.sources."""
+    plans: dict[PlanKey, Plan]
+    """The training split's."""
+    held_out: list[Plan]
+    """The held-out split's, in the order of data.sources."""
+    order: Order
+    fim: FimRule
+    tokenizer_hash: str
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over tokenizer, tokens and plans: equal when, and only when, the same batches can be made."""
+        parts = [self.tokenizer_hash, *(store.content_hash for store in self.stores)]
+        parts += [plan.content_hash for plan in (*self.plans.values(), *self.held_out)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def record(self) -> dict:
+        """Where everything is below data.directory, for `reopen`."""
+        root = Path(self.config.data.directory).absolute()
+
+        def place(directory: Path) -> str:
+            directory = directory.absolute()
+            return str(directory.relative_to(root) if directory.is_relative_to(root) else directory)
+
+        return {
+            "stores": [place(store.directory) for store in self.stores],
+            "plans": [
+                {"source": source, "kind": kind._asdict(), "directory": place(plan.directory)}
+                for (source, kind), plan in self.plans.items()
+            ],
+            "held_out_plans": [place(plan.directory) for plan in self.held_out],
+            "fim": self.fim._asdict(),
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+
+
+def reopen(config: RunConfig, record: dict) -> Prepared:
+    """What `Prepared.record` described, without a look at the sources. Raises ConfigError if it is gone or damaged."""
+    root = Path(config.data.directory)
+    if not root.exists():
+        raise ConfigError(
+            f"data.directory = {config.data.directory}, where this run's tokens and plans were kept, is not here (in "
+            f"{Path.cwd()}). Give the command where the run was started, or bring the directory back."
+        )
+    stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
+    plans = {}
+    for plan in record["plans"]:
+        kind = PlanKind(**plan["kind"] | {"share": tuple(plan["kind"]["share"])})
+        plans[plan["source"], kind] = open_plan(root / plan["directory"])
+    fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
+    order = Order(config)
+    order.supply({key: plan.rows for key, plan in plans.items()})
+    held_out_plans = [open_plan(root / name) for name in record["held_out_plans"]]
+    return Prepared(config, stores, plans, held_out_plans, order, fim, record["tokenizer_hash"])
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises ConfigError for what `prepare` would refuse, as far as it shows without reading the text."""
+    for source in config.data.sources:
+        if not _is_store(source):
+            list_files(source)
+    if config.data.curation.active:
+        from opendeep_jax.data.curation import check_curation
+
+        check_curation(config.data)
+    if not config.data.tokenizer.startswith("bpe:"):
+        _check_tokenizer(open_tokenizer(config.data.tokenizer, "", list, Path()), config)
+
+
+def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepared]:
+    """Opens what a run's batches are made of; curates, tokenizes and packs first what is not there yet.
+
+    Raises ConfigError for sources, tokenizers and directories that cannot serve.
+    """
+    data = config.data
+    sources = curated_sources(config, progress)
+    tokenizer = prepare_tokenizer(config, progress, sources)
+    _check_tokenizer(tokenizer, config)
+    fim = FimRule(config.seed, data.fim_rate, tokenizer.fim_ids) if data.fim_rate else NO_FIM
+    stores = [_prepare_store(config, source, tokenizer, progress) for source in sources]
+    order = Order(config)
+    plans = {
+        (source, kind): _plan(config, stores[source], kind, source, fim, progress) for source, kind in order.demand
+    }
+    held = PlanKind("held_out", data.sequence_length, "concatenate")
+    held_out_plans = [_plan(config, store, held, source, fim, progress) for source, store in enumerate(stores)]
+    for store, plan in zip(stores, held_out_plans, strict=True):
+        _check_splits(store, plan, config)
+    order.supply({key: plan.rows for key, plan in plans.items()})
+    return tokenizer, Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash)
+
+
+def curated_sources(
+    config: RunConfig, progress: bool = True, executor: str = "local", options: dict[str, str] | None = None
+) -> list[SourceConfig]:
+    """The sources to tokenize: curated ones in the place of the original where data.curation asks for it.
+
+    executor: `local`, `slurm` or `ray`, with its `options`; see `curation.curate`.
+    """
+    if not config.data.curation.active:
+        return list(config.data.sources)
+    from opendeep_jax.data.curation import curate
+
+    return curate(config.data, executor=executor, progress=progress, options=options)
+
+
+def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[SourceConfig] | None = None) -> Tokenizer:
+    """The tokenizer alone, trained first if it is a BPE that is not in data.directory yet. Raises ConfigError."""
+    data = config.data
+    if not data.tokenizer.startswith("bpe:"):
+        return open_tokenizer(data.tokenizer, "", list, Path(data.directory, "tokenizers"))
+    sources = curated_sources(config, progress) if sources is None else sources
+    for source in filter(_is_store, sources):
+        raise ConfigError(
+            f"data.tokenizer is {data.tokenizer}, which is trained on text, but source {source.name!r} ({source.path}) "
+            "is tokenized already. Set --data.tokenizer to the tokenizer.json that it was made with."
+        )
+    files = [list_files(source) for source in sources]
+    weights = [source.weight or 1.0 for source in sources]
+    shares = [weight / sum(weights) for weight in weights]
+    hashes = [fingerprint(source, listed) for source, listed in zip(sources, files, strict=True)]
+    content = [list(zip(hashes, shares, strict=True)), data.held_out_fraction, SAMPLE_BYTES]
+
+    def sample() -> Iterator[str]:
+        with _bar("Training the tokenizer", SAMPLE_BYTES, progress) as advance:
+            for source, listed, share in zip(sources, files, shares, strict=True):
+                parts = list_parts(source, listed)
+                for text in _sample(source, parts, SAMPLE_BYTES * share, data.held_out_fraction):
+                    yield text
+                    advance(len(text))
+
+    corpus_hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return open_tokenizer(data.tokenizer, corpus_hash, sample, Path(data.directory, "tokenizers"))
+
+
+def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction: float) -> Iterator[str]:
+    """Training documents of about `budget` bytes, from parts and documents that a hash of their names chooses."""
+    parts = sorted(parts, key=lambda part: hash_id(f"{part.file.name} {part.begin}"))
+    size = kept = 0
+    while parts and kept < len(parts) and size < SAMPLED_FROM * budget:
+        size += parts[kept].size
+        kept += 1
+    found, first = False, None
+    for part in parts[:kept]:
+        for document in read_part(source, part, lambda reason, name: None):
+            id_hash = hash_id(document.id)
+            if held_out(id_hash, held_out_fraction):
+                continue
+            first = document.text if first is None else first
+            if fraction_of(id_hash, "tokenizer") < budget / (size * (1 - held_out_fraction)):
+                found = True
+                yield document.text[:SAMPLED_CHARACTERS]
+    if not found and first is not None:
+        yield first[:SAMPLED_CHARACTERS]
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, more than model.vocab_size="
+            f"{config.model.vocab_size} rows of the embedding. Set --model.vocab_size={tokenizer.vocab_size} or more."
+        )
+    if config.data.fim_rate and tokenizer.fim_ids is None:
+        raise ConfigError(
+            f"data.fim_rate = {config.data.fim_rate}, but the tokenizer {tokenizer.name} has no special tokens for "
+            "fill-in-the-middle. Set --data.fim_rate=0, or use a tokenizer that has them, such as DeepSeek's or a "
+            "bpe:SIZE of ours."
+        )
+
+
+def _is_store(source: SourceConfig) -> bool:
+    return bool(source.path) and Path(source.path, "store.json").is_file()
+
+
+def _prepare_store(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer, progress: bool) -> Store:
+    """Opens the store of a source; tokenizes the source first if that was not done, or not to its end."""
+    if _is_store(source):
+        store = open_store(Path(source.path), tokenizer.content_hash)
+        check_files(store)
+        return store
+    files = list_files(source)
+    key = hashlib.sha256(json.dumps([fingerprint(source, files), tokenizer.content_hash, VERSION]).encode()).hexdigest()
+    directory = Path(config.data.directory, "stores", file_name(source.name, key[:16]))
+    with contextlib.suppress(ConfigError):  # what is missing or cut off is made again below
+        store = open_store(directory, tokenizer.content_hash)
+        check_files(store)
+        return store
+    parts = list_parts(source, files)
+    curation = config.data.curation
+    facts = {"curation": dataclasses.asdict(curation) if curation.active else None}
+    with _bar(f"Tokenizing {source.name}", sum(part.size for part in parts), progress) as advance:
+        return prepare_store(directory, source, parts, tokenizer, facts, config.data.workers, advance)
+
+
+def _plan(config: RunConfig, store: Store, kind: PlanKind, source: int, fim: FimRule, progress: bool) -> Plan:
+    arguments = (Path(config.data.directory), store, kind, (config.seed, source), config.data.held_out_fraction, fim)
+    show = progress and store.documents > SHOWN_DOCUMENTS
+    title = f"Packing {store.manifest['source']['name']} ({kind.split.replace('_', ' ')}, rows of {kind.length})"
+    with _bar(title, store.documents, show, bytes_=False) as advance:
+        return make_plan(*arguments, advance)
+
+
+def _check_splits(store: Store, held_out_plan: Plan, config: RunConfig) -> None:
+    source, fraction = store.manifest["source"], config.data.held_out_fraction
+    where = f"Source {source['name']!r} ({source['path'] or 'the embedded source'})"
+    if not store.documents:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in store.manifest["left_out"].items())
+        raise ConfigError(
+            f"{where} holds no text: {f'all its documents are left out ({reasons})' if reasons else 'it is empty'}. "
+            "Point its path to UTF-8 text."
+        )
+    documents = held_out_plan.manifest["documents"]
+    if documents == store.documents or (fraction and not documents):
+        raise ConfigError(
+            f"{where} has no documents {'for training' if documents else 'held out'}: a hash of each id divides its "
+            f"{store.documents:,} documents with data.held_out_fraction={fraction}. Give it more documents (one a "
+            "file, or one a record), or change data.held_out_fraction (0 holds nothing out)."
+        )
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, show: bool, bytes_: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the error stream, shown from the first advance on; gives the function that moves it."""
+    if not show:
+        yield lambda size: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = DownloadColumn() if bytes_ else MofNCompleteColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True, force_jupyter=False))
+    task = bar.add_task(title, total=total)
+
+    def advance(size: int) -> None:
+        bar.start()
+        bar.advance(task, size)
+
+    try:
+        yield advance
+        if bar.live.is_started:
+            bar.update(task, completed=total)
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import DENSE, run_config
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schedule import (
+    batch_size_at,
+    length_at,
+    rows_before,
+    stage_at,
+    stages,
+    step_at_tokens,
+    step_of_row,
+    tokens_before,
+    total_steps,
+)
+from opendeep_jax.config.schema import DataConfig, DataPhase, RampStage, TrainConfig
+
+ramps = st.lists(st.builds(RampStage, st.integers(1, 50), st.integers(1, 10_000)), max_size=4)
+middle_phases = st.lists(
+    st.builds(
+        DataPhase,
+        tokens=st.integers(1, 5000),
+        sequence_length=st.sampled_from([0, 3, 17, 40]),
+        batch_size=st.integers(0, 9),
+    ),
+    max_size=3,
+)
+
+
+def config_of(ramp=(), phases=(), length=7, batch_size=5, **train):
+    named = [DataPhase(f"{i}", p.tokens, p.weights, p.sequence_length, p.packing, p.batch_size) for i, p in phases]
+    return run_config(
+        DENSE,
+        data=DataConfig(tokenizer="none.json", sequence_length=length, phases=tuple(named)),
+        train=TrainConfig(batch_size=batch_size, batch_ramp=tuple(ramp), **{"steps": 1000} | train),
+    )
+
+
+@st.composite
+def configs(draw):
+    ramp, phases = draw(ramps), draw(middle_phases)
+    if phases:  # the ramp lies inside the first
+        first = DataPhase(tokens=sum(stage.tokens for stage in ramp) + draw(st.integers(1, 3000)))
+        phases = [first, *phases, DataPhase(batch_size=3)]
+    return config_of(ramp, list(enumerate(phases)), draw(st.integers(3, 40)), draw(st.integers(1, 60)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(config=configs(), step=st.integers(0, 400))
+def test_tokens_rows_and_steps_follow_from_each_steps_shape(config, step):
+    shapes = [(stage_at(config, i).phase, batch_size_at(config, i), length_at(config, i)) for i in range(step)]
+    assert tokens_before(config, step) == sum(rows * length for _, rows, length in shapes)
+    assert step_at_tokens(config, tokens_before(config, step)) == pytest.approx(step)
+    for phase in range(max(len(config.data.phases), 1)):
+        assert rows_before(config, step, phase) == sum(rows for p, rows, _ in shapes if p == phase)
+
+
+@settings(max_examples=100, deadline=None)
+@given(config=configs(), step=st.integers(0, 400))
+def test_the_step_of_a_row_is_the_one_that_takes_it(config, step):
+    stage = stage_at(config, step)
+    first = rows_before(config, step, stage.phase)
+    assert step_of_row(config, stage.phase, first) == (step, 0)
+    assert step_of_row(config, stage.phase, first + stage.batch_size - 1) == (step, stage.batch_size - 1)
+
+
+def test_a_row_behind_a_phases_end_has_no_step():
+    config = config_of(phases=[(0, DataPhase(tokens=70)), (1, DataPhase())])
+    assert step_of_row(config, 0, 9) == (1, 4)
+    assert step_of_row(config, 0, 10) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(ramp=ramps, length=st.integers(3, 40), final=st.integers(1, 60))
+def test_after_the_ramp_the_batch_is_the_recipes(ramp, length, final):
+    config = config_of(ramp, length=length, batch_size=final)
+    tokens = sum(math.ceil(stage.tokens / (stage.batch_size * length)) * stage.batch_size * length for stage in ramp)
+    assert batch_size_at(config, math.ceil(step_at_tokens(config, tokens))) == final
+
+
+def test_phases_have_their_own_length_and_batch_and_the_ramp_lies_in_the_first():
+    phases = [DataPhase(tokens=700), DataPhase(tokens=400, sequence_length=40, batch_size=2), DataPhase()]
+    config = config_of([RampStage(2, 100)], list(enumerate(phases)))
+    assert [stage[:3] for stage in stages(config)] == [(0, 0, 8), (0, 8, 17), (1, 25, 5), (2, 30, math.inf)]
+    assert [stage[3:] for stage in stages(config)] == [(2, 7), (5, 7), (2, 40), (5, 7)]
+
+
+def test_a_run_of_tokens_ends_in_the_phase_that_holds_its_last():
+    config = config_of(phases=[(0, DataPhase(tokens=700)), (1, DataPhase())], steps=0, total_tokens=701)
+    assert total_steps(config) == 21
+
+
+@pytest.mark.parametrize(
+    "phases, words",
+    [
+        ([DataPhase(tokens=100)], "the last phase never ends"),
+        ([DataPhase(), DataPhase()], "only the last phase has no length"),
+        ([DataPhase(tokens=1, weights=(1.0, 2.0)), DataPhase()], "one weight for each of the 1 sources"),
+        ([DataPhase(tokens=1, weights=(0.0,)), DataPhase()], "one of them above 0"),
+        ([DataPhase(tokens=1, sequence_length=1), DataPhase()], r"data.phases.0.sequence_length = 1: must exceed"),
+        ([DataPhase(tokens=10), DataPhase()], "must exceed the 100 tokens of train.batch_ramp"),
+    ],
+)
+def test_phases_that_cannot_work_are_refused(phases, words):
+    with pytest.raises(ConfigError, match=words):
+        config_of([RampStage(2, 100)], list(enumerate(phases)))
+
+
+def test_phases_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="shared by two phases"):
+        run_config(DENSE, data=DataConfig(tokenizer="none.json", phases=(DataPhase(tokens=1), DataPhase())))
