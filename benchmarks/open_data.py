@@ -191,8 +191,8 @@ def train_tokenizer(config) -> Any:
 
 def tokenize(config, tokenizer, root: Path) -> tuple[tuple, int, int]:
     """Makes the store of each source; gives sources that are these stores, and their bytes and tokens."""
-    from opendeep_jax.data.prepare import prepare_store
     from opendeep_jax.data.sources import list_files, list_parts
+    from opendeep_jax.data.storing.prepare import prepare_store
 
     stores = []
     for source in config.data.sources:

@@ -93,9 +93,9 @@ def our_reader(directory: Path, tokens: np.ndarray, offsets: np.ndarray) -> Read
     import dataclasses
 
     from opendeep_jax.config.schema import SourceConfig
-    from opendeep_jax.data import shards
-    from opendeep_jax.data.prepare import prepare_store
     from opendeep_jax.data.sources import Document, Part, SourceFile
+    from opendeep_jax.data.storing import shards
+    from opendeep_jax.data.storing.prepare import prepare_store
     from opendeep_jax.data.tokenizer import byte_tokenizer
 
     def encode(texts: list[str]) -> list[np.ndarray]:

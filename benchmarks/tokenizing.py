@@ -81,8 +81,8 @@ def library_alone(directory: Path, tokenizer: Path) -> Measured:
 def prepared(directory: Path, tokenizer: Path, workers: int) -> Measured:
     """`prepare_store`, from nothing to the finished store."""
     from opendeep_jax.config.schema import SourceConfig
-    from opendeep_jax.data.prepare import prepare_store
     from opendeep_jax.data.sources import list_files, list_parts
+    from opendeep_jax.data.storing.prepare import prepare_store
     from opendeep_jax.data.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:

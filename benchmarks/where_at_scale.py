@@ -48,8 +48,8 @@ def write_shards(root: Path, documents: int) -> None:
     import pyarrow.parquet
 
     from opendeep_jax.config.schema import SourceConfig
-    from opendeep_jax.data.prepare import prepare_store
     from opendeep_jax.data.sources import list_files, list_parts
+    from opendeep_jax.data.storing.prepare import prepare_store
     from opendeep_jax.data.tokenizer import byte_tokenizer
 
     (root / "text").mkdir()
@@ -74,8 +74,8 @@ def repeat_shards(root: Path, size: int, copy: bool) -> None:
     """Makes the store `root/store`, whose manifests take `size` bytes, of the shards of `root/two`."""
     import pyarrow
 
-    from opendeep_jax.data.shards import write_arrow, write_json
     from opendeep_jax.data.store import index_facts, open_store
+    from opendeep_jax.data.storing.shards import write_arrow, write_json
 
     two, store = open_store(root / "two"), root / "store"
     both = two.index.to_pylist()

@@ -18,9 +18,9 @@ from opendeep_jax.data.files import file_name
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan
-from opendeep_jax.data.prepare import prepare_store
 from opendeep_jax.data.sources import fingerprint, fraction_of, hash_id, held_out, list_files, list_parts, read_part
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store
+from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.data.tokenizer import Tokenizer, open_tokenizer
 
 # Text that a BPE is trained on: more costs start-up time and gains little. It is drawn from at most so many times as

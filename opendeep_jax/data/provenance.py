@@ -19,8 +19,8 @@ from opendeep_jax.data.plan import verify_plan
 from opendeep_jax.data.prepared import Prepared, prepare, reopen
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
+from opendeep_jax.data.storing.verify import verify_store
 from opendeep_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
-from opendeep_jax.data.verify import verify_store
 
 # Pieces whose text `where` reads together.
 PIECES_AT_ONCE = 1024

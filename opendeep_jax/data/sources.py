@@ -20,7 +20,7 @@ import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.formats import (
+from opendeep_jax.data.reading.formats import (
     DATASETS,
     MISSING,
     SUFFIXES_IN_WORDS,
@@ -32,8 +32,8 @@ from opendeep_jax.data.formats import (
     place,
     read_records,
 )
-from opendeep_jax.data.linked import ENCODING, LINK, fetch_texts
-from opendeep_jax.data.remote import is_remote, list_remote, open_binary, reaching
+from opendeep_jax.data.reading.linked import ENCODING, LINK, fetch_texts
+from opendeep_jax.data.reading.remote import is_remote, list_remote, open_binary, reaching
 from opendeep_jax.data.shuffle import scramble
 
 # Installed packages, tests, and the record of how this machine's interpreter was built.
@@ -61,7 +61,7 @@ class Document(NamedTuple):
 def list_files(source: SourceConfig) -> list[SourceFile]:
     """The source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
     if source.path.startswith(DATASETS):
-        from opendeep_jax.data.columns import dataset_file
+        from opendeep_jax.data.reading.columns import dataset_file
 
         return [dataset_file(source.path)]
     if is_remote(source.path):

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.layout import (
+from opendeep_jax.data.sources import hash_id
+from opendeep_jax.data.storing.layout import (
     damaged,
     damaged_index,
     map_arrow,
@@ -34,7 +35,6 @@ from opendeep_jax.data.layout import (
     token_file,
     token_spec,
 )
-from opendeep_jax.data.sources import hash_id
 
 VERSION = 2
 # Decoded chunks kept in memory, shared by all stores of a process.

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.prepare import prepare_store
 from opendeep_jax.data.sources import Part, list_files, list_parts
 from opendeep_jax.data.store import Store
+from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.data.tokenizer import Tokenizer, byte_tokenizer
 
 DOCUMENTS_PER_FILE = 4

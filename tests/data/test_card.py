@@ -9,9 +9,9 @@ import pytest
 
 from opendeep_jax.config.schema import DataConfig, RunConfig, SourceConfig
 from opendeep_jax.data.card import build_card, write_card
-from opendeep_jax.data.card_tables import clusters_table, dropped_table, flow_table, human_bytes, human_count
-from opendeep_jax.data.prepare import prepare_store
+from opendeep_jax.data.card.tables import clusters_table, dropped_table, flow_table, human_bytes, human_count
 from opendeep_jax.data.sources import list_files, list_parts
+from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.data.tokenizer import byte_tokenizer
 
 EVIL = "<script>alert('&amp;')</script> ```` | *x* \x07"

@@ -13,7 +13,8 @@ from small_shards import TEXTS, write_jsonl, write_parquet
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data import remote, sources
+from opendeep_jax.data import sources
+from opendeep_jax.data.reading import remote
 from opendeep_jax.data.sources import (
     Document,
     fingerprint,

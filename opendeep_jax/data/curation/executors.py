@@ -22,7 +22,7 @@ from opendeep_jax.data.curation.progress import progress_bar
 from opendeep_jax.data.curation.recipe import quiet_datatrove
 from opendeep_jax.data.curation.stages import run_rank
 from opendeep_jax.data.files import write_file
-from opendeep_jax.data.workers import available_cores, run_jobs
+from opendeep_jax.data.storing.workers import available_cores, run_jobs
 
 Executor = Literal["local", "slurm", "ray"]
 

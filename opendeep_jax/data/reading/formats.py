@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.remote import is_remote, open_binary
+from opendeep_jax.data.reading.remote import is_remote, open_binary
 
 PART_BYTES = 8 * 2**20
 """Size that the parts of a large file have, about."""
@@ -90,7 +90,7 @@ def cut(file: SourceFile, fields: Fields) -> list[Part]:
     """
     kind = format_of(file)
     if kind in ("parquet", "datasets"):
-        from opendeep_jax.data import columns
+        from opendeep_jax.data.reading import columns
 
         return columns.cut(file, fields)
     if kind == "array_record":
@@ -109,7 +109,7 @@ def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, An
     """
     kind = format_of(part.file)
     if kind in ("parquet", "datasets"):
-        from opendeep_jax.data import columns
+        from opendeep_jax.data.reading import columns
 
         return columns.read_records(part, fields)
     return _read_array_record(part, fields) if kind == "array_record" else _read_lines(part, fields)

@@ -6,8 +6,8 @@ Everything that comes from data passes through `text`: ids, licences and samples
 import html
 from collections.abc import Iterable, Sequence
 
-from opendeep_jax.data import card_tables as tables
-from opendeep_jax.data.card_tables import GROUPS, Table, group_of, human_bytes, human_count
+from opendeep_jax.data.card import tables
+from opendeep_jax.data.card.tables import GROUPS, Table, group_of, human_bytes, human_count
 
 COLOURS = dict(zip(("kept", *GROUPS), ("green", "blue", "violet", "yellow", "orange", "red", "muted"), strict=True))
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 230, 46, 34, 8  # of a histogram, in units of its view box

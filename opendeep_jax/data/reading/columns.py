@@ -13,8 +13,17 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.formats import DATASETS, MISSING, PART_BYTES, Fields, Part, SourceFile, divisions, format_of
-from opendeep_jax.data.remote import open_binary
+from opendeep_jax.data.reading.formats import (
+    DATASETS,
+    MISSING,
+    PART_BYTES,
+    Fields,
+    Part,
+    SourceFile,
+    divisions,
+    format_of,
+)
+from opendeep_jax.data.reading.remote import open_binary
 
 BATCH_BYTES = 8 * 2**20
 """Size of the batches of rows that are in memory at one time, about."""

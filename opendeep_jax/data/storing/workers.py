@@ -20,7 +20,7 @@ from opendeep_jax.config.checks import ConfigError
 
 START = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from opendeep_jax.data.workers import _serve; _serve()"
+    "from opendeep_jax.data.storing.workers import _serve; _serve()"
 )
 
 

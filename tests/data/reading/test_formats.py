@@ -18,7 +18,7 @@ from small_shards import TEXTS, write_jsonl, write_parquet
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data import columns, formats
+from opendeep_jax.data.reading import columns, formats
 from opendeep_jax.data.sources import Document, list_files, list_parts, read_part
 
 

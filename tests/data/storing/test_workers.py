@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.workers import available_cores, run_jobs
+from opendeep_jax.data.storing.workers import available_cores, run_jobs
 
 
 def touch(directory, name, advance):
@@ -87,7 +87,7 @@ def wait_for(condition, seconds: float = 30) -> bool:
 def test_workers_end_with_their_parent_and_hold_its_lock_until_then(tmp_path, kill):
     script = f"""
         import fcntl, os, pathlib, sys
-        sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parent)]!r}
+        sys.path[:0] = {[str(Path(__file__).parents[3]), str(Path(__file__).parent)]!r}
         from test_workers import run_jobs, sleep
         lock = os.open({str(tmp_path / "lock")!r}, os.O_RDWR | os.O_CREAT)
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data import layout, shards
-from opendeep_jax.data.prepare import group_parts, prepare_store
 from opendeep_jax.data.sources import Part, SourceFile
 from opendeep_jax.data.store import check_files, open_store
+from opendeep_jax.data.storing import layout, shards
+from opendeep_jax.data.storing.prepare import group_parts, prepare_store
 from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 
 TEXTS = small_store.texts(60)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ SCRIPT = """
 def start(source, directory, code: str) -> subprocess.Popen:
     """Runs `code` in a process of its own, where it can be killed; `prepare`, `source`, `directory` are there."""
     fields = {name: getattr(source, name) for name in source.__dataclass_fields__}
-    paths = [str(ROOT), str(Path(__file__).parent)]
+    paths = [str(ROOT), str(ROOT / "tests/data"), str(Path(__file__).parent)]
     script = textwrap.dedent(SCRIPT).format(path=paths, source=fields, directory=str(directory)) + textwrap.dedent(code)
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

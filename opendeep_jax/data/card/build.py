@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from opendeep_jax.config.schema import RunConfig, SourceConfig
-from opendeep_jax.data.card_markdown import markdown
-from opendeep_jax.data.card_page import html_page
+from opendeep_jax.data.card.markdown import markdown
+from opendeep_jax.data.card.page import html_page
 from opendeep_jax.data.files import write_file
 from opendeep_jax.data.sources import fraction_of, hash_id, list_files, list_parts, read_part
 from opendeep_jax.data.store import Store

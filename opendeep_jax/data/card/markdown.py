@@ -2,8 +2,8 @@
 
 import re
 
-from opendeep_jax.data import card_tables as tables
-from opendeep_jax.data.card_tables import Table, human_bytes, human_count
+from opendeep_jax.data.card import tables
+from opendeep_jax.data.card.tables import Table, human_bytes, human_count
 
 
 def markdown(card: dict) -> str:

@@ -6,7 +6,7 @@ import pytest
 import small_store
 
 from opendeep_jax.data.store import open_store
-from opendeep_jax.data.verify import verify_store
+from opendeep_jax.data.storing.verify import verify_store
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.layout import INNER_CHUNK, damaged, damaged_index, numbers, sha256_of
-from opendeep_jax.data.shards import content_hash
 from opendeep_jax.data.store import Store
-from opendeep_jax.data.workers import available_cores
+from opendeep_jax.data.storing.layout import INNER_CHUNK, damaged, damaged_index, numbers, sha256_of
+from opendeep_jax.data.storing.shards import content_hash
+from opendeep_jax.data.storing.workers import available_cores
 
 # Tokens that are hashed at a time.
 STRETCH = 64 * INNER_CHUNK

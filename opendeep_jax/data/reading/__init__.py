@@ -1,0 +1,1 @@
+"""Files of many formats, here and in buckets, as records."""

@@ -1,0 +1,1 @@
+"""Making, checking and laying out token stores; `data/store.py` reads them."""
