@@ -256,6 +256,9 @@ def _decisions(plan: Plan, rank: int) -> Iterator[int]:
 
 def _account(plan: Plan, rank: int, advance: Advance) -> dict:
     _gather_dropped(plan)
+    for path in plan.directory.glob("*/.*"):  # what attempts that were killed left there
+        if path.is_file():
+            path.unlink(missing_ok=True)
     write_accounting(plan)
     shutil.rmtree(plan.directory / "work", ignore_errors=True)
     return {}
