@@ -11,15 +11,15 @@ Each stage runs in a process of its own, with workers of its own. `memory` is th
 sampled ten times a second (Linux); what they share is counted for each. Megabytes are those of text: of the curated
 text, after curation. Everything is below a temporary directory, and removed.
 
-2026-11-22, 2 cores that others used too (load 4), 200 MB in 39,535 documents. All 172 near copies and 87 documents with
-evaluation items were removed as such, and of 173 exact copies 171: filters had dropped two with their originals.
+2026-11-22, 2 cores, 200 MB in 39,535 documents. All 172 near copies and 87 documents with evaluation items were removed
+as such, and of 173 exact copies 171: filters had dropped two with their originals.
 
     stage                seconds  memory, MB   MB/s  million tokens/s
-    curate                 308.7         686    0.6
-    tokenizer, bpe:8192      3.9         253
-    tokenize                29.8         618    6.3              1.25
-    pack, best_fit           0.8         154  225.9             44.86
-    batches                  7.9         410                    10.74
+    curate                 128.3         695    1.6
+    tokenizer, bpe:8192      1.6         252
+    tokenize                 8.3         620   22.6              4.49
+    pack, best_fit           0.4         152  456.2             90.58
+    batches                  6.9         410                    22.80
 """
 
 import argparse

@@ -16,20 +16,20 @@ others read are the same documents, in files written for them:
 ArrayRecord's best and by Grain's best in rows of that length. The disk below may have a cache of its own, so `cold` is
 as cold as a process can make it.
 
-2026-11-22, 2 cores that others used too (load 5), 300 million tokens, without the two ratios:
+2026-11-22, 2 cores, 200 million tokens, without the two ratios:
 
-    million tokens/s                                cold  1 thread  2 threads  iterate  memory, MB
-    memmap                                        208.83    283.70     277.30                  670
-    ArrayRecord, 1 in a chunk                      24.39     36.48      36.32                  109
-    ArrayRecord, 16 in a chunk                     36.03     32.95      53.14                   82
-    Grain, documents                                0.86      0.96       1.04                  305
-    Grain, rows of 4096                             0.60      1.06       1.38                  321
-    Grain, rows of 512                              0.74      0.70       1.05                  308
-    OpenDeep, rows of 4096, concatenate             8.52      9.85      15.34     9.03       1,100
-    OpenDeep, rows of 512, concatenate              1.84      3.55       6.07     3.97         967
-    OpenDeep, rows of 4096, best_fit                9.36     12.66      18.71    13.34       1,194
-    OpenDeep, rows of 512, best_fit                 3.07      4.44       6.06     6.28       1,031
-    OpenDeep, rows of 4096, concatenate, FIM 0.1    4.47      6.97       7.06     6.19         910
+    million tokens/s                                cold  1 thread  2 threads  iterate  memory, MB  / Array
+    memmap                                        365.87    416.85     275.09                  465
+    ArrayRecord, 1 in a chunk                      50.77     63.45      74.48                  103
+    ArrayRecord, 16 in a chunk                     53.97     71.18      81.10                   76
+    Grain, documents                                1.92      2.51       4.65                  284
+    Grain, rows of 4096                             2.16      2.85       3.96                  300
+    Grain, rows of 512                              2.03      2.82       2.88                  283
+    OpenDeep, rows of 4096, concatenate            15.11     22.41      21.16    19.97       1,118
+    OpenDeep, rows of 512, concatenate              4.71      6.77       6.59     5.25         965
+    OpenDeep, rows of 4096, best_fit               15.88     22.92      21.90    23.14       1,003
+    OpenDeep, rows of 512, best_fit                 5.89      6.93       8.98     6.65       1,094
+    OpenDeep, rows of 4096, concatenate, FIM 0.1   11.16     14.57      12.88    13.27       1,106
 """
 
 import argparse

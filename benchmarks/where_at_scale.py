@@ -11,13 +11,12 @@ that takes the space. All is below a temporary directory, and removed.
 Commands run as a user runs them, `python -m opendeep_jax data ...`, imports included. `cold` is after the kernel was
 told to forget the store and the plans, without the interpreter's own files.
 
-2026-11-22, 2 cores that others used too (load 4), 62.8 million documents in 7,852 shards, 10.0 GB of manifests and
-1.1 GB of plans, linked:
+2026-11-22, 2 cores, 62.8 million documents in 7,852 shards, 10.0 GB of manifests and 1.1 GB of plans, linked:
 
     opendeep data ...         documents  cold, s  warm, s  slowest, s
-    where --step=N (64 rows)        262     2.39     1.32        1.85
-    where --step=N --row=0            5     0.65     0.54        0.57
-    when --doc=ID                     1     3.12     2.32        2.40
+    where --step=N (64 rows)        262     1.20     0.90        1.04
+    where --step=N --row=0            5     0.49     0.36        0.39
+    when --doc=ID                     1     3.27     2.64        2.75
 """
 
 import argparse

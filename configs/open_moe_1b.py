@@ -2,7 +2,8 @@
 
 Paper:     sizes as in moe_1b; the order of lengths as in DeepSeek-V3 (arXiv:2412.19437, section 4.3), which goes from
            4K to 32K and 128K; an anneal on less and better text as in OLMo 3 (arXiv:2512.13961).
-Text:      configs/corpora: FineWeb-Edu, DCLM-baseline, OpenWebMath, Wikipedia and The Stack v2, 100B tokens of them.
+Text:      configs/corpora: FineWeb-Edu's sample of 100B tokens, three of DCLM-baseline's hundred shards, OpenWebMath,
+           Wikipedia, and The Stack v2's Python. `prepare` reads all of it and keeps two bytes a token.
            Needs pip install 'opendeep-jax[remote]', network, and The Stack v2's terms accepted.
 Command:   opendeep data prepare --config=open_moe_1b
            opendeep train --config=open_moe_1b --workdir=runs/open_moe_1b
@@ -21,6 +22,15 @@ from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import DataConfig, DataPhase, RopeConfig, RunConfig, SourceConfig, TrainConfig
 
 BILLION = 1_000_000_000
+# What is taken of each, where it is not all, and how often it may be repeated.
+PART = {
+    "fineweb_edu": {"path": "hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT/*.parquet"},
+    "dclm_baseline": {
+        "path": "hf://datasets/mlfoundations/dclm-baseline-1.0/global-shard_01_of_10/local-shard_[0-2]_of_10/*.jsonl.zst"
+    },
+    "the_stack_v2": {"path": "hf://datasets/bigcode/the-stack-v2-dedup/data/Python/*.parquet"},
+    "wikipedia": {"epochs": 2.0},
+}
 CORPORA = ("fineweb_edu", "dclm_baseline", "open_web_math", "wikipedia", "the_stack_v2")
 
 
@@ -54,4 +64,4 @@ def get_config() -> RunConfig:
 def sources() -> tuple[SourceConfig, ...]:
     """The corpora, in order of the weights above."""
     found = [source for name in CORPORA for source in load_recipe(f"corpora/{name}").data.sources]
-    return tuple(dataclasses.replace(s, epochs=2.0) if s.name == "wikipedia" else s for s in found)
+    return tuple(dataclasses.replace(source, **PART.get(source.name, {})) for source in found)

@@ -52,7 +52,11 @@ def _open(flags: FlagValues, config: RunConfig | None) -> "tuple[Tokenizer, Prep
 
 def where(argv: Sequence[str]) -> None:
     """Names the documents of a step's batch."""
-    flags = run_flags(step=(0, "Step to look up, from 0."), row=(-1, "Row of its batch; -1 shows all."), format=FORMAT)
+    flags = run_flags(
+        step=(0, "Step to look up, from 0: what the log calls step N is --step=N-1."),
+        row=(-1, "Row of its batch; -1 shows all."),
+        format=FORMAT,
+    )
     purpose = "Names the documents that a step of a run trains on."
     config = _parse(flags, argv, "opendeep data where", purpose)
     if flags.step < 0:
@@ -76,7 +80,12 @@ def _piece_text(piece: dict) -> str:
         *([f"  {piece['url']}"] if piece["url"] else []),
         *(f"  | {line}" for line in text.splitlines()),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(_harmless, lines)) + "\n"
+
+
+def _harmless(line: str) -> str:
+    """A line without the control characters with which a document could write over the terminal."""
+    return "".join(sign if sign.isprintable() or sign == "\t" else "\ufffd" for sign in line)
 
 
 def when(argv: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 import traceback
@@ -211,6 +212,8 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
 
 def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
     name, there, here = difference
+    if re.fullmatch(r"data\.sources\.\d+\.epochs", name):
+        return here > there  # which permits more, and changes no batch
     if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
         return 0 < there < here and not config.data.phases  # which divide the text by the length of the whole run
     return _is_among(name, HARMLESS)

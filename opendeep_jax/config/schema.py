@@ -194,8 +194,8 @@ class SourceConfig:
     `opendeep data prepare` wrote; empty for the embedded source."""
     weight: float = 1.0
     """Share of training tokens drawn from this source, relative to the other weights."""
-    license: str = "PSF-2.0"
-    """Licence of the documents, where they do not state their own; kept in the store's manifest."""
+    license: str = ""
+    """Licence of the documents, where they do not state their own; empty where it isn't known."""
     citation: str = ""
     """Paper or page to cite; kept in the manifest and the data card."""
     text_field: str = "text"
@@ -276,7 +276,7 @@ class DataPhase:
 class DataConfig:
     """Text to batches. A batch is a pure function of this configuration and the step."""
 
-    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    sources: tuple[SourceConfig, ...] = (SourceConfig(license="PSF-2.0"),)
     """Sources, mixed by weight."""
     tokenizer: str = "bpe:8192"
     """`bytes`, `bpe:SIZE` (byte-level BPE trained on the sources, cached by content hash), or a tokenizer.json path."""

@@ -53,5 +53,5 @@ def write_file(path: Path, text: str) -> None:
 
 
 def file_name(*parts: str) -> str:
-    """`parts` joined by dashes, with what a file name should not hold replaced."""
-    return re.sub(r"[^\w.-]+", "_", "-".join(parts))
+    """`parts` joined by dashes, with what a file name should not hold replaced; never hidden."""
+    return re.sub(r"^\.+|[^\w.-]+", "_", "-".join(parts))

@@ -13,7 +13,7 @@ shuffled together when they are read.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,10 @@ from opendeep_jax.data.packing import pack
 from opendeep_jax.data.sources import held_out
 from opendeep_jax.data.store import Store
 
-VERSION = 1
+VERSION = 2
 BLOCK = 1 << 22
+# A plan up to this size, some five million documents, is checked whenever it is opened.
+CHECKED_BYTES = 1 << 26
 FILES = ("row_offsets", "documents", "begins", "ends")
 # Of a plan, added up over its blocks. Positions used are those with a token to read and one to predict.
 COUNTS = ("rows", "pieces", "documents", "bytes", "tokens", "used", "fitting", "cut")
@@ -67,7 +69,7 @@ class Plan:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of all its files."""
+        """SHA-256 of plan.json, which has those of all its files."""
         return self.manifest["content_hash"]
 
     def rows_of(self, document: int) -> np.ndarray:
@@ -139,8 +141,7 @@ def make_plan(
             "truncated": cut / max(fitting, 1),
             "files": {writer.path.name: writer.close() for writer in writers},
         }
-        hashes = [file["sha256"] for file in manifest["files"].values()]
-        manifest["content_hash"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        manifest["content_hash"] = _content_hash(manifest)
         (temporary / "plan.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return open_plan(directory)
 
@@ -204,8 +205,12 @@ class _Column:
 
 
 def open_plan(directory: Path) -> Plan:
-    """Maps a plan without reading it. Raises ConfigError, naming the file, where one is missing or cut off."""
+    """Maps a plan. Raises ConfigError, naming the file, where one is missing or cut off, or, in a plan of up to
+    CHECKED_BYTES, not as it was written; a larger one is not read (`verify_plan` does)."""
     manifest = _manifest(directory)
+    small = sum(facts["bytes"] for facts in manifest["files"].values()) <= CHECKED_BYTES
+    if small and (wrong := list(_wrong_files(directory, manifest))):
+        raise wrong[0]
     arrays = []
     for name in FILES:
         path, facts = directory / f"{name}.bin", manifest["files"][f"{name}.bin"]
@@ -221,27 +226,38 @@ def _manifest(directory: Path) -> dict:
     path = directory / "plan.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        hashes = [manifest["files"][f"{name}.bin"]["sha256"] for name in FILES]
-        if hashlib.sha256("".join(hashes).encode()).hexdigest() != manifest["content_hash"]:
-            raise ValueError("its hashes contradict each other")
+        if manifest["content_hash"] != _content_hash(manifest):
+            raise ValueError("it is not as it was written")
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
 
 
+def _content_hash(manifest: dict) -> str:
+    """SHA-256 of all that plan.json says, the files' hashes among it: their numbers of rows decide the order too."""
+    said = {key: value for key, value in manifest.items() if key != "content_hash"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def verify_plan(directory: Path) -> list[str]:
     """Recomputes a plan's hashes; a sentence for each damaged file."""
     try:
-        plan = open_plan(directory)
+        return [str(error) for error in _wrong_files(directory, _manifest(directory))]
     except ConfigError as error:
         return [str(error)]
-    wrong = []
+
+
+def _wrong_files(directory: Path, manifest: dict) -> Iterator[ConfigError]:
     for name in FILES:
         path = directory / f"{name}.bin"
+        facts = manifest["files"][path.name]
+        if not path.exists() or path.stat().st_size != facts["bytes"]:
+            found = f"{path.stat().st_size} bytes instead of {facts['bytes']}" if path.exists() else "missing"
+            yield _damaged(path, found)
+            continue
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != plan.manifest["files"][path.name]["sha256"]:
-                wrong.append(str(_damaged(path, "its SHA-256 is not the one in plan.json")))
-    return wrong
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                yield _damaged(path, "its SHA-256 is not the one in plan.json")
 
 
 def _damaged(path: Path, what: str) -> ConfigError:

@@ -17,7 +17,7 @@ from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.data.files import file_name
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
-from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan
+from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
 from opendeep_jax.data.sources import fingerprint, fraction_of, hash_id, held_out, list_files, list_parts, read_part
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store
 from opendeep_jax.data.storing.prepare import prepare_store
@@ -76,12 +76,7 @@ class Prepared:
 
 def reopen(config: RunConfig, record: dict) -> Prepared:
     """What `Prepared.record` described, without a look at the sources. Raises ConfigError if it is gone or damaged."""
-    root = Path(config.data.directory)
-    if not root.exists():
-        raise ConfigError(
-            f"data.directory = {config.data.directory}, where this run's tokens and plans were kept, is not here (in "
-            f"{Path.cwd()}). Give the command where the run was started, or bring the directory back."
-        )
+    root = check_root(config)
     stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
     plans = {}
     for plan in record["plans"]:
@@ -92,6 +87,24 @@ def reopen(config: RunConfig, record: dict) -> Prepared:
     order.supply({key: plan.rows for key, plan in plans.items()})
     held_out_plans = [open_plan(root / name) for name in record["held_out_plans"]]
     return Prepared(config, stores, plans, held_out_plans, order, fim, record["tokenizer_hash"])
+
+
+def check_root(config: RunConfig) -> Path:
+    """data.directory of a run that has been prepared. Raises ConfigError where it is not there."""
+    root = Path(config.data.directory)
+    if not root.exists():
+        raise ConfigError(
+            f"data.directory = {config.data.directory}, where this run's tokens and plans were kept, is not here (in "
+            f"{Path.cwd()}). Give the command where the run was started, or bring the directory back."
+        )
+    return root
+
+
+def check_plans(prepared: Prepared) -> None:
+    """Raises ConfigError for the first packing plan that is not as it was written. Reads all of them."""
+    for plan in (*prepared.plans.values(), *prepared.held_out):
+        if wrong := verify_plan(plan.directory):
+            raise ConfigError(wrong[0])
 
 
 def check_data(config: RunConfig) -> None:
@@ -127,7 +140,9 @@ def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepar
     for store, plan in zip(stores, held_out_plans, strict=True):
         _check_splits(store, plan, config)
     order.supply({key: plan.rows for key, plan in plans.items()})
-    return tokenizer, Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash)
+    prepared = Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash)
+    check_plans(prepared)
+    return tokenizer, prepared
 
 
 def curated_sources(

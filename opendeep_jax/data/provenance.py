@@ -16,7 +16,7 @@ from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.describe import describe
 from opendeep_jax.data.plan import verify_plan
-from opendeep_jax.data.prepared import Prepared, prepare, reopen
+from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepare, reopen
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
@@ -37,7 +37,8 @@ def open_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
     config = load_run_config(workdir)
     if not Path(workdir, DATA_FILE).exists():
         return prepare(config)
-    return run_tokenizer(workdir), reopen(config, read_description(workdir)["record"])
+    record = read_description(workdir)["record"]
+    return run_tokenizer(workdir, wanted=record["tokenizer_hash"]), reopen(config, record)
 
 
 def read_description(workdir: str | Path) -> dict:
@@ -51,7 +52,7 @@ def read_description(workdir: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--workdir={workdir}: {path.name} cannot be read ({error}). It is written when `opendeep train` has its "
-            "data ready; give the same command again to write it."
+            "data ready: delete it and give the same command again."
         ) from error
 
 
@@ -70,13 +71,31 @@ def open_recorded(config: RunConfig, workdir: str | Path) -> tuple[Tokenizer, Pr
     prepared = reopen(config, record)
     for store in prepared.stores:
         check_files(store)
-    return run_tokenizer(workdir, config.data.tokenizer), prepared
+    check_plans(prepared)
+    return run_tokenizer(workdir, config.data.tokenizer, record["tokenizer_hash"]), prepared
 
 
-def run_tokenizer(workdir: str | Path, name: str = "") -> Tokenizer:
-    """The tokenizer of the run in `workdir`: its copy there, called `name`, or bytes."""
+def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Tokenizer:
+    """The tokenizer of the run in `workdir`: its copy there, called `name`, or bytes.
+
+    Raises ConfigError where it is gone or altered: where its content hash is not `wanted`, that of data.json.
+    """
     path = Path(workdir, TOKENIZER_FILE)
-    return load_tokenizer(path, name) if path.exists() else byte_tokenizer()
+    if not wanted and Path(workdir, DATA_FILE).exists():
+        wanted = read_description(workdir)["record"]["tokenizer_hash"]
+    state = "missing: it held the tokenizer"
+    try:
+        tokenizer = load_tokenizer(path, name) if path.exists() else byte_tokenizer()
+        if tokenizer.content_hash == wanted or not wanted:
+            return tokenizer
+        state = "not the tokenizer" if path.exists() else state
+    except ConfigError:
+        state = "damaged: it held the tokenizer"
+    raise ConfigError(
+        f"{path} is {state} that this run's tokens were made with (SHA-256 {wanted[:16]}...). Copy it back, with the "
+        "tokenizer_config.json beside it if there was one: from data.directory/tokenizers, or from where "
+        "data.tokenizer was read."
+    )
 
 
 def open_side(name: str) -> tuple[dict, Prepared]:
@@ -266,7 +285,7 @@ def verify_all(root: Path, workdir: str | Path = "") -> tuple[int, list[str]]:
     """
     if workdir:
         config, record = load_run_config(workdir), read_description(workdir)["record"]
-        root = Path(config.data.directory)
+        root = check_root(config)
         stores = [root / name for name in record["stores"]]
         plans = [root / name for name in (*record["held_out_plans"], *(plan["directory"] for plan in record["plans"]))]
     else:

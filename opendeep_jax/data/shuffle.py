@@ -42,7 +42,8 @@ def unshuffled(places: np.ndarray, size: int, *key: int) -> np.ndarray:
 def _walk(places: np.ndarray, size: int, key: tuple[int, ...], network) -> np.ndarray:
     """A Feistel network over the next power of four, walked until it is back inside (Black and Rogaway 2002)."""
     half = np.uint64(max(((size - 1).bit_length() + 1) // 2, 1))
-    rounds = [scramble(_state(key) + np.uint64(number)) for number in range(ROUNDS)]
+    state = _state(key)
+    rounds = [scramble(state + np.uint64(number)) for number in range(ROUNDS)]
     x = network(np.asarray(places, np.uint64), half, rounds)
     while (outside := x >= np.uint64(size)).any():
         x = np.where(outside, network(x, half, rounds), x)

@@ -119,7 +119,12 @@ def _walk(root: Path, left_out: re.Pattern = HIDDEN) -> Iterator[Path]:
         with reaching(str(error.filename)):
             raise error
 
-    for directory, subdirectories, names in os.walk(root, onerror=refuse):
+    seen = set()  # links are followed, also those that lead back
+    for directory, subdirectories, names in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            subdirectories[:] = []
+            continue
+        seen.add(real)
         subdirectories[:] = [name for name in subdirectories if not left_out.fullmatch(name)]
         yield from (Path(directory, name) for name in names if not left_out.fullmatch(name))
 

@@ -79,7 +79,7 @@ class Shard:
         import tensorstore
 
         spec = token_spec(self.directory / "tokens", self.size, self.dtype) | {"assume_metadata": True}
-        return tensorstore.open(spec, open=True, context=_context()).result()
+        return self.result(0, tensorstore.open(spec, open=True, context=_context()))
 
     def offsets(self, first: int, end: int) -> np.ndarray:
         """int64 [end - first + 1]: where the documents [first, end) begin among the shard's tokens, and their end."""

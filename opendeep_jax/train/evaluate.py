@@ -98,4 +98,4 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     check_same_data(data, workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
     batches = data.held_out(evaluation_batch_size(config), config.evaluation.final_batches)
-    return evaluate(params, router_bias, batches) | compressors(data.held_out_text)
+    return evaluate(params, router_bias, batches) | compressors(data.held_out_text())

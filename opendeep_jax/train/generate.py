@@ -31,9 +31,11 @@ def generate_from_workdir(
     tokenizer = run_tokenizer(workdir)
     skeleton, params, router_bias = split(model)
     next_tokens = make_next_tokens(skeleton, tokenizer.vocab_size, temperature, top_k)
-    length = max(stage.length for stage in stages(config))
     shown = ""
     ids = [tokenizer.bos_id, *map(int, tokenizer.encode(prompt))]
+    # The whole context is computed again for each token, so no more of it than will be filled.
+    longest = max(stage.length for stage in stages(config))
+    length = min(longest, 1 << (len(ids) + max_tokens - 1).bit_length())
     for (text,) in continue_prompts(
         next_tokens, params, router_bias, [ids], tokenizer.eos_id, length, max_tokens, seed
     ):

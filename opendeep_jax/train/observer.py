@@ -136,7 +136,7 @@ class Observer:
         """Writes summary.json, over all starts of the run, and closes the files."""
         self.writer.close()
         lines, evaluations = (read_jsonl(self.workdir / name) for name in (SCALARS, EVALUATION))
-        count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text
+        count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text()
         names = ("held_out_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte")
         held_out = compressors(text) | evaluations[-1] if text else {}
         summary = {

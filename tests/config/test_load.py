@@ -155,7 +155,7 @@ def test_truncated_json_is_refused_with_its_origin():
 
 def test_a_difference_reads_as_aligned_lines():
     a = RunConfig()
-    b = dataclasses.replace(a, seed=7, data=DataConfig(sources=(SourceConfig(weight=2.0),)))
+    b = dataclasses.replace(a, seed=7, data=DataConfig(sources=(SourceConfig(weight=2.0, license="PSF-2.0"),)))
     assert format_diff(diff(a, b)) == "seed                   0 -> 7\ndata.sources.0.weight  1.0 -> 2.0\n"
 
 

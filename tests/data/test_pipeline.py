@@ -152,10 +152,10 @@ def test_a_run_that_would_exhaust_its_text_is_refused(configure, corpus):
 def test_held_out_batches_cover_the_held_out_text_once(configure, tmp_path, corpus):
     data = open_data(configure(sources=two_sources(tmp_path, corpus), tokenizer="bpe:300"), progress=False)
     batches = data.held_out(3)
-    assert data.held_out_text and len(batches[0].tokens) == 3 == len(batches[-1].tokens)
+    assert data.held_out_text() and len(batches[0].tokens) == 3 == len(batches[-1].tokens)
     targets = np.concatenate([batch.targets[batch.loss_mask] for batch in batches])
-    assert data.tokenizer.token_bytes[targets].sum() == len(data.held_out_text)
-    assert data.tokenizer.decode(targets).encode() == data.held_out_text
+    assert data.tokenizer.token_bytes[targets].sum() == len(data.held_out_text())
+    assert data.tokenizer.decode(targets).encode() == data.held_out_text()
     assert not batches[-1].loss_mask[batches[-1].segment_ids == 0].any()
     parts = [data.held_out(4, process_index=i, process_count=2)[1].tokens for i in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts), data.held_out(4)[1].tokens)
@@ -174,7 +174,7 @@ def test_few_held_out_batches_are_spread_over_the_text(configure):
 
 def test_nothing_held_out_gives_no_batches(configure):
     data = open_data(configure(held_out_fraction=0.0), progress=False)
-    assert len(data.held_out(4)) == 0 and data.held_out_text == b""
+    assert len(data.held_out(4)) == 0 and data.held_out_text() == b""
 
 
 def test_sources_are_mixed_by_weight(configure, tmp_path, corpus):
@@ -323,3 +323,51 @@ def test_a_run_whose_prepared_data_is_elsewhere_is_told_where_it_was(configure, 
     shutil.move(tmp_path / "prepared", tmp_path / "moved")
     with pytest.raises(ConfigError, match="prepared, where this run's tokens and plans were kept, is not here"):
         reopen(data.config, record)
+
+
+def recorded_run(data, workdir):
+    workdir.mkdir()
+    (workdir / "data.json").write_text(json.dumps(data.describe()))
+    shutil.copy(data.tokenizer.path, workdir / "tokenizer.json")
+    return workdir
+
+
+def test_a_runs_tokenizer_that_is_gone_or_another_is_refused_and_not_taken_for_bytes(configure, tmp_path):
+    config = configure(tokenizer="bpe:300")
+    workdir = recorded_run(open_data(config, progress=False), tmp_path / "run")
+    path = workdir / "tokenizer.json"
+    whole = path.read_text("utf-8")
+    for content, words in (
+        (None, "missing: it held"),
+        (whole[:100], "damaged: it held"),
+        (whole + " ", "not"),
+    ):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content, "utf-8")
+        with pytest.raises(ConfigError, match=f"tokenizer.json is {words} the tokenizer that this run's tokens"):
+            open_data(config, progress=False, workdir=workdir)
+
+
+@pytest.mark.parametrize("name", ["documents.bin", "row_offsets.bin", "plan.json"])
+def test_a_byte_of_a_plan_that_changed_stops_a_run_before_it_reads_another_batch(configure, tmp_path, name):
+    config = configure(tokenizer="bpe:300")
+    data = open_data(config, progress=False)
+    workdir = recorded_run(data, tmp_path / "run")
+    (plan,) = data.prepared.plans.values()
+    path = plan.directory / name
+    content = bytearray(path.read_bytes())
+    place = content.index(b'"rows": ') + 8 if name == "plan.json" else len(content) // 2
+    content[place] ^= 1
+    path.with_name("copy").write_bytes(content)  # The open plan keeps the old file.
+    path.with_name("copy").replace(path)
+    for open_again in (lambda: open_data(config, progress=False, workdir=workdir), lambda: open_data(config, False)):
+        with pytest.raises(ConfigError, match=f"{name} is damaged.*Delete .*prepare"):
+            open_again()
+
+
+def test_only_so_much_held_out_text_is_taken_as_is_asked_for_spread_evenly(configure):
+    data = open_data(configure(held_out_fraction=0.5), progress=False)
+    whole = data.held_out_text()
+    part = data.held_out_text(most_bytes=len(whole) // 3)
+    assert 0 < len(part) < 0.7 * len(whole) and part[:50] == whole[:50]

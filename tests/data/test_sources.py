@@ -320,3 +320,13 @@ def test_sources_can_be_listed_without_heavy_imports():
     heavy = "jax", "pyarrow", "fsspec", "zstandard", "tensorstore"
     program = f"import sys, {sources.__name__}; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_linked_directories_are_read_once_and_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "A.JSONL").write_text('{"text": "one"}\n')
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "there")
+    (tmp_path / "corpus" / "itself").symlink_to(tmp_path / "corpus")
+    source = SourceConfig("corpus", str(tmp_path / "corpus"))
+    assert [file.name for file in list_files(source)] == ["linked/A.JSONL"]

@@ -33,7 +33,7 @@ def test_bits_per_byte_are_all_bits_over_all_held_out_bytes(small_run, summary):
         nats += each[batch.loss_mask].sum()
         tokens += batch.loss_mask.sum()
     # Every byte is predicted once: a document's first after the beginning mark. So are the ends, which are no bytes.
-    text = data.held_out_text
+    text = data.held_out_text()
     assert tokens > len(text)
     assert summary["held_out_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 

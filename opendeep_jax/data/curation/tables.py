@@ -50,7 +50,13 @@ class Table:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = self.stack.enter_context(replacing(self.path))
                 self.writer = self.stack.enter_context(
-                    parquet.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=["license", "language"])
+                    parquet.ParquetWriter(
+                        temporary,
+                        schema,
+                        compression="zstd",
+                        use_dictionary=["license", "language"],
+                        write_page_checksum=True,
+                    )
                 )
             self.writer.write_table(pyarrow.table(self.rows, schema))
         self.rows, self.size = {name: [] for name in COLUMNS}, 0
@@ -61,7 +67,7 @@ def read_table(path: Path) -> Iterator[tuple[str, ...]]:
     import pyarrow.parquet as parquet
 
     if path.exists():
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group)
                 yield from zip(*(table.column(name).to_pylist() for name in COLUMNS), strict=True)

@@ -80,7 +80,7 @@ def format_of(file: SourceFile) -> str:
     """A key of SUFFIXES, `datasets`, or nothing for a file that holds no documents."""
     if file.path.startswith(DATASETS):
         return "datasets"
-    return next((kind for kind, ending in SUFFIXES.items() if re.search(ending + "$", file.name)), "")
+    return next((kind for kind, ending in SUFFIXES.items() if re.search(ending + "$", file.name, re.IGNORECASE)), "")
 
 
 def cut(file: SourceFile, fields: Fields) -> list[Part]:
@@ -150,7 +150,7 @@ def _cut_lines(file: SourceFile) -> list[Part]:
 def _read_lines(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes]]:
     for number, line in _lines(part):
         try:
-            text = line.decode("utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin a file with a mark
         except UnicodeDecodeError:
             yield number, line
             continue
