@@ -127,6 +127,8 @@ def verify(argv: Sequence[str]) -> int:
     )
     program, usage = "opendeep data verify", "--directory=DIRECTORY | --workdir=DIRECTORY | --config=RECIPE"
     config = _parse(flags, argv, program, "Recomputes every hash of prepared data.", usage)
+    if flags.directory and flags.workdir:
+        raise ConfigError("--directory and --workdir: verify all of a directory, or what one run is made of, not both.")
     directory = flags.directory or (config.data.directory if config else "runs/data")
     from opendeep_jax.data.provenance import verify_all
 

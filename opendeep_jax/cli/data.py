@@ -22,6 +22,7 @@ usage: opendeep data tokenizer --config=RECIPE [--name=value ...]   train or ope
                                [--executor=local|slurm|ray]         this machine or others
                                [--executor_options=partition=cpu,time=8:00:00]
        opendeep data prepare   --config=RECIPE [--name=value ...]   curate, tokenize and pack all that is not there yet
+       opendeep data prepare   --workdir=DIRECTORY                  make again what is missing of a run's data
        opendeep data card      --config=RECIPE [--out=DIRECTORY]    write the data card: Markdown, HTML and JSON
        opendeep data where     --workdir=DIRECTORY --step=N         name the documents that a step trains on
        opendeep data when      --workdir=DIRECTORY --doc=ID         name the steps that train on a document
@@ -79,11 +80,18 @@ def _curate(argv: Sequence[str]) -> None:
 
 
 def _prepare(argv: Sequence[str]) -> None:
-    config, _ = _resolve(argv, "prepare")
-    from opendeep_jax.data.describe import describe, table
-    from opendeep_jax.data.prepared import prepare
+    rest, workdir = _take(argv, "workdir", "")
+    if workdir and not rest:  # a run, whose recipe is in its directory
+        from opendeep_jax.data.provenance import repair_run
 
-    tokenizer, prepared = prepare(config)
+        tokenizer, prepared = repair_run(workdir)
+    else:
+        config, _ = _resolve(argv, "prepare")
+        from opendeep_jax.data.prepared import prepare
+
+        tokenizer, prepared = prepare(config)
+    from opendeep_jax.data.describe import describe, table
+
     described = describe(prepared, tokenizer)
     print(table(described) if sys.stdout.isatty() else json.dumps(described, indent=2))
 

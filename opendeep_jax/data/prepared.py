@@ -18,6 +18,7 @@ from opendeep_jax.data.files import file_name
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
+from opendeep_jax.data.reading.formats import SourceFile
 from opendeep_jax.data.sources import fingerprint, fraction_of, hash_id, held_out, list_files, list_parts, read_part
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store
 from opendeep_jax.data.storing.prepare import prepare_store
@@ -135,7 +136,7 @@ def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepar
     plans = {
         (source, kind): _plan(config, stores[source], kind, source, fim, progress) for source, kind in order.demand
     }
-    held = PlanKind("held_out", data.sequence_length, "concatenate")
+    held = _held_out_kind(config)
     held_out_plans = [_plan(config, store, held, source, fim, progress) for source, store in enumerate(stores)]
     for store, plan in zip(stores, held_out_plans, strict=True):
         _check_splits(store, plan, config)
@@ -143,6 +144,31 @@ def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepar
     prepared = Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash)
     check_plans(prepared)
     return tokenizer, prepared
+
+
+def repair(config: RunConfig, record: dict, tokenizer: Tokenizer, progress: bool = True) -> Prepared:
+    """Makes again what is missing of the stores and plans that a run recorded, and opens them.
+
+    A source's files may have been moved or touched since, as long as its text is the same. Raises ConfigError where it
+    is not, and for damage that nobody has deleted yet.
+    """
+    root = Path(config.data.directory)
+    for source, name in zip(curated_sources(config, progress), record["stores"], strict=True):
+        if not _is_store(source):
+            _make_store(config, source, list_files(source), root / name, tokenizer, progress)
+    stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
+    fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
+    for source, kind in Order(config).demand:
+        _plan(config, stores[source], kind, source, fim, progress)
+    for source, store in enumerate(stores):
+        _plan(config, store, _held_out_kind(config), source, fim, progress)
+    prepared = reopen(config, record)
+    check_plans(prepared)
+    return prepared
+
+
+def _held_out_kind(config: RunConfig) -> PlanKind:
+    return PlanKind("held_out", config.data.sequence_length, "concatenate")
 
 
 def curated_sources(
@@ -236,7 +262,19 @@ def _prepare_store(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer
     files = list_files(source)
     key = hashlib.sha256(json.dumps([fingerprint(source, files), tokenizer.content_hash, VERSION]).encode()).hexdigest()
     directory = Path(config.data.directory, "stores", file_name(source.name, key[:16]))
-    with contextlib.suppress(ConfigError):  # what is missing or cut off is made again below
+    return _make_store(config, source, files, directory, tokenizer, progress)
+
+
+def _make_store(
+    config: RunConfig,
+    source: SourceConfig,
+    files: list[SourceFile],
+    directory: Path,
+    tokenizer: Tokenizer,
+    progress: bool,
+) -> Store:
+    """Opens the store at `directory`; what is missing of it, or cut off, is made first."""
+    with contextlib.suppress(ConfigError):
         store = open_store(directory, tokenizer.content_hash)
         check_files(store)
         return store

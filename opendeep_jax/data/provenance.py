@@ -16,7 +16,7 @@ from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.describe import describe
 from opendeep_jax.data.plan import verify_plan
-from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepare, reopen
+from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepare, reopen, repair
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
@@ -39,6 +39,19 @@ def open_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
         return prepare(config)
     record = read_description(workdir)["record"]
     return run_tokenizer(workdir, wanted=record["tokenizer_hash"]), reopen(config, record)
+
+
+def repair_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
+    """As `open_run`, after what is missing of the run's stores and plans is made again from its sources.
+
+    Raises ConfigError where there is no run, or its sources give other text than it was trained on.
+    """
+    config = load_run_config(workdir)
+    if not Path(workdir, DATA_FILE).exists():
+        return prepare(config)
+    record = read_description(workdir)["record"]
+    tokenizer = run_tokenizer(workdir, config.data.tokenizer, record["tokenizer_hash"])
+    return tokenizer, repair(config, record, tokenizer)
 
 
 def read_description(workdir: str | Path) -> dict:

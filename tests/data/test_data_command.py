@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -116,3 +117,23 @@ def test_help_and_wrong_commands(capsys):
         main(["prepar"])
     with pytest.raises(ConfigError, match="--step=-1"):
         main(["where", "--workdir=x", "--step=-1"])
+
+
+def test_a_runs_data_is_made_again_from_sources_that_were_touched_since(configure, corpus, tmp_path, capsys):
+    config = configure()
+    data = open_data(config, progress=False)
+    save_run_config(config, config, tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps(data.describe()))
+    (store,), (plan,) = data.prepared.stores, data.prepared.plans.values()
+    for path in corpus.rglob("*.py"):
+        os.utime(path, (1, 1))
+    shutil.rmtree(store.directory / "shards/00000000")
+    shutil.rmtree(plan.directory)
+    main(["prepare", f"--workdir={tmp_path}"])
+    assert json.loads(capsys.readouterr().out)["content_hash"] == data.content_hash
+    assert main(["verify", f"--workdir={tmp_path}"]) == 0
+    assert len(list((tmp_path / "prepared/stores").iterdir())) == 1
+    next(corpus.rglob("*.py")).write_text("something else")
+    shutil.rmtree(store.directory / "shards/00000000")
+    with pytest.raises(ConfigError, match="has changed since"):
+        main(["prepare", f"--workdir={tmp_path}"])

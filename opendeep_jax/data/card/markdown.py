@@ -36,7 +36,7 @@ def _section(title: str, table: Table) -> str:
     if not table.rows:
         return ""
     aligned = ["---"] + ["---" if table.words else "---:"] * (len(table.heading) - 1)
-    rows = [table.heading, aligned, *(map(_text, row) for row in table.rows)]
+    rows = [map(_text, table.heading), aligned, *(map(_text, row) for row in table.rows)]
     return f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

@@ -128,6 +128,11 @@ def check_columns(file: SourceFile, schema: Any, fields: Fields) -> None:
     import pyarrow as pa
 
     for name in fields.names:
+        if schema.names.count(name) > 1:
+            raise ConfigError(
+                f"{file.path} has {schema.names.count(name)} columns named {name!r}, so which is meant? "
+                "Write the file again with one of them, or leave it out."
+            )
         if name not in fields.optional and not resolve(schema, name):
             leaves = _leaves(schema)
             close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)

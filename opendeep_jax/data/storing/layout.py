@@ -68,8 +68,8 @@ def damaged(path: Path, reason: str) -> ConfigError:
     """The error for a damaged file of a shard."""
     shard = next(place for place in (path, *path.parents) if place.parent.name == "shards")
     return ConfigError(
-        f"{path} is damaged: {reason}. Delete {shard} and run `opendeep data prepare` again: only that shard is made "
-        "anew."
+        f"{path} is damaged: {reason}. Delete {shard} and run `opendeep data prepare` again (for a run with its "
+        "--workdir): only that shard is made anew."
     )
 
 
