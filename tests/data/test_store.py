@@ -271,5 +271,5 @@ def test_check_files_names_missing_and_cut_off_files(damaged):
             check_files(open_store(damaged))
         path.write_bytes(whole)
     shutil.rmtree(damaged / "shards/00000002")
-    with pytest.raises(ConfigError, match="Delete .*00000002 and run `opendeep data prepare` again .*: only that shard"):
+    with pytest.raises(ConfigError, match="Delete .*2 and run `opendeep data prepare` again .*: only that shard"):
         check_files(open_store(damaged))
