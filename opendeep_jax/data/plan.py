@@ -25,6 +25,7 @@ from opendeep_jax.data.fim import FimRule
 from opendeep_jax.data.packing import pack
 from opendeep_jax.data.sources import held_out
 from opendeep_jax.data.store import Store
+from opendeep_jax.data.storing.layout import sha256_of
 
 VERSION = 2
 BLOCK = 1 << 22
@@ -209,14 +210,11 @@ def open_plan(directory: Path) -> Plan:
     CHECKED_BYTES, not as it was written; a larger one is not read (`verify_plan` does)."""
     manifest = _manifest(directory)
     small = sum(facts["bytes"] for facts in manifest["files"].values()) <= CHECKED_BYTES
-    if small and (wrong := list(_wrong_files(directory, manifest))):
-        raise wrong[0]
+    for wrong in _wrong_files(directory, manifest, contents=small):
+        raise wrong
     arrays = []
     for name in FILES:
         path, facts = directory / f"{name}.bin", manifest["files"][f"{name}.bin"]
-        found = path.stat().st_size if path.exists() else None
-        if found != facts["bytes"]:
-            raise _damaged(path, "missing" if found is None else f"{found} bytes instead of {facts['bytes']}")
         empty = np.zeros(0, facts["dtype"])
         arrays.append(np.memmap(path, facts["dtype"], "r") if facts["bytes"] else empty)
     return Plan(directory, manifest, *arrays)
@@ -242,22 +240,21 @@ def _content_hash(manifest: dict) -> str:
 def verify_plan(directory: Path) -> list[str]:
     """Recomputes a plan's hashes; a sentence for each damaged file."""
     try:
-        return [str(error) for error in _wrong_files(directory, _manifest(directory))]
+        return [str(error) for error in _wrong_files(directory, _manifest(directory), contents=True)]
     except ConfigError as error:
         return [str(error)]
 
 
-def _wrong_files(directory: Path, manifest: dict) -> Iterator[ConfigError]:
+def _wrong_files(directory: Path, manifest: dict, contents: bool) -> Iterator[ConfigError]:
+    """An error for each file that is missing, of another size, or, where `contents` are read, altered."""
     for name in FILES:
         path = directory / f"{name}.bin"
         facts = manifest["files"][path.name]
         if not path.exists() or path.stat().st_size != facts["bytes"]:
             found = f"{path.stat().st_size} bytes instead of {facts['bytes']}" if path.exists() else "missing"
             yield _damaged(path, found)
-            continue
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                yield _damaged(path, "its SHA-256 is not the one in plan.json")
+        elif contents and sha256_of(path) != facts["sha256"]:
+            yield _damaged(path, "its SHA-256 is not the one in plan.json")
 
 
 def _damaged(path: Path, what: str) -> ConfigError:

@@ -28,6 +28,7 @@ from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_pl
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.files import file_name, writing
 from opendeep_jax.data.sources import fingerprint, list_files, list_parts
+from opendeep_jax.data.storing.layout import sha256_of
 
 RESERVED = ("work", "dropped", "logs", "curation.json")
 """Names in the directory of a curation that no source may have."""
@@ -92,8 +93,7 @@ def _files_of(recipe: CurationConfig) -> list[str]:
 
 def _file_hash(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         if path.suffix in SUFFIXES:
             raise ConfigError(
