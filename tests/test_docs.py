@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import opendeep_jax
-from opendeep_jax.cli.data import HELP
+from opendeep_jax.cli import data, plan
 from opendeep_jax.cli.main import COMMANDS, main
 from opendeep_jax.config.overrides import resolve
 
@@ -74,8 +74,9 @@ def understood(arguments: list[str], capsys) -> None:
     words = [word for word in arguments if not word.startswith("--")]
     settings = [word for word in arguments if word.startswith("--") and word != "--help"]
     if any(setting.startswith("--config") for setting in settings):
-        # The other data commands take settings of their own beside the recipe's; `opendeep data` names them.
-        of_the_run = [word for word in settings if name != "data" or f"{word.partition('=')[0]}=" not in HELP]
+        # These commands take settings of their own beside the recipe's, and their help names them.
+        own = {"data": data.HELP, "plan": plan.HELP}.get(name, "")
+        of_the_run = [word for word in settings if not re.search(rf"{word.partition('=')[0]}[ =]", own)]
         resolve(of_the_run + [word for word in settings if word.startswith("--config")])  # raises for what is wrong
         return
     try:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.grouped_matmul import reference
+
 BATCH = min(max(os.cpu_count() or 1, 2), 8)
 """Groups multiplied at a time: a core for each, and no more than fit the caches."""
 
@@ -23,14 +25,23 @@ def _block_rows(num_rows, num_groups):
     return min(max(quarter, 32), 256, num_rows)
 
 
-@jax.custom_vjp
-def grouped_matmul(lhs, rhs, group_sizes):
+def grouped_matmul(lhs, rhs, group_sizes, expected_rows=None):
     """See `api.grouped_matmul`."""
+    return _grouped_matmul(lhs, rhs, group_sizes)
+
+
+def grouped_swiglu(lhs, gate, up, group_sizes, row_weights=None, expected_rows=None):
+    """See `api.grouped_swiglu`: two grouped matmuls. What follows them XLA fuses, and recomputes in a backward pass."""
+    return reference.swiglu_of(_grouped_matmul, lhs, gate, up, group_sizes, row_weights)
+
+
+@jax.custom_vjp
+def _grouped_matmul(lhs, rhs, group_sizes):
     return _rows_by_groups("brk,bkn->brn", lhs, rhs, group_sizes)
 
 
 def _forward(lhs, rhs, group_sizes):
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 def _backward(saved, cotangent):
@@ -39,7 +50,7 @@ def _backward(saved, cotangent):
     return d_lhs, _groups_from_rows(lhs, cotangent, group_sizes).astype(rhs.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _batches(group_sizes):
@@ -98,8 +109,9 @@ def _groups_from_rows(x, y, group_sizes):
             offset, total = state
             first = jnp.minimum(starts[j] + offset, x.shape[0] - rows)
             present = _present(first, starts[j] + offset, starts[j] + sizes[j], rows)
-            mine = jnp.where(present, _take(x, first, rows), 0)
-            product = jnp.einsum("brk,brn->bkn", mine, _take(y, first, rows), preferred_element_type=jnp.float32)
+            # Both, for beyond the groups either may hold anything.
+            mine = (jnp.where(present, _take(operand, first, rows), 0) for operand in (x, y))
+            product = jnp.einsum("brk,brn->bkn", *mine, preferred_element_type=jnp.float32)
             return offset + rows, total + product
 
         total = jnp.zeros((groups.shape[1], x.shape[1], y.shape[1]), jnp.float32)

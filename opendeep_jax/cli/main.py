@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "Measure a run's held-out bits per byte.",
     "generate": "Continue a prompt with a run's model.",
     "report": "Write a run's report again.",
+    "plan": "Say what a run would take on a cluster, without one: memory, time, cost.",
 }
 MODULES = {"eval": "evaluate"}  # a module named eval would read like the builtin
 

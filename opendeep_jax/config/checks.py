@@ -63,7 +63,7 @@ def check_devices(run: Any, device_count: int) -> None:
             f"or sizes whose product is {device_count}."
         )
     sizes.update({axis: device_count // fixed for axis in free})
-    _raise_any(list(rules.row_problems(run, math.prod(sizes[axis] for axis in rules.TRAINABLE_AXES))))
+    _raise_any(list(rules.mesh_problems(run, sizes)))
 
 
 def type_problems(name: str, config: Any) -> Iterator[str]:

@@ -35,7 +35,14 @@ HARMLESS = (
 )
 """Fields, and groups of fields, that cannot change what a run computes: they may differ when it is resumed."""
 
-ROUNDING = ("parallel.", "model.remat.", "train.loss_chunk", "train.accumulation_steps")
+ROUNDING = (
+    "parallel.",
+    "model.remat.",
+    "model.execution.",
+    "train.loss_chunk",
+    "train.accumulation_steps",
+    "train.compiler_options",
+)
 """As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 
 SMALLEST_FREE_BYTES = 256 * 2**20

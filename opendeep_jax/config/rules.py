@@ -4,7 +4,6 @@ A sentence is `field = value: rule. cure.` The rules assume that every value is 
 looks at that first). Standard library only.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -27,14 +26,23 @@ REMAT_NAMES = (
 )
 """Activations that the blocks name, and that `model.remat.names` may list."""
 
+OFFLOAD_NAMES = (*REMAT_NAMES, "block_input")
+"""Activations that `model.remat.offload` may list."""
+
 BYTE_VOCABULARY = 256 + 6
 """Bytes and the special tokens: the vocabulary of the `bytes` tokenizer."""
 
 SMALLEST_BPE = 300
 """A `bpe:SIZE` vocabulary below this would be the bytes, the special tokens and hardly a merge."""
 
-TRAINABLE_AXES = ("data", "fsdp")
-"""Mesh axes that this version trains over."""
+MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+"""Axes of the device mesh, the outermost first."""
+
+ROW_AXES = ("data", "fsdp", "expert")
+"""Mesh axes that the rows of a batch are divided over."""
+
+LENGTH_AXES = ("context", "tensor")
+"""Mesh axes that a row is divided over."""
 
 
 def problem(name: str, value: Any, rule: str, cure: str) -> str:
@@ -76,6 +84,7 @@ def model_problems(model: Any) -> Iterator[str]:
         )
     if model.num_leading_dense_layers > 0:
         yield from _at_least(1, "model", model, "mlp_size")
+    yield from _execution_problems(model.execution)
     yield from _attention_problems(model.attention)
     yield from _at_least(0, "model.moe", model.moe, "num_experts")
     if model.moe.num_experts > 0:
@@ -84,6 +93,16 @@ def model_problems(model: Any) -> Iterator[str]:
     for name in model.remat.names:
         if name not in REMAT_NAMES:
             yield problem("model.remat.names", name, "names no activation", f"Known names: {', '.join(REMAT_NAMES)}")
+    for name in model.remat.offload:
+        if name not in OFFLOAD_NAMES:
+            known = ", ".join(OFFLOAD_NAMES)
+            yield problem("model.remat.offload", name, "names no activation", f"Known names: {known}")
+
+
+def _execution_problems(execution: Any) -> Iterator[str]:
+    where = "model.execution"
+    yield from _at_least(1, where, execution, "batch_parts")
+    yield from _above_zero(where, execution, "exchange_buffer")
 
 
 def _attention_problems(attention: Any) -> Iterator[str]:
@@ -347,6 +366,10 @@ def _train_problems(run: Any) -> Iterator[str]:
                     f"must be a multiple of train.accumulation_steps, which is {train.accumulation_steps}",
                     f"Use {math.ceil(rows / train.accumulation_steps) * train.accumulation_steps}",
                 )
+    for option in train.compiler_options:
+        name, equals, value = option.partition("=")
+        if not (name.startswith("xla_") and equals and value):
+            yield problem("train.compiler_options", option, "is no option of XLA", "Write it as xla_name=value")
     if train.sample_every and not train.sample_prompts:
         yield problem("train.sample_prompts", (), "must not be empty when train.sample_every is set", "Add a prompt")
 
@@ -356,24 +379,73 @@ def _parallel_problems(run: Any) -> Iterator[str]:
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield problem(f"parallel.{axis}", size, "must be at least 1, or -1 for what the devices leave", "")
-        elif size != 1 and axis not in TRAINABLE_AXES:
-            yield problem(
-                f"parallel.{axis}",
-                size,
-                f"this version trains over the axes {' and '.join(TRAINABLE_AXES)} only",
-                f"Set parallel.{axis}=1 and use parallel.fsdp",
-            )
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         yield problem(
             f"parallel.{free[0]}", -1, f"only one axis can be -1, and {', '.join(free)} are", "Fix all but one"
         )
-    shards = math.prod(sizes[axis] for axis in TRAINABLE_AXES)
-    if not free and shards > 0 and run.train.accumulation_steps > 0:
-        yield from row_problems(run, shards)
+    yield from _at_least(1, "parallel", run.parallel, "stage_chunks")
+    if len(free) < 2 and all(size > 0 or size == -1 for size in sizes.values()):
+        yield from mesh_problems(run, sizes)
 
 
-def row_problems(run: Any, shards: int) -> Iterator[str]:
+def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
+    """Yields a sentence for everything that does not divide over a mesh of these sizes; -1 is not known yet."""
+    rows = [sizes[axis] for axis in ROW_AXES]
+    if run.train.accumulation_steps > 0 and -1 not in rows:
+        yield from _row_problems(run, math.prod(rows))
+    yield from _width_problems(run.model, sizes)
+    yield from _length_problems(run, sizes)
+    model, stages, chunks = run.model, sizes["stage"], run.parallel.stage_chunks
+    layers = model.num_moe_layers or model.num_layers
+    if stages > 1 and layers < stages * chunks:
+        yield problem(
+            "parallel.stage",
+            stages,
+            f"the model has {layers} layers that can be divided, fewer than {stages} stages x {chunks} chunks",
+            "Use fewer stages or chunks",
+        )
+
+
+def _width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
+    attention, moe = model.attention, model.moe
+    divided = [("tensor", "model.attention.num_heads", attention.num_heads)]
+    if attention.kind == "gqa":
+        divided.append(("tensor", "model.attention.num_kv_heads", attention.num_kv_heads))
+    if model.num_leading_dense_layers:
+        divided.append(("tensor", "model.mlp_size", model.mlp_size))
+    if moe.num_experts:
+        shared = moe.num_shared_experts * moe.expert_size
+        divided.append(("expert", "model.moe.num_experts", moe.num_experts))
+        divided.append(("tensor", "model.moe.num_shared_experts * model.moe.expert_size", shared))
+    elif sizes["expert"] > 1:
+        yield problem("parallel.expert", sizes["expert"], "this model has no experts", "Set it to 1")
+    for axis, name, size in divided:
+        if sizes[axis] > 0 and size % sizes[axis]:
+            cure = f"Use parallel.{axis}={math.gcd(size, sizes[axis])}, or another that divides {size}"
+            yield problem(name, size, f"must divide over parallel.{axis} = {sizes[axis]}", cure)
+
+
+def _length_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
+    context, tensor = (max(sizes[axis], 1) for axis in LENGTH_AXES)
+    parts = tensor * (2 * context if context > 1 else 1)
+    lengths = [("data.sequence_length", run.data.sequence_length)]
+    for i, phase in enumerate(run.data.phases):
+        if phase.sequence_length:
+            lengths.append((f"data.phases.{i}.sequence_length", phase.sequence_length))
+    for name, length in lengths:
+        if length % parts:
+            in_parts = " in two parts each" if context > 1 else ""
+            yield problem(
+                name,
+                length,
+                f"rows are divided over parallel.context = {context}{in_parts} and parallel.tensor = {tensor}, "
+                f"so it must be a multiple of {parts}",
+                f"Use {math.ceil(length / parts) * parts}",
+            )
+
+
+def _row_problems(run: Any, shards: int) -> Iterator[str]:
     """Yields a sentence for each batch whose micro-batches do not divide over `shards` devices."""
     micro = run.train.accumulation_steps
     batches = [(name, rows, micro) for name, rows in _batches(run)]
@@ -385,7 +457,7 @@ def row_problems(run: Any, shards: int) -> Iterator[str]:
             yield problem(
                 name,
                 rows,
-                f"rows must divide evenly over the {shards} devices of data x fsdp{in_parts}",
+                f"rows must divide evenly over the {shards} devices of {' x '.join(ROW_AXES)}{in_parts}",
                 f"Use a multiple of {parts * shards}, such as {math.ceil(rows / (parts * shards)) * parts * shards}",
             )
 
@@ -399,4 +471,4 @@ def _batches(run: Any) -> list[tuple[str, int]]:
 
 def axes(run: Any) -> dict[str, int]:
     """Size of each mesh axis by name, -1 where the devices decide."""
-    return dataclasses.asdict(run.parallel)
+    return {axis: getattr(run.parallel, axis) for axis in MESH_AXES}

@@ -135,6 +135,32 @@ class RematConfig:
     names: tuple[str, ...] = REMAT_NAMES
     """Activations that `named` saves. All together are what matmuls give: only cheap arithmetic and attention's scores
     are then recomputed, which is also the fastest on a CPU."""
+    offload: tuple[str, ...] = ()
+    """Activations that `named` moves to the host's memory until they are needed, on TPUs and GPUs; `block_input` is
+    what a block always keeps."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model's mathematics is carried out. Nothing here changes a result beyond rounding."""
+
+    expert_exchange: Literal["auto", "ragged", "all_to_all", "gather"] = "auto"
+    """How tokens reach experts on other devices: sent once to each (`ragged`), the same with worst-case slots
+    (`all_to_all`, for platforms without ragged collectives), or all of them to all (`gather`, for few devices)."""
+    exchange_buffer: float = 1.25
+    """Rows of a device's expert buffer over the balanced number. More rows than that take further rounds; none is
+    dropped."""
+    dense_weights_over_experts: bool = False
+    """Divide the weights outside the experts over the expert axis too, instead of a copy on each of its devices: less
+    memory, but they then travel on the links that the tokens need."""
+    batch_parts: int = 1
+    """Parts that each block takes a device's rows in: with 2, attention of one hides the other's exchange."""
+    attention: str = ""
+    """Implementation of attention; empty takes the platform's own."""
+    grouped_matmul: str = ""
+    """Implementation of the experts' matmuls; empty takes the platform's own."""
+    cross_entropy: str = ""
+    """Implementation of the head and its loss; empty takes the platform's own."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +185,10 @@ class ModelConfig:
     """Use the embedding as the head."""
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; routing, norms, softmax and losses are float32 in any case."""
+    precision: Literal["default", "fp8"] = "default"
+    """`fp8` multiplies by weights in E4M3 with V3's fine-grained scales (section 3.3), `default` in dtype."""
+    weight_dtype: DType = "float32"
+    """Storage of the master weights; norm scales and routers are float32 in any case."""
     attention: AttentionConfig = AttentionConfig()
     """Attention."""
     moe: MoEConfig = MoEConfig()
@@ -167,6 +197,8 @@ class ModelConfig:
     """Multi-token prediction."""
     remat: RematConfig = RematConfig()
     """Rematerialisation."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Kernels, precision and communication."""
 
     def __post_init__(self):
         checks.check_model(self)
@@ -358,14 +390,21 @@ class ParallelConfig:
 
     data: int = 1
     """Replicas with a copy of the weights each (over slices or nodes)."""
+    stage: int = 1
+    """Pipeline stages that the layers are divided over; micro-batches are those of train.accumulation_steps."""
+    stage_chunks: int = 1
+    """Stretches of layers that each stage has (interleaved 1F1B): more of them shorten the pipeline's idle time."""
     fsdp: int = -1
     """Devices that share one copy of weights and optimizer state, each with its own rows of the batch."""
     expert: int = 1
-    """Devices that the experts are divided over."""
+    """Devices that the experts are divided over, each with its own rows of the batch."""
     context: int = 1
     """Devices that a sequence is divided over."""
     tensor: int = 1
-    """Devices that heads and widths are divided over."""
+    """Devices that heads and widths are divided over, and a sequence between the blocks."""
+    shard_optimizer_over_replicas: bool = False
+    """Divide a weight's moments over the devices that hold copies of it (ZeRO-1): each updates its part, and the parts
+    are gathered again."""
 
 
 @dataclass(frozen=True)
@@ -404,6 +443,9 @@ class TrainConfig:
     """Beginnings of the sample texts."""
     sample_tokens: int = 48
     """Length of a sample, in tokens."""
+    compiler_options: tuple[str, ...] = ()
+    """Options of XLA for the step, `name=value`, beside those that the chip gets anyway; names that begin with
+    xla_tpu_, xla_gpu_ or xla_cpu_ count on that platform alone."""
     compilation_cache: str = "runs/xla_cache"
     """Directory of compiled programs that later starts reuse; empty for none."""
 

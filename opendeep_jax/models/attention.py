@@ -1,20 +1,27 @@
 """Multi-head latent attention (DeepSeek-V2 report, section 2.1; V3, 2.1.1) and grouped-query attention.
 
-Departs from the reports in nothing. B batch, L length, D model width, H heads, G key/value heads, N/R sizes of a
-head's unrotated and rotated part, Q = N + R, V value head size.
+Departs from the reports in nothing. Heads are divided over the `tensor` axis: each device makes the queries of its
+heads for the tokens of that axis' devices, and keys for those of `context` too. What travels for that are MLA's
+latents, which are an order of magnitude narrower than the keys and values made of them.
+
+B batch, L length, D model width, H heads, G key/value heads, N/R sizes of a head's unrotated and rotated part,
+Q = N + R, V value head size, C rank of a latent.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kernels_pallas.flash_mla import flash_mla
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, RMSNorm, weight
 from opendeep_jax.ops.attention import causal_attention
 from opendeep_jax.ops.linear import project
-from opendeep_jax.ops.rope import rotate, softmax_scale
-from opendeep_jax.parallel.axes import constrain
+from opendeep_jax.ops.rope import halves_first, rotate, softmax_scale
+from opendeep_jax.parallel.collectives import all_gather, psum_scatter
+
+KEYS = ("context", "tensor")
+"""Mesh axes whose devices have the other tokens of a row."""
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> "MultiHeadLatentAttention | GroupedQueryAttention":
@@ -23,81 +30,115 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> "MultiHeadLatentAtten
     return kinds[config.attention.kind](config, rngs=rngs)
 
 
-class Attention(nnx.Module):
-    """Projections in, causal attention, projection out; subclasses say how queries, keys and values are made."""
-
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        """Attends within each segment."""
-        query, key, value = self.queries_keys_values(x, context)
-        out = causal_attention(query, key, value, context.segment_ids, self.scale)
-        return project(constrain(out, "batch", "length", "heads", None), self.out[...], inputs=2)
-
-
-class MultiHeadLatentAttention(Attention):
+class MultiHeadLatentAttention(nnx.Module):
     """Keys and values of all heads come from one latent; a small key part, shared by the heads, carries positions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        attention, D, std = config.attention, config.hidden_size, config.init_std
+        attention, D, std, dtype = config.attention, config.hidden_size, config.init_std, config.weight_dtype
         H, N, R, V = attention.num_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
         q_rank, kv_rank = attention.q_lora_rank, attention.kv_lora_rank
         if q_rank:
-            self.q_down = weight(rngs, (D, q_rank), ("embed", None), std)
+            self.q_down = weight(rngs, (D, q_rank), ("embed", None), std, dtype)
             self.q_norm = RMSNorm(q_rank, config.norm_epsilon)
-            self.q_up = weight(rngs, (q_rank, H, N + R), ("rank", "heads", "head_dim"), std)
+            self.q_up = weight(rngs, (q_rank, H, N + R), ("embed", "heads", "head_dim"), std, dtype)
         else:
-            self.q_proj = weight(rngs, (D, H, N + R), ("embed", "heads", "head_dim"), std)
-        self.kv_down = weight(rngs, (D, kv_rank + R), ("embed", None), std)
+            self.q_proj = weight(rngs, (D, H, N + R), ("embed", "heads", "head_dim"), std, dtype)
+        self.kv_down = weight(rngs, (D, kv_rank + R), ("embed", None), std, dtype)
         self.kv_norm = RMSNorm(kv_rank, config.norm_epsilon)
-        self.kv_up = weight(rngs, (kv_rank, H, N + V), ("rank", "heads", "head_dim"), std)
-        self.out = weight(rngs, (H, V, D), ("heads", "head_dim", "embed"), std)
-        self.config = attention
-        self.scale = softmax_scale(attention.rope, N + R)
+        self.kv_up = weight(rngs, (kv_rank, H, N + V), ("embed", "heads", "head_dim"), std, dtype)
+        self.out = weight(rngs, (H, V, D), ("heads", "head_dim", "embed"), std, dtype)
+        self.config, self.implementation = attention, config.execution.attention or None
+        self.precision, self.scale = config.precision, softmax_scale(attention.rope, N + R)
 
-    def queries_keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
-        """Queries and keys [B, L, H, N + R], values [B, L, H, V]."""
-        query = checkpoint_name(self.queries(x), "query")
-        N = self.config.qk_nope_head_dim
-        turn = lambda part: rotate(part, context.cosine, context.sine, self.config.rope.interleaved)  # noqa: E731
-        query = jnp.concatenate([query[..., :N], turn(query[..., N:])], axis=-1)
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+        """Attends within each segment."""
+        queries, keys = context.queries, context.keys
+        out = flash_mla(
+            *self.queries(x, context),
+            *self.keys_values(x, context),
+            queries.segment_ids,
+            keys.segment_ids,
+            queries.order,
+            keys.order,
+            num_heads=self.kv_up.shape[1],
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
+        return psum_scatter(out, "tensor", 1)
+
+    def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L H*N"], Array]:
+        """The two parts of this device's heads' queries, heads side by side, the second rotated."""
+        if self.config.q_lora_rank:
+            latent = self.q_norm(checkpoint_name(project(x, self.q_down[...], precision=self.precision), "q_latent"))
+            up = self.q_up[...]
+        else:
+            latent, up = x, self.q_proj[...]
+        latent = all_gather(latent, "tensor", 1)
+        nope, rope = self.split_heads(up)
+        nope = checkpoint_name(project(latent, nope, precision=self.precision), "query")
+        rope = checkpoint_name(project(latent, rope, precision=self.precision), "query")
+        return nope, self.turn(rope, context.queries)
+
+    def keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
+        """The row's keys without position [B, S, H*N], the rotated part that heads share [B, S, R], values."""
         latent, key_rope = self.latents(x)
-        key_value = checkpoint_name(project(latent, self.kv_up[...]), "key_value")
-        key_rope = jnp.broadcast_to(turn(key_rope[:, :, None]), (*key_value.shape[:3], key_rope.shape[-1]))
-        key = jnp.concatenate([key_value[..., :N], key_rope], axis=-1)
-        return query, key, key_value[..., N:]
-
-    def queries(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H Q"]:
-        """Queries before rotation, through the compression where there is one."""
-        if not self.config.q_lora_rank:
-            return project(x, self.q_proj[...])
-        latent = checkpoint_name(project(x, self.q_down[...]), "q_latent")
-        return project(self.q_norm(latent), self.q_up[...])
+        if self.config.rope.interleaved:
+            key_rope = halves_first(key_rope)
+        key_rope = all_gather(self.turn(key_rope, context.own), KEYS, 1)
+        latent = all_gather(latent, KEYS, 1)
+        up_key, up_value = self.split_heads(self.kv_up[...], rotated=False)
+        key = checkpoint_name(project(latent, up_key, precision=self.precision), "key_value")
+        value = checkpoint_name(project(latent, up_value, precision=self.precision), "key_value")
+        return key, key_rope, value
 
     def latents(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L kv_rank"], Float[Array, "B L R"]]:
         """What a cache holds of each position: the normalised latent, and the key part before its rotation."""
-        compressed = checkpoint_name(project(x, self.kv_down[...]), "kv_latent")
+        compressed = checkpoint_name(project(x, self.kv_down[...], precision=self.precision), "kv_latent")
         rank = self.config.kv_lora_rank
         return self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
 
+    def split_heads(self, up: Float[Array, "C H Q"], rotated: bool = True) -> tuple[Array, Array]:
+        """An up-projection's columns as two matrices [C, H*N], [C, H*…]: cut here, where they are small.
 
-class GroupedQueryAttention(Attention):
+        Neighbours that are rotated together are put into two halves: queries and keys alike, so no score changes.
+        """
+        first, second = up[..., : self.config.qk_nope_head_dim], up[..., self.config.qk_nope_head_dim :]
+        if rotated and self.config.rope.interleaved:
+            second = halves_first(second)
+        return first.reshape(up.shape[0], -1), second.reshape(up.shape[0], -1)
+
+    def turn(self, x: Float[Array, "B L H*R"], positions) -> Float[Array, "B L H*R"]:
+        """Rotates heads that lie side by side."""
+        heads = x.reshape(*x.shape[:2], -1, self.config.qk_rope_head_dim)
+        return rotate(heads, positions.cosine, positions.sine, interleaved=False).reshape(x.shape)
+
+
+class GroupedQueryAttention(nnx.Module):
     """Each key/value head serves several query heads (Ainslie et al. 2023); the whole head is rotated."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        attention, D, std = config.attention, config.hidden_size, config.init_std
+        attention, D, std, dtype = config.attention, config.hidden_size, config.init_std, config.weight_dtype
         H, G, Q = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query = weight(rngs, (D, H, Q), ("embed", "heads", "head_dim"), std)
-        self.key = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std)
-        self.value = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std)
-        self.out = weight(rngs, (H, Q, D), ("heads", "head_dim", "embed"), std)
+        self.query = weight(rngs, (D, H, Q), ("embed", "heads", "head_dim"), std, dtype)
+        self.key = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std, dtype)
+        self.value = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std, dtype)
+        self.out = weight(rngs, (H, Q, D), ("heads", "head_dim", "embed"), std, dtype)
         self.config = attention
-        self.scale = softmax_scale(attention.rope, Q)
+        self.precision, self.scale = config.precision, softmax_scale(attention.rope, Q)
 
-    def queries_keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
-        """Queries [B, L, H, Q], keys and values [B, L, G, Q]."""
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+        """Attends within each segment."""
+        x = all_gather(x, "tensor", 1)
         query, key, value = (
-            checkpoint_name(project(x, kernel[...]), name)
+            checkpoint_name(project(x, kernel[...], precision=self.precision), name)
             for kernel, name in ((self.query, "query"), (self.key, "key_value"), (self.value, "key_value"))
         )
-        interleaved = self.config.rope.interleaved
-        query = rotate(query, context.cosine, context.sine, interleaved)
-        return query, rotate(key, context.cosine, context.sine, interleaved), value
+        queries, keys, interleaved = context.queries, context.keys, self.config.rope.interleaved
+        query = rotate(query, queries.cosine, queries.sine, interleaved)
+        key = all_gather(rotate(key, queries.cosine, queries.sine, interleaved), "context", 1)
+        value = all_gather(value, "context", 1)
+        out = causal_attention(
+            query, key, value, queries.segment_ids, keys.segment_ids, queries.order, keys.order, self.scale
+        )
+        return psum_scatter(project(out, self.out[...], inputs=2, precision=self.precision), "tensor", 1)

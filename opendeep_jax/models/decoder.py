@@ -1,9 +1,11 @@
 """The decoder: embedding, leading dense blocks, MoE blocks, final norm, head, and MTP modules beside them.
 
 B batch, L length, D model width, E experts, V vocabulary, n layers of one kind (stacked and scanned, so that compile
-time does not grow with depth).
+time does not grow with depth). Written for one device: inside a per-device program B and L are its own rows and its
+part of their length, and a layer's weights are gathered when it begins (`layers.gathered`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,13 +14,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.target import platform
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.attention import make_attention
-from opendeep_jax.models.layers import Context, Embedding, Head, RMSNorm, SwiGLU, stacked, weight
+from opendeep_jax.models.layers import (
+    Context,
+    Embedding,
+    Head,
+    Positions,
+    RMSNorm,
+    SwiGLU,
+    gathered,
+    stacked,
+    weight,
+)
 from opendeep_jax.models.moe import MoE, RouterStats
 from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.rope import rotations
-from opendeep_jax.parallel.axes import constrain
+from opendeep_jax.parallel.axes import gather_weight
+from opendeep_jax.parallel.collectives import all_gather
 
 
 class Block(nnx.Module):
@@ -32,17 +46,36 @@ class Block(nnx.Module):
             self.moe = MoE(config, rngs=rngs)
         else:
             self.mlp = SwiGLU(config, config.mlp_size, rngs=rngs)
-        self.is_moe = is_moe
+        self.is_moe, self.batch_parts = is_moe, config.execution.batch_parts
 
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats | None]:
         """The residual stream after this block, and what its router did if it has one."""
-        x = constrain(x + self.attention(self.attention_norm(x), context), "batch", "length", None)
-        x = checkpoint_name(x, "residual")
-        if self.is_moe:
-            out, stats = self.moe(self.mlp_norm(x), context)
-        else:
-            out, stats = self.mlp(self.mlp_norm(x)), None
-        return constrain(x + out, "batch", "length", None), stats
+        x = checkpoint_name(x, "block_input")
+        if not self.is_moe:
+            x = self.attend(x, context)
+            return x + self.mlp(self.mlp_norm(x)), None
+        # Parts of the rows follow each other, so that one's attention can hide what another's experts send.
+        parts = self.batch_parts if x.shape[0] % self.batch_parts == 0 else 1
+        contexts = [_rows(context, part, parts) for part in range(parts)]
+        attended = [self.attend(_rows(x, part, parts), contexts[part]) for part in range(parts)]
+        outs, stats = zip(
+            *(self.moe(self.mlp_norm(a), c) for a, c in zip(attended, contexts, strict=True)), strict=True
+        )
+        outs = [a + out for a, out in zip(attended, outs, strict=True)]
+        if parts == 1:
+            return outs[0], stats[0]
+        return jnp.concatenate(outs), jax.tree.map(lambda *shares: sum(shares), *stats)
+
+    def attend(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+        """The residual stream between the block's two halves."""
+        return checkpoint_name(x + self.attention(self.attention_norm(x), context), "residual")
+
+
+def _rows(tree, part: int, parts: int):
+    """A part of the rows of every array."""
+    if parts == 1:
+        return tree
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[part], tree)
 
 
 class MTPModule(nnx.Module):
@@ -55,14 +88,19 @@ class MTPModule(nnx.Module):
         D = config.hidden_size
         self.embedding_norm = RMSNorm(D, config.norm_epsilon)
         self.hidden_norm = RMSNorm(D, config.norm_epsilon)
-        self.projection = weight(rngs, (2 * D, D), ("embed", None), config.init_std)
+        self.projection = weight(rngs, (2 * D, D), ("embed", None), config.init_std, config.weight_dtype)
         self.block = Block(config, is_moe=config.moe.num_experts > 0, rngs=rngs)
         self.norm = RMSNorm(D, config.norm_epsilon)
+        self.is_moe, self.precision = self.block.is_moe, config.precision
 
-    def combine(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The block's input: [normalised next token's embedding; normalised hidden state], projected to D."""
+    def __call__(self, inputs: tuple[Array, Array], context: Context) -> tuple[Array, RouterStats | None]:
+        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalised output [B, L, D] and what
+        the router did. The block's input is [normalised embedding; normalised hidden state], projected to D.
+        """
+        hidden, embedded = inputs
         both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        return project(both, self.projection[...])
+        x, stats = self.block(project(both, self.projection[...], precision=self.precision), context)
+        return self.norm(x), stats
 
 
 class Output(NamedTuple):
@@ -109,34 +147,50 @@ class Decoder(nnx.Module):
         return jnp.einsum("bld,dv->blv", hidden, self.head_kernel(), preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> Float[Array, "D V"]:
-        """The head's weights in the compute dtype; the embedding's transpose where they are tied."""
-        kernel = self.embedding.embedding[...].T if self.config.tie_embeddings else self.head.kernel[...]
-        return kernel.astype(self.config.dtype)
+        """The head's weights in the compute dtype, whole; the embedding's transpose where they are tied."""
+        variable = self.embedding.embedding if self.config.tie_embeddings else self.head.kernel
+        metadata, kernel = variable.get_metadata(), variable[...].astype(self.config.dtype)
+        if metadata.get("spec"):
+            kernel = gather_weight(kernel, metadata["logical_axes"], metadata["spec"], kernel.dtype)
+        return kernel.T if self.config.tie_embeddings else kernel
 
     def forward(
         self,
         tokens: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
-        next_tokens: Int[Array, "B L"] | None = None,
+        mtp_tokens: Sequence[Int[Array, "B L"]] = (),
+        order: Int[Array, "B L"] | None = None,
     ) -> Output:
-        """Runs all blocks. MTP modules run where `next_tokens` (the token after each position) is given."""
-        context = self.context(tokens, segment_ids, positions)
-        x = self.embedding(tokens)
-        x, _ = _scan(self.dense_layers, x, context, self.config)
-        x, stats = _scan(self.moe_layers, x, context, self.config)
+        """Runs all blocks.
+
+        Args:
+            mtp_tokens: for each MTP module that shall run, the token 1, 2, … after each position.
+            order: each position's index in its row, where devices have parts of it.
+        """
+        context = self.context(tokens, segment_ids, positions, order)
+        x, _ = scan_layers(self.dense_layers, self.embedding(tokens), context, self.config)
+        x, stats = scan_layers(self.moe_layers, x, context, self.config)
+        return self.outputs(x, context, mtp_tokens)._replace(moe_layers=stats)
+
+    def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
+        """What comes after the last block: its norm, and the MTP modules."""
         hidden = previous = self.final_norm(x)
         mtp_hidden, mtp_stats = [], []
-        for depth, module in enumerate(self.mtp if next_tokens is not None else ()):
-            embedded = self.embedding(shift_left(next_tokens, depth))
-            layer, state = _layer(module.block, context, self.config, scanned=False)
-            x, router = layer(module.combine(previous, embedded), state)
-            previous = module.norm(x)
+        for module, following in zip(self.mtp, mtp_tokens, strict=False):
+            layer, state = one_layer(module, context, self.config, scanned=False)
+            previous, router = layer((previous, self.embedding(following)), state)
             mtp_hidden.append(previous)
             mtp_stats.append(router)
-        return Output(hidden, tuple(mtp_hidden), stats, tuple(mtp_stats))
+        return Output(hidden, tuple(mtp_hidden), None, tuple(mtp_stats))
 
-    def context(self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None) -> Context:
+    def context(
+        self,
+        tokens: Array,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        order: Array | None = None,
+    ) -> Context:
         """What all layers share: segments, validity and rotations of each position."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -144,7 +198,13 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         attention = self.config.attention
         size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
-        return Context(segment_ids, segment_ids > 0, *rotations(attention.rope, positions, size))
+
+        def of_devices(*axes):
+            own = all_gather(segment_ids, axes, 1), all_gather(positions, axes, 1)
+            index = None if order is None else all_gather(order, axes, 1)
+            return Positions(own[0], index, *rotations(attention.rope, own[1], size))
+
+        return Context(segment_ids > 0, of_devices(), of_devices("tensor"), of_devices("context", "tensor"))
 
 
 def shift_left(x: Array, count: int) -> Array:
@@ -152,23 +212,38 @@ def shift_left(x: Array, count: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, count)))[:, count:]
 
 
-def _layer(block: nnx.Module, context: Context, config: ModelConfig, scanned: bool):
-    """The block as a function (x, arrays) -> (x, router stats), which keeps what its remat policy says; its arrays."""
+def one_layer(block: nnx.Module, context: Context, config: ModelConfig, scanned: bool):
+    """The block as a function (x, arrays) -> (x, router stats), which keeps what its remat policy says; its arrays.
+
+    Weights are gathered inside, and so again in the backward pass unless everything is kept.
+    """
     graph, state = nnx.split(block)
     policy = config.remat.moe if block.is_moe else config.remat.dense
 
     def layer(x, state):
-        return nnx.merge(graph, state)(x, context)
+        return nnx.merge(graph, gathered(state, config.dtype))(x, context)
 
     if policy == "none":
         return layer, state
-    names = jax.checkpoint_policies.save_only_these_names(*config.remat.names) if policy == "named" else None
-    return jax.checkpoint(layer, policy=names, prevent_cse=not scanned), state
+    return jax.checkpoint(layer, policy=_kept(config) if policy == "named" else None, prevent_cse=not scanned), state
 
 
-def _scan(layers: nnx.Module | None, x, context: Context, config: ModelConfig):
+def _kept(config: ModelConfig):
+    """The policy "named": what is kept in the device's memory, and what in the host's where the platform has that."""
+    names, offload = config.remat.names, config.remat.offload
+    if not offload or platform() == "cpu":
+        return jax.checkpoint_policies.save_only_these_names(*names, *offload)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in names if name not in offload],
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig):
     """Runs stacked layers one after the other; returns x and the layers' router stats, stacked."""
     if layers is None:
         return x, None
-    layer, state = _layer(layers, context, config, scanned=True)
+    layer, state = one_layer(layers, context, config, scanned=True)
     return jax.lax.scan(layer, x, state)

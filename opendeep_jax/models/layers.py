@@ -16,22 +16,54 @@ from jaxtyping import Array, Bool, Float, Int
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.norm import rms_norm
-from opendeep_jax.parallel.axes import constrain
+from opendeep_jax.parallel.axes import gather_weight
+from opendeep_jax.parallel.collectives import all_gather, all_to_all, psum_scatter
 
 
-class Context(NamedTuple):
-    """What all layers share about the positions of a batch."""
+class Positions(NamedTuple):
+    """Where some tokens stand: in which document, where in it, where in the whole row."""
 
     segment_ids: Int[Array, "B L"]
-    valid: Bool[Array, "B L"]
+    """0 is padding."""
+    order: Int[Array, "B L"] | None
+    """Index in the row; None where the tokens are the whole row in its order."""
     cosine: Float[Array, "B L 1 R/2"]
     sine: Float[Array, "B L 1 R/2"]
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
-    """A float32 normal weight of mean 0 with logical axis names."""
+class Context(NamedTuple):
+    """What all layers share about the positions of a batch. L is this device's part of the length."""
+
+    valid: Bool[Array, "B L"]
+    """Not padding."""
+    own: Positions
+    """The tokens that this device has in the residual stream."""
+    queries: Positions
+    """The tokens whose queries it computes: those of all devices of its `tensor` axis."""
+    keys: Positions
+    """The tokens whose keys they may see: those of the whole row."""
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, dtype="float32"
+) -> nnx.Param:
+    """A normal weight of mean 0 with logical axis names, drawn in float32 and stored in `dtype`."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes)
+    return nnx.Param(value.astype(dtype), logical_axes=axes)
+
+
+def gathered(state: nnx.State, dtype) -> nnx.State:
+    """A module's arrays as this device computes with them: in the compute dtype, their FSDP parts put together."""
+
+    def whole(variable):
+        value, spec = variable.get_value(), variable.get_metadata().get("spec")
+        if spec is None:
+            return variable
+        axes = variable.get_metadata("logical_axes")[-value.ndim :]  # a scanned layer has lost its "layers" axis
+        return variable.replace(gather_weight(value, axes, spec[-value.ndim :], dtype))
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, whole(variable)) for path, variable in flat])
 
 
 class RMSNorm(nnx.Module):
@@ -50,38 +82,50 @@ class SwiGLU(nnx.Module):
     """`(silu(x G) * (x U)) D`: the dense feed-forward and the shared expert (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, hidden_size: int, *, rngs: nnx.Rngs):
-        D, M, std = config.hidden_size, hidden_size, config.init_std
-        self.gate = weight(rngs, (D, M), ("embed", "mlp"), std)
-        self.up = weight(rngs, (D, M), ("embed", "mlp"), std)
-        self.down = weight(rngs, (M, D), ("mlp", "embed"), std)
+        D, M, std, dtype = config.hidden_size, hidden_size, config.init_std, config.weight_dtype
+        self.gate = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
+        self.up = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
+        self.down = weight(rngs, (M, D), ("mlp", "embed"), std, dtype)
+        self.precision = config.precision
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the feed-forward to each position."""
-        gate = checkpoint_name(project(x, self.gate[...]), "mlp_gate")
-        up = checkpoint_name(project(x, self.up[...]), "mlp_up")
-        hidden = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        return project(hidden, self.down[...])
+        x = all_gather(x, "tensor", 1)
+        gate = checkpoint_name(project(x, self.gate[...], precision=self.precision), "mlp_gate")
+        up = checkpoint_name(project(x, self.up[...], precision=self.precision), "mlp_up")
+        out = project(jax.nn.silu(gate) * up, self.down[...], precision=self.precision)
+        return psum_scatter(out, "tensor", 1)
 
 
 class Embedding(nnx.Module):
     """Token ids to vectors."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.embedding = weight(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.init_std)
+        shape = config.vocab_size, config.hidden_size
+        self.embedding = weight(rngs, shape, ("vocab", "embed"), config.init_std, config.weight_dtype)
         self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Looks up; the cast comes after, so that gradients of one token add up in float32."""
-        # Whole on each device: looked up in a divided table, every device would answer for every token.
-        table = constrain(self.embedding[...], None, None)
-        return constrain(table[tokens].astype(self.dtype), "batch", "length", None)
+        """Looks up; the cast comes after, so that gradients of one token add up in float32.
+
+        Where devices have columns of the table, each looks up its columns of everyone's tokens, and sends them home:
+        far less than the table, and its gradient never leaves its place.
+        """
+        vocab, embed = self.embedding.get_metadata().get("spec") or (None, None)
+        table = self.embedding[...].astype(jnp.float32)
+        table = all_gather(table, vocab, 0) if vocab else table
+        if not embed:
+            return table[tokens].astype(self.dtype)
+        columns = table[all_gather(tokens, embed, 0)].astype(self.dtype)
+        return all_to_all(columns, embed, split=0, concat=2)
 
 
 class Head(nnx.Module):
     """The output projection of an untied model."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.kernel = weight(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"), config.init_std)
+        shape = config.hidden_size, config.vocab_size
+        self.kernel = weight(rngs, shape, ("embed", "vocab"), config.init_std, config.weight_dtype)
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module | None:

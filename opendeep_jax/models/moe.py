@@ -14,8 +14,9 @@ from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, SwiGLU, weight
 from opendeep_jax.ops import routing
 from opendeep_jax.ops.dispatch import routed_experts
+from opendeep_jax.ops.exchange import exchanged_experts, most_devices
 from opendeep_jax.ops.linear import project
-from opendeep_jax.parallel.axes import per_batch_shard
+from opendeep_jax.parallel.collectives import axis_size
 
 
 class RouterBias(nnx.Variable):
@@ -23,29 +24,30 @@ class RouterBias(nnx.Variable):
 
 
 class RouterStats(NamedTuple):
-    """What a router did with a batch; with a leading layers axis for stacked layers."""
+    """What a router did with this device's tokens; with a leading layers axis for stacked layers."""
 
     load: Int[Array, "E"]
-    """Tokens of the whole batch that chose each expert."""
+    """Tokens that chose each expert."""
     balance_loss: Float[Array, ""]
-    """Sequence-wise balance loss summed over the rows, without its weight."""
+    """Sequence-wise balance loss, summed over rows: this device's share of each row's."""
 
 
 class MoE(nnx.Module):
     """The feed-forward of a MoE block."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        moe, D, std = config.moe, config.hidden_size, config.init_std
+        moe, D, std, dtype = config.moe, config.hidden_size, config.init_std, config.weight_dtype
         E, F = moe.num_experts, moe.expert_size
         self.router = weight(rngs, (D, E), ("embed", "router"), std)
         if moe.use_router_bias:
             self.router_bias = RouterBias(jnp.zeros((E,), jnp.float32), logical_axes=("router",))
-        self.gate = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
-        self.up = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
-        self.down = weight(rngs, (E, F, D), ("experts", "mlp", "embed"), std)
+        self.gate = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
+        self.up = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
+        self.down = weight(rngs, (E, F, D), ("experts", "expert_mlp", "expert_embed"), std, dtype)
         if moe.num_shared_experts:
             self.shared = SwiGLU(config, moe.num_shared_experts * F, rngs=rngs)
         self.config = moe
+        self.execution, self.precision = config.execution, config.precision
 
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats]:
         """Shared plus routed experts of each position, and what the router did."""
@@ -53,8 +55,7 @@ class MoE(nnx.Module):
         indices = checkpoint_name(indices, "routing")
         counts = routing.expert_counts(indices, context.valid, self.config.num_experts)
         balance = routing.sequence_balance_loss(scores, counts, context.valid, self.config.experts_per_token)
-        kernels = (kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down))
-        out = per_batch_shard(_routed_rows, batched=3)(x, indices, weights, *kernels)
+        out = self.routed(x, indices, weights, context)
         if self.config.num_shared_experts:
             out += self.shared(x)
         return out, RouterStats(jnp.sum(counts, axis=0), jnp.sum(balance))
@@ -65,15 +66,23 @@ class MoE(nnx.Module):
         bias = self.router_bias[...] if self.config.use_router_bias else None
         return routing.route(logits, bias, self.config)
 
-
-def _routed_rows(x, indices, weights, gate, up, down):
-    """`routed_experts` on rows: [B, L, D] in and out."""
-    flat = routed_experts(
-        x.reshape(-1, x.shape[-1]),
-        indices.reshape(-1, indices.shape[-1]),
-        weights.reshape(-1, weights.shape[-1]),
-        gate,
-        up,
-        down,
-    )
-    return flat.reshape(x.shape)
+    def routed(self, x, indices, weights, context: Context) -> Float[Array, "B L D"]:
+        """The routed experts' output, wherever the experts are."""
+        kernels = [kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down)]
+        rows, chosen, shares = (array.reshape(-1, array.shape[-1]) for array in (x, indices, weights))
+        moe, devices = self.config, axis_size("expert")
+        if devices == 1:
+            out = routed_experts(rows, chosen, shares, *kernels, self.execution, self.precision)
+            return out.reshape(x.shape)
+        out = exchanged_experts(
+            rows,
+            chosen,
+            shares,
+            context.valid.reshape(-1),
+            *kernels,
+            self.execution,
+            moe.num_experts,
+            most_devices(moe.num_experts, moe.experts_per_token, moe.num_groups, moe.groups_per_token, devices),
+            self.precision,
+        )
+        return out.reshape(x.shape)

@@ -11,6 +11,7 @@ from flax import nnx
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
+from opendeep_jax.parallel.axes import partition_spec
 
 Arrays = dict[str, jax.Array]
 
@@ -24,16 +25,37 @@ class Skeleton(NamedTuple):
     def model(self, params: Arrays, router_bias: Arrays) -> Decoder:
         """The model made of these arrays; works inside `jax.jit`. Raises KeyError for a missing name."""
         arrays = {**params, **router_bias}
-        flat = [(_path(name), variable.replace(arrays[name])) for name, variable in self.variables.items()]
+        flat = [(_path(name), placed(variable, arrays[name])) for name, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def axes(self) -> dict[str, tuple[str | None, ...]]:
         """Logical axis names of each array."""
         return {name: variable.get_metadata("logical_axes") for name, variable in self.variables.items()}
 
+    def in_compute_dtype(self, params: Arrays, dtype) -> Arrays:
+        """Weights as a step multiplies by them. Vectors, routers, embedding and head stay as they are: the first are
+        computed with in float32, and the embedding's gradient adds up in it.
+        """
+
+        def cast(name: str, array: jax.Array) -> jax.Array:
+            axes = [axis for axis in self.axes()[name] if axis != "layers"]
+            return array if len(axes) < 2 or {"router", "vocab"} & set(axes) else array.astype(dtype)
+
+        return {name: cast(name, array) for name, array in params.items()}
+
     def shapes(self, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each array of a kind."""
         return {name: variable.get_value() for name, variable in self.variables.items() if isinstance(variable, kind)}
+
+
+def placed(variable: nnx.Variable, array: jax.Array) -> nnx.Variable:
+    """The variable with this array; inside a per-device program it also knows how its array is divided."""
+    placed = variable.replace(array)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:
+        axes, shape = variable.get_metadata("logical_axes"), variable.get_value().shape
+        placed.set_metadata(spec=tuple(partition_spec(axes, shape, mesh)))
+    return placed
 
 
 def _path(name: str) -> tuple[str | int, ...]:
@@ -44,6 +66,11 @@ def split(model: Decoder) -> tuple[Skeleton, Arrays, Arrays]:
     """Takes a model apart into skeleton, parameters and router biases."""
     graph, state = nnx.split(model)
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    if model.config.execution.dense_weights_over_experts:
+        for variable in variables.values():
+            axes = variable.get_metadata("logical_axes")
+            axes = tuple("embed_over_experts" if axis == "embed" else axis for axis in axes)
+            variable.set_metadata(logical_axes=axes)
     params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
     router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}
     return Skeleton(graph, variables), params, router_bias

@@ -25,53 +25,62 @@ def causal_attention(
     query: Float[Array, "B L H Q"],
     key: Float[Array, "B L G Q"],
     value: Float[Array, "B L G V"],
-    segment_ids: Int[Array, "B L"],
+    query_segments: Int[Array, "B L"],
+    key_segments: Int[Array, "B S"],
+    query_order: Int[Array, "B L"] | None,
+    key_order: Int[Array, "B S"] | None,
     scale: float,
 ) -> Float[Array, "B L H V"]:
     """Softmax attention of each position to the earlier ones (and itself) of its own segment; softmax in float32.
 
-    H is a multiple of G; query head h reads key/value head h // R. The output is named "attention_output" for remat.
+    H is a multiple of G; query head h reads key/value head h // R. Orders are indices in the row; without them L and S
+    are the same positions. The output is named "attention_output" for remat.
     """
     batch, length, heads, _ = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, -1).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    out = _attention(scale, query, key, value, segment_ids)
+    places = (query_segments, query_order), (key_segments, key_order)
+    out = _attention(scale, query, key, value, places)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-def _blocks(length: int) -> Iterator[slice]:
-    """Queries of each block; its keys are those up to its end."""
+def _blocks(length: int, places) -> Iterator[tuple[slice, slice]]:
+    """Queries of each block and the keys that it meets: in a row's own order, those up to its end."""
     size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        yield slice(start, stop), slice(0, stop if places[0][1] is None else None)
 
 
-def _scores(query, key, segment_ids, rows, scale):
+def _scores(query, key, places, rows, seen, scale):
     """Scaled scores [B, G, R, rows, S] of a block in float32, and -1e30 where a query may not look."""
-    scores = jnp.einsum(
-        "bgrlq,bgsq->bgrls", query[:, :, :, rows], key[:, :, : rows.stop], preferred_element_type=jnp.float32
-    )
-    causal = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(rows.stop)
-    visible = causal & (segment_ids[:, rows, None] == segment_ids[:, None, : rows.stop])
+    scores = jnp.einsum("bgrlq,bgsq->bgrls", query[:, :, :, rows], key[:, :, seen], preferred_element_type=jnp.float32)
+    (query_segments, query_order), (key_segments, key_order) = places
+    if query_order is None:
+        causal = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(seen.stop)
+    else:
+        causal = query_order[:, rows, None] >= key_order[:, None, seen]
+    visible = causal & (query_segments[:, rows, None] == key_segments[:, None, seen])
     return jnp.where(visible[:, None, None], scores * scale, -1e30)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, query, key, value, segment_ids):
-    return _forward(scale, query, key, value, segment_ids)[0]
+def _attention(scale, query, key, value, places):
+    return _forward(scale, query, key, value, places)[0]
 
 
-def _forward(scale, query, key, value, segment_ids):
+def _forward(scale, query, key, value, places):
     outputs, log_sums = [], []
-    for rows in _blocks(query.shape[3]):
-        scores = _scores(query, key, segment_ids, rows, scale)
+    for rows, seen in _blocks(query.shape[3], places):
+        scores = _scores(query, key, places, rows, seen, scale)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = jnp.einsum(
             "bgrls,bgsv->bgrlv",
             weights.astype(value.dtype),
-            value[:, :, : rows.stop],
+            value[:, :, seen],
             preferred_element_type=jnp.float32,
         )
         outputs.append((out / total).astype(value.dtype))
@@ -79,18 +88,18 @@ def _forward(scale, query, key, value, segment_ids):
     # Named here, not by the caller: these very arrays are what the backward pass needs.
     out = checkpoint_name(jnp.concatenate(outputs, axis=3), "attention_output")
     log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), "attention_output")
-    return out, (query, key, value, segment_ids, out, log_sum)
+    return out, (query, key, value, places, out, log_sum)
 
 
 def _backward(scale, saved, d_out):
-    query, key, value, segment_ids, out, log_sum = saved
+    query, key, value, places, out, log_sum = saved
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_key, d_value = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (key, value))
     d_query = []
-    for rows in _blocks(query.shape[3]):
-        weights = jnp.exp(_scores(query, key, segment_ids, rows, scale) - log_sum[:, :, :, rows])
-        d_rows, seen = d_out[:, :, :, rows], slice(0, rows.stop)
+    for rows, seen in _blocks(query.shape[3], places):
+        weights = jnp.exp(_scores(query, key, places, rows, seen, scale) - log_sum[:, :, :, rows])
+        d_rows = d_out[:, :, :, rows]
         d_weights = product("bgrlv,bgsv->bgrls", d_rows, value[:, :, seen])
         d_scores = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(query.dtype)
         # Transposed, so that the small operand is put into another order and not the scores.

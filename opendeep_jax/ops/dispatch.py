@@ -1,6 +1,6 @@
 """Tokens to their experts and back, dropless: sort the (token, choice) pairs by expert, multiply by groups, undo.
 
-T tokens, K experts chosen per token, E experts, D model width, F expert width.
+T tokens, K experts chosen per token, E experts, D model width, F expert width, M rows of the experts.
 """
 
 import jax
@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.fp8_matmul import fp8_grouped_matmul
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from opendeep_jax.config.schema import ExecutionConfig
+from opendeep_jax.ops.exchange_rows import Slots, copies, sums
 
 
 def routed_experts(
@@ -18,17 +21,51 @@ def routed_experts(
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
+    execution: ExecutionConfig | None = None,
+    precision: str = "default",
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's chosen SwiGLU experts, `sum_k w_k (silu(x G_k) * (x U_k)) D_k`, in x's dtype.
 
     The weight goes in before the down projection, where rows are narrow and its gradient needs no expert's output.
+    `ops.exchange.exchanged_experts` is the same where the experts lie on several devices.
+
+    Args:
+        execution: `grouped_matmul` names the kernels' implementation; None for the platform's own.
+        precision: that of the experts' matmuls, as in `ModelConfig.precision`.
     """
     order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, gate.shape[0]), "routing")
-    rows = scatter_to_experts(x, order, inverse)
-    gated = checkpoint_name(grouped_matmul(rows, gate, group_sizes), "expert_gate")
-    upped = checkpoint_name(grouped_matmul(rows, up, group_sizes), "expert_up")
-    hidden = jax.nn.silu(gated) * upped * weights.reshape(-1, 1)[order].astype(x.dtype)
-    return gather_from_experts(grouped_matmul(hidden, down, group_sizes), order, inverse)
+    places = Slots(order // indices.shape[1], inverse.T)
+    row_weights = weights.reshape(-1).at[order].get(unique_indices=True, mode="promise_in_bounds")
+    rows = grouped_experts(copies(x, places), row_weights, gate, up, down, group_sizes, execution, precision)
+    return sums(rows, places, x.shape[0])
+
+
+def grouped_experts(
+    rows: Float[Array, "M D"],
+    row_weights: Float[Array, "M"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    group_sizes: Int[Array, "E"],
+    execution: ExecutionConfig | None = None,
+    precision: str = "default",
+    expected_rows: int | None = None,
+) -> Float[Array, "M D"]:
+    """Rows sorted by expert through their own expert's SwiGLU, each times its weight; zeros beyond the groups.
+
+    Args:
+        row_weights: of any float dtype.
+        execution, precision: as for `routed_experts`.
+        expected_rows: how many of the M rows are there when experts are balanced, for the kernels' cost; None for all.
+    """
+    if precision == "fp8":
+        gated = checkpoint_name(fp8_grouped_matmul(rows, gate, group_sizes), "expert_gate")
+        upped = checkpoint_name(fp8_grouped_matmul(rows, up, group_sizes), "expert_up")
+        hidden = jax.nn.silu(gated) * upped * row_weights[:, None].astype(rows.dtype)
+        return fp8_grouped_matmul(hidden, down, group_sizes)
+    implementation = (execution and execution.grouped_matmul) or None
+    hidden = grouped_swiglu(rows, gate, up, group_sizes, row_weights, implementation, expected_rows)
+    return grouped_matmul(hidden, down, group_sizes, implementation, expected_rows)
 
 
 def sort_by_expert(
@@ -40,36 +77,3 @@ def sort_by_expert(
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     return order, inverse.reshape(indices.shape), group_sizes
-
-
-@jax.custom_vjp
-def scatter_to_experts(x, order, inverse):
-    """Rows of x [T, D] in expert order, [T*K, D], each token once for each of its experts."""
-    return x[order // inverse.shape[1]]
-
-
-@jax.custom_vjp
-def gather_from_experts(rows, order, inverse):
-    """Rows in expert order [T*K, D] back in token order, summed over a token's experts: [T, D]."""
-    return jnp.sum(rows[inverse], axis=1, dtype=jnp.float32).astype(rows.dtype)
-
-
-# Each one's derivative is the other: gathers both, where autodiff would make slow scatters.
-def _scatter_forward(x, order, inverse):
-    return scatter_to_experts(x, order, inverse), (order, inverse)
-
-
-def _scatter_backward(saved, cotangent):
-    return gather_from_experts(cotangent, *saved), None, None
-
-
-def _gather_forward(rows, order, inverse):
-    return gather_from_experts(rows, order, inverse), (order, inverse)
-
-
-def _gather_backward(saved, cotangent):
-    return scatter_to_experts(cotangent, *saved), None, None
-
-
-scatter_to_experts.defvjp(_scatter_forward, _scatter_backward)
-gather_from_experts.defvjp(_gather_forward, _gather_backward)

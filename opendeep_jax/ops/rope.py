@@ -44,6 +44,11 @@ def rotations(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
+def halves_first(x: Float[Array, "... R"]) -> Float[Array, "... R"]:
+    """Pairs (0, 1), (2, 3), … of the last axis put as two halves, so that `rotate` turns them without interleaving."""
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
 def rotate(
     x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 R/2"], sine: Float[Array, "B L 1 R/2"], interleaved: bool
 ) -> Float[Array, "B L H R"]:

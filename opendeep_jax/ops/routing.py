@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opendeep_jax.config.rules import LENGTH_AXES
+from opendeep_jax.parallel.collectives import axis_size, psum
+
 
 def route(
     logits: Float[Array, "B L E"], bias: Float[Array, "E"] | None, moe
@@ -51,13 +54,15 @@ def sequence_balance_loss(
 ) -> Float[Array, "B"]:
     """V3's sequence-wise balance loss of each row, `sum_e f_e P_e` (equations 17 to 20), without its weight.
 
-    `f_e = E / (K T) * count_e` carries no gradient; `P_e` is the mean of the row's normalised scores.
+    `f_e = E / (K T) * count_e` carries no gradient; `P_e` is the mean of the row's normalised scores. Where rows are
+    divided over devices, T, counts and means are the whole row's, and each device returns an equal share of the loss.
     """
-    tokens = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None]
-    fraction = counts * (scores.shape[-1] / experts_per_token) / tokens
+    row_tokens, row_counts = psum((jnp.sum(valid, axis=1, dtype=jnp.float32), counts), LENGTH_AXES)
+    row_tokens = jnp.maximum(row_tokens, 1.0)[:, None]
+    fraction = row_counts * (scores.shape[-1] / experts_per_token) / row_tokens
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    mean_share = jnp.sum(jnp.where(valid[..., None], share, 0.0), axis=1) / tokens
-    return jnp.sum(jax.lax.stop_gradient(fraction) * mean_share, axis=-1)
+    mean_share = psum(jnp.sum(jnp.where(valid[..., None], share, 0.0), axis=1), LENGTH_AXES) / row_tokens
+    return jnp.sum(jax.lax.stop_gradient(fraction) * mean_share, axis=-1) / axis_size(LENGTH_AXES)
 
 
 def updated_bias(bias: Float[Array, "... E"], load: Int[Array, "... E"], speed) -> Float[Array, "... E"]:

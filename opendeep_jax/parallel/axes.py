@@ -1,67 +1,120 @@
-"""Logical axes to mesh axes: the one table that says how a run is sharded.
+"""Logical axes to mesh axes: the one table that says how a run's weights lie on its devices.
 
-Weights name their axes where they are made, activations where they are constrained; neither knows the mesh.
+Weights name their axes where they are made and know nothing of the mesh. A weight is divided along each axis that the
+table names; some of these parts are gathered when a layer begins (FSDP, ZeRO-3), the others are what a device computes
+with: its heads, its columns, its experts.
 """
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
-BATCH_AXES = ("data", "fsdp")
+from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
+from opendeep_jax.config.rules import MESH_AXES as MESH_AXES
+from opendeep_jax.parallel.collectives import all_gather
 
-MESH_AXES = {
-    "batch": BATCH_AXES,
-    "length": "context",
-    "embed": "fsdp",
-    "rank": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "experts": "expert",
-    # Never divided: "layers", "head_dim", "norm", "router".
+
+class Rule(NamedTuple):
+    """Where a logical axis lies."""
+
+    mesh_axes: tuple[str, ...]
+    """The mesh axes that divide it."""
+    gathered: bool
+    """Whether a layer begins by gathering it; else each device works on its own part."""
+
+
+LOGICAL_AXES = {
+    "embed": Rule(("fsdp",), gathered=True),
+    "embed_over_experts": Rule(("fsdp", "expert"), gathered=True),
+    "vocab": Rule(("tensor",), gathered=True),
+    "heads": Rule(("tensor",), gathered=False),
+    "mlp": Rule(("tensor",), gathered=False),
+    "experts": Rule(("expert",), gathered=False),
+    "expert_embed": Rule(("fsdp",), gathered=True),
+    "expert_mlp": Rule(("tensor",), gathered=True),
+    # Never divided: "head_dim", "norm", "router"; "layers" where there is one stage.
 }
 
-
-def partition_spec(logical_axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The spec of an array whose dimensions have these names; a dimension that its mesh axis can't divide is whole."""
-    spec = []
-    for name, size in zip(logical_axes, shape, strict=True):
-        axes = MESH_AXES.get(name)
-        ways = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-        spec.append(axes if ways > 1 and size % ways == 0 else None)
-    return PartitionSpec(*spec)
+BATCH_SPEC = PartitionSpec(ROW_AXES, LENGTH_AXES)
+"""Where a batch's [rows, length] lies."""
 
 
-def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Places an activation on the mesh in use by its axes' names; without a mesh, x itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes, x.shape, mesh))
+def partition_spec(
+    logical_axes: tuple[str | None, ...], shape: tuple[int, ...], mesh, at_rest: bool = False
+) -> PartitionSpec:
+    """The spec of a weight whose dimensions have these names; a dimension that its mesh axis can't divide is whole.
 
-
-def batch_shards() -> int:
-    """How many parts the batch is divided into on the mesh in use; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def per_batch_shard(function: Callable, batched: int) -> Callable:
-    """`function` on each device's own rows: its first `batched` arguments are divided along their first axis, which is
-    the batch, the others are whole; the result is divided like the batch. Where the batch can't be divided, and without
-    a mesh, every device runs `function` on all rows.
+    Args:
+        at_rest: between steps, where what `fsdp` divides is divided over the pipeline's stages too.
     """
-    if batch_shards() == 1:
-        return function
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = PartitionSpec(BATCH_AXES)
+    def part(name: str | None, size: int) -> tuple[str, ...] | str | None:
+        axes = LOGICAL_AXES[name].mesh_axes if name in LOGICAL_AXES else ()
+        choices = [("stage", *axes)] if at_rest and "fsdp" in axes else []
+        for choice in [*choices, axes]:
+            present = tuple(axis for axis in choice if mesh.shape[axis] > 1)
+            if present and size % math.prod(mesh.shape[axis] for axis in present) == 0:
+                return present if len(present) > 1 else present[0]
+        return None
 
-    def divided(*arguments):
-        if arguments[0].shape[0] % batch_shards():
-            return function(*arguments)
-        specs = tuple(rows if i < batched else PartitionSpec() for i in range(len(arguments)))
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
+    return PartitionSpec(*(part(name, size) for name, size in zip(logical_axes, shape, strict=True)))
 
-    return divided
+
+def weight_specs(skeleton, mesh, at_rest: bool = False) -> dict[str, PartitionSpec]:
+    """`partition_spec` of each array of a `models.parameters.Skeleton`."""
+    axes = skeleton.axes()
+    return {name: partition_spec(axes[name], x.shape, mesh, at_rest) for name, x in skeleton.shapes().items()}
+
+
+def replica_axes(spec: PartitionSpec, mesh) -> tuple[str, ...]:
+    """Mesh axes along which devices hold copies of an array of this spec."""
+    used = {name for part in spec for name in ((part,) if isinstance(part, str) else part or ())}
+    return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in used)
+
+
+def divided_further(spec: PartitionSpec, shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """The spec of a weight's moments when those who hold copies of it divide them: along one dimension more, the first
+    that takes all of them or, one after another, as many as it can.
+    """
+    parts = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+    for axis in replica_axes(spec, mesh):
+        for i, size in enumerate(shape):
+            if size % math.prod(mesh.shape[name] for name in (*parts[i], axis)) == 0:
+                parts[i] = (*parts[i], axis)
+                break
+    return PartitionSpec(*(part or None for part in parts))
+
+
+def gather_weight(weight: jax.Array, logical_axes: tuple[str | None, ...], spec: PartitionSpec, dtype) -> jax.Array:
+    """A layer's weight as the device computes with it, in the compute dtype; what is in float32 by rule stays so.
+
+    It is cast before it travels. The gradient comes back through a reduce-scatter, so that no device ever holds more of
+    it than its part.
+    """
+    if jnp.ndim(weight) > 1 and "router" not in logical_axes:
+        weight = weight.astype(dtype)
+    for dimension, (name, mesh_axes) in enumerate(zip(logical_axes, spec, strict=True)):
+        if mesh_axes and LOGICAL_AXES[name].gathered:
+            weight = all_gather(weight, mesh_axes, dimension)
+    return weight
+
+
+def row_shards(mesh) -> int:
+    """Parts that the rows of a batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def length_shards(mesh) -> int:
+    """Parts that each row is divided into."""
+    return math.prod(mesh.shape[axis] for axis in LENGTH_AXES)
+
+
+def balanced_order(length: int, context: int) -> np.ndarray:
+    """The order in which a row is laid before `context` devices divide it: device i gets parts i and 2 context - 1 - i
+    of 2 context equal parts, so that under a causal mask all have the same work.
+    """
+    parts = np.arange(length, dtype=np.int32).reshape(2 * context, -1)
+    return np.concatenate([parts[[i, 2 * context - 1 - i]].reshape(-1) for i in range(context)])

@@ -9,17 +9,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
+from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import open_data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
-from opendeep_jax.ops.losses import chunked_cross_entropy
+from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
+from opendeep_jax.parallel.collectives import psum
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.train.inputs import make_inputs
+from opendeep_jax.train.losses import summed_cross_entropy
 from opendeep_jax.train.programs import use_compilation_cache
 from opendeep_jax.train.run_directory import check_same_data
 
@@ -35,21 +39,27 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
     Args:
         token_bytes: int32 [tokenizer's vocabulary], the bytes of each token.
     """
-    sizes = jnp.asarray(np.pad(token_bytes, (0, config.model.vocab_size - len(token_bytes))))
+    sizes = np.pad(token_bytes, (0, config.model.vocab_size - len(token_bytes)))
+
+    def device_sums(params, router_bias, inputs):
+        model, batch = skeleton.model(params, router_bias), inputs.batch
+        hidden = model.forward(batch.tokens, batch.segment_ids, batch.positions, order=inputs.order).hidden
+        nats, _ = summed_cross_entropy(config, hidden, model.head_kernel(), batch.targets, batch.loss_mask)
+        num_bytes = jnp.sum(jnp.where(batch.loss_mask, jnp.asarray(sizes)[batch.targets], 0))
+        return psum((nats, jnp.sum(batch.loss_mask), num_bytes), ROW_AXES + LENGTH_AXES)
+
+    whole, specs = PartitionSpec(), weight_specs(skeleton, mesh)
 
     @jax.jit
     def sums(params, router_bias, batch):
-        model = skeleton.model(params, router_bias)
-        hidden = model.forward(batch.tokens, batch.segment_ids, batch.positions).hidden
-        nats, _ = chunked_cross_entropy(
-            hidden, model.head_kernel(), batch.targets, batch.loss_mask, config.train.loss_chunk
-        )
-        num_bytes = jnp.sum(jnp.where(batch.loss_mask, sizes[batch.targets], 0))
-        return nats, jnp.sum(batch.loss_mask), num_bytes
+        in_specs = ({name: specs[name] for name in params}, whole, BATCH_SPEC)
+        divided = jax.shard_map(device_sums, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+        return divided(params, router_bias, make_inputs(batch, 0, mesh))
 
     def evaluate(params: Arrays, router_bias: Arrays, batches: Iterable[Batch]) -> dict[str, float]:
         with jax.set_mesh(mesh):
-            parts = [sums(params, router_bias, put_batch(pad_rows(batch, mesh.size), mesh)) for batch in batches]
+            padded = (put_batch(pad_rows(batch, row_shards(mesh)), mesh) for batch in batches)
+            parts = [sums(params, router_bias, batch) for batch in padded]
         nats, tokens, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
         return {
             "held_out_loss": nats / max(tokens, 1),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas.target import PLATFORMS, chip, platform
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
@@ -20,13 +21,38 @@ def use_compilation_cache(config: RunConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+_SPARSE_CORE = "xla_tpu_enable_sparse_core_collective_offload"
+COMPILER_OPTIONS = {
+    # Gathers and scatters of weights run beside the matmuls only when the SparseCores take them.
+    "v5p": {
+        f"{_SPARSE_CORE}_all_gather": "true",
+        f"{_SPARSE_CORE}_2d_all_gather": "true",
+        f"{_SPARSE_CORE}_reduce_scatter": "true",
+        f"{_SPARSE_CORE}_nd_reduce_scatter": "true",
+    },
+    # On a CPU most work is in library matmuls; more effort compiles a quarter longer and runs no faster.
+    "cpu": {"xla_backend_optimization_level": 1},
+}
+"""The compiler's options for a training step, by chip (`kernels_pallas.target.chip`)."""
+
+
+def compiler_options(config: RunConfig, chip: str, platform: str) -> dict[str, str | int]:
+    """The options for a run's training step: the chip's, then the configuration's own for this platform.
+
+    Args:
+        chip, platform: as `kernels_pallas.target` names them.
+    """
+    others = tuple(f"xla_{other}_" for other in PLATFORMS if other != platform)
+    own = dict(option.split("=", 1) for option in config.train.compiler_options if not option.startswith(others))
+    return COMPILER_OPTIONS.get(chip, {}) | own
+
+
 class Programs:
     """The compiled training step for each shape of the run's batches, made when it is first needed."""
 
     def __init__(self, config: RunConfig, step_function, template: TrainState, mesh: Mesh):
         self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
-        # On a CPU most work is in library matmuls; more effort compiles a quarter longer and runs no faster.
-        self.effort = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        self.options = compiler_options(config, chip(), platform())
         self.compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
 
     def has(self, step: int) -> bool:
@@ -41,7 +67,7 @@ class Programs:
             whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
             mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
             batch = Batch(whole, whole, mask, whole, whole)
-            self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.effort)
+            self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.options)
         return self.compiled[shape]
 
     def _shape(self, step: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
-from opendeep_jax.parallel.axes import partition_spec
+from opendeep_jax.parallel.axes import divided_further, partition_spec
 
 
 class TrainState(NamedTuple):
@@ -34,15 +34,22 @@ def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias)
 
 
-def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh) -> TrainState:
-    """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries."""
+def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh, zero_1: bool = False) -> TrainState:
+    """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries.
+
+    Args:
+        zero_1: moments are divided over the devices that hold copies of their weight, too.
+    """
     axes = skeleton.axes()
 
     def sharding(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in axes]
-        if names and len(axes[names[-1]]) == len(leaf.shape):
-            return NamedSharding(mesh, partition_spec(axes[names[-1]], leaf.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+        if not names or len(axes[names[-1]]) != len(leaf.shape):
+            return NamedSharding(mesh, PartitionSpec())
+        spec = partition_spec(axes[names[-1]], leaf.shape, mesh, at_rest=True)
+        if zero_1 and isinstance(path[0], jax.tree_util.GetAttrKey) and path[0].name == "opt_state":
+            spec = divided_further(spec, leaf.shape, mesh)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -56,7 +63,8 @@ def abstract_state(
     def placed(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh))
+    zero_1 = config.parallel.shard_optimizer_over_replicas
+    return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh, zero_1))
 
 
 def create_state(config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:

@@ -4,25 +4,26 @@ Losses are means over all valid targets of the global batch, whatever its cut in
 counts are taken first, then each part adds its share. Expert loads are global in the same way.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from opendeep_jax.config.schedule import step_at_tokens
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.models.decoder import shift_left
 from opendeep_jax.models.parameters import Arrays, Skeleton
-from opendeep_jax.ops.losses import chunked_cross_entropy
 from opendeep_jax.ops.routing import updated_bias
-from opendeep_jax.parallel.axes import constrain
+from opendeep_jax.parallel.axes import BATCH_SPEC, replica_axes, weight_specs
+from opendeep_jax.parallel.collectives import psum
+from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
+from opendeep_jax.train.losses import Metrics, losses
 from opendeep_jax.train.optimizer import learning_rate_schedule
-from opendeep_jax.train.state import TrainState
-
-Metrics = dict[str, jax.Array]
+from opendeep_jax.train.pipelined import pipelined_gradients
+from opendeep_jax.train.state import TrainState, state_shardings
 
 
 def make_train_step(
@@ -30,9 +31,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function `(state, batch) -> (state, metrics)`; jit it once and donate the state."""
     schedule = learning_rate_schedule(config)
+    zero_1 = config.parallel.shard_optimizer_over_replicas
+
+    def in_place(state: TrainState) -> TrainState:
+        """Each array where it lay before the step, so that the new state can take the old one's memory."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return state
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, skeleton, mesh, zero_1))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = batch_gradients(config, skeleton, state, batch)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         grad_norm = optax.global_norm(grads)
         if config.optimizer.clip_norm:
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-12))
@@ -44,111 +54,91 @@ def make_train_step(
         router_bias = {name: updated_bias(bias, load[name], speed) for name, bias in state.router_bias.items()}
         rate = config.optimizer.learning_rate * schedule(state.step)
         metrics = {**sums, "grad_norm": grad_norm, "learning_rate": rate, "load": load, "router_bias": router_bias}
-        return TrainState(state.step + 1, params, opt_state, router_bias), metrics
+        return in_place(TrainState(state.step + 1, params, opt_state, router_bias)), metrics
 
     return train_step
 
 
 def batch_gradients(config: RunConfig, skeleton: Skeleton, state: TrainState, batch: Batch) -> tuple[Arrays, Metrics]:
-    """Gradients of the global batch's loss in float32, and its metrics, micro-batch after micro-batch."""
-    counts = target_counts(config, batch)
-    gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
-    axes = skeleton.axes()
+    """Gradients of the global batch's loss, each lying where its weight lies, and the batch's metrics.
 
-    def micro_gradient(micro: Batch) -> tuple[Arrays, Metrics]:
-        (_, sums), grads = gradient(config, skeleton, state.params, state.router_bias, micro, counts, state.step)
-        # A gradient lies where its weight lies: each device adds up its own share and never holds another's.
-        return {name: constrain(grad, *axes[name]) for name, grad in grads.items()}, sums
+    One program for each device: it takes its rows through its part of the model, micro-batch after micro-batch, and
+    tells the others what they need (`parallel.collectives`). Without a mesh it is the whole.
+    """
+    mesh, depth = jax.sharding.get_abstract_mesh(), config.model.mtp.depth
+    # Gradients are taken of what is multiplied by, and so have its dtype: a reduce-scatter in bfloat16 gives no more.
+    params = skeleton.in_compute_dtype(state.params, config.model.dtype)
+    inputs = (params, state.router_bias, make_inputs(batch, depth, mesh), target_counts(batch, depth), state.step)
+    if mesh.empty:
+        return device_gradients(config, skeleton, {}, *inputs)
+    if mesh.shape["stage"] > 1:
+        return pipelined_gradients(config, skeleton, *inputs)
+    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
+    divided = jax.shard_map(
+        functools.partial(device_gradients, config, skeleton, specs),
+        mesh=mesh,
+        in_specs=({name: specs[name] for name in state.params}, whole, BATCH_SPEC, whole, whole),
+        out_specs=({name: specs[name] for name in state.params}, whole),
+        check_vma=False,
+    )
+    return divided(*inputs)
+
+
+def device_gradients(
+    config: RunConfig, skeleton: Skeleton, specs, params: Arrays, router_bias: Arrays, inputs: Inputs, counts, step
+) -> tuple[Arrays, Metrics]:
+    """One device's program: gradients of its weights' parts, and the global batch's metrics.
+
+    A micro-batch's gradients come back divided like the weights; over the devices that hold copies they are added up
+    once, at the end.
+    """
+    gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
+
+    def micro_gradient(micro: Inputs) -> tuple[Arrays, Metrics]:
+        (_, sums), grads = gradient(config, skeleton, params, router_bias, micro, counts, step)
+        return grads, sums
 
     micros = config.train.accumulation_steps
     if micros == 1:
-        return micro_gradient(batch)
+        grads, sums = micro_gradient(inputs)
+    else:
+        micro_batches = jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), inputs)
+        shapes = jax.eval_shape(micro_gradient, jax.tree.map(lambda x: x[0], micro_batches))
+        # Sums of bfloat16 gradients are kept in float32.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, "float32" if x.dtype == jnp.bfloat16 else x.dtype), shapes)
 
-    def cut(x):
-        # Every micro-batch takes its rows from all devices: row r goes to micro-batch r % micros.
-        x = jnp.moveaxis(x.reshape(-1, micros, *x.shape[1:]), 1, 0)
-        return constrain(x, None, "batch", "length")
+        def accumulate(total, micro):
+            return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
 
-    micro_batches = jax.tree.map(cut, batch)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_gradient, first))
-
-    def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
-
-    total, _ = jax.lax.scan(accumulate, zeros, micro_batches)
-    return total
+        (grads, sums), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+    mesh = jax.sharding.get_abstract_mesh()
+    return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
 
 
-class TargetCounts(NamedTuple):
-    """What each sum of the global batch's loss is divided by."""
+def sum_over_copies(grads: Arrays, specs: dict[str, PartitionSpec], mesh) -> Arrays:
+    """Each gradient summed, in float32, over the devices that hold copies of its weight."""
 
-    targets: jax.Array
-    """Valid targets of the main model, float32."""
-    mtp_targets: list[jax.Array]
-    """Valid targets of each MTP module, float32."""
-    rows: int
-    """Rows of the batch."""
+    def whole(name: str, grad: jax.Array) -> jax.Array:
+        copies = replica_axes(specs.get(name, ()), mesh)
+        return psum(grad.astype(jnp.float32), copies) if copies else grad
 
-
-def target_counts(config: RunConfig, batch: Batch) -> TargetCounts:
-    """Counts a global batch; at least 1 target each, so that nothing is divided by 0."""
-    masks = [batch.loss_mask, *mtp_masks(batch.loss_mask, config.model.mtp.depth)]
-    counts = [jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0) for mask in masks]
-    return TargetCounts(counts[0], counts[1:], batch.tokens.shape[0])
-
-
-def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
-    """Where module k = 1, 2, … has a target: the k + 1 tokens after a position all belong to its document."""
-    masks, mask = [], loss_mask
-    for k in range(1, depth + 1):
-        mask = mask & shift_left(loss_mask, k)
-        masks.append(mask)
-    return masks
+    return {name: whole(name, grad) for name, grad in grads.items()}
 
 
 def batch_loss(
-    config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, batch: Batch, counts: TargetCounts, step
+    config: RunConfig,
+    skeleton: Skeleton,
+    params: Arrays,
+    router_bias: Arrays,
+    inputs: Inputs,
+    counts: TargetCounts,
+    step,
 ) -> tuple[jax.Array, Metrics]:
-    """This (micro-)batch's share of the global batch's loss, and its share of every metric."""
-    model, train, mtp = skeleton.model(params, router_bias), config.train, config.model.mtp
-    out = model.forward(batch.tokens, batch.segment_ids, batch.positions, batch.targets if mtp.depth else None)
-    head = model.head_kernel()
-
-    def cross_entropy(hidden, targets, mask, count):
-        total, each = chunked_cross_entropy(hidden, head, targets, mask, train.loss_chunk, train.z_loss_weight)
-        return total / count, jnp.sum(each) / count
-
-    loss, lm_loss = cross_entropy(out.hidden, batch.targets, batch.loss_mask, counts.targets)
-    metrics = {"lm_loss": lm_loss}
-    if train.z_loss_weight:
-        metrics["z_loss"] = jax.lax.stop_gradient(loss) - lm_loss
-    if mtp.depth:
-        masks = mtp_masks(batch.loss_mask, mtp.depth)
-        parts = [
-            cross_entropy(hidden, shift_left(batch.targets, k), mask, count)
-            for k, (hidden, mask, count) in enumerate(zip(out.mtp_hidden, masks, counts.mtp_targets, strict=True), 1)
-        ]
-        loss += mtp_loss_weight(config, step) * sum(total for total, _ in parts) / mtp.depth
-        metrics["mtp_loss"] = sum(mean for _, mean in parts) / mtp.depth
-    routers = {"moe_layers.moe.router_bias": out.moe_layers}
-    routers |= {f"mtp.{i}.block.moe.router_bias": stats for i, stats in enumerate(out.mtp)}
-    routers = {name: stats for name, stats in routers.items() if stats is not None}
-    if routers:
-        balance = sum(jnp.sum(stats.balance_loss) for stats in routers.values()) / counts.rows
-        loss += config.model.moe.balance_loss_weight * balance
-        metrics["balance_loss"] = jax.lax.stop_gradient(balance)
-    metrics["load"] = {name: stats.load for name, stats in routers.items()}
-    metrics["loss"] = jax.lax.stop_gradient(loss)
-    return loss, metrics
-
-
-def mtp_loss_weight(config: RunConfig, step) -> jax.Array:
-    """V3: 0.3 for the first 10T tokens, then 0.1."""
-    mtp = config.model.mtp
-    if not mtp.final_from_tokens:
-        return jnp.float32(mtp.loss_weight)
-    return jnp.where(step < step_at_tokens(config, mtp.final_from_tokens), mtp.loss_weight, mtp.final_loss_weight)
+    """These rows' share of the global batch's loss, and their share of every metric."""
+    model, batch = skeleton.model(params, router_bias), inputs.batch
+    mtp_tokens = [module.tokens for module in inputs.mtp]
+    out = model.forward(batch.tokens, batch.segment_ids, batch.positions, mtp_tokens, inputs.order)
+    return losses(config, model, out, inputs, counts, step)
 
 
 def bias_update_speed(config: RunConfig, step) -> jax.Array:

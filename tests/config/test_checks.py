@@ -115,8 +115,12 @@ CONTRADICTIONS = {
     "parallel.data = -1": lambda: run(parallel=ParallelConfig(data=-1)),
     "parallel.fsdp = 0": lambda: run(parallel=ParallelConfig(fsdp=0)),
     "parallel.expert = 2": lambda: run(parallel=ParallelConfig(expert=2)),
-    "parallel.context = 4": lambda: run(parallel=ParallelConfig(context=4)),
-    "parallel.tensor = -1": lambda: run(parallel=ParallelConfig(fsdp=1, tensor=-1)),
+    "parallel.stage = 8": lambda: run(parallel=ParallelConfig(stage=8)),
+    "parallel.stage_chunks = 0": lambda: run(parallel=ParallelConfig(stage_chunks=0)),
+    "data.sequence_length = 36": lambda: run(
+        data=DataConfig(sequence_length=36), parallel=ParallelConfig(context=4, tensor=2)
+    ),
+    "model.attention.num_heads = 8": lambda: run(parallel=ParallelConfig(tensor=3)),
 }
 
 

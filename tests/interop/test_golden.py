@@ -98,7 +98,7 @@ def test_mtp_logits_equal_those_of_transformers():
     tokens = jnp.asarray(golden["tokens"])
 
     def mtp_logits(tokens):
-        (hidden,) = model.forward(tokens, next_tokens=jnp.roll(tokens, -1, axis=1)).mtp_hidden
+        (hidden,) = model.forward(tokens, mtp_tokens=[jnp.roll(tokens, -1, axis=1)]).mtp_hidden
         return hidden @ model.head_kernel()
 
     np.testing.assert_allclose(

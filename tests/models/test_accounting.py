@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,12 @@ from flax import nnx
 from jaxprs import matmul_flops
 from small_models import DENSE, FAMILIES, GQA, V2, V3, dense_attention
 
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.cross_entropy import fused_cross_entropy
 from opendeep_jax.config.load import load_recipe
-from opendeep_jax.config.schema import MTPConfig, RematConfig
+from opendeep_jax.config.schema import ExecutionConfig, MTPConfig, RematConfig
 from opendeep_jax.models import attention
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import skeleton
-from opendeep_jax.ops import dispatch
-from opendeep_jax.ops.losses import chunked_cross_entropy
 
 MORE = {
     "v3 with two MTP modules": dataclasses.replace(V3, mtp=MTPConfig(depth=2)),
@@ -93,11 +90,13 @@ def counted_flops(config, backward: bool) -> float:
 
     def loss(params, router_bias):
         model = bones.model(params, router_bias)
-        out = model.forward(tokens, next_tokens=tokens if config.mtp.depth else None)
+        out = model.forward(tokens, mtp_tokens=[tokens] * config.mtp.depth)
         head, mask = model.head_kernel(), tokens == 0
         # One chunk: a length that no chunk divides is padded, and padding is no work of the model.
         outputs = (out.hidden, *out.mtp_hidden)
-        return sum(chunked_cross_entropy(hidden, head, tokens, mask, ROWS * LENGTH)[0] for hidden in outputs)
+        flat = [x.reshape(ROWS * LENGTH, -1) for x in outputs]
+        tokens_and_mask = tokens.reshape(-1), mask.reshape(-1)
+        return sum(fused_cross_entropy(x, head, *tokens_and_mask, chunk=ROWS * LENGTH)[0] for x in flat)
 
     shapes = bones.shapes(nnx.Param), {n: s for n, s in bones.shapes().items() if n.endswith("router_bias")}
     return matmul_flops(jax.make_jaxpr(jax.grad(loss) if backward else loss)(*shapes)) / (ROWS * LENGTH)
@@ -106,11 +105,17 @@ def counted_flops(config, backward: bool) -> float:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize("name", [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP"])
 def test_flops_are_those_that_the_jaxpr_counts(name, backward, monkeypatch):
-    # XLA's own ragged matmul is one operation, whose work can be read off its shapes.
-    monkeypatch.setattr(dispatch, "grouped_matmul", partial(grouped_matmul, implementation="ragged_dot"))
     # What is computed twice to save memory is no work of the model: no remat, and attention as autodiff has it.
-    monkeypatch.setattr(attention, "causal_attention", dense_attention)
-    config = dataclasses.replace((FAMILIES | MORE)[name], remat=RematConfig(dense="none", moe="none"))
+    # XLA's own ragged matmul is one operation, whose work can be read off its shapes.
+    def dense(query, key, value, query_segments, key_segments, query_order, key_order, scale):
+        return dense_attention(query, key, value, query_segments, scale)
+
+    monkeypatch.setattr(attention, "causal_attention", dense)
+    config = dataclasses.replace(
+        (FAMILIES | MORE)[name],
+        remat=RematConfig(dense="none", moe="none"),
+        execution=ExecutionConfig(attention="reference", grouped_matmul="ragged_dot"),
+    )
     flops = flops_per_token(config, LENGTH, backward=backward, causal=False)
     assert flops.total == pytest.approx(counted_flops(config, backward), rel=0.02)
 

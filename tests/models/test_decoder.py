@@ -20,9 +20,10 @@ from small_models import (
 )
 
 from opendeep_jax.config.schema import MTPConfig, RematConfig, RopeConfig
-from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.decoder import Decoder, shift_left
 from opendeep_jax.models.parameters import skeleton, split
-from opendeep_jax.train.step import batch_loss, mtp_masks, target_counts
+from opendeep_jax.train.inputs import make_inputs, mtp_masks, target_counts
+from opendeep_jax.train.step import batch_loss
 
 LENGTH = 16
 
@@ -118,7 +119,8 @@ def mtp_hidden():
 
     def forward(params, router_bias, batch):
         model = bones.model(params, router_bias)
-        return jnp.stack(model.forward(batch.tokens, batch.segment_ids, batch.positions, batch.targets).mtp_hidden)
+        following = [batch.targets, shift_left(batch.targets, 1)]
+        return jnp.stack(model.forward(batch.tokens, batch.segment_ids, batch.positions, following).mtp_hidden)
 
     forward = jax.jit(forward)
     return lambda batch: np.asarray(forward(*arrays, batch))
@@ -174,8 +176,9 @@ def loss_and_gradients(model_config):
     bones = skeleton(model_config)
     params, router_bias = random_arrays(bones)
     batch = packed_batch(rows=2)
-    counts = target_counts(config, batch)
-    return jax.value_and_grad(lambda p: batch_loss(config, bones, p, router_bias, batch, counts, 0)[0]), params
+    depth = model_config.mtp.depth
+    inputs, counts = make_inputs(batch, depth, jax.sharding.get_abstract_mesh()), target_counts(batch, depth)
+    return jax.value_and_grad(lambda p: batch_loss(config, bones, p, router_bias, inputs, counts, 0)[0]), params
 
 
 def with_remat(policy, **names):

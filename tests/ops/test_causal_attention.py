@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from small_models import compiled, dense_attention
 
-from opendeep_jax.ops.attention import causal_attention
+from opendeep_jax.ops import attention
 
 SCALE = 0.3
+
+
+def causal_attention(query, key, value, segment_ids, scale):
+    return attention.causal_attention(query, key, value, segment_ids, segment_ids, None, None, scale)
 
 
 def inputs(length, heads=4, groups=2, rows=2):
@@ -44,3 +48,22 @@ def test_large_scores_do_not_overflow_and_bfloat16_stays_bfloat16():
     query, key, value = (x.astype(jnp.bfloat16) for x in (200 * query, key, value))
     out = compiled(lambda *x: causal_attention(*x, 100.0), query, key, value, segment_ids)
     assert out.dtype == jnp.bfloat16 and bool(jnp.all(jnp.isfinite(out)))
+
+
+def test_queries_of_a_part_of_the_row_in_any_order_see_what_they_see_in_the_whole():
+    query, key, value, segment_ids = inputs(37)
+    want = causal_attention(query, key, value, segment_ids, SCALE)
+    random = np.random.default_rng(0)
+    rows, seen = random.permutation(37)[:11], random.permutation(37)
+    order = lambda index: jnp.broadcast_to(jnp.asarray(index), (2, len(index)))  # noqa: E731
+    part = attention.causal_attention(
+        query[:, rows],
+        key[:, seen],
+        value[:, seen],
+        segment_ids[:, rows],
+        segment_ids[:, seen],
+        order(rows),
+        order(seen),
+        SCALE,
+    )
+    np.testing.assert_allclose(part, want[:, rows], atol=2e-6)

@@ -10,7 +10,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.config.schema import CheckpointConfig, OptimizerConfig, ParallelConfig
 from opendeep_jax.models.parameters import skeleton, split
-from opendeep_jax.parallel.mesh import AXES, axis_sizes
+from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train.checkpoint import Checkpoints, load_model, remove_partial_saves
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings
@@ -27,9 +27,7 @@ def state_on(devices: int, step: int = 3, seed: int = 0, **parallel) -> TrainSta
     random = np.random.default_rng(seed)
     opt_state = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 9, x.dtype), opt_state)
     state = TrainState(jnp.int32(step), params, opt_state, router_bias)
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    sizes = axis_sizes(ParallelConfig(**parallel), devices)
-    mesh = jax.make_mesh(sizes, AXES, axis_types=types, devices=jax.devices()[:devices])
+    mesh = make_mesh(ParallelConfig(**parallel), jax.devices()[:devices])
     return jax.device_put(state, state_shardings(state, BONES, mesh))
 
 

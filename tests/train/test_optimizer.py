@@ -13,8 +13,9 @@ from small_models import DENSE, compiled, run_config
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import OptimizerConfig, Phase, TrainConfig
+from opendeep_jax.train.losses import mtp_loss_weight
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.step import bias_update_speed, mtp_loss_weight
+from opendeep_jax.train.step import bias_update_speed
 
 BILLION, TRILLION = 10**9, 10**12
 

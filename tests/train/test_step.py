@@ -9,9 +9,9 @@ import optax
 import pytest
 from small_models import DENSE, GQA, V3, packed_batch, random_arrays, run_config
 
-from opendeep_jax.config.schema import MTPConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from opendeep_jax.config.schema import ExecutionConfig, MTPConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from opendeep_jax.models.parameters import skeleton
-from opendeep_jax.parallel.mesh import AXES, axis_sizes, put_batch
+from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from opendeep_jax.train.step import make_train_step
@@ -28,13 +28,14 @@ def gradients_as_state():
 
 def mesh_of(parallel: ParallelConfig, device_count: int):
     """The mesh of a configuration over the first devices."""
-    sizes = axis_sizes(parallel, device_count)
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=jax.devices()[:device_count])
+    return make_mesh(parallel, jax.devices()[:device_count])
 
 
-def run_step(model=MODEL, batch=BATCH, devices=1, accumulation=1, clip_norm=0.0, z_loss_weight=0.01, **parallel):
+def run_step(
+    model=MODEL, batch=BATCH, devices=1, accumulation=1, clip_norm=0.0, z_loss_weight=0.01, execution=None, **parallel
+):
     """One step from random parameters: (state before, state after with the gradients as opt_state, metrics)."""
+    model = dataclasses.replace(model, execution=ExecutionConfig(**execution or {}))
     config = run_config(
         model,
         optimizer=OptimizerConfig(warmup_steps=0, clip_norm=clip_norm),
@@ -64,6 +65,12 @@ CUTS = {
     "data 8": {"devices": 8, "data": 8},
     "fsdp 8": {"devices": 8, "fsdp": 8},
     "data 2 x fsdp 4, 2 micro-batches": {"devices": 8, "data": 2, "fsdp": 4, "accumulation": 2},
+    "fsdp 4 x expert 2": {"devices": 8, "fsdp": 4, "expert": 2, "execution": {"expert_exchange": "gather"}},
+    "expert 8, two parts": {"devices": 8, "expert": 8, "execution": {"batch_parts": 2}},
+    "fsdp 2 x expert 4, small buffers": {"devices": 8, "fsdp": 2, "expert": 4, "execution": {"exchange_buffer": 0.3}},
+    "fsdp 2 x context 4": {"devices": 8, "fsdp": 2, "context": 4},
+    "expert 2 x context 2 x tensor 2": {"devices": 8, "expert": 2, "context": 2, "tensor": 2},
+    "stage 2 x fsdp 2 x expert 2": {"devices": 8, "stage": 2, "fsdp": 2, "expert": 2, "accumulation": 2},
 }
 
 
@@ -133,7 +140,7 @@ def test_losses_are_means_over_all_valid_targets_and_add_up(reference):
     @jax.jit
     def logits(params, router_bias, batch):
         model = bones.model(params, router_bias)
-        out = model.forward(batch.tokens, batch.segment_ids, batch.positions, batch.targets)
+        out = model.forward(batch.tokens, batch.segment_ids, batch.positions, [batch.targets])
         return [hidden @ model.head_kernel() for hidden in (out.hidden, *out.mtp_hidden)]
 
     main, mtp = logits(before.params, before.router_bias, BATCH)

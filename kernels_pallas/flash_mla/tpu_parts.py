@@ -1,0 +1,67 @@
+"""What the TPU kernels of both directions share.
+
+R = 64 rotated size, l queries and s keys of a block.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+LANES = 128
+ROPE = LANES // 2
+"""Rotated size that the kernels take: two heads fill the lanes."""
+HIDDEN = -1e30
+"""Score of a key that a query may not see; finite, so that no difference of scores is NaN."""
+VMEM_LIMIT = 48 * 2**20
+"""Bytes that a kernel may use; the chips have 64 MiB and more."""
+
+
+class Plan(NamedTuple):
+    """What a call is specialised for."""
+
+    num_heads: int
+    scale: float
+    ordered: bool
+    """Order is the index."""
+    forward_block: tuple[int, int]
+    backward_block: tuple[int, int]
+    chunk: int
+    """Queries whose scores the forward kernel makes at a time."""
+    wide: bool
+    """The matrix unit is wider than a head."""
+    interpret: object
+
+
+def both(key_rope):
+    """The shared part twice [B, S, 2R], under the rotated parts of both heads of a pair."""
+    return jnp.concatenate([key_rope, key_rope], axis=-1)
+
+
+def of_head(pair, head):
+    """One head's half of a pair's rotated parts [·, 2R], zeros in the other: the product then leaves that one out."""
+    lane = lax.broadcasted_iota(jnp.int32, pair.shape, 1)
+    return jnp.where((lane < ROPE) == (head == 0), pair, jnp.zeros_like(pair))
+
+
+def dot(lhs, rhs, contract):
+    """Product over axis contract[0] of lhs and contract[1] of rhs, in float32."""
+    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def visible_keys(query_marks, key_marks):
+    """Which keys [s, 1] the queries [1, l] see; marks [·, l] and [·, s] hold order and segment in their rows."""
+    keys = key_marks.T
+    return (keys[:, 0:1] <= query_marks[0:1]) & (keys[:, 1:2] == query_marks[1:2])
+
+
+def seen_pairs(plan, length, keys):
+    """Pairs of query and key that a row's scores have: of a triangle, or of the half of a rectangle."""
+    return length * (length + 1) // 2 if plan.ordered else length * keys // 2
+
+
+def eight(marks):
+    """Marks [B, 2, ·] as the first of 8 rows, the height of a register."""
+    return jnp.pad(marks, ((0, 0), (0, 6), (0, 0)))

@@ -1,0 +1,62 @@
+"""What a program is being compiled for, and which of a kernel's implementations runs there.
+
+A program may be compiled for chips that are not attached (`jax.experimental.topologies`), so it is the mesh in use
+that says what it will run on, and only without a mesh the machine at hand.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+PLATFORMS = ("cpu", "tpu", "gpu")
+
+CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "v7x",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA H800": "h100",
+    "NVIDIA B200": "b200",
+}
+"""Our name of each chip, by how its `device_kind` begins."""
+
+
+def platform() -> str:
+    """`cpu`, `tpu` or `gpu`: where the program that is being traced will run."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def chip() -> str:
+    """The name in CHIPS of the chip that the program being traced will run on; `cpu`, or its own name if unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    known = [name for name in CHIPS if kind.startswith(name)]
+    return CHIPS[max(known, key=len)] if known else kind
+
+
+def choose(kernel: str, implementations: Mapping[str, tuple[Callable, tuple[str, ...]]], name: str | None) -> Callable:
+    """The implementation `name` of a kernel, or with None the first that the platform at hand has.
+
+    Args:
+        implementations: for each name its function and the platforms that it runs on, the preferred first.
+    Raises:
+        ValueError: for a name that there isn't.
+        NotImplementedError: for a named implementation that this platform lacks.
+    """
+    here = platform()
+    fitting = [key for key, (_, platforms) in implementations.items() if here in platforms]
+    if name is None:
+        return implementations[fitting[0]][0]
+    if name not in implementations:
+        raise ValueError(f"{kernel}: implementation = {name!r}: must be one of {', '.join(implementations)}.")
+    if name not in fitting:
+        raise NotImplementedError(
+            f"{kernel}: implementation = {name!r} runs on {' and '.join(implementations[name][1])}, and this program "
+            f"is for {here}. Here there are {', '.join(fitting)}; leave the choice empty to take the first that fits."
+        )
+    return implementations[name][0]

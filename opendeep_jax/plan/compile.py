@@ -1,0 +1,141 @@
+"""The true training step of a run, compiled for chips that are not there."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schedule import Stage
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.plan.roofline import Network
+from opendeep_jax.plan.topology import Topology, compile_only_devices
+
+
+class MemoryUse(NamedTuple):
+    """Bytes on one device, as the compiler allots them."""
+
+    arguments: float
+    """The state and the batch."""
+    temporaries: float
+    outputs: float
+    """Results, donated or not."""
+    donated: float
+    """Results that take the place of arguments."""
+
+    @property
+    def total(self) -> float:
+        """All at once."""
+        return self.arguments + self.temporaries + max(self.outputs - self.donated, 0.0)
+
+
+class CompiledStep(NamedTuple):
+    """A compiled training step."""
+
+    text: str
+    """The optimised HLO."""
+    memory: MemoryUse
+    seconds: float
+    """Tracing, lowering and compiling."""
+    network: Network
+
+
+class OutOfMemory(Exception):
+    """The compiler found no way to fit the program into the device's memory."""
+
+    def __init__(self, needed: float, seconds: float):
+        super().__init__(f"{needed:.4g} bytes")
+        self.needed, self.seconds = needed, seconds
+        """Bytes that it would have needed on one device."""
+
+
+def prepare_process() -> None:
+    """Sets what compiling without accelerators takes; only before JAX is imported does it count."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # libtpu asks a server for the machine's own chips, and lets one process at a time use them: here are none.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextmanager
+def quiet_compilers() -> Iterator[None]:
+    """Keeps from the terminal what the compilers' C++ writes to standard error, errors of the block excepted."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> CompiledStep:
+    """Compiles the training step of `config`, with the batch of `stage`, for a topology.
+
+    Raises:
+        ConfigError: where the mesh can't be laid over the topology.
+        OutOfMemory: where the compiler says so.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from opendeep_jax.data.batch import Batch
+    from opendeep_jax.models.parameters import skeleton
+    from opendeep_jax.parallel.mesh import batch_sharding, make_mesh
+    from opendeep_jax.train.optimizer import make_optimizer
+    from opendeep_jax.train.programs import compiler_options
+    from opendeep_jax.train.state import abstract_state
+    from opendeep_jax.train.step import make_train_step
+
+    with quiet_compilers():
+        devices = compile_only_devices(topology)
+    try:
+        mesh = make_mesh(config.parallel, devices)
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--topology={topology.name}: the mesh cannot be laid over it ({first}). Use axis sizes that are products "
+            "of its dimensions, and a data axis that the slices divide."
+        ) from error
+    begun = time.perf_counter()
+    bones = skeleton(config.model)
+    optimizer = make_optimizer(config, bones.axes())
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, optimizer, bones, mesh)
+        shape, sharding = (stage.batch_size, stage.length), batch_sharding(mesh)
+        whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
+        step = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
+        traced = step.trace(state, Batch(whole, whole, mask, whole, whole))
+        platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
+        lowered = traced.lower(lowering_platforms=(platform,))
+        options = compiler_options(config, topology.chip.name, topology.chip.platform)
+        try:
+            with quiet_compilers():
+                compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            needed = needed_memory(str(error))
+            if needed is None:
+                raise
+            raise OutOfMemory(needed, time.perf_counter() - begun) from error
+    seconds = time.perf_counter() - begun
+    sizes = compiled.memory_analysis()
+    memory = MemoryUse(
+        sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.output_size_in_bytes, sizes.alias_size_in_bytes
+    )
+    return CompiledStep(compiled.as_text(), memory, seconds, Network.of_mesh(topology, mesh))
+
+
+def needed_memory(message: str) -> float | None:
+    """Bytes that a compiler's out-of-memory message names as needed; None for any other message."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])i?B?\) exceeds", message)
+    if not found:
+        return float("nan")
+    return float(found.group(1)) * 1024 ** (1 + "KMGT".index(found.group(2)))

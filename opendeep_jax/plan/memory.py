@@ -1,0 +1,183 @@
+"""Memory of one device in plain arithmetic, by what it is for. An estimate: the compiler's figure is beside it.
+
+Letters: D model width, F expert width, E experts, K experts per token, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from opendeep_jax.config.rules import MESH_AXES
+from opendeep_jax.config.schedule import Stage
+from opendeep_jax.config.schema import ModelConfig, RunConfig
+from opendeep_jax.models.accounting import attention_matmul_parameters, count_parameters
+
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of one block, norms not counted."""
+
+    rest: int
+    """Attention, shared experts or dense feed-forward, router."""
+    experts: int
+    """All routed experts."""
+
+
+def axis_sizes(config: RunConfig, devices: int) -> dict[str, int]:
+    """Size of each mesh axis, -1 filled by the devices."""
+    sizes = {axis: getattr(config.parallel, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def layer_weights(model: ModelConfig, is_moe: bool) -> LayerWeights:
+    """Parameters of a dense or a MoE block."""
+    D, moe = model.hidden_size, model.moe
+    attention = attention_matmul_parameters(model)
+    if not is_moe:
+        return LayerWeights(attention + 3 * D * model.mlp_size, 0)
+    expert = 3 * D * moe.expert_size
+    return LayerWeights(attention + D * moe.num_experts + moe.num_shared_experts * expert, moe.num_experts * expert)
+
+
+def routed_parameters(model: ModelConfig) -> int:
+    """Parameters of all routed experts, MTP's included."""
+    layers = model.num_moe_layers + (model.mtp.depth if model.moe.num_experts else 0)
+    return layers * layer_weights(model, True).experts if model.moe.num_experts else 0
+
+
+def local_tokens(config: RunConfig, stage: Stage, axes: dict[str, int]) -> float:
+    """Tokens of a micro-batch on one device."""
+    shards = math.prod(axes[axis] for axis in ("data", "fsdp", "expert", "context", "tensor"))
+    return stage.batch_size * stage.length / config.train.accumulation_steps / shards
+
+
+def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -> dict[str, float]:
+    """Bytes on one device by what they are for.
+
+    Args:
+        axes: size of each mesh axis (`axis_sizes`).
+    """
+    model, optimizer = config.model, config.optimizer
+    D, V, moe = model.hidden_size, model.vocab_size, model.moe
+    width = SIZES[model.dtype]
+    counted, routed = count_parameters(model), routed_parameters(model)
+    shards = axes["fsdp"] * axes["tensor"] * axes["stage"]
+    local = (counted.total + counted.mtp - routed) / shards + routed / (shards * axes["expert"])
+    moments = SIZES[optimizer.first_moment_dtype] + SIZES[optimizer.second_moment_dtype]
+    if optimizer.kind == "muon":  # one moment; two for embedding and head
+        outer = V * D * (1 if model.tie_embeddings else 2) / (counted.total + counted.mtp)
+        moments = SIZES[optimizer.first_moment_dtype] + outer * SIZES[optimizer.second_moment_dtype]
+    zero1 = axes["data"] if config.parallel.shard_optimizer_over_replicas else 1
+    tokens = local_tokens(config, stage, axes)
+    in_flight = min(axes["stage"], config.train.accumulation_steps)  # micro-batches of a pipeline that wait
+    blocks = [layer_weights(model, kind == "moe") for kind, layers in _layers(model) if layers]
+    gathered = max(block.rest + block.experts / axes["expert"] for block in blocks) / axes["tensor"]
+    widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.expert_size * moe.num_shared_experts)
+    heads = 4 * model.attention.num_heads * model.attention.qk_head_dim
+    rows = tokens * moe.experts_per_token if moe.num_experts else 0
+    padded = model.execution.exchange_buffer if axes["expert"] > 1 else 1.0
+    return {
+        "weights": local * SIZES[model.weight_dtype],
+        "gradients": local * SIZES[model.weight_dtype],
+        "optimizer": local * moments / zero1,
+        "activations": tokens * in_flight * _kept(model, axes) * width,
+        "one block": tokens * (4 * D + heads + widest) * width,
+        "expert rows": rows * padded * 2 * (2 * D + 3 * moe.expert_size) * width,
+        "gathered weights": (2 if axes["fsdp"] > 1 else 1) * gathered * width,
+        "logits": 2 * min(config.train.loss_chunk, tokens) * V * 4,
+    }
+
+
+def _layers(model: ModelConfig) -> tuple[tuple[str, int], ...]:
+    """Kinds of blocks with their number, MTP's included."""
+    return (
+        ("dense", model.num_leading_dense_layers + (0 if model.moe.num_experts else model.mtp.depth)),
+        ("moe", model.num_moe_layers + (model.mtp.depth if model.moe.num_experts else 0)),
+    )
+
+
+def _kept(model: ModelConfig, axes: dict[str, int]) -> float:
+    """Values per token that all blocks together keep for the backward pass."""
+    from opendeep_jax.train.summary import activation_widths
+
+    total = 0.0
+    for kind, layers in _layers(model):
+        if not layers:
+            continue
+        widths, policy = activation_widths(model, kind), getattr(model.remat, kind)
+        names = model.remat.names if policy == "named" else () if policy == "full" else tuple(widths)
+        kept = model.hidden_size + sum(widths.get(name, 0) for name in names)
+        total += layers * kept * (2.5 if policy == "none" else 1)
+    return total / axes["stage"]
+
+
+def num_layers(model: ModelConfig) -> int:
+    """All blocks, MTP's included."""
+    return sum(layers for _, layers in _layers(model))
+
+
+def recomputed_share(model: ModelConfig) -> float:
+    """Matmuls of the forward pass that the backward pass repeats, as a share of them."""
+    shares = {"none": 0.0, "full": 1.0}
+    total = 0.0
+    for kind, layers in _layers(model):
+        policy = getattr(model.remat, kind)
+        named = 1 - min(1.0, sum(name in model.remat.names for name in _MATMUL_NAMES) / len(_MATMUL_NAMES))
+        total += layers * shares.get(policy, named)
+    return total / num_layers(model)
+
+
+_MATMUL_NAMES = ("query", "key_value", "attention_output", "mlp_gate", "expert_gate", "expert_up")
+"""Activations that dear matmuls give."""
+
+
+class Cure(NamedTuple):
+    """A change of the configuration, and the bytes that it would save on each device."""
+
+    setting: str
+    saves: float
+
+
+def cures(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[Cure]:
+    """Settings that would need less memory, by arithmetic; the one that saves most first."""
+    rows = stage.batch_size // (
+        config.train.accumulation_steps * math.prod(axes[a] for a in ("data", "fsdp", "expert"))
+    )
+    before = sum(memory_by_component(config, stage, axes).values())
+    changes: dict[str, RunConfig] = {}
+
+    def change(setting: str, part: str, **values) -> None:
+        changes[setting] = _replaced(config, part, **values)
+
+    if rows % 2 == 0 and rows > 1:
+        steps = 2 * config.train.accumulation_steps
+        change(f"--train.accumulation_steps={steps}", "train", accumulation_steps=steps)
+    for kind, layers in _layers(config.model):
+        if layers and getattr(config.model.remat, kind) != "full":
+            change(f"--model.remat.{kind}=full", "model.remat", **{kind: "full"})
+    for field in ("first_moment_dtype", "second_moment_dtype"):
+        if getattr(config.optimizer, field) == "float32":
+            change(f"--optimizer.{field}=bfloat16", "optimizer", **{field: "bfloat16"})
+    if config.model.weight_dtype == "float32":
+        change("--model.weight_dtype=bfloat16", "model", weight_dtype="bfloat16")
+    if config.train.loss_chunk > 256:
+        change("--train.loss_chunk=256", "train", loss_chunk=256)
+    found = [
+        Cure(setting, before - sum(memory_by_component(changed, stage, axes).values()))
+        for setting, changed in changes.items()
+    ]
+    if axes["data"] > 1:
+        merged = {**axes, "fsdp": axes["fsdp"] * axes["data"], "data": 1}
+        setting = f"--parallel.data=1 --parallel.fsdp={merged['fsdp']}"
+        found.append(Cure(setting, before - sum(memory_by_component(config, stage, merged).values())))
+    return sorted((cure for cure in found if cure.saves > 0), key=lambda cure: -cure.saves)
+
+
+def _replaced(config, part: str, **values):
+    """`config` with fields of a (nested) part replaced."""
+    if not part:
+        return dataclasses.replace(config, **values)
+    first, _, rest = part.partition(".")
+    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, **values)})

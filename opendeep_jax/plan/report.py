@@ -1,0 +1,154 @@
+"""A plan as one page of HTML that needs nothing else: bars for memory and time, the messages, the layouts tried."""
+
+import math
+from collections.abc import Iterable
+
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.plan.estimate import Plan
+from opendeep_jax.plan.search import Found
+from opendeep_jax.plan.table import dollars, duration, gigabytes
+from opendeep_jax.train.progress import human_count, human_time
+from opendeep_jax.train.report_page import details, page, section, table, text, tiles
+
+LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
+
+
+def plan_page(plan: Plan, found: list[Found] = (), recipe: RunConfig | None = None) -> str:
+    """The page of a plan, and of the layouts that a search tried beside it."""
+    title = f"{plan.config.name} on {plan.topology.name}"
+    fits = "fits" if plan.fits else "does not fit"
+    parts = [
+        f"<header><span class=kicker>OpenDeep plan</span><h1>{text(title)}</h1>"
+        f"<p class=status>{text(_subtitle(plan))}</p></header>",
+        f"<div class=hero><p>{text(_sentence(plan))}</p>{_headline(plan)}</div>",
+        section(
+            f"Memory of a device: {fits}",
+            "The first bars are plain arithmetic, an estimate; the last is what the compiler allots. The red line is "
+            "what a device has.",
+            _memory_bars(plan),
+        ),
+        _time_section(plan),
+        section("Messages", "What each device sends in a step.", _messages(plan)),
+        section("Layouts tried", "Ranked by the time that their compiled programs allow.", _layouts(found, recipe)),
+        section("What takes most", "On one device, in a step.", _most(plan)),
+        "<footer>Nothing here was measured: times are bounds from data sheets, prices are assumptions.</footer>",
+    ]
+    return page(title, "".join(parts))
+
+
+def _subtitle(plan: Plan) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items() if size > 1) or "one device"
+    return (
+        f"{plan.topology.chips:,} {plan.topology.chip.name}, mesh {axes}, {plan.stage.batch_size:,} rows of "
+        f"{plan.stage.length:,} tokens a step, compiled in {human_time(plan.compile_seconds)}"
+    )
+
+
+def _sentence(plan: Plan) -> str:
+    if not plan.fits:
+        return plan.why_not()
+    times = plan.times
+    return (
+        f"A step takes {duration(times.fastest)} to {duration(times.slowest)}, {duration(times.scheduled)} as the "
+        f"program is scheduled; its bound is {times.bound}."
+    )
+
+
+def _headline(plan: Plan) -> str:
+    if plan.times is None:
+        return ""
+    step = plan.times.scheduled
+    cost = plan.cost(step)
+    return tiles(
+        [
+            ("Step", duration(step), "as scheduled, an estimate"),
+            ("MFU", f"{plan.mfu(step):.1%}", f"{plan.mfu(plan.times.fastest):.1%} if all is hidden"),
+            ("Tokens/s", human_count(plan.tokens / step), f"{human_count(plan.total_tokens)} tokens in all"),
+            ("Time", human_time(cost.days * 86_400), f"{human_count(cost.chip_hours)} chip-hours"),
+            ("Cost", dollars(cost.dollars), f"at ${plan.price:.2f} a chip-hour"),
+            ("Memory", gigabytes(plan.total_bytes), f"of {gigabytes(plan.limit_bytes)}"),
+        ]
+    )
+
+
+def _bars(rows: Iterable[tuple[str, float, str, bool]], limit: float = 0.0) -> str:
+    """Bars from zero: label, value, the value in words, whether it stands out; a line at `limit`."""
+    rows = list(rows)
+    longest = max([limit * 1.05, *(value for _, value, _, _ in rows)]) or 1.0
+    line = f'<em style="{LIMIT_STYLE};left:{limit / longest:.2%}"></em>' if limit else ""
+    items = (
+        f'<div class="bar{" model" * strong}" style="grid-template-columns:150px 1fr 96px"><span>{text(label)}</span>'
+        f'<i style="position:relative"><u style="width:{value / longest:.2%}"></u>{line}</i><b>{text(words)}</b></div>'
+        for label, value, words, strong in rows
+    )
+    return f"<figure>{''.join(items)}</figure>"
+
+
+def _memory_bars(plan: Plan) -> str:
+    rows = [(name, size, gigabytes(size), False) for name, size in plan.components.items()]
+    estimated = sum(plan.components.values())
+    rows.append(("estimate", estimated, gigabytes(estimated), False))
+    if plan.memory:
+        rows.append(("arguments", plan.memory.arguments, gigabytes(plan.memory.arguments), False))
+        rows.append(("temporaries", plan.memory.temporaries, gigabytes(plan.memory.temporaries), False))
+    if not math.isnan(plan.total_bytes):
+        rows.append(("compiled total", plan.total_bytes, gigabytes(plan.total_bytes), True))
+    return _bars(rows, plan.limit_bytes)
+
+
+def _time_section(plan: Plan) -> str:
+    times = plan.times
+    if times is None:
+        return ""
+    rows = [
+        ("compute", times.compute, False),
+        ("memory", times.memory, False),
+        ("network", times.collective, False),
+        ("kernels in turn", times.kernels, False),
+        ("waiting for messages", times.waiting, False),
+        ("fastest", times.fastest, False),
+        ("as scheduled", times.scheduled, True),
+        ("timeline", times.timeline, False),
+        ("slowest", times.slowest, False),
+    ]
+    introduction = "Estimates at data-sheet speeds: each term alone, then what the compiled program allows."
+    return section("Time of a step", introduction, _bars((name, s, duration(s), strong) for name, s, strong in rows))
+
+
+def _messages(plan: Plan) -> str:
+    if not plan.traffic:
+        return ""
+    bars = _bars(
+        (
+            f"{row.kind}, {row.axes}{'' if row.is_async else ', waits'}",
+            row.bytes,
+            gigabytes(row.bytes),
+            not row.is_async,
+        )
+        for row in plan.traffic[:12]
+    )
+    return bars
+
+
+def _most(plan: Plan) -> str:
+    if plan.program is None:
+        return ""
+    flops = [(name, f"{count:.3g} FLOPs") for name, count in plan.program.flops_by_name.most_common(12)]
+    moved = [(name, gigabytes(size)) for name, size in plan.program.bytes_by_name.most_common(12)]
+    return details("FLOPs", table(flops)) + details("HBM traffic", table(moved))
+
+
+def _layouts(found: list[Found], recipe: RunConfig | None) -> str:
+    if not found or recipe is None:
+        return ""
+    rows = []
+    for one in found:
+        settings = ", ".join(f"{name}={value}" for name, value in one.candidate.settings(recipe).items()) or "as it is"
+        if one.plan is None:
+            words = one.problem
+        elif one.plan.fits:
+            words = f"{duration(one.plan.times.scheduled)} as scheduled, {gigabytes(one.plan.total_bytes)}"
+        else:
+            words = "does not fit"
+        rows.append((settings, f"{words} (by arithmetic {duration(one.candidate.estimate.seconds)})"))
+    return table(rows)

@@ -1,0 +1,73 @@
+"""Memory by arithmetic: the state's part is exact, and each setting that is offered as a cure saves something."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from small_models import FAMILIES, V3, run_config
+
+from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, RematConfig
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.plan.batch import largest_stage, with_batch
+from opendeep_jax.plan.memory import axis_sizes, cures, memory_by_component, recomputed_share
+from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.state import init_state
+
+ADAMW = OptimizerConfig(warmup_steps=1, first_moment_dtype="bfloat16")
+
+
+def estimate(config, devices: int) -> dict[str, float]:
+    return memory_by_component(config, largest_stage(config), axis_sizes(config, devices))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_moments_are_those_of_the_state(family):
+    config = dataclasses.replace(run_config(FAMILIES[family]), optimizer=ADAMW)
+    optimizer = make_optimizer(config, skeleton(config.model).axes())
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+
+    def size(tree) -> int:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    guess = estimate(config, 1)
+    assert guess["weights"] == pytest.approx(size(state.params), rel=0.01)
+    assert guess["optimizer"] == pytest.approx(size(state.opt_state), rel=0.01)
+
+
+def test_experts_are_divided_over_both_axes_and_the_rest_over_fsdp():
+    config = dataclasses.replace(run_config(V3), parallel=ParallelConfig(fsdp=2, expert=4))
+    whole = estimate(dataclasses.replace(config, parallel=ParallelConfig()), 1)["weights"]
+    experts = 3 * 8 * 3 * 16 * 8 * 4  # three MoE blocks, MTP's included
+    assert estimate(config, 8)["weights"] == pytest.approx((whole - experts) / 2 + experts / 8)
+
+
+def test_less_is_kept_the_more_is_recomputed():
+    kept, again = {}, {}
+    for policy in ("none", "named", "full"):
+        model = dataclasses.replace(V3, remat=RematConfig(dense=policy, moe=policy))
+        kept[policy], again[policy] = estimate(run_config(model), 1)["activations"], recomputed_share(model)
+    assert kept["none"] > kept["named"] > kept["full"] > 0
+    assert again["none"] == again["named"] == 0 and again["full"] == 1
+
+
+def test_cures_save_memory_and_the_best_comes_first():
+    config = with_batch(load_recipe("moe_1b"), 64)
+    found = cures(config, largest_stage(config), axis_sizes(config, 8))
+    assert len(found) > 3 and [cure.saves for cure in found] == sorted((cure.saves for cure in found), reverse=True)
+    assert min(cure.saves for cure in found) > 0
+    assert any(cure.setting.startswith("--train.accumulation_steps=") for cure in found)
+
+
+def test_micro_batches_halve_what_rows_take():
+    config = run_config(V3)
+    two = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=2))
+    assert estimate(two, 1)["activations"] == estimate(config, 1)["activations"] / 2
+    assert estimate(two, 1)["weights"] == estimate(config, 1)["weights"]
+
+
+@pytest.mark.parametrize("chips, rows", [(512, 4), (64, 1)])
+def test_a_chosen_batch_replaces_ramp_and_phases(chips, rows):
+    config = with_batch(load_recipe("deepseek_v3"), rows * chips)
+    assert largest_stage(config)[1:] == (0, math.inf, rows * chips, 4096)
