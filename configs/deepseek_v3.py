@@ -2,8 +2,8 @@
 
 Paper:     DeepSeek-V3 (arXiv:2412.19437), sections 2.1, 2.2 and 4.2.
 Command:   opendeep train --config=deepseek_v3 --workdir=runs/deepseek_v3
-Hardware:  the report used 2048 H800 with 16 pipeline stages. Here rows are divided over data x fsdp alone, so the
-           number of accelerators divides 3072, the rows of the smallest batch: 1024, for instance.
+Hardware:  the report used 2048 H800 with 16 pipeline stages (configs/layouts/pipeline_expert.flags). Here experts are
+           divided over 8 devices and all weights over the rest: 512 v5p, for instance.
 Time:      the report says 2.664M H800 hours; not measured here.
 Expected:  not measured yet.
 
@@ -109,6 +109,8 @@ def get_config() -> RunConfig:
             steps=0,
             total_tokens=14_800 * BILLION,
             batch_size=15_360,
+            # On 512 chips: 5 rows of a micro-batch for each, or 1 at the start of the ramp.
+            accumulation_steps=6,
             loss_chunk=2048,
             # The scheduler starts exchanges early as long as memory lasts: 58 % of a v5p's is all that pays.
             compiler_options=("xla_tpu_scheduler_percent_shared_memory_limit=58",),

@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.fp8_matmul import emulated, gpu, groups, reference, tpu
 from kernels_pallas.fp8_matmul.quantize import E4M3, TILE, fill, quantize_blocks, quantize_columns, quantize_rows
-from kernels_pallas.target import chip, choose
+from kernels_pallas.target import chip, choose, platform
 
 Implementation = Literal["mosaic_tpu", "mosaic_gpu", "emulated", "reference"]
 
@@ -110,6 +111,15 @@ def _aligned(dense, x, alignment, tile):
     return fill(x, 0, tile) if dense else groups.take(x, alignment.sources)
 
 
+def _aligned_columns(implementation, dense, x, alignment):
+    """x in tiles of 128x1 down the aligned rows, its columns filled up too."""
+    x = _aligned(dense, x, alignment, implementation.rows)
+    if not dense and platform() == "tpu":
+        # libtpu 0.0.42 dies of rows that are gathered in 16 bits and converted to 8 in one fusion.
+        x = lax.optimization_barrier(x.astype(jnp.float32))
+    return jax.tree.map(lambda part: fill(part, 1), quantize_columns(x, implementation.carrier))
+
+
 def _rows(implementation, dense, x, w, group_sizes, transposed):
     """Rows of x times their group's w, or its transpose."""
     alignment = _alignment(implementation, dense, x, group_sizes)
@@ -135,11 +145,7 @@ def _backward(implementation, dense, saved, cotangent):
     x, w, group_sizes = saved
     dx = _rows(implementation, dense, cotangent, w, group_sizes, transposed=True).astype(x.dtype)
     alignment = _alignment(implementation, dense, x, group_sizes)
-    columns = (
-        quantize_columns(_aligned(dense, part, alignment, implementation.rows), implementation.carrier)
-        for part in (x, cotangent)
-    )
-    columns = [jax.tree.map(lambda part: fill(part, 1), tiled) for tiled in columns]
+    columns = [_aligned_columns(implementation, dense, part, alignment) for part in (x, cotangent)]
     dw = implementation.groups_product(*columns, alignment.tile_groups, w.shape[0], w.dtype)
     return dx, dw[:, : w.shape[1], : w.shape[2]], None
 

@@ -34,9 +34,8 @@ class Tiled(NamedTuple):
 def quantize_rows(x: Float[Array, "M K"], carrier=E4M3) -> Tiled:
     """Tiles of 1x128 along each row: values [M, K'], scales [M, K'/128]."""
     x = fill(x, 1)
-    tiles = x.reshape(x.shape[0], -1, TILE).astype(jnp.float32)
-    scales = _scales(jnp.max(jnp.abs(tiles), axis=2))
-    return Tiled(_round(tiles / scales[..., None], carrier).reshape(x.shape), scales)
+    scales = _scales(jnp.max(jnp.abs(x).reshape(x.shape[0], -1, TILE), axis=2))
+    return Tiled(_round(x.astype(jnp.float32) / jnp.repeat(scales, TILE, axis=1), carrier), scales)
 
 
 def quantize_columns(x: Float[Array, "M K"], carrier=E4M3) -> Tiled:
@@ -63,7 +62,7 @@ def fill(x: Array, axis: int, multiple: int = TILE) -> Array:
 
 def _scales(largest):
     # A product, because compilers turn the division into it, or not.
-    scales = largest * jnp.float32(1 / LARGEST)
+    scales = largest.astype(jnp.float32) * jnp.float32(1 / LARGEST)
     # What is too small for a scale of normal float32 counts as zero. A NaN is kept.
     return jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
 

@@ -24,7 +24,7 @@ CORES = {"v5p": 2}
 VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}
 """MiB of vector memory of a TensorCore; 64 on chips not named."""
 
-WIDE = {"granule": 256, "edge": 128, "sub_inner": 512}
+WIDE = {"granule": 256, "edge": 128, "sub_columns": 512, "chunk": 1792}
 """Where matrix units are 256 wide (v6e, v7x) fewer rows don't cover the time that loading weights into them takes."""
 
 MARGIN = 6

@@ -91,7 +91,7 @@ def groups_from_rows(
     return result[:, :inner, :width]
 
 
-DEFAULT = {"rows": 512, "granule": 256, "inner": 1024, "columns": 1024, "sub_inner": 256, "sub_columns": 1024}
+DEFAULT = {"rows": 512, "granule": 256, "inner": 1024, "columns": 1024, "sub_inner": 512, "sub_columns": 512}
 
 
 def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:

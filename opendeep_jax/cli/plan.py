@@ -20,7 +20,7 @@ usage: opendeep plan --config=RECIPE --topology=NAME [--name=value ...]
 
   --topology       The cluster: v5p:8x8x8, v5e:16x16, 2*v6e:16x16 (two slices), v7x:4x4x4, h100:256x8 (nodes x 8).
   --slices         TPU slices of that shape, joined by the data-centre network.
-  --rows_per_chip  Rows of a batch for each chip; the recipe's own batch if not given.
+  --rows_per_chip  Rows of a batch for each chip, in one piece; the recipe's own batch if not given.
   --tokens_per_chip  The same in tokens, whole rows.
   --price          Dollars for a chip-hour; without it an assumption, which the table shows.
   --json           File for the plan as JSON.

@@ -55,7 +55,7 @@ class Block(nnx.Module):
             x = self.attend(x, context)
             return x + self.mlp(self.mlp_norm(x)), None
         # Parts of the rows follow each other, so that one's attention can hide what another's experts send.
-        parts = self.batch_parts if x.shape[0] % self.batch_parts == 0 else 1
+        parts = min(self.batch_parts, x.shape[0])
         contexts = [_rows(context, part, parts) for part in range(parts)]
         attended = [self.attend(_rows(x, part, parts), contexts[part]) for part in range(parts)]
         outs, stats = zip(
@@ -72,10 +72,8 @@ class Block(nnx.Module):
 
 
 def _rows(tree, part: int, parts: int):
-    """A part of the rows of every array."""
-    if parts == 1:
-        return tree
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[part], tree)
+    """A part of the rows of every array; parts differ by a row at most."""
+    return jax.tree.map(lambda x: x[len(x) * part // parts : len(x) * (part + 1) // parts], tree)
 
 
 class MTPModule(nnx.Module):

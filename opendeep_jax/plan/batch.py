@@ -12,9 +12,13 @@ def largest_stage(config: RunConfig) -> Stage:
 
 
 def with_batch(config: RunConfig, rows: int) -> RunConfig:
-    """`config` with a batch of so many rows throughout, no ramp. Raises ConfigError as a configuration does."""
+    """`config` with a batch of so many rows throughout: no ramp, and in one piece unless a pipeline needs several.
+
+    Raises ConfigError as a configuration does.
+    """
     phases = tuple(dataclasses.replace(phase, batch_size=0) for phase in config.data.phases)
-    train = dataclasses.replace(config.train, batch_size=rows, batch_ramp=())
+    micros = config.train.accumulation_steps if config.parallel.stage > 1 else 1
+    train = dataclasses.replace(config.train, batch_size=rows, batch_ramp=(), accumulation_steps=micros)
     evaluation = dataclasses.replace(config.evaluation, batch_size=0)
     data = dataclasses.replace(config.data, phases=phases)
     return dataclasses.replace(config, train=train, evaluation=evaluation, data=data)

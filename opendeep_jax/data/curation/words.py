@@ -79,6 +79,8 @@ def pieces(text: str, size: int = PIECE, overlap: int = 0) -> Iterator[str]:
     begin = 0
     while len(text) - begin > size:
         space = WHITE_SPACE.search(text, begin + size, begin + 2 * size)
+        if not space and len(text) <= begin + 2 * size:
+            break  # the last words are whole
         end = space.start() if space else begin + size
         yield text[begin:end]
         earlier = WHITE_SPACE.search(text, max(begin + 1, end - overlap), end) if overlap else None
