@@ -8,10 +8,11 @@ Two ways, and what each costs for T tokens, D model width and V vocabulary, grad
     for each of the two gradients: 5 matmuls.
 
 At DeepSeek-V3's size (T = 16,384 of a chip, D = 7168, V = 129,280) a matmul is 3.0e13 FLOPs, 66 ms of a v5p at its
-peak: the two further ones cost 132 ms. `chunks` moves 5 logits' worth of bytes and, with chunks of 1024, 16 times the
-head's gradient, 155 GB or 56 ms at 2.77 TB/s; with chunks of 4096, 24 ms. It is the faster one, and the default
-everywhere. It needs 0.8 GB (3.2 GB with 4096) for the logits and their gradient, and 3.7 GB for the head's; choose
-`mosaic_tpu` where a model would not fit by that much.
+peak: the two further ones cost 132 ms. `chunks` moves the logits (38 GB in all) and, with each of 16 chunks of 1024,
+the head twice and its gradient in and out: 216 GB, 78 ms at 2.77 TB/s if nothing of it is hidden; with chunks of 4096,
+83 GB and 30 ms. By this arithmetic it is the faster one, and it is the default everywhere. Compiled for a v5p it has
+3.7 GB (jax 0.10.2) or 4.2 GB (0.12.0) of temporaries with chunks of 1024, where `mosaic_tpu` has 0.03 GB: choose that
+where a model would not fit by so much.
 """
 
 from typing import Literal

@@ -78,6 +78,9 @@ def custom_call_flops(computation: Computation, x: Instruction) -> float | None:
     estimate = re.search(r'"cost_estimate":(\{[^}]*\})', x.attributes)
     if estimate:
         return float(json.loads(estimate.group(1)).get("flops", 0))
+    # Pallas drops the estimate on its way to Triton; our kernels hand it over as metadata, where \22 is a quote.
+    if metadata := re.search(r"serialized_metadata = .*?flops\\22: \\22(\d+)\\22", x.attributes):
+        return float(metadata.group(1))
     if "cublas" in x.target and (dims := re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)):
         left = computation.operand_shape(x, 0).dims
         contracted = math.prod(left[int(dim)] for dim in re.findall(r"\d+", dims.group(1)))

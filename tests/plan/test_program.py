@@ -163,9 +163,12 @@ def test_a_kernels_own_estimate_counts_and_one_without_is_named():
             "%x = bf16[8,8]{1,0} parameter(0)",
             f'%known = {call}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"1234"}}}}}}',
             f"%mystery = {call}",
+            # As Triton kernels tell it: quotes are written \\22.
+            '%ours = bf16[8,8]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config='
+            '{serialized_metadata = "{\\22flops\\22: \\2210000\\22, \\22bytes_accessed\\22: \\2276\\22}"}',
         )
     )
-    assert program.flops == 1234
+    assert program.flops == 11234
     assert list(program.uncounted) == ["tpu_custom_call mystery"]
 
 
