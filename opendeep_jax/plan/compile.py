@@ -88,7 +88,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
     from opendeep_jax.models.parameters import skeleton
     from opendeep_jax.parallel.mesh import batch_sharding, make_mesh
     from opendeep_jax.train.optimizer import make_optimizer
-    from opendeep_jax.train.programs import compiler_options
+    from opendeep_jax.train.programs import check_implementations, compiler_options
     from opendeep_jax.train.state import abstract_state
     from opendeep_jax.train.step import make_train_step
 
@@ -106,6 +106,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
     bones = skeleton(config.model)
     optimizer = make_optimizer(config, bones.axes())
     with jax.set_mesh(mesh):
+        check_implementations(config)
         state = abstract_state(config, optimizer, bones, mesh)
         shape, sharding = (stage.batch_size, stage.length), batch_sharding(mesh)
         whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)

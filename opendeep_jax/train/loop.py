@@ -19,7 +19,7 @@ from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
 from opendeep_jax.train.interrupt import stop_requests
 from opendeep_jax.train.observer import Observer
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import Programs, use_compilation_cache
+from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
 from opendeep_jax.train.progress import Progress, human_time, startup_summary
 from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
@@ -70,6 +70,7 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         ThreadPoolExecutor(1) as pool,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
+        check_implementations(config)
         template, found = abstract_state(config, optimizer, bones, mesh), checkpoints.steps()
         print(startup_summary(model_rows(config, template, mesh, peak, found)), flush=True)
         check_memory(config, template, mesh.size)

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels_pallas.target import PLATFORMS, chip, platform
+from kernels_pallas.cross_entropy import api as cross_entropy
+from kernels_pallas.flash_mla import api as flash_mla
+from kernels_pallas.grouped_matmul import api as grouped_matmul
+from kernels_pallas.target import PLATFORMS, chip, choose, platform
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
@@ -34,6 +38,21 @@ COMPILER_OPTIONS = {
     "cpu": {"xla_backend_optimization_level": 1},
 }
 """The compiler's options for a training step, by chip (`kernels_pallas.target.chip`)."""
+
+
+def check_implementations(config: RunConfig) -> None:
+    """Raises ConfigError for a kernel's implementation that there isn't, or that the mesh's platform lacks."""
+    tables = {
+        "attention": flash_mla.IMPLEMENTATIONS,
+        "grouped_matmul": grouped_matmul.IMPLEMENTATIONS,
+        "cross_entropy": cross_entropy.IMPLEMENTATIONS,
+    }
+    for field, implementations in tables.items():
+        name = getattr(config.model.execution, field)
+        try:
+            choose(field, implementations, name or None)
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"model.execution.{field} = {name!r}: {error}") from error
 
 
 def compiler_options(config: RunConfig, chip: str, platform: str) -> dict[str, str | int]:
