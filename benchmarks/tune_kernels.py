@@ -40,8 +40,9 @@ DIRECTIONS = {
 """Each kernel as training calls it: from which width to which. The last one also the other way."""
 
 ROWS_CANDIDATES = [
-    {"granule": granule, "edge": edge, "chunk": chunk}
+    {"granule": granule, "edge": edge, "sub_columns": sub, "chunk": chunk}
     for granule, edge in ((128, 64), (256, 128))
+    for sub in (512, 1024)
     for chunk in (1024, 2048)
 ]
 GROUPS_CANDIDATES = [
@@ -74,7 +75,7 @@ def candidates(problem: tuple, chip: str) -> list:
             module, shape = tpu_groups, tpu_groups.Shape(rows, inner, out)
         else:
             module, shape = tpu_rows, tpu_rows.Shape(rows, inner, out, *OPERANDS[kernel])
-        tiles = module.fit(wanted, shape, static_schedule.CORES[chip].cores, tpu.memory(chip))
+        tiles = module.fit(tpu.defaults(chip) | wanted, shape, static_schedule.CORES[chip].cores, tpu.memory(chip))
         if tiles not in found:
             found.append(tiles)
     return found

@@ -187,9 +187,14 @@ def _groups(static, x, y, group_sizes):
     )
 
 
+def defaults(chip: str) -> dict[str, int]:
+    """What differs from the kernels' own default tiles on this chip."""
+    return WIDE if chip in ("v6e", "v7x") else {}
+
+
 def wanted(kind: str, chip: str, inner: int, out: int) -> dict[str, int]:
-    """What the table says of a kernel's tiles, or else what differs from the kernels' defaults on this chip."""
-    return tiles(kind, chip, inner=inner, out=out) or (WIDE if chip in ("v6e", "v7x") else {})
+    """What the table says of a kernel's tiles, and for the rest this chip's defaults."""
+    return defaults(chip) | tiles(kind, chip, inner=inner, out=out)
 
 
 def cores(chip: str) -> int:
