@@ -123,7 +123,7 @@ def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: in
 
 
 def dense_attention(query, key, value, segment_ids, scale):
-    """Causal attention in a segment as it is written down, all scores at once. Shapes as in ops/attention.py."""
+    """Causal attention in a segment as it is written down, all scores at once. Shapes as in flash_mla/blocks.py."""
     length, shared = query.shape[1], query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
     visible = jnp.tril(jnp.ones((length, length), bool)) & (segment_ids[:, :, None] == segment_ids[:, None])

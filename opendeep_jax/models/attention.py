@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_mla import flash_mla
+from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, RMSNorm, weight
-from opendeep_jax.ops.attention import causal_attention
 from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.rope import halves_first, rotate, softmax_scale
 from opendeep_jax.parallel.collectives import all_gather, psum_scatter

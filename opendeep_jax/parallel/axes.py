@@ -14,8 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
-from opendeep_jax.config.rules import MESH_AXES as MESH_AXES
-from opendeep_jax.parallel.collectives import all_gather
+from opendeep_jax.parallel.collectives import all_gather, psum
 
 
 class Rule(NamedTuple):
@@ -75,6 +74,18 @@ def replica_axes(spec: PartitionSpec, mesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in used)
 
 
+def sum_over_copies(
+    grads: dict[str, jax.Array], specs: dict[str, PartitionSpec], mesh
+) -> dict[str, jax.Array]:
+    """Each gradient summed, in float32, over the devices that hold copies of its weight."""
+
+    def whole(name: str, grad: jax.Array) -> jax.Array:
+        copies = replica_axes(specs.get(name, ()), mesh)
+        return psum(grad.astype(jnp.float32), copies) if copies else grad
+
+    return {name: whole(name, grad) for name, grad in grads.items()}
+
+
 def divided_further(spec: PartitionSpec, shape: tuple[int, ...], mesh) -> PartitionSpec:
     """The spec of a weight's moments when those who hold copies of it divide them: along one dimension more, the first
     that takes all of them or, one after another, as many as it can.
@@ -105,11 +116,6 @@ def gather_weight(weight: jax.Array, logical_axes: tuple[str | None, ...], spec:
 def row_shards(mesh) -> int:
     """Parts that the rows of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
-
-
-def length_shards(mesh) -> int:
-    """Parts that each row is divided into."""
-    return math.prod(mesh.shape[axis] for axis in LENGTH_AXES)
 
 
 def balanced_order(length: int, context: int) -> np.ndarray:

@@ -82,13 +82,11 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
         OutOfMemory: where the compiler says so.
     """
     import jax
-    import jax.numpy as jnp
 
-    from opendeep_jax.data.batch import Batch
     from opendeep_jax.models.parameters import skeleton
-    from opendeep_jax.parallel.mesh import batch_sharding, make_mesh
+    from opendeep_jax.parallel.mesh import make_mesh
     from opendeep_jax.train.optimizer import make_optimizer
-    from opendeep_jax.train.programs import check_implementations, compiler_options
+    from opendeep_jax.train.programs import abstract_batch, check_implementations, compiler_options
     from opendeep_jax.train.state import abstract_state
     from opendeep_jax.train.step import make_train_step
 
@@ -108,11 +106,9 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
     with jax.set_mesh(mesh):
         check_implementations(config)
         state = abstract_state(config, optimizer, bones, mesh)
-        shape, sharding = (stage.batch_size, stage.length), batch_sharding(mesh)
-        whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
+        batch = abstract_batch((stage.batch_size, stage.length), mesh)
         step = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
-        traced = step.trace(state, Batch(whole, whole, mask, whole, whole))
+        traced = step.trace(state, batch)
         platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
         lowered = traced.lower(lowering_platforms=(platform,))
         options = compiler_options(config, topology.chip.name, topology.chip.platform)

@@ -15,7 +15,7 @@ from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.decoder import one_layer, scan_layers
 from opendeep_jax.models.moe import RouterStats
 from opendeep_jax.models.parameters import Arrays, Skeleton
-from opendeep_jax.parallel.axes import BATCH_SPEC, replica_axes, weight_specs
+from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import psum
 from opendeep_jax.parallel.pipeline import Pieces, from_stages, pipelined_value_and_grad, to_stages
 from opendeep_jax.parallel.schedule import Layout, make_schedule, stage_layout
@@ -47,7 +47,7 @@ def pipelined_gradients(
     """Gradients and metrics of the global batch; arguments and results as those of `step.device_gradients`, whole."""
     mesh = jax.sharding.get_abstract_mesh()
     layout, prefix = layers_on_stages(config, mesh.shape["stage"]), stacked_layers(config) + "."
-    specs, whole = weight_specs(skeleton, mesh, at_rest=False), PartitionSpec()
+    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
     specs = {name: _on_stage(spec) if name.startswith(prefix) else spec for name, spec in specs.items()}
 
     def lay_out(arrays: Arrays) -> Arrays:
@@ -124,8 +124,7 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
         jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), (inputs, context)),
     )
     grads = {**result.shared_gradients, **result.layer_gradients}
-    copies = {name: replica_axes(specs[name], mesh) for name in grads}
-    grads = {name: psum(grad, copies[name]) for name, grad in grads.items()}
+    grads = sum_over_copies(grads, specs, mesh)
     metrics = dict(result.output_sums)
     if config.model.num_moe_layers:
         metrics["balance_loss"] = metrics.get("balance_loss", 0.0) + jnp.sum(result.layer_sums.balance_loss)

@@ -66,6 +66,14 @@ def compiler_options(config: RunConfig, chip: str, platform: str) -> dict[str, s
     return COMPILER_OPTIONS.get(chip, {}) | own
 
 
+def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch of (rows, length); no array is made."""
+    sharding = batch_sharding(mesh)
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
+    return Batch(whole, whole, mask, whole, whole)
+
+
 class Programs:
     """The compiled training step for each shape of the run's batches, made when it is first needed."""
 
@@ -82,10 +90,7 @@ class Programs:
         """The program of `step` (from 0), compiled for the batch that it has."""
         shape = self._shape(step)
         if shape not in self.compiled:
-            sharding = batch_sharding(self.mesh)
-            whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-            mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
-            batch = Batch(whole, whole, mask, whole, whole)
+            batch = abstract_batch(shape, self.mesh)
             self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.options)
         return self.compiled[shape]
 

@@ -17,7 +17,7 @@ from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.ops.routing import updated_bias
-from opendeep_jax.parallel.axes import BATCH_SPEC, replica_axes, weight_specs
+from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import psum
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
 from opendeep_jax.train.losses import Metrics, losses
@@ -113,16 +113,6 @@ def device_gradients(
         (grads, sums), _ = jax.lax.scan(accumulate, zeros, micro_batches)
     mesh = jax.sharding.get_abstract_mesh()
     return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
-
-
-def sum_over_copies(grads: Arrays, specs: dict[str, PartitionSpec], mesh) -> Arrays:
-    """Each gradient summed, in float32, over the devices that hold copies of its weight."""
-
-    def whole(name: str, grad: jax.Array) -> jax.Array:
-        copies = replica_axes(specs.get(name, ()), mesh)
-        return psum(grad.astype(jnp.float32), copies) if copies else grad
-
-    return {name: whole(name, grad) for name, grad in grads.items()}
 
 
 def batch_loss(

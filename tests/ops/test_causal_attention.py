@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from small_models import compiled, dense_attention
 
-from opendeep_jax.ops import attention
+from kernels_pallas.flash_mla import blocks
 
 SCALE = 0.3
 
 
 def causal_attention(query, key, value, segment_ids, scale):
-    return attention.causal_attention(query, key, value, segment_ids, segment_ids, None, None, scale)
+    return blocks.attention(query, key, value, segment_ids, segment_ids, None, None, scale)
 
 
 def inputs(length, heads=4, groups=2, rows=2):
@@ -56,7 +56,7 @@ def test_queries_of_a_part_of_the_row_in_any_order_see_what_they_see_in_the_whol
     random = np.random.default_rng(0)
     rows, seen = random.permutation(37)[:11], random.permutation(37)
     order = lambda index: jnp.broadcast_to(jnp.asarray(index), (2, len(index)))  # noqa: E731
-    part = attention.causal_attention(
+    part = blocks.attention(
         query[:, rows],
         key[:, seen],
         value[:, seen],
