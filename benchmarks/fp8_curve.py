@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_curve.py [--steps=300] [--batch_size=16] [--dtype=bfloat16] [--directory=runs/fp8_curve]
 
-Trains the quickstart model twice, with `execution.precision` `default` and `fp8` (emulated where the chip has no FP8
+Trains the quickstart model twice, with `model.precision` `default` and `fp8` (emulated where the chip has no FP8
 units), prints the main model's loss of both as they go, and at the end their relative difference, of the mean over the
 last 20 steps. The bar is 0.5 %; the report's own figure is below 0.25 % (section 3.3).
 """
@@ -25,7 +25,7 @@ def curve(precision: str, directory: Path, steps: int, batch_size: int, dtype: s
 
     overrides = {
         "model.dtype": dtype,
-        "model.execution.precision": precision,
+        "model.precision": precision,
         "train.steps": steps,
         "train.batch_size": batch_size,
         "train.log_every": 1,

@@ -7,6 +7,7 @@ that says what it will run on, and only without a mesh the machine at hand.
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 PLATFORMS = ("cpu", "tpu", "gpu")
 
@@ -37,6 +38,16 @@ def chip() -> str:
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     known = [name for name in CHIPS if kind.startswith(name)]
     return CHIPS[max(known, key=len)] if known else kind
+
+
+def widened(*factors: jax.Array) -> tuple[jax.Array, ...]:
+    """The factors of a product, in float32 where they are narrower and the program will run on a CPU.
+
+    A CPU's XLA multiplies bfloat16 some ten times slower than float32, and in some orders of axes not at all.
+    """
+    if platform() != "cpu":
+        return factors
+    return tuple(x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x for x in factors)
 
 
 def choose(kernel: str, implementations: Mapping[str, tuple[Callable, tuple[str, ...]]], name: str | None) -> Callable:

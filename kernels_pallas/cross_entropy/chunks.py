@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.target import widened
+
 
 def loss(hidden, head, targets, mask, z_loss_weight, chunk):
     """See `api.fused_cross_entropy`."""
@@ -22,7 +24,7 @@ def loss(hidden, head, targets, mask, z_loss_weight, chunk):
 
 
 def _terms(hidden, head, targets, mask, z_loss_weight):
-    logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.matmul(*widened(hidden, head), preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=1)
     target_logit = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     each = jnp.where(mask, log_z - target_logit, 0.0)
@@ -55,8 +57,8 @@ def _forward(count, z_loss_weight, hidden, head, targets, mask):
         slope = jnp.where(mask, 1.0 + 2.0 * z_loss_weight * log_z, 0.0)[:, None]
         hit = (targets[:, None] == jnp.arange(logits.shape[1])) & mask[:, None]
         d_logits = (jnp.exp(logits - log_z[:, None]) * slope - hit).astype(hidden.dtype)
-        d_hidden = jnp.einsum("cv,dv->cd", d_logits, head, preferred_element_type=jnp.float32)
-        d_head += jnp.einsum("cd,cv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("cv,dv->cd", *widened(d_logits, head), preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("cd,cv->dv", *widened(hidden, d_logits), preferred_element_type=jnp.float32)
         return (total + part, d_head), (each, d_hidden.astype(hidden.dtype))
 
     start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_pallas.target import widened
+
 MIN_BLOCK = 256
 MAX_BLOCKS = 8
 
@@ -67,7 +69,7 @@ def _blocks(length: int, keys: int, ordered: bool) -> Iterator[tuple[slice, slic
 
 def _scores(query, key, marks, rows, seen, scale):
     """Scaled scores [B, G, R, rows, seen] of a block in float32, and -1e30 where a query may not look."""
-    scores = jnp.einsum("bgrlq,bgsq->bgrls", query[:, :, :, rows], key[:, :, seen], preferred_element_type=jnp.float32)
+    scores = _product("bgrlq,bgsq->bgrls", query[:, :, :, rows], key[:, :, seen])
     query_segments, key_segments, query_order, key_order = marks
     if query_order is None:
         earlier = jnp.arange(rows.start, rows.stop)[:, None] >= jnp.arange(seen.stop)
@@ -75,6 +77,11 @@ def _scores(query, key, marks, rows, seen, scale):
         earlier = query_order[:, rows, None] >= key_order[:, None, seen]
     visible = earlier & (query_segments[:, rows, None] == key_segments[:, None, seen])
     return jnp.where(visible[:, None, None], scores * scale, -1e30)
+
+
+def _product(equation, *factors):
+    """The einsum of two arrays, in float32."""
+    return jnp.einsum(equation, *widened(*factors), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,9 +96,7 @@ def _forward(scale, query, key, value, marks):
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bgrls,bgsv->bgrlv", weights.astype(value.dtype), value[:, :, seen], preferred_element_type=jnp.float32
-        )
+        out = _product("bgrls,bgsv->bgrlv", weights.astype(value.dtype), value[:, :, seen])
         # A query that sees nothing gives zeros, and its weights come back as zeros.
         blind = largest < -1e29
         outputs.append(jnp.where(blind, 0, out / total).astype(value.dtype))
@@ -104,19 +109,18 @@ def _forward(scale, query, key, value, marks):
 
 def _backward(scale, saved, d_out):
     query, key, value, marks, out, log_sum = saved
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_key, d_value = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (key, value))
     d_query = []
     for rows, seen in _blocks(query.shape[3], key.shape[2], marks[2] is None):
         weights = jnp.exp(_scores(query, key, marks, rows, seen, scale) - log_sum[:, :, :, rows])
         d_rows = d_out[:, :, :, rows]
-        d_weights = product("bgrlv,bgsv->bgrls", d_rows, value[:, :, seen])
+        d_weights = _product("bgrlv,bgsv->bgrls", d_rows, value[:, :, seen])
         d_scores = (weights * (d_weights - delta[:, :, :, rows]) * scale).astype(query.dtype)
         # Transposed, so that the small operand is put into another order and not the scores.
-        d_value = d_value.at[..., seen].add(product("bgrlv,bgrls->bgvs", d_rows, weights.astype(value.dtype)))
-        d_key = d_key.at[..., seen].add(product("bgrlq,bgrls->bgqs", query[:, :, :, rows], d_scores))
-        d_query.append(product("bgrls,bgsq->bgrlq", d_scores, key[:, :, seen]).astype(query.dtype))
+        d_value = d_value.at[..., seen].add(_product("bgrlv,bgrls->bgvs", d_rows, weights.astype(value.dtype)))
+        d_key = d_key.at[..., seen].add(_product("bgrlq,bgrls->bgqs", query[:, :, :, rows], d_scores))
+        d_query.append(_product("bgrls,bgsq->bgrlq", d_scores, key[:, :, seen]).astype(query.dtype))
     d_key, d_value = jnp.swapaxes(d_key, 2, 3).astype(key.dtype), jnp.swapaxes(d_value, 2, 3).astype(value.dtype)
     return jnp.concatenate(d_query, axis=3), d_key, d_value, None
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.grouped_matmul import reference
+from kernels_pallas.target import widened
 
 BATCH = min(max(os.cpu_count() or 1, 2), 8)
 """Groups multiplied at a time: a core for each, and no more than fit the caches."""
@@ -87,16 +88,18 @@ def _rows_by_groups(equation, x, weights, group_sizes):
             # The last block of all begins early enough to end with x; it leaves alone what is not its own.
             first = jnp.minimum(starts[j] + offset, x.shape[0] - rows)
             present = _present(first, starts[j] + offset, starts[j] + sizes[j], rows)
-            y = jnp.einsum(equation, _take(x, first, rows), batch_weights, preferred_element_type=jnp.float32)
+            mine = widened(_take(x, first, rows), batch_weights)
+            y = jnp.einsum(equation, *mine, preferred_element_type=jnp.float32)
             for b in range(groups.shape[1]):
                 kept = lax.dynamic_slice_in_dim(out, first[b], rows)
-                merged = jnp.where(present[b], y[b].astype(out.dtype), kept)
+                merged = jnp.where(present[b], y[b], kept)
                 out = lax.dynamic_update_slice_in_dim(out, merged, first[b], 0)
             return offset + rows, out
 
         return lax.while_loop(lambda state: state[0] < jnp.max(sizes[j]), block, (0, out))[1]
 
-    return lax.fori_loop(0, groups.shape[0], batch, jnp.zeros((x.shape[0], width), x.dtype))
+    # Rounded once at the end: a CPU would convert all of a narrower array for each block written into it.
+    return lax.fori_loop(0, groups.shape[0], batch, jnp.zeros((x.shape[0], width), jnp.float32)).astype(x.dtype)
 
 
 def _groups_from_rows(x, y, group_sizes):
@@ -110,7 +113,7 @@ def _groups_from_rows(x, y, group_sizes):
             first = jnp.minimum(starts[j] + offset, x.shape[0] - rows)
             present = _present(first, starts[j] + offset, starts[j] + sizes[j], rows)
             # Both, for beyond the groups either may hold anything.
-            mine = (jnp.where(present, _take(operand, first, rows), 0) for operand in (x, y))
+            mine = widened(*(jnp.where(present, _take(operand, first, rows), 0) for operand in (x, y)))
             product = jnp.einsum("brk,brn->bkn", *mine, preferred_element_type=jnp.float32)
             return offset + rows, total + product
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.fp8_matmul import fp8_matmul
+from kernels_pallas.target import widened
 
 
 def project(
@@ -22,6 +23,6 @@ def project(
     """
     positions, outputs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
     width = math.prod(kernel.shape[:inputs])
-    multiply = fp8_matmul if precision == "fp8" else jnp.matmul
-    out = multiply(x.reshape(-1, width), kernel.astype(x.dtype).reshape(width, -1))
+    factors = x.reshape(-1, width), kernel.astype(x.dtype).reshape(width, -1)
+    out = fp8_matmul(*factors) if precision == "fp8" else jnp.matmul(*widened(*factors)).astype(x.dtype)
     return out.reshape(*positions, *outputs)

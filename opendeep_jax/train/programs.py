@@ -27,6 +27,8 @@ def use_compilation_cache(config: RunConfig) -> None:
 
 _SPARSE_CORE = "xla_tpu_enable_sparse_core_collective_offload"
 COMPILER_OPTIONS = {
+    # Tokens travel to their experts beside other work; newer compilers do so unasked.
+    "tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"},
     # Gathers and scatters of weights run beside the matmuls only when the SparseCores take them.
     "v5p": {
         f"{_SPARSE_CORE}_all_gather": "true",
@@ -37,7 +39,7 @@ COMPILER_OPTIONS = {
     # On a CPU most work is in library matmuls; more effort compiles a quarter longer and runs no faster.
     "cpu": {"xla_backend_optimization_level": 1},
 }
-"""The compiler's options for a training step, by chip (`kernels_pallas.target.chip`)."""
+"""The compiler's options for a training step, by platform and by chip (`kernels_pallas.target`)."""
 
 
 def check_implementations(config: RunConfig) -> None:
@@ -63,7 +65,7 @@ def compiler_options(config: RunConfig, chip: str, platform: str) -> dict[str, s
     """
     others = tuple(f"xla_{other}_" for other in PLATFORMS if other != platform)
     own = dict(option.split("=", 1) for option in config.train.compiler_options if not option.startswith(others))
-    return COMPILER_OPTIONS.get(chip, {}) | own
+    return COMPILER_OPTIONS.get(platform, {}) | COMPILER_OPTIONS.get(chip, {}) | own
 
 
 def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> Batch:

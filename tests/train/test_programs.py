@@ -39,4 +39,5 @@ def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
     v5p = compiler_options(config, "v5p", "tpu")
     assert v5p["xla_tpu_one"] == "1" and v5p["xla_three"] == "a=b" and "xla_gpu_two" not in v5p
     assert "xla_tpu_enable_sparse_core_collective_offload_all_gather" in v5p
+    assert "xla_tpu_enable_async_ragged_all_to_all" in v5p
     assert compiler_options(config, "h100", "gpu") == {"xla_gpu_two": "2", "xla_three": "a=b"}
