@@ -101,7 +101,8 @@ def compiled(function, arguments, flops):
     """Seconds to compile for an H100, and the bytes of temporaries there."""
     from jax.experimental import topologies
 
-    from opendeep_jax.plan.chips import CHIPS, gpu_target
+    from opendeep_jax.parallel.chips import CHIPS
+    from opendeep_jax.plan.gpu_target import gpu_target
 
     target = gpu_target(CHIPS["h100"])
     h100 = topologies.get_topology_desc(platform="cuda", topology_name="h100", topology="1x1x1", target_config=target)

@@ -112,8 +112,7 @@ def get_config() -> RunConfig:
             # On 512 chips: 5 rows of a micro-batch for each, or 1 at the start of the ramp.
             accumulation_steps=6,
             loss_chunk=2048,
-            # The scheduler starts exchanges early as long as memory lasts: 58 % of a v5p's is all that pays.
-            compiler_options=("xla_tpu_scheduler_percent_shared_memory_limit=58",),
+            working_memory_gb=47,  # more buys little: the exchanges that 47 GB do not hide are one in five
             batch_ramp=tuple(RampStage(rows, RAMP_TOKENS // 4) for rows in (3072, 6144, 9216, 12_288)),
         ),
         evaluation=EvaluationConfig(every=1000, batches=2, final_batches=16, batch_size=3072),

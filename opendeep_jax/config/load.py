@@ -42,6 +42,7 @@ ROUNDING = (
     "train.loss_chunk",
     "train.accumulation_steps",
     "train.compiler_options",
+    "train.working_memory_gb",
 )
 """As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 

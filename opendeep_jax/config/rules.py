@@ -335,7 +335,7 @@ def _optimizer_problems(run: Any) -> Iterator[str]:
 
 def _train_problems(run: Any) -> Iterator[str]:
     train, where = run.train, "train"
-    yield from _at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every")
+    yield from _at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every", "working_memory_gb")
     yield from _at_least(1, where, train, "batch_size", "accumulation_steps", "loss_chunk", "log_every")
     yield from _at_least(1, where, train, "sample_tokens")
     if (train.steps > 0) == (train.total_tokens > 0):

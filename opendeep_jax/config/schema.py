@@ -446,6 +446,9 @@ class TrainConfig:
     compiler_options: tuple[str, ...] = ()
     """Options of XLA for the step, `name=value`, beside those that the chip gets anyway; names that begin with
     xla_tpu_, xla_gpu_ or xla_cpu_ count on that platform alone."""
+    working_memory_gb: float = 0.0
+    """GB of each TPU that a step may take beside the state and its gradients, for the compiler to start messages early;
+    0 lets it take all there is."""
     compilation_cache: str = "runs/xla_cache"
     """Directory of compiled programs that later starts reuse; empty for none."""
 

@@ -126,7 +126,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
         traced = step.trace(state, batch)
         platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
         lowered = traced.lower(lowering_platforms=(platform,))
-        options = compiler_options(config, topology.chip.name, topology.chip.platform)
+        options = compiler_options(config, topology.chip.name, topology.chip.platform, state)
         try:
             with quiet_compilers():
                 compiled = lowered.compile(compiler_options=options)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.plan.chips import CHIPS
+from opendeep_jax.parallel.chips import CHIPS
 
 SECONDS_PER_DAY = 86_400
 

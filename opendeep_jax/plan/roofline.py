@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
-from opendeep_jax.plan.chips import Chip
+from opendeep_jax.parallel.chips import Chip
 from opendeep_jax.plan.program import Collective, Event, Kernel, Program
 from opendeep_jax.plan.topology import Topology
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
-from opendeep_jax.plan.chips import CHIPS, GPUS_PER_NODE, Chip, gpu_target
+from opendeep_jax.parallel.chips import CHIPS, Chip
+from opendeep_jax.plan.gpu_target import gpu_target
 
 FLAT_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 """Slices of the chips with a two-dimensional torus."""
 SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 """Slices of the chips with a three-dimensional torus that are smaller than its 4x4x4 cubes."""
+GPUS_PER_NODE = 8
 MOST_CHIPS = {"v5p": 8960, "v7x": 9216}
 ALIASES = {"tpu7x": "v7x", "ironwood": "v7x", "v5litepod": "v5e", "trillium": "v6e"}
 

@@ -14,8 +14,9 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
+from opendeep_jax.parallel.chips import CHIPS, GB
 from opendeep_jax.parallel.mesh import batch_sharding
-from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -57,15 +58,22 @@ def check_implementations(config: RunConfig) -> None:
             raise ConfigError(f"model.execution.{field} = {name!r}: {error}") from error
 
 
-def compiler_options(config: RunConfig, chip: str, platform: str) -> dict[str, str | int]:
+def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainState) -> dict[str, str | int]:
     """The options for a run's training step: the chip's, then the configuration's own for this platform.
 
     Args:
         chip, platform: as `kernels_pallas.target` names them.
+        state: shapes, dtypes and shardings of the run's state.
     """
     others = tuple(f"xla_{other}_" for other in PLATFORMS if other != platform)
     own = dict(option.split("=", 1) for option in config.train.compiler_options if not option.startswith(others))
-    return COMPILER_OPTIONS.get(platform, {}) | COMPILER_OPTIONS.get(chip, {}) | own
+    memory = {}
+    if config.train.working_memory_gb and platform == "tpu" and chip in CHIPS:
+        gradients = bytes_on_each_device(state.params)
+        wanted = bytes_on_each_device(state) + gradients + config.train.working_memory_gb * GB
+        percent = round(100 * wanted / CHIPS[chip].per_device().memory_bytes)
+        memory = {"xla_tpu_scheduler_percent_shared_memory_limit": str(min(percent, 100))}
+    return COMPILER_OPTIONS.get(platform, {}) | COMPILER_OPTIONS.get(chip, {}) | memory | own
 
 
 def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> Batch:
@@ -81,7 +89,7 @@ class Programs:
 
     def __init__(self, config: RunConfig, step_function, template: TrainState, mesh: Mesh):
         self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
-        self.options = compiler_options(config, chip(), platform())
+        self.options = compiler_options(config, chip(), platform(), template)
         self.compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
 
     def has(self, step: int) -> bool:

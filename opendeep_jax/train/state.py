@@ -1,5 +1,6 @@
 """What a training step takes and gives back, and where its arrays lie on the mesh."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,11 @@ def abstract_state(
 
     zero_1 = config.parallel.shard_optimizer_over_replicas
     return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh, zero_1))
+
+
+def bytes_on_each_device(arrays) -> int:
+    """Bytes that a pytree of (possibly abstract) arrays takes on the device that holds the most of each."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def create_state(config: RunConfig, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:

@@ -10,27 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas.target import chip
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
+from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState
 
-# Dense bf16 peak of one device as JAX counts devices, TFLOP/s, from the vendors' data sheets.
-PEAK_TFLOPS = {
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5": 459,
-    "TPU v5p": 459,
-    "TPU v6 lite": 918,
-    "TPU7x": 1153,
-    "NVIDIA A100": 312,
-    "NVIDIA H100": 989,
-    "NVIDIA H200": 989,
-    "NVIDIA H800": 989,
-    "NVIDIA B200": 2250,
-}
+OLDER_PEAK_TFLOPS = {"TPU v4": 275, "NVIDIA A100": 312}
+"""Dense bfloat16 peaks of devices that have no kernels of ours and no plans, by how their `device_kind` begins."""
 
 
 def peak_flops(config: RunConfig) -> float:
@@ -43,8 +33,10 @@ def peak_flops(config: RunConfig) -> float:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return measured_matmul() / jax.device_count()
-    names = [name for name in PEAK_TFLOPS if device.device_kind.startswith(name)]
-    return PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else 0.0
+    if chip() in CHIPS:
+        return CHIPS[chip()].per_device().flops
+    peaks = [peak for name, peak in OLDER_PEAK_TFLOPS.items() if device.device_kind.startswith(name)]
+    return peaks[0] * 1e12 if peaks else 0.0
 
 
 def measured_matmul(size: int = 1024, tries: int = 5) -> float:

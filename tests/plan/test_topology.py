@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.plan.chips import CHIPS
+from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.plan.topology import check_compiler, parse_topology
 
 

@@ -2,12 +2,18 @@
 
 import dataclasses
 
+import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from small_models import DENSE, run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ExecutionConfig
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import check_implementations, compiler_options
+from opendeep_jax.train.state import abstract_state, bytes_on_each_device
 
 
 def config_with(**execution):
@@ -32,12 +38,35 @@ def test_implementations_that_are_here_are_taken():
     check_implementations(config_with(attention="reference", grouped_matmul="blocks", cross_entropy="chunks"))
 
 
-def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
+def config_and_state(**train):
+    """A run on 8 devices, and the shapes of its state."""
     config = config_with()
-    train = dataclasses.replace(config.train, compiler_options=("xla_tpu_one=1", "xla_gpu_two=2", "xla_three=a=b"))
-    config = dataclasses.replace(config, train=train)
-    v5p = compiler_options(config, "v5p", "tpu")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    bones, mesh = skeleton(config.model), make_mesh(config.parallel)
+    return config, abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh)
+
+
+def test_a_tpus_scheduler_gets_the_working_memory_beside_each_devices_state_and_gradients():
+    name = "xla_tpu_scheduler_percent_shared_memory_limit"
+    config, state = config_and_state(working_memory_gb=41.12)
+    weights = sum(x.size for x in state.params.values()) * 4 / 8
+    assert weights <= bytes_on_each_device(state.params) < 1.2 * weights  # the smallest are whole everywhere
+    assert compiler_options(config, "v5p", "tpu", state)[name] == "40"
+    large = state._replace(params={"w": jax.ShapeDtypeStruct((8, 10**10), "int8", sharding=some_sharding(state))})
+    assert compiler_options(config, "v5p", "tpu", large)[name] == "59"  # 10 GB of weights, 10 GB of gradients
+    assert name not in compiler_options(config, "h100", "gpu", state)
+    assert name not in compiler_options(config_with(), "v5p", "tpu", state)
+
+
+def some_sharding(state):
+    """How the first axis of something of the state is divided over all devices."""
+    return NamedSharding(jax.tree.leaves(state)[0].sharding.mesh, PartitionSpec("fsdp"))
+
+
+def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
+    config, state = config_and_state(compiler_options=("xla_tpu_one=1", "xla_gpu_two=2", "xla_three=a=b"))
+    v5p = compiler_options(config, "v5p", "tpu", state)
     assert v5p["xla_tpu_one"] == "1" and v5p["xla_three"] == "a=b" and "xla_gpu_two" not in v5p
     assert "xla_tpu_enable_sparse_core_collective_offload_all_gather" in v5p
     assert "xla_tpu_enable_async_ragged_all_to_all" in v5p
-    assert compiler_options(config, "h100", "gpu") == {"xla_gpu_two": "2", "xla_three": "a=b"}
+    assert compiler_options(config, "h100", "gpu", state) == {"xla_gpu_two": "2", "xla_three": "a=b"}
