@@ -39,6 +39,7 @@ TRILLION = 1000 * BILLION
 SEQUENCE_LENGTH = 4096
 WARMUP_STEPS = 2000
 WARMUP_TOKENS = WARMUP_STEPS * 3072 * SEQUENCE_LENGTH  # ends within the ramp's first stage
+MICRO_BATCH = 1536  # 3 rows for each of 512 chips
 RAMP_TOKENS = 469 * BILLION
 
 
@@ -109,11 +110,12 @@ def get_config() -> RunConfig:
             steps=0,
             total_tokens=14_800 * BILLION,
             batch_size=15_360,
-            # On 512 chips: 5 rows of a micro-batch for each, or 1 at the start of the ramp.
-            accumulation_steps=6,
+            accumulation_steps=15_360 // MICRO_BATCH,
             loss_chunk=2048,
             working_memory_gb=47,  # more buys little: the exchanges that 47 GB do not hide are one in five
-            batch_ramp=tuple(RampStage(rows, RAMP_TOKENS // 4) for rows in (3072, 6144, 9216, 12_288)),
+            batch_ramp=tuple(
+                RampStage(rows, RAMP_TOKENS // 4, rows // MICRO_BATCH) for rows in (3072, 6144, 9216, 12_288)
+            ),
         ),
         evaluation=EvaluationConfig(every=1000, batches=2, final_batches=16, batch_size=3072),
     )

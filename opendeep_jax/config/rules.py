@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from opendeep_jax.config.schedule import total_steps
+from opendeep_jax.config.schedule import micro_batches, total_steps
 
 REMAT_NAMES = (
     "q_latent",
@@ -346,7 +346,7 @@ def _train_problems(run: Any) -> Iterator[str]:
             f"exactly one of train.steps and train.total_tokens says how long to train, and {both}",
             "Set one to 0 and the other above it",
         )
-    elif min(run.data.sequence_length, *(rows for _, rows in _batches(run))) > 0:
+    elif min(run.data.sequence_length, *(rows for _, rows, _ in _batches(run))) > 0:
         steps = total_steps(run)
         if run.optimizer.warmup_steps > steps:
             yield problem(
@@ -357,15 +357,15 @@ def _train_problems(run: Any) -> Iterator[str]:
             )
     for index, stage in enumerate(train.batch_ramp):
         yield from _at_least(1, f"train.batch_ramp.{index}", stage, "batch_size", "tokens")
-    if train.accumulation_steps > 0:
-        for name, rows in _batches(run):
-            if rows % train.accumulation_steps:
-                yield problem(
-                    name,
-                    rows,
-                    f"must be a multiple of train.accumulation_steps, which is {train.accumulation_steps}",
-                    f"Use {math.ceil(rows / train.accumulation_steps) * train.accumulation_steps}",
-                )
+        yield from _at_least(0, f"train.batch_ramp.{index}", stage, "accumulation_steps")
+    for name, rows, micros in _batches(run):
+        if micros > 0 and rows % micros:
+            yield problem(
+                name,
+                rows,
+                f"must be a multiple of its accumulation_steps, which is {micros}",
+                f"Use {math.ceil(rows / micros) * micros}",
+            )
     for option in train.compiler_options:
         name, equals, value = option.partition("=")
         if not (name.startswith("xla_") and equals and value):
@@ -392,7 +392,7 @@ def _parallel_problems(run: Any) -> Iterator[str]:
 def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
     """Yields a sentence for everything that does not divide over a mesh of these sizes; -1 is not known yet."""
     rows = [sizes[axis] for axis in ROW_AXES]
-    if run.train.accumulation_steps > 0 and -1 not in rows:
+    if -1 not in rows:
         yield from _row_problems(run, math.prod(rows))
     yield from _width_problems(run.model, sizes)
     yield from _length_problems(run, sizes)
@@ -447,12 +447,11 @@ def _length_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
 
 def _row_problems(run: Any, shards: int) -> Iterator[str]:
     """Yields a sentence for each batch whose micro-batches do not divide over `shards` devices."""
-    micro = run.train.accumulation_steps
-    batches = [(name, rows, micro) for name, rows in _batches(run)]
+    batches = _batches(run)
     if run.evaluation.batch_size:
         batches.append(("evaluation.batch_size", run.evaluation.batch_size, 1))
     for name, rows, parts in batches:
-        if rows > 0 and rows % parts == 0 and rows // parts % shards:
+        if rows > 0 and parts > 0 and rows % parts == 0 and rows // parts % shards:
             in_parts = f" in each of {parts} micro-batches" if parts > 1 else ""
             yield problem(
                 name,
@@ -462,11 +461,13 @@ def _row_problems(run: Any, shards: int) -> Iterator[str]:
             )
 
 
-def _batches(run: Any) -> list[tuple[str, int]]:
+def _batches(run: Any) -> list[tuple[str, int, int]]:
+    """Each batch that the run has: the field that sets it, its rows and its micro-batches."""
     stages = enumerate(run.train.batch_ramp)
     ramp = [(f"train.batch_ramp.{index}.batch_size", stage.batch_size) for index, stage in stages]
     phases = [(f"data.phases.{i}.batch_size", p.batch_size) for i, p in enumerate(run.data.phases) if p.batch_size]
-    return [("train.batch_size", run.train.batch_size), *ramp, *phases]
+    batches = ("train.batch_size", run.train.batch_size), *ramp, *phases
+    return [(name, rows, micro_batches(run.train, rows)) for name, rows in batches]
 
 
 def axes(run: Any) -> dict[str, int]:

@@ -46,6 +46,12 @@ def stage_at(config, step: int) -> Stage:
     return next(stage for stage in reversed(stages(config)) if stage.first_step <= step and stage.steps > 0)
 
 
+def micro_batches(train, batch_size: int) -> int:
+    """How many micro-batches a batch of so many rows is cut into, by a TrainConfig."""
+    own = [stage.accumulation_steps for stage in train.batch_ramp if stage.batch_size == batch_size]
+    return next(filter(None, own), train.accumulation_steps)
+
+
 def batch_size_at(config, step: int) -> int:
     """Rows in the global batch of `step` (from 0)."""
     return stage_at(config, step).batch_size

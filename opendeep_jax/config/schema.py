@@ -415,6 +415,8 @@ class RampStage:
     """Rows in a global batch during this stage."""
     tokens: int = 0
     """Length of the stage in tokens, rounded up to whole steps."""
+    accumulation_steps: int = 0
+    """Micro-batches of its batches; 0 takes train.accumulation_steps."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from opendeep_jax.config.rules import MESH_AXES
-from opendeep_jax.config.schedule import Stage
+from opendeep_jax.config.schedule import Stage, micro_batches
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import attention_matmul_parameters, count_parameters
 
@@ -50,7 +50,7 @@ def routed_parameters(model: ModelConfig) -> int:
 def local_tokens(config: RunConfig, stage: Stage, axes: dict[str, int]) -> float:
     """Tokens of a micro-batch on one device."""
     shards = math.prod(axes[axis] for axis in ("data", "fsdp", "expert", "context", "tensor"))
-    return stage.batch_size * stage.length / config.train.accumulation_steps / shards
+    return stage.batch_size * stage.length / micro_batches(config.train, stage.batch_size) / shards
 
 
 def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -> dict[str, float]:
@@ -71,7 +71,8 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
         moments = SIZES[optimizer.first_moment_dtype] + outer * SIZES[optimizer.second_moment_dtype]
     zero1 = axes["data"] if config.parallel.shard_optimizer_over_replicas else 1
     tokens = local_tokens(config, stage, axes)
-    in_flight = min(axes["stage"], config.train.accumulation_steps)  # micro-batches of a pipeline that wait
+    # Micro-batches of a pipeline that wait.
+    in_flight = min(axes["stage"], micro_batches(config.train, stage.batch_size))
     blocks = [layer_weights(model, kind == "moe") for kind, layers in _layers(model) if layers]
     gathered = max(block.rest + block.experts / axes["expert"] for block in blocks) / axes["tensor"]
     widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.expert_size * moe.num_shared_experts)

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from opendeep_jax.config.rules import ROW_AXES
+from opendeep_jax.config.schedule import micro_batches
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.decoder import one_layer, scan_layers
 from opendeep_jax.models.moe import RouterStats
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
-from opendeep_jax.parallel.collectives import psum
+from opendeep_jax.parallel.collectives import axis_size, psum
 from opendeep_jax.parallel.pipeline import Pieces, from_stages, pipelined_value_and_grad, to_stages
 from opendeep_jax.parallel.schedule import Layout, make_schedule, stage_layout
 from opendeep_jax.train.inputs import Inputs, TargetCounts
@@ -81,7 +83,8 @@ def _on_stage(spec: PartitionSpec) -> PartitionSpec:
 def _device_gradients(config, skeleton, layout, specs, params, router_bias, inputs: Inputs, counts: TargetCounts, step):
     """One device's program."""
     mesh, stack = jax.sharding.get_abstract_mesh(), stacked_layers(config)
-    stages, micros = mesh.shape["stage"], config.train.accumulation_steps
+    stages = mesh.shape["stage"]
+    micros = micro_batches(config.train, len(inputs.batch.tokens) * axis_size(ROW_AXES))
     layers = {name: x for name, x in params.items() if name.startswith(stack + ".")}
     shared = {name: x for name, x in params.items() if name not in layers}
     constants = {name: x for name, x in router_bias.items() if name.startswith(stack + ".")}

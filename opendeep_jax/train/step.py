@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from opendeep_jax.config.schedule import step_at_tokens
+from opendeep_jax.config.rules import ROW_AXES
+from opendeep_jax.config.schedule import micro_batches, step_at_tokens
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
-from opendeep_jax.parallel.collectives import psum
+from opendeep_jax.parallel.collectives import axis_size, psum
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
 from opendeep_jax.train.losses import Metrics, losses
 from opendeep_jax.train.optimizer import learning_rate_schedule
@@ -98,19 +99,19 @@ def device_gradients(
         (_, sums), grads = gradient(config, skeleton, params, router_bias, micro, counts, step)
         return grads, sums
 
-    micros = config.train.accumulation_steps
+    micros = micro_batches(config.train, len(inputs.batch.tokens) * axis_size(ROW_AXES))
     if micros == 1:
         grads, sums = micro_gradient(inputs)
     else:
-        micro_batches = jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), inputs)
-        shapes = jax.eval_shape(micro_gradient, jax.tree.map(lambda x: x[0], micro_batches))
+        cut = jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), inputs)
+        shapes = jax.eval_shape(micro_gradient, jax.tree.map(lambda x: x[0], cut))
         # Sums of bfloat16 gradients are kept in float32.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, "float32" if x.dtype == jnp.bfloat16 else x.dtype), shapes)
 
         def accumulate(total, micro):
             return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
 
-        (grads, sums), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+        (grads, sums), _ = jax.lax.scan(accumulate, zeros, cut)
     mesh = jax.sharding.get_abstract_mesh()
     return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
 

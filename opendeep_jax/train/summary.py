@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas.target import chip
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
+from opendeep_jax.config.schedule import length_at, micro_batches, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.parallel.chips import CHIPS
@@ -64,7 +64,7 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     model, train = config.model, config.train
-    tokens = max(stage.batch_size * stage.length for stage in stages(config)) / train.accumulation_steps / devices
+    tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size) for s in stages(config)) / devices
     kept = 0.0
     for kind, layers in (
         ("dense", model.num_leading_dense_layers),
