@@ -39,7 +39,7 @@ TRILLION = 1000 * BILLION
 SEQUENCE_LENGTH = 4096
 WARMUP_STEPS = 2000
 WARMUP_TOKENS = WARMUP_STEPS * 3072 * SEQUENCE_LENGTH  # ends within the ramp's first stage
-MICRO_BATCH = 1536  # 3 rows for each of 512 chips
+MICRO_BATCH = 1024  # 2 rows for each of 512 chips
 RAMP_TOKENS = 469 * BILLION
 
 

@@ -69,7 +69,8 @@ def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainSt
     own = dict(option.split("=", 1) for option in config.train.compiler_options if not option.startswith(others))
     memory = {}
     if config.train.working_memory_gb and platform == "tpu" and chip in CHIPS:
-        gradients = bytes_on_each_device(state.params)
+        sums = 2 if config.train.accumulation_steps > 1 else 1  # a micro-batch's gradients, and their sums
+        gradients = sums * bytes_on_each_device(state.params)
         wanted = bytes_on_each_device(state) + gradients + config.train.working_memory_gb * GB
         percent = round(100 * wanted / CHIPS[chip].per_device().memory_bytes)
         memory = {"xla_tpu_scheduler_percent_shared_memory_limit": str(min(percent, 100))}
