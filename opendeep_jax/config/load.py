@@ -61,9 +61,7 @@ def recipe_names() -> list[str]:
     """Names of the recipes that ship with OpenDeep, for `--config=NAME`; corpora are `corpora/NAME`."""
     root = recipe_directory()
     found = [*root.glob("*.py"), *root.glob("corpora/*.py")]
-    return sorted(
-        path.relative_to(root).with_suffix("").as_posix() for path in found if not path.stem.startswith("_")
-    )
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in found if not path.stem.startswith("_"))
 
 
 def load_recipe(name_or_path: str) -> RunConfig:

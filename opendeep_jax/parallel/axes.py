@@ -50,6 +50,7 @@ def partition_spec(
     Args:
         at_rest: between steps, where what `fsdp` divides is divided over the pipeline's stages too.
     """
+
     def part(name: str | None, size: int) -> tuple[str, ...] | str | None:
         axes = LOGICAL_AXES[name].mesh_axes if name in LOGICAL_AXES else ()
         choices = [("stage", *axes)] if at_rest and "fsdp" in axes else []
@@ -74,9 +75,7 @@ def replica_axes(spec: PartitionSpec, mesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if mesh.shape[name] > 1 and name not in used)
 
 
-def sum_over_copies(
-    grads: dict[str, jax.Array], specs: dict[str, PartitionSpec], mesh
-) -> dict[str, jax.Array]:
+def sum_over_copies(grads: dict[str, jax.Array], specs: dict[str, PartitionSpec], mesh) -> dict[str, jax.Array]:
     """Each gradient summed, in float32, over the devices that hold copies of its weight."""
 
     def whole(name: str, grad: jax.Array) -> jax.Array:

@@ -104,6 +104,11 @@ CONTRADICTIONS = {
     "train.batch_ramp.0.batch_size = 3": lambda: run(
         train=TrainConfig(batch_ramp=(RampStage(3, 10_000),), accumulation_steps=2)
     ),
+    "train.batch_ramp.0.batch_size = 4": lambda: run(train=TrainConfig(batch_ramp=(RampStage(4, 10_000, 3),))),
+    "train.batch_ramp.0.accumulation_steps = -1": lambda: run(
+        train=TrainConfig(batch_ramp=(RampStage(4, 10_000, -1),))
+    ),
+    "train.working_memory_gb = -1.0": lambda: run(train=TrainConfig(working_memory_gb=-1.0)),
     "train.batch_ramp.0.tokens = 0": lambda: run(train=TrainConfig(batch_ramp=(RampStage(4, 0),))),
     "train.log_every = 0": lambda: run(train=TrainConfig(log_every=0)),
     "train.sample_prompts = ()": lambda: run(train=TrainConfig(sample_every=1, sample_prompts=())),

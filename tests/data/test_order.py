@@ -137,7 +137,9 @@ def test_phases_that_share_a_plan_go_on_where_the_one_before_stopped(tmp_path):
     prepared = prepared_of(config, lengths, tmp_path)
     assert len(prepared.plans) == 2
     taken = collections.Counter(
-        (located.source, int(row)) for step in range(11) for located in prepared.order.rows_of_step(step)
+        (located.source, int(row))
+        for step in range(11)
+        for located in prepared.order.rows_of_step(step)
         for row in located.in_plan
     )
     assert set(taken.values()) == {1} and sum(taken.values()) == 44

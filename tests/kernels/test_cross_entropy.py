@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.cross_entropy import fused_cross_entropy, tpu
 from kernels_pallas.cross_entropy.api import IMPLEMENTATIONS
 
+INTERPRETER = pltpu.InterpretParams()
 TOKENS, WIDTH, VOCAB = 45, 24, 307  # multiples of no tile or chunk
 
 
@@ -38,8 +39,8 @@ def operands(tokens=TOKENS, width=WIDTH, vocab=VOCAB, dtype=np.float32, seed=0):
     return hidden, head, random.integers(0, vocab, tokens).astype(np.int32), random.random(tokens) < 0.7
 
 
-def on_tpu(*arguments, z_loss_weight=0.0, chunk=1024):
-    return tpu.loss(*arguments, z_loss_weight, chunk, interpret=pltpu.InterpretParams())
+def on_tpu(*arguments, z_loss_weight=0.0, chunk=1024, interpret=INTERPRETER):
+    return tpu.loss(*arguments, z_loss_weight, chunk, interpret=interpret)
 
 
 RUNS = {
@@ -134,3 +135,7 @@ def test_a_chunk_of_nothing_and_unknown_or_absent_implementations_are_refused():
         fused_cross_entropy(*operands(), implementation="fused")
     with pytest.raises(NotImplementedError, match="mosaic_tpu.*runs on tpu"):
         fused_cross_entropy(*operands(), implementation="mosaic_tpu")
+
+
+def test_the_tpu_kernels_race_with_nothing(watching):
+    check(partial(on_tpu, interpret=watching), *operands(tokens=300, width=130, vocab=700))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_mla import blocks, flash_mla, reference, tpu, tpu_backward
@@ -137,16 +136,13 @@ def test_bfloat16_stays_bfloat16():
     check("blocks", inputs, (np.ones((1, 40), np.int32),) * 2 + (None, None), 2, tolerance=3e-2)
 
 
-def test_the_tpu_kernels_race_with_nothing_at_the_head_sizes_of_v3_in_bfloat16(monkeypatch):
+def test_the_tpu_kernels_race_with_nothing_at_the_head_sizes_of_v3_in_bfloat16(monkeypatch, watching):
     """Sizes that need no padding; the interpreter watches every access to memory that is shared."""
     inputs = operands(1, 256, 256, 4, nope=128, rope=64, width=128, dtype=jnp.bfloat16)
     blocks_of_128 = dict(forward_block=(128, 128), backward_block=(128, 128))
-    watched = partial(interpreted, **blocks_of_128, interpret=pltpu.InterpretParams(detect_races=True))
+    watched = partial(interpreted, **blocks_of_128, interpret=watching)
     monkeypatch.setitem(RUNS, "watched", watched)
     check("watched", inputs, (np.ones((1, 256), np.int32),) * 2 + (None, None), 4, tolerance=3e-2)
-    # Newer versions of JAX raise where they see a race; older ones write it down.
-    races = getattr(interpret_pallas_call, "races", None)
-    assert races is None or not races.races_found
 
 
 @settings(max_examples=15, deadline=None)

@@ -189,6 +189,14 @@ def test_on_hopper_the_products_are_the_same_and_free_of_races(monkeypatch):
     check(function, x, w, dy, grouped_definition(np.nan_to_num(x), w, dy, sizes))
 
 
+def test_on_tpus_the_products_race_with_nothing(monkeypatch, watching):
+    products = interpreted(IMPLEMENTATIONS["mosaic_tpu"][0], interpret=watching)
+    monkeypatch.setattr(api, "_implementation", lambda name: products)
+    sizes = np.array([130, 0, 5], np.int32)
+    x, w, dy = normal(135, 130), normal(3, 130, 128, seed=1), normal(135, 128, seed=2)
+    check(partial(fp8_grouped_matmul, group_sizes=sizes), x, w, dy, grouped_definition(x, w, dy, sizes))
+
+
 @pytest.mark.parametrize("chip, wanted", [("v7x", "mosaic_tpu"), ("v5p", "emulated"), ("v6e", "emulated")])
 def test_a_chip_without_units_for_it_emulates_and_refuses_to_be_told_otherwise(monkeypatch, chip, wanted):
     monkeypatch.setattr("kernels_pallas.target.platform", lambda: "tpu")

@@ -8,12 +8,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.mla_decode import mla_decode, reference, tpu
 
+INTERPRETER = pltpu.InterpretParams()
 PAGE, HEADS, LATENT, ROPE, SCALE = 16, 3, 12, 4, 0.3
 
 
-def interpreted(*arguments):
+def interpreted(*arguments, interpret=INTERPRETER):
     """The TPU kernel on a simulated TPU."""
-    return tpu.mla_decode(*arguments, interpret=pltpu.InterpretParams())
+    return tpu.mla_decode(*arguments, interpret=interpret)
 
 
 RUNS = {"reference": reference.mla_decode, "mosaic": interpreted}
@@ -86,3 +87,8 @@ def test_pages_that_the_kernel_cannot_take_are_refused_by_name():
     query_latent, query_rope, cache, table, lengths = operands([3], pages=1)
     with pytest.raises(NotImplementedError, match="pages of 15 positions"):
         interpreted(query_latent, query_rope, cache[:, :15], table, lengths, SCALE)
+
+
+def test_the_tpu_kernel_races_with_nothing(watching):
+    inputs = operands([0, 5, 16, 70], pages=5)
+    np.testing.assert_allclose(interpreted(*inputs, SCALE, interpret=watching), dense(*inputs), atol=1e-5)

@@ -119,9 +119,7 @@ def test_training_a_finished_run_again_changes_none_of_its_numbers(small_run, tm
     assert json.loads((again / "summary.json").read_text()) == summary
 
 
-def test_a_run_that_is_killed_and_then_interrupted_has_the_numbers_of_an_undisturbed_one(
-    small_run, tmp_path, capsys
-):
+def test_a_run_that_is_killed_and_then_interrupted_has_the_numbers_of_an_undisturbed_one(small_run, tmp_path, capsys):
     config = load_run_config(small_run)
     save_run_config(config, config, tmp_path)
     environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[2])}

@@ -7,12 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import shapes_in
 from small_models import DENSE, GQA, V3, packed_batch, random_arrays, run_config
 
-from opendeep_jax.config.schema import ExecutionConfig, MTPConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from opendeep_jax.config.schema import (
+    ExecutionConfig,
+    MTPConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RampStage,
+    TrainConfig,
+)
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.programs import abstract_batch
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
 from opendeep_jax.train.step import make_train_step
 
@@ -95,6 +104,20 @@ def test_a_cut_batch_has_exactly_the_loads_and_router_biases_of_the_whole_one(cu
     (_, whole, whole_metrics), (_, parts, metrics) = reference, cut
     jax.tree.map(np.testing.assert_array_equal, metrics["load"], whole_metrics["load"])
     jax.tree.map(np.testing.assert_array_equal, parts.router_bias, whole.router_bias)
+
+
+def test_a_stage_of_the_ramp_is_cut_into_its_own_micro_batches():
+    ramp = (RampStage(8, 100, accumulation_steps=2), RampStage(12, 100))
+    train = TrainConfig(steps=10, batch_size=16, accumulation_steps=4, batch_ramp=ramp)
+    config = run_config(dataclasses.replace(DENSE, num_layers=1), train=train)
+    bones, mesh = skeleton(config.model), mesh_of(ParallelConfig(), 1)
+    optimizer = make_optimizer(config, bones.axes())
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, optimizer, bones, mesh)
+        step = make_train_step(config, bones, optimizer)
+        for rows, micros in ((8, 2), (12, 4), (16, 4)):
+            shapes = set(shapes_in(jax.make_jaxpr(step)(state, abstract_batch((rows, 16), mesh))))
+            assert (micros, rows // micros, 16) in shapes
 
 
 def test_a_step_in_bfloat16_stays_close_to_one_in_float32(reference):
