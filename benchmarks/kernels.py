@@ -17,16 +17,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from static_schedule import CORES
 
 from kernels_pallas.cross_entropy import fused_cross_entropy
 from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.fp8_matmul import fp8_grouped_matmul
+from kernels_pallas.fp8_matmul.api import CHIPS as FP8_CHIPS
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import chip, platform
 
 KERNELS = {"tpu": "mosaic", "gpu": "triton"}
-FP8_KERNELS = {"v7x": "mosaic_tpu", "h100": "mosaic_gpu", "h200": "mosaic_gpu"}
+FP8_KERNELS = {chip: name for name, chips in FP8_CHIPS.items() for chip in chips}
 
 
 def with_gradients(function, operands):
@@ -147,12 +149,13 @@ def mesh_of(name):
     """A mesh of the smallest slice or node of a chip that is not there."""
     from opendeep_jax.plan.topology import compile_only_devices, parse_topology
 
-    topologies = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
-    devices = compile_only_devices(parse_topology(topologies.get(name, f"{name}:1x8")))
+    shape = CORES[name].topology.partition(":")[2] if name in CORES else "1x8"
+    devices = compile_only_devices(parse_topology(f"{name}:{shape}"))
     return jax.sharding.Mesh(np.asarray(devices).ravel(), ("x",))
 
 
 def main(chips, names):
+    """Prints a line for each case and pass on each chip."""
     looks = {name: partial(compiled, mesh_of(name)) for name in chips} or {chip(): measured}
     for on, look in looks.items():
         for name in names or [case for case in CASES if on in FP8_KERNELS or not case.startswith("fp8")]:

@@ -17,7 +17,7 @@ from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.train.progress import human_bytes, human_count
-from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
 OLDER_PEAK_TFLOPS = {"TPU v4": 275, "NVIDIA A100": 312}
 """Dense bfloat16 peaks of devices that have no kernels of ours and no plans, by how their `device_kind` begins."""
@@ -58,11 +58,6 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     Activations count what each layer keeps under its remat policy; `none` keeps about 2.5 times what the matmuls give.
     The compiler's own buffers come on top.
     """
-
-    def size(tree) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
     model, train = config.model, config.train
     tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size) for s in stages(config)) / devices
     kept = 0.0
@@ -76,9 +71,9 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
         width = model.hidden_size + sum(widths.get(name, 0) for name in names)
         kept += layers * width * (2.5 if policy == "none" else 1)
     return {
-        "weights": size(state.params),
-        "gradients": size(state.params),
-        "moments": size(state.opt_state),
+        "weights": bytes_on_each_device(state.params),
+        "gradients": bytes_on_each_device(state.params),
+        "moments": bytes_on_each_device(state.opt_state),
         "activations": tokens * kept * jnp.dtype(model.dtype).itemsize,
         "logits": 2 * min(train.loss_chunk, tokens) * model.vocab_size * 4,
     }
