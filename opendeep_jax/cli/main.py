@@ -17,6 +17,10 @@ COMMANDS = {
     "eval": "Measure a run's held-out bits per byte.",
     "generate": "Continue a prompt with a run's model.",
     "report": "Write a run's report again.",
+    "watch": "Look at runs while they go: curves, events, where the time went.",
+    "checkpoints": "List, verify, compare, thin out or average a run's checkpoints.",
+    "sweep": "Train many variants of a recipe, and compare them.",
+    "launch": "Start a recipe on several processes here, or write the job for a cluster.",
     "plan": "Say what a run would take on a cluster, without one: memory, time, cost.",
 }
 MODULES = {"eval": "evaluate"}  # a module named eval would read like the builtin
@@ -37,7 +41,7 @@ opendeep: train, look into and release DeepSeek-class models, fully in the open.
 
 usage: opendeep COMMAND [--name=value ...]
 
-{"".join(f"  {name:<10}{text}" + chr(10) for name, text in COMMANDS.items())}
+{"".join(f"  {name:<13}{text}" + chr(10) for name, text in COMMANDS.items())}
 `opendeep COMMAND --help` shows what a command can be told, `opendeep --version` the version.
 A first run, in minutes on a laptop: opendeep train --config=quickstart
 """

@@ -29,6 +29,8 @@ HARMLESS = (
     "train.compilation_cache",
     "evaluation.",
     "checkpoint.",
+    "faults.",
+    "tracking.",
     "hardware.",
     "data.directory",
     "data.workers",

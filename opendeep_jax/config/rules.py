@@ -194,8 +194,7 @@ def run_problems(run: Any) -> Iterator[str]:
     yield from _train_problems(run)
     yield from _at_least(0, "evaluation", run.evaluation, "every", "final_batches", "batch_size")
     yield from _at_least(1, "evaluation", run.evaluation, "batches")
-    yield from _at_least(0, "checkpoint", run.checkpoint, "every", "keep")
-    yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
+    yield from _operations_problems(run)
     yield from _parallel_problems(run)
 
 
@@ -372,6 +371,22 @@ def _train_problems(run: Any) -> Iterator[str]:
             yield problem("train.compiler_options", option, "is no option of XLA", "Write it as xla_name=value")
     if train.sample_every and not train.sample_prompts:
         yield problem("train.sample_prompts", (), "must not be empty when train.sample_every is set", "Add a prompt")
+
+
+def _operations_problems(run: Any) -> Iterator[str]:
+    saving, faults = run.checkpoint, run.faults
+    yield from _at_least(0, "checkpoint", saving, "every", "keep", "keep_every", "keep_best", "local_every")
+    yield from _at_least(0, "faults", faults, "rollback_after", "check_replicas_every", "replay_every")
+    yield from _at_least(0, "faults", faults, "hang_seconds", "peer_seconds")
+    yield from _at_least(1, "faults", faults, "max_rollbacks")
+    yield from _above_zero("faults", faults, "spike_zscore")
+    yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
+    if saving.local_every and not saving.local_directory:
+        rule = "needs checkpoint.local_directory"
+        yield problem("checkpoint.local_every", saving.local_every, rule, "Name a fast disk there")
+    if saving.keep_best and not run.evaluation.every:
+        rule = "needs evaluations along the way"
+        yield problem("checkpoint.keep_best", saving.keep_best, rule, "Set evaluation.every")
 
 
 def _parallel_problems(run: Any) -> Iterator[str]:

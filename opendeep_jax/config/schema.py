@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opendeep_jax.config import checks
+from opendeep_jax.config.operations import CheckpointConfig, FaultsConfig, HardwareConfig, TrackingConfig
 from opendeep_jax.config.rules import REMAT_NAMES
 
 DType = Literal["float32", "bfloat16"]
@@ -470,24 +471,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When and what to save. Saving is asynchronous and atomic."""
-
-    every: int = 500
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
-
-
-@dataclass(frozen=True)
-class HardwareConfig:
-    """What the report and the logs compare speed with."""
-
-    peak_tflops: float = 0.0
-    """Peak TFLOP/s of one device for MFU; 0 uses the table of known chips, or a measured matmul on a CPU."""
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -509,6 +492,10 @@ class RunConfig:
     """Held-out text."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    faults: FaultsConfig = FaultsConfig()
+    """What may go wrong."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers."""
     hardware: HardwareConfig = HardwareConfig()
     """Peak speed."""
 

@@ -1,0 +1,69 @@
+"""Fields of a run that decide how it is kept, watched and recovered, and nothing of what it computes on a good day."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SpikePolicy = Literal["ignore", "record", "skip", "rollback"]
+Tracker = Literal["wandb", "mlflow", "trackio"]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and what to save. Saving is asynchronous and atomic."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for ever; 0 for none."""
+    keep_best: int = 0
+    """So many checkpoints with the fewest held-out bits per byte are kept besides."""
+    local_directory: str = ""
+    """A fast disk of each machine (or memory, such as /dev/shm) for more frequent checkpoints; empty for none."""
+    local_every: int = 0
+    """Steps between checkpoints in local_directory, of which the newest is kept; 0 for none."""
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What is looked for while a run goes, and what is done about it. docs/faults.md describes each."""
+
+    rollback_after: int = 8
+    """So many skipped updates in a row (loss or gradient not finite) take the run back to a checkpoint from before
+    them, and it passes over their batches from then on; 0 never."""
+    spike_policy: SpikePolicy = "record"
+    """What a loss spike does besides being recorded: nothing, skip its update on the device, or go back and pass over
+    its batch; ignore does not even record it."""
+    spike_zscore: float = 12.0
+    """A loss is a spike so many robust standard deviations (1.4826 times the median absolute deviation) above the
+    median of the last 128 good ones."""
+    max_rollbacks: int = 3
+    """A run that had to go back so often since its last new checkpoint stops with a diagnosis."""
+    check_replicas_every: int = 0
+    """Steps between comparisons of all copies of weights and moments over devices; 0 compares before each save only."""
+    replay_every: int = 0
+    """Steps between replays, which compute a step's gradients again on the same devices and on others; 0 for none."""
+    hang_seconds: float = 1800.0
+    """A process whose step, save or evaluation takes longer writes all its stacks and exits; 0 waits for ever.
+    Compilation may take ten times as long."""
+    peer_seconds: float = 60.0
+    """A process that was not heard of for so long is named by all others, which then exit; 0 waits for ever."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where numbers go besides the work directory and TensorBoard."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Services that get every logged number too; each is an extra: pip install 'opendeep-jax[wandb]'."""
+    project: str = "opendeep"
+    """Project (wandb, trackio) or experiment (mlflow) there."""
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the report and the logs compare speed with."""
+
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of one device for MFU; 0 uses the table of known chips, or a measured matmul on a CPU."""
