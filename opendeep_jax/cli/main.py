@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import opendeep_jax
 from opendeep_jax.cli.large_pages import restart_with_large_pages
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, Resume, Stopped
 from opendeep_jax.config.load import did_you_mean
 
 COMMANDS = {
@@ -50,7 +51,7 @@ A first run, in minutes on a laptop: opendeep train --config=quickstart
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (without the program's name; `sys.argv` if None) and returns the exit status.
 
-    0 is success, 2 input that the user can mend, 130 an interrupt. Any other failure is a bug and raises.
+    `config/exits.py` has the statuses. A failure that is none of the user's or the machine's is a bug and raises.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -67,22 +68,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported only now, so that `opendeep --help` and a wrong command answer at once.
         module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
         return module.main(rest) or 0
-    except ConfigError as error:
-        print(f"opendeep: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        status = explained(command, error)
+        if status is None:
+            raise
+        return status
+
+
+def explained(command: str, error: BaseException) -> int | None:
+    """Prints what ended a command, in one paragraph, and returns the exit status; None for a bug."""
+    if isinstance(error, ConfigError):
+        if not getattr(error, "already_said", False):
+            print(f"opendeep: {error}", file=sys.stderr)
+        return MEND
+    if isinstance(error, KeyboardInterrupt):
         cure = " Give the same command to go on." if command == "train" else ""
         print(f"\nopendeep {command}: interrupted.{cure}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `opendeep train --help | head`: the reader has seen enough
+        return INTERRUPTED
+    if isinstance(error, Resume):
+        print(f"\nopendeep {command}: {error} Give the same command to go on (exit status {RESUME}).", file=sys.stderr)
+        return RESUME
+    if isinstance(error, Stopped):
+        print(f"\nopendeep {command}: {error}", file=sys.stderr)
+        return STOPPED
+    if isinstance(error, BrokenPipeError):  # `opendeep train --help | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
+        return OK
+    if isinstance(error, OSError) and error.errno in MENDABLE:
         where = f" ({error.filename})" if error.filename else ""
         print(f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}", file=sys.stderr)
-        return 2
+        return MEND
+    return None
 
 
 def script() -> int:

@@ -1,24 +1,58 @@
 """`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`"""
 
+import os
+import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from opendeep_jax.cli.process import process_start, set_verbosity
 from opendeep_jax.config.checks import check_devices
+from opendeep_jax.config.exits import BUG
 from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import resolve
+from opendeep_jax.parallel.cluster import find_cluster
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains the run that `argv` describes, or resumes it. Raises ConfigError for input that cannot work."""
+    """Trains the run that `argv` describes, or resumes it, alone or as one process of a job.
+
+    Raises ConfigError for input that cannot work, and what `train.loop.train` raises.
+    """
     config, launch = resolve(argv)
-    check_workdir(config, launch.workdir)
+    cluster = find_cluster(os.environ, launch.coordinator_address, launch.num_processes, launch.process_id)
+    if cluster is None:
+        check_workdir(config, launch.workdir)
 
     # Only now, behind everything that can be refused without it: loading JAX takes about a second.
     import jax
 
+    from opendeep_jax.parallel.distributed import primary_first, start
+
     set_verbosity(launch.verbosity)
-    check_devices(config, jax.device_count())
+    start(cluster)
+    try:
+        if cluster is not None:
+            primary_first("workdir", lambda: check_workdir(config, launch.workdir))
+        primary_first("devices", lambda: check_devices(config, jax.device_count()))
 
-    from opendeep_jax.train.loop import train
+        from opendeep_jax.train.loop import train
 
-    train(config, launch.workdir, launch.recipe, process_start())
+        train(config, launch.workdir, launch.recipe, process_start())
+    except BaseException as error:
+        if jax.process_count() > 1:
+            _leave(error)
+        raise
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Ends this process of a job without the farewells at exit, which would wait for peers that may be gone."""
+    from opendeep_jax.cli.main import explained
+
+    status = explained("train", error)
+    if status is None:
+        traceback.print_exception(error)
+        status = BUG
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+DRILLS = (
+    r"(nan_gradient|loss_spike|flipped_bit|sigkill|sigstop|sigterm|hang|clock_jump)@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
+)
+"""How a fire drill is written: kind@step, kind@first-last, and :process behind it."""
 SpikePolicy = Literal["ignore", "record", "skip", "rollback"]
 Tracker = Literal["wandb", "mlflow", "trackio"]
 
@@ -49,6 +53,8 @@ class FaultsConfig:
     Compilation may take ten times as long."""
     peer_seconds: float = 60.0
     """A process that was not heard of for so long is named by all others, which then exit; 0 waits for ever."""
+    drill: tuple[str, ...] = ()
+    """Faults to make on purpose, such as nan_gradient@12, sigkill@20:1 (a step, a process), to see what happens."""
 
 
 @dataclass(frozen=True)

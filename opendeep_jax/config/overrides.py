@@ -38,6 +38,12 @@ class Launch:
     """absl's log level: 1 debug, 0 info, -1 warnings, -2 errors."""
     recipe: RunConfig
     """The recipe's configuration before the command line changed it."""
+    coordinator_address: str = ""
+    """host:port of process 0, in a job of several processes; empty where the environment says."""
+    num_processes: int = 0
+    """Processes of the job; 0 where the environment says."""
+    process_id: int = -1
+    """This process's number; -1 where the environment says."""
 
 
 def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunConfig, Launch]:
@@ -58,7 +64,8 @@ def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunCo
     if wants_help:
         print_help(recipe, process, program)
     name = Path(process.config).stem
-    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe)
+    job = process.coordinator_address, process.num_processes, process.process_id
+    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job)
     return apply(recipe, rest), launch
 
 
@@ -86,7 +93,7 @@ def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
     """Prints every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
-    own = "\n".join(f"--{name:<11}{process[name].help}" for name in process)
+    own = "\n".join(f"--{name:<21}{process[name].help}" for name in process)
     tyro.cli(
         RunConfig,
         args=["--help"],
@@ -105,6 +112,10 @@ def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagV
     flags.DEFINE_string("config", None, "Recipe: a name or the path of a .py file.", flag_values=process)
     flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
     flags.DEFINE_integer("verbosity", -1, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
+    text = "Of a job of several processes that no environment describes: host:port of process 0."
+    flags.DEFINE_string("coordinator_address", "", text, flag_values=process)
+    flags.DEFINE_integer("num_processes", 0, "How many processes that job has.", flag_values=process)
+    flags.DEFINE_integer("process_id", -1, "Which of them this one is, from 0.", flag_values=process)
     process.set_gnu_getopt(True)  # `--seed 3 --config=x`: go on behind the 3
     try:
         return process, process([program, *argv], known_only=True)[1:]
@@ -164,7 +175,7 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
     for entries in _tuples_of_dataclasses(RunConfig):
         if name == entries or (name.startswith(f"{entries}.") and not siblings):
             return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
-    known = [*fields, "config", "workdir", "verbosity"]
+    known = [*fields, "config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id"]
     same_ending = [field for field in known if field.rpartition(".")[2] == last]
     in_group = [f"{group}.{sibling}".lstrip(".") for sibling in difflib.get_close_matches(last, siblings, n=1)]
     hint = did_you_mean(name, same_ending or in_group or ([] if group and siblings else known), prefix="--")

@@ -5,10 +5,12 @@ looks at that first). Standard library only.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from opendeep_jax.config.schedule import micro_batches, total_steps
+from opendeep_jax.config.operations import DRILLS
+from opendeep_jax.config.schedule import micro_batches, padded_rows, total_steps
 
 REMAT_NAMES = (
     "q_latent",
@@ -335,6 +337,7 @@ def _optimizer_problems(run: Any) -> Iterator[str]:
 def _train_problems(run: Any) -> Iterator[str]:
     train, where = run.train, "train"
     yield from _at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every", "working_memory_gb")
+    yield from _at_least(0, where, train, "rows_per_device")
     yield from _at_least(1, where, train, "batch_size", "accumulation_steps", "loss_chunk", "log_every")
     yield from _at_least(1, where, train, "sample_tokens")
     if (train.steps > 0) == (train.total_tokens > 0):
@@ -358,7 +361,7 @@ def _train_problems(run: Any) -> Iterator[str]:
         yield from _at_least(1, f"train.batch_ramp.{index}", stage, "batch_size", "tokens")
         yield from _at_least(0, f"train.batch_ramp.{index}", stage, "accumulation_steps")
     for name, rows, micros in _batches(run):
-        if micros > 0 and rows % micros:
+        if micros > 0 and rows % micros and not train.rows_per_device:
             yield problem(
                 name,
                 rows,
@@ -381,6 +384,13 @@ def _operations_problems(run: Any) -> Iterator[str]:
     yield from _at_least(1, "faults", faults, "max_rollbacks")
     yield from _above_zero("faults", faults, "spike_zscore")
     yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
+    for drill in faults.drill:
+        if not re.fullmatch(DRILLS, drill):
+            kinds = DRILLS[1:].partition(")")[0].replace("|", ", ")
+            yield problem("faults.drill", drill, f"must be kind@step, the kind one of {kinds}", "As in sigkill@20")
+    if faults.replay_every and run.parallel.stage != 1:
+        rule = "replays need parallel.stage = 1"
+        yield problem("faults.replay_every", faults.replay_every, rule, "Set it to 0")
     if saving.local_every and not saving.local_directory:
         rule = "needs checkpoint.local_directory"
         yield problem("checkpoint.local_every", saving.local_every, rule, "Name a fast disk there")
@@ -461,18 +471,17 @@ def _length_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
 
 
 def _row_problems(run: Any, shards: int) -> Iterator[str]:
-    """Yields a sentence for each batch whose micro-batches do not divide over `shards` devices."""
-    batches = _batches(run)
-    if run.evaluation.batch_size:
-        batches.append(("evaluation.batch_size", run.evaluation.batch_size, 1))
-    for name, rows, parts in batches:
-        if rows > 0 and parts > 0 and rows % parts == 0 and rows // parts % shards:
+    """Yields a sentence for each batch of which more than a third would be padding on `shards` devices."""
+    for name, rows, parts in _batches(run):
+        padded = padded_rows(run.train, rows, shards) if min(rows, parts) > 0 and rows % parts == 0 else rows
+        if padded > 1.5 * rows:
             in_parts = f" in each of {parts} micro-batches" if parts > 1 else ""
             yield problem(
                 name,
                 rows,
-                f"rows must divide evenly over the {shards} devices of {' x '.join(ROW_AXES)}{in_parts}",
-                f"Use a multiple of {parts * shards}, such as {math.ceil(rows / (parts * shards)) * parts * shards}",
+                f"rows must divide over the {shards} devices of {' x '.join(ROW_AXES)}{in_parts}, and {padded - rows} "
+                f"of {padded} would be padding",
+                f"Use a multiple of {parts * shards}, such as {padded}, or fewer devices",
             )
 
 

@@ -46,10 +46,27 @@ def stage_at(config, step: int) -> Stage:
     return next(stage for stage in reversed(stages(config)) if stage.first_step <= step and stage.steps > 0)
 
 
-def micro_batches(train, batch_size: int) -> int:
-    """How many micro-batches a batch of so many rows is cut into, by a TrainConfig."""
-    own = [stage.accumulation_steps for stage in train.batch_ramp if stage.batch_size == batch_size]
-    return next(filter(None, own), train.accumulation_steps)
+def micro_batches(train, rows: int, shards: int = 1) -> int:
+    """How many micro-batches a batch of so many rows, with or without padding, is cut into on `shards` devices that
+    divide rows, by a TrainConfig."""
+    if train.rows_per_device:
+        return math.ceil(rows / (train.rows_per_device * shards))
+    for stage in train.batch_ramp:
+        if stage.accumulation_steps and rows in (
+            stage.batch_size,
+            _rounded_up(stage.batch_size, stage.accumulation_steps * shards),
+        ):
+            return stage.accumulation_steps
+    return train.accumulation_steps
+
+
+def padded_rows(train, batch_size: int, shards: int) -> int:
+    """Rows of a batch with those of padding that let its micro-batches divide over `shards` devices."""
+    return _rounded_up(batch_size, micro_batches(train, batch_size, shards) * shards * (train.rows_per_device or 1))
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 def batch_size_at(config, step: int) -> int:

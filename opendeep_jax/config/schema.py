@@ -434,6 +434,9 @@ class TrainConfig:
     """Stages with smaller batches before batch_size is reached."""
     accumulation_steps: int = 1
     """Micro-batches a batch is cut into; the result is that of the whole batch."""
+    rows_per_device: int = 0
+    """Rows of a micro-batch on each device: as many micro-batches as that takes on the devices there are, so that a run
+    goes on with the same batches on fewer or more of them. 0 leaves it to accumulation_steps."""
     loss_chunk: int = 1024
     """Tokens on each device whose logits exist at one time; costs this times vocabulary times 4 bytes, twice."""
     z_loss_weight: float = 0.0

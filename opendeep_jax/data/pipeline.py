@@ -5,12 +5,11 @@ data.batch(0)                       # the Batch of step 0
 for batch in data.iterate(1000):    # the batches from step 1000 on, prepared ahead in the background
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
@@ -21,6 +20,7 @@ from opendeep_jax.data.provenance import open_recorded
 from opendeep_jax.data.rows import empty_batch, write_rows
 from opendeep_jax.data.tokenizer import Tokenizer
 
+Rows = Sequence[int] | np.ndarray
 # Batches that are prepared ahead.
 PREFETCH = 8
 # Held-out text that gzip and xz are given: half a minute of xz -9, whatever the corpus.
@@ -32,39 +32,44 @@ DOCUMENTS_AT_ONCE = 1024
 class Data:
     """Everything prepared: the tokenizer, batches to train on, and held-out text.
 
-    `process_index` of `process_count` processes gets its equal part of a batch's rows: put one after the other, the
-    parts are the global batch, whatever the count.
+    A process asks for the rows that its devices hold. Rows beyond a batch's own are padding: they have no target.
     """
 
     def __init__(self, tokenizer: Tokenizer, prepared: Prepared):
         self.tokenizer, self.prepared, self.config = tokenizer, prepared, prepared.config
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The Batch of `step` (from 0) as numpy arrays: int32 and bool, [rows of this process, L]."""
+    def batch(self, step: int, rows: Rows | None = None) -> Batch:
+        """The Batch of `step` (from 0), or only `rows` of it (ascending), as numpy arrays: int32 and bool, [rows, L]."""
         prepared, stage = self.prepared, stage_at(self.config, step)
-        rows = _part(stage.batch_size, process_index, process_count)
+        rows = np.arange(stage.batch_size) if rows is None else np.asarray(rows, np.int64)
         batch = empty_batch(len(rows), stage.length)
-        for source, kind, in_batch, in_plan in prepared.order.rows_of_step(step, rows):
+        for source, kind, in_batch, in_plan in prepared.order.rows_of_step(step, rows[rows < stage.batch_size]):
             plan, store = prepared.plans[source, kind], prepared.stores[source]
-            write_rows(batch, in_batch - rows.start, plan, in_plan, store, prepared.fim, self.config.data.segment_mask)
+            mine = np.searchsorted(rows, in_batch)
+            write_rows(batch, mine, plan, in_plan, store, prepared.fim, self.config.data.segment_mask)
         return batch
 
-    def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """The batches of `start_step` and all later steps, without end, prepared ahead in a background thread."""
+    def iterate(
+        self, start_step: int = 0, rows_of: Callable[[int], Rows | None] = lambda batch_size: None
+    ) -> Iterator[Batch]:
+        """The batches of `start_step` and all later steps, without end, prepared ahead in a background thread.
+
+        Args:
+            rows_of: from the rows in a global batch to those that are wanted of it.
+        """
         import grain  # Half a second, which only a run needs to spend.
 
         steps = grain.MapDataset.range(start_step, 2**62)
-        batches = steps.map(lambda step: self.batch(int(step), process_index, process_count))
+        batches = steps.map(lambda step: self.batch(int(step), rows_of(stage_at(self.config, step).batch_size)))
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
 
-    def held_out(
-        self, batch_size: int, max_batches: int = 0, process_index: int = 0, process_count: int = 1
-    ) -> "HeldOut":
+    def held_out(self, batch_size: int, max_batches: int = 0, rows: Rows | None = None) -> "HeldOut":
         """Held-out batches of data.sequence_length: documents in order, the last batch filled with padding.
 
-        With `max_batches` above 0, at most that many, of rows spread evenly over the held-out text.
+        With `max_batches` above 0, at most that many, of rows spread evenly over the held-out text. With `rows`, only
+        those of each batch.
         """
-        return HeldOut(self.prepared, batch_size, max_batches, process_index, process_count)
+        return HeldOut(self.prepared, batch_size, max_batches, rows)
 
     def held_out_text(self, most_bytes: int = HELD_OUT_BYTES) -> bytes:
         """The held-out documents, one after the other, as the tokenizer gives them back: all, or where they come to
@@ -94,9 +99,9 @@ class Data:
 class HeldOut(Sequence[Batch]):
     """Held-out batches, each made when it is asked for. See `Data.held_out`."""
 
-    def __init__(self, prepared: Prepared, batch_size: int, max_batches: int, process_index: int, process_count: int):
+    def __init__(self, prepared: Prepared, batch_size: int, max_batches: int, part: Rows | None):
         self.prepared, self.batch_size = prepared, batch_size
-        self.part = _part(batch_size, process_index, process_count)
+        self.part = np.arange(batch_size) if part is None else np.asarray(part, np.int64)
         self.ends = np.cumsum([plan.rows for plan in prepared.held_out])
         total = int(self.ends[-1])
         chosen = min(total, max_batches * batch_size) if max_batches else total
@@ -110,7 +115,8 @@ class HeldOut(Sequence[Batch]):
             raise IndexError(index)
         prepared, mask = self.prepared, self.prepared.config.data.segment_mask
         begin = index % len(self) * self.batch_size
-        rows = self.rows[begin : begin + self.batch_size][self.part.start : self.part.stop]
+        there = self.rows[begin : begin + self.batch_size]
+        rows = there[self.part[self.part < len(there)]]
         batch = empty_batch(len(self.part), prepared.config.data.sequence_length)
         sources = np.searchsorted(self.ends, rows, "right")
         for source in np.unique(sources).tolist():
@@ -118,18 +124,6 @@ class HeldOut(Sequence[Batch]):
             in_plan = rows[mine] - (self.ends[source] - plan.rows)
             write_rows(batch, mine, plan, in_plan, prepared.stores[source], NO_FIM, mask)
         return batch
-
-
-def _part(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of a global batch that belong to one process."""
-    if batch_size % process_count:
-        raise ConfigError(
-            f"A batch of {batch_size} rows cannot be divided evenly over {process_count} processes. Choose "
-            f"train.batch_size, every stage of train.batch_ramp and evaluation.batch_size as multiples of "
-            f"{process_count}."
-        )
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
 
 
 def open_data(config: RunConfig, progress: bool = True, workdir: str | Path | None = None) -> Data:

@@ -15,7 +15,7 @@ NextTokens = Callable[[Arrays, Arrays, jax.Array, jax.Array, jax.Array], jax.Arr
 
 
 def make_next_tokens(skeleton: Skeleton, vocab_size: int, temperature: float, top_k: int) -> NextTokens:
-    """A jitted function (params, router_bias, tokens [B, L], lengths [B], keys [B]) to the next token of each row.
+    """A jitted function (params, router_bias, tokens [B, L], lengths [B], key data [B, 2]) to each row's next token.
 
     Args:
         vocab_size: the tokenizer's; the rest of the model's vocabulary is never sampled.
@@ -31,12 +31,14 @@ def make_next_tokens(skeleton: Skeleton, vocab_size: int, temperature: float, to
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         logits = jnp.einsum("bd,dv->bv", last, model.head_kernel(), preferred_element_type=jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        if not jax.sharding.get_abstract_mesh().empty:  # every process sees every row's token
+            logits = jax.lax.with_sharding_constraint(logits, jax.sharding.PartitionSpec())
         if temperature == 0:
             return jnp.argmax(logits, axis=-1)
         if 0 < top_k < vocab_size:
             smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
             logits = jnp.where(logits >= smallest, logits, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys, logits / temperature)
+        return jax.vmap(jax.random.categorical)(jax.random.wrap_key_data(keys), logits / temperature)
 
     return next_tokens
 
@@ -63,7 +65,7 @@ def continue_prompts(
         tokens = np.zeros((len(texts), length), np.int32)
         for row, context in zip(tokens, contexts, strict=True):
             row[: len(context)] = context
-        keys = _keys(seed, count, np.arange(len(texts)))
+        keys = _keys(seed, count, len(texts))
         lengths = np.array([len(context) for context in contexts], np.int32)
         for i, token in enumerate(np.asarray(next_tokens(params, router_bias, tokens, lengths, keys))):
             done[i] = done[i] or token == end
@@ -74,11 +76,15 @@ def continue_prompts(
             return
 
 
+def _keys(seed: int, count: int, rows: int) -> np.ndarray:
+    """One key for each row's next token, as numbers, which every process of a job has the same."""
+    return np.asarray(_key_data(seed, count, np.arange(rows)))
+
+
 @jax.jit
-def _keys(seed, count, rows):
-    """One key for each row's next token."""
+def _key_data(seed, count, rows):
     key = jax.random.fold_in(jax.random.key(seed), count)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, rows))
 
 
 def _window(text: list[int], length: int) -> list[int]:

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opendeep_jax.config.rules import MESH_AXES
-from opendeep_jax.config.schema import ParallelConfig
-from opendeep_jax.parallel.axes import BATCH_SPEC
+from opendeep_jax.config.schedule import padded_rows
+from opendeep_jax.config.schema import ParallelConfig, RunConfig
+from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards
 
 
 def axis_sizes(parallel: ParallelConfig, device_count: int) -> tuple[int, ...]:
@@ -62,7 +64,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
-def put_batch(batch, mesh: Mesh):
-    """A pytree of this process's rows as global arrays [B, …], each device holding its own part."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def global_rows(config: RunConfig, batch_size: int, mesh: Mesh) -> int:
+    """Rows of a batch on this mesh: with those of padding that it takes to divide over the devices."""
+    return padded_rows(config.train, batch_size, row_shards(mesh))
+
+
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's rows this process's devices hold, in order; int [rows of this process].
+
+    Processes that divide the length of rows among themselves hold the same rows.
+    """
+    rows_only = NamedSharding(mesh, PartitionSpec(BATCH_SPEC[0]))
+    parts = rows_only.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
+def put_batch(batch, mesh: Mesh, rows: int = 0):
+    """A pytree of this process's rows (`rows_here`) as global arrays [rows, …], each device holding its own part.
+
+    Args:
+        rows: of the global batch; 0 says that all of them are given.
+    """
+    rows = rows or len(jax.tree.leaves(batch)[0])
+    sharding, here = batch_sharding(mesh), rows_here(mesh, rows)
+
+    def place(mine: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(rows)
+            begin = int(np.searchsorted(here, first))
+            return mine[begin : begin + end - first, *index[1:]]
+
+        return jax.make_array_from_callback((rows, *mine.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)

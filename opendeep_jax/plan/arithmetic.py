@@ -8,13 +8,14 @@ v5p with an expert axis of 8 comes to the HBM traffic of a compiled program.
 import math
 from typing import NamedTuple
 
-from opendeep_jax.config.schedule import Stage, micro_batches
+from opendeep_jax.config.schedule import Stage
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.plan.memory import (
     SIZES,
     local_tokens,
     memory_by_component,
+    micros_of,
     num_layers,
     recomputed_share,
     routed_parameters,
@@ -64,7 +65,7 @@ def estimate(config: RunConfig, stage: Stage, topology: Topology, axes: dict[str
     """A step of a run with these mesh axes on a topology."""
     model, moe, chip = config.model, config.model.moe, topology.chip.per_device()
     width, D = SIZES[model.dtype], model.hidden_size
-    micros, tokens = micro_batches(config.train, stage.batch_size), local_tokens(config, stage, axes)
+    micros, tokens = micros_of(config, stage, axes), local_tokens(config, stage, axes)
     flops = flops_per_token(model, stage.length)
     heads = axes["tensor"] * axes["context"]
     step_tokens = stage.batch_size * stage.length / (math.prod(axes.values()))

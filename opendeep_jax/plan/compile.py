@@ -121,7 +121,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
     with jax.set_mesh(mesh):
         check_implementations(config)
         state = abstract_state(config, optimizer, bones, mesh)
-        batch = abstract_batch((stage.batch_size, stage.length), mesh)
+        batch = abstract_batch(config, stage, mesh)
         step = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
         traced = step.trace(state, batch)
         platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]

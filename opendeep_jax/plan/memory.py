@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from opendeep_jax.config.rules import MESH_AXES
+from opendeep_jax.config.rules import MESH_AXES, ROW_AXES
 from opendeep_jax.config.schedule import Stage, micro_batches
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import attention_matmul_parameters, count_parameters
@@ -47,10 +47,15 @@ def routed_parameters(model: ModelConfig) -> int:
     return layers * layer_weights(model, True).experts if model.moe.num_experts else 0
 
 
+def micros_of(config: RunConfig, stage: Stage, axes: dict[str, int]) -> int:
+    """Micro-batches of a stage's batches on a mesh with these axes."""
+    return micro_batches(config.train, stage.batch_size, math.prod(axes[axis] for axis in ROW_AXES))
+
+
 def local_tokens(config: RunConfig, stage: Stage, axes: dict[str, int]) -> float:
     """Tokens of a micro-batch on one device."""
     shards = math.prod(axes[axis] for axis in ("data", "fsdp", "expert", "context", "tensor"))
-    return stage.batch_size * stage.length / micro_batches(config.train, stage.batch_size) / shards
+    return stage.batch_size * stage.length / micros_of(config, stage, axes) / shards
 
 
 def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -> dict[str, float]:
@@ -72,7 +77,7 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     zero1 = axes["data"] if config.parallel.shard_optimizer_over_replicas else 1
     tokens = local_tokens(config, stage, axes)
     # Micro-batches of a pipeline that wait.
-    in_flight = min(axes["stage"], micro_batches(config.train, stage.batch_size))
+    in_flight = min(axes["stage"], micros_of(config, stage, axes))
     blocks = [layer_weights(model, kind == "moe") for kind, layers in _layers(model) if layers]
     gathered = max(block.rest + block.experts / axes["expert"] for block in blocks) / axes["tensor"]
     widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.expert_size * moe.num_shared_experts)

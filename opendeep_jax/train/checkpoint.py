@@ -1,20 +1,20 @@
-"""Checkpoints of a run: asynchronous, atomic, readable on any mesh (Orbax).
+"""Checkpoints of a run: asynchronous, atomic, readable on any mesh, and never believed without their digests.
 
-Each holds two items: `model` (params and router biases by name) and `optimizer` (step and moments by path), so that
-what only wants the model reads only the model.
+A save copies the state to the memory of the hosts and digests it on the devices, which is all that training waits
+for; a thread writes the copy with Orbax. docs/checkpoints.md has the times, the two tiers and what is kept.
 """
 
 import contextlib
+import dataclasses
 import errno
-import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
@@ -25,98 +25,229 @@ from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.axes import partition_spec
+from opendeep_jax.train.checkpoint_files import (
+    DIRECTORY,
+    MODEL,
+    OPTIMIZER,
+    UNSOUND,
+    Elsewhere,
+    Items,
+    Unsound,
+    disk_failures,
+    from_items,
+    make_record,
+    model_groups,
+    read_items,
+    remove_partial,
+    set_aside,
+    steps_in,
+    to_items,
+)
+from opendeep_jax.train.checkpoint_local import SHARDS, common_steps, layout, local_root, own_shards, read_own_shards
+from opendeep_jax.train.checkpoint_writer import Writer, snapshot
+from opendeep_jax.train.digests import compile_digests, finish_digests, start_digests
 from opendeep_jax.train.progress import human_bytes
 from opendeep_jax.train.state import TrainState
 
-DIRECTORY = "checkpoints"
+
+class SaveReport(NamedTuple):
+    """What a save asked of the run."""
+
+    step: int
+    stall_seconds: float
+    """All that training waited for: the save before, the digests, and the copy to the hosts' memory."""
+    bytes: int
+    """Of the whole state, over all processes."""
+    durable: bool
+    """False for the local tier."""
+    notes: tuple[str, ...]
+    """A paragraph for each failure of the local tier since the last save; the run goes on without it."""
 
 
 class Checkpoints:
     """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save.
 
     Saving raises OSError where the disk does not take it (no space, no permission). What was half-written is removed
-    on leaving, and older checkpoints stay.
+    on leaving, and older checkpoints stay. In a job of several processes all call the same methods in the same order.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None):
-        _quieten_orbax()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=(config.keep or None) if config else None, read_only=config is None, create=config is not None
-        )
-        self.writable = config is not None
-        self.directory = Path(workdir).absolute() / DIRECTORY
-        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=("model", "optimizer"))
+        """
+        Args:
+            config: what to keep and where; None only reads.
+        Raises:
+            OSError: where the work directory cannot be written.
+        """
+        self.workdir = Path(workdir).absolute()
+        self.directory = self.workdir / DIRECTORY
+        self.local, self.notes = None, []
+        self.durable = None
+        self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
+        if config is not None:
+            with disk_failures(self.directory):
+                self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER))
+            if config.local_directory and config.local_every:
+                self._open_local(config)
+
+    def _open_local(self, config: CheckpointConfig) -> None:
+        several = jax.process_count() > 1
+        # A process may die with a step that others don't have yet, so the one before is kept, too.
+        newest = dataclasses.replace(config, keep=1 + several, keep_every=0, keep_best=0)
+        root = local_root(config.local_directory, self.workdir)
+        try:
+            if (root / DIRECTORY).is_dir():
+                remove_partial(root / DIRECTORY)
+            self.local = Writer(root / DIRECTORY, newest, (SHARDS,) if several else (MODEL, OPTIMIZER), alone=True)
+        except OSError as error:
+            self.notes.append(_local_note(root, error))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         try:
-            with _disk_failures(self.directory), contextlib.closing(self.manager):
-                self.manager.wait_until_finished()
+            with disk_failures(self.directory), contextlib.ExitStack() as stack:
+                if self.local:
+                    stack.callback(self.local.close)
+                if self.durable:
+                    stack.callback(self.durable.close)
+                stack.callback(self.pool.shutdown)
+                self.wait()
         finally:
-            if self.writable:
-                remove_partial_saves(self.directory.parent)
+            if self.durable and jax.process_index() == 0:
+                remove_partial(self.directory)
+
+    @property
+    def manager(self):
+        """Orbax's manager of the durable tier; None where nothing is written."""
+        return self.durable and self.durable.manager
 
     def wait(self) -> None:
         """Returns when the last save is whole. Raises OSError as `save` does."""
-        with _disk_failures(self.directory):
-            self.manager.wait_until_finished()
+        running, self.running = self.running, None
+        if running is not None:
+            with disk_failures(self.directory):
+                running.result()
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, in order."""
-        return sorted(self.manager.all_steps())
+        """The steps that have a whole checkpoint in this process's sight, over both tiers, in order."""
+        return sorted({*steps_in(self.directory), *(steps_in(self.local.directory) if self.local else ())})
 
-    def save(self, state: TrainState) -> None:
-        """Begins to write `state`; returns when the state may be donated to the next step.
+    def save(self, state: TrainState, measure: float | None = None, durable: bool = True) -> SaveReport | None:
+        """Begins to write `state`; returns when the state may be donated to the next step. None: it is there already.
 
+        Args:
+            measure: held-out bits per byte, by which the best are kept.
+            durable: False writes to the local tier only, whose failures are notes and never raise.
         Raises:
             OSError: when the save before failed, or there is no space for this one, of which then nothing is written.
         """
+        jax.block_until_ready(state)  # training's own time; from here on it is this save's
+        begun = time.perf_counter()
         self.wait()
-        step = int(state.step)
-        if step in self.manager.all_steps():
-            return
-        needed = sum(array.nbytes for array in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            sizes = f"a checkpoint takes {human_bytes(needed)}, {human_bytes(free)} are free"
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(self.directory))
-        model, optimizer = _items(state)
-        save = ocp.args.StandardSave
-        with _disk_failures(self.directory):
-            self.manager.save(step, args=ocp.args.Composite(model=save(model), optimizer=save(optimizer)))
-
-    def restore(self, abstract: TrainState) -> TrainState | None:
-        """The newest state, with the shapes and shardings of `abstract`; None where there is no checkpoint."""
-        step = self.manager.latest_step()
-        if step is None:
+        step, items = int(state.step), to_items(state)
+        writer = self.durable if durable else self.local
+        if writer is None or step in steps_in(writer.directory):
             return None
-        model, optimizer = _items(abstract)
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(model), optimizer=ocp.args.StandardRestore(optimizer)
-            ),
-        )
-        leaves = restored["optimizer"]["opt_state"]
-        paths = [path for path, _ in _named_leaves(abstract.opt_state)]
-        opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), [leaves[path] for path in paths])
-        return TrainState(restored["optimizer"]["step"], opt_state=opt_state, **restored["model"])
+        arrays = {name: array for item in items.values() for name, array in item.items()}
+        size = sum(array.nbytes for array in arrays.values())
+        if durable:
+            _check_space(self.directory, size)
+        digesting = self.digesting.result() if self.digesting else start_digests
+        lanes, copies = digesting(arrays), snapshot(items)
+        names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
+        record = make_record(step, measure, arrays, names, layout=layout(items), processes=jax.process_count())
+        if writer is self.local and SHARDS in writer.items:
+            copies = own_shards(copies)
+        jax.block_until_ready(copies)
+        self.running = self._begin(writer, step, copies, record)
+        notes, self.notes = tuple(self.notes), []
+        return SaveReport(step, time.perf_counter() - begun, size, durable, notes)
 
-    def restore_model(self, abstract: dict, step: int) -> dict:
-        """The `model` item of a step: {"params": …, "router_bias": …}."""
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args)["model"]
+    def _begin(self, writer: Writer, step: int, copies: Items, record: dict) -> Future:
+        def write_local() -> None:
+            try:
+                writer.save(step, copies, record)
+            except Exception as error:  # the fast tier is an extra: whatever befalls it, the run has the other
+                remove_partial(writer.directory)
+                self.notes.append(_local_note(writer.directory, error))
+
+        if writer is self.local:
+            return self.pool.submit(write_local)
+        return self.pool.submit(writer.save, step, copies, record)
+
+    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, list[str]] | None:
+        """The newest sound state, with the shapes and shardings of `abstract`; None where there is no checkpoint.
+
+        Unsound ones are moved out of the way, to WORKDIR/unsound, and never deleted.
+
+        Args:
+            before: only states of earlier steps than this.
+        Returns:
+            The state, and a paragraph on each checkpoint that was passed over.
+        Raises:
+            ConfigError: where there are checkpoints and none is sound, or they are of another configuration.
+        """
+        self.wait()
+        items, notes = to_items(abstract), []
+        candidates = [(step, 0, self.directory) for step in common_steps(steps_in(self.directory))]
+        if self.local:
+            candidates += [(step, 1, self.local.directory) for step in common_steps(steps_in(self.local.directory))]
+        candidates = [one for one in candidates if before is None or one[0] < before]
+        for step, local, directory in sorted(candidates, reverse=True):
+            shards = local and SHARDS in self.local.items
+            try:
+                found = read_items(directory / str(step), items, read_own_shards if shards else None)
+                return from_items(found, abstract), notes
+            except Elsewhere as error:
+                notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")
+            except Unsound as error:
+                notes.append(self._set_aside(step, directory, error))
+        aside = self.workdir / UNSOUND
+        if notes or (not self.steps() and aside.is_dir() and any(aside.iterdir())):
+            raise ConfigError(
+                f"{self.workdir}: none of its checkpoints is sound. {' '.join(notes)}{' ' * bool(notes)}"
+                f"Bring one back from a copy to {self.directory}, or remove {aside} to start anew."
+            )
+        if self.durable:  # the first save's program, compiled while the step is
+            arrays = {name: array for item in items.values() for name, array in item.items()}
+            self.digesting = self.pool.submit(compile_digests, arrays)
+        return None
+
+    def _set_aside(self, step: int, directory: Path, error: Unsound) -> str:
+        """Moves an unsound checkpoint away, and tells of it."""
+        target, local = None, self.local is not None and directory == self.local.directory
+        if self.durable and (local or jax.process_index() == 0):
+            target = set_aside(directory / str(step), (directory.parent if local else self.workdir) / UNSOUND)
+        common_steps([])  # all have seen it, and it is gone, before any looks again
+        writer = self.local if local else self.durable
+        if writer:
+            writer.reload()
+        where = f" It was moved to {target}." if target else ""
+        return f"The checkpoint of step {step:,} in {directory} was passed over: {error}.{where}"
+
+    def discard_from(self, step: int) -> None:
+        """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running."""
+        self.wait()
+        for writer in filter(None, (self.durable, self.local)):
+            with disk_failures(writer.directory):
+                for later in steps_in(writer.directory):
+                    if later >= step:
+                        writer.delete(later)
 
 
-def _items(state: TrainState) -> tuple[dict, dict]:
-    model = {"params": state.params, "router_bias": state.router_bias}
-    return model, {"step": state.step, "opt_state": dict(_named_leaves(state.opt_state))}
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        sizes = f"a checkpoint takes {human_bytes(needed)}, {human_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(directory))
 
 
-def _named_leaves(tree) -> list[tuple[str, jax.Array]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def _local_note(directory: Path, error: Exception) -> str:
+    return (
+        f"The local checkpoints in {directory} cannot be written ({' '.join(str(error).split())[:200]}). "
+        "The run goes on with those in its work directory."
+    )
 
 
 def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> tuple[Decoder, RunConfig]:
@@ -125,10 +256,11 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     Args:
         mesh: where the weights go, by their logical axes; None puts them on the first device.
     Raises:
-        ConfigError: where there is no run, or no such checkpoint.
+        ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
     """
     config = load_run_config(workdir)
-    if not (Path(workdir) / DIRECTORY).is_dir():
+    directory = Path(workdir).absolute() / DIRECTORY
+    if not directory.is_dir():
         raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
     bones = skeleton(config.model)
     axes = bones.axes()
@@ -139,48 +271,28 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
             sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    with Checkpoints(workdir) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps or step not in (None, *steps):
-            there = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
-        kinds = {"params": nnx.Param, "router_bias": RouterBias}
-        abstract = {
-            item: {name: placed(name, array) for name, array in bones.shapes(kind).items()}
-            for item, kind in kinds.items()
-        }
-        arrays = checkpoints.restore_model(abstract, steps[-1] if step is None else step)
-    return bones.model(arrays["params"], arrays["router_bias"]), config
-
-
-@contextlib.contextmanager
-def _disk_failures(directory: Path) -> Iterator[None]:
-    """Raises every refusal of the disk as an OSError that names `directory`.
-
-    tensorstore raises ValueError, with the number in its text: `… No space left on device [os_error_code='28']`.
-    """
+    steps = steps_in(directory)
+    if not steps or step not in (None, *steps):
+        there = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+    step = steps[-1] if step is None else step
+    kinds = {"params": nnx.Param, "router_bias": RouterBias}
+    abstract = {
+        f"{group}.{name}": placed(name, array)
+        for group, kind in kinds.items()
+        for name, array in bones.shapes(kind).items()
+    }
     try:
-        yield
-    except Exception as error:
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        number = error.errno if isinstance(error, OSError) else found and int(found[1])
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(directory)) from error
-
-
-def _quieten_orbax() -> None:
-    """Keeps Orbax from printing the frames of failures that it raises anyway, unless the log level is info or more."""
-    if not logging.getLogger("absl").isEnabledFor(logging.INFO):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").addFilter(_is_no_disk_failure)
-
-
-def _is_no_disk_failure(record: logging.LogRecord) -> bool:
-    return "os_error_code" not in record.getMessage()
+        arrays = model_groups(read_items(directory / str(step), {MODEL: abstract})[MODEL])
+    except Unsound as error:
+        others = ", ".join(str(other) for other in steps if other != step) or "none"
+        raise ConfigError(
+            f"--workdir={workdir}: the checkpoint of step {step} is not sound: {error}. "
+            f"Give --step of another; there are: {others}."
+        ) from error
+    return bones.model(arrays["params"], arrays["router_bias"]), config
 
 
 def remove_partial_saves(workdir: str | Path) -> None:
     """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
-    for path in (Path(workdir) / DIRECTORY).glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_partial(Path(workdir) / DIRECTORY)

@@ -16,11 +16,11 @@ from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.pipeline import Data, HeldOut, open_data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
-from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.parallel.mesh import make_mesh, put_batch, rows_here
 from opendeep_jax.train.checkpoint import load_model
 from opendeep_jax.train.inputs import make_inputs
 from opendeep_jax.train.losses import summed_cross_entropy
@@ -31,7 +31,8 @@ Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
 
 def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarray, mesh: Mesh) -> Evaluator:
-    """A function of params, router biases and batches that measures the main model's loss on the batches.
+    """A function of params, router biases and batches that measures the main model's loss on the batches, of which it
+    takes the rows that `held_out_batches` gives this process.
 
     It gives `held_out_loss` in nats per token and `held_out_bits_per_byte`: all tokens' cross-entropy in bits, over
     the UTF-8 bytes that they stand for. An end of text costs its bits and stands for no byte.
@@ -49,6 +50,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
         return psum((nats, jnp.sum(batch.loss_mask), num_bytes), ROW_AXES + LENGTH_AXES)
 
     whole, specs = PartitionSpec(), weight_specs(skeleton, mesh)
+    rows = evaluation_rows(config, mesh)
 
     @jax.jit
     def sums(params, router_bias, batch):
@@ -58,8 +60,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
 
     def evaluate(params: Arrays, router_bias: Arrays, batches: Iterable[Batch]) -> dict[str, float]:
         with jax.set_mesh(mesh):
-            padded = (put_batch(pad_rows(batch, row_shards(mesh)), mesh) for batch in batches)
-            parts = [sums(params, router_bias, batch) for batch in padded]
+            parts = [sums(params, router_bias, put_batch(batch, mesh, rows)) for batch in batches]
         nats, tokens, num_bytes = (math.fsum(float(part[i]) for part in parts) for i in range(3))
         return {
             "held_out_loss": nats / max(tokens, 1),
@@ -69,10 +70,16 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
     return evaluate
 
 
-def pad_rows(batch: Batch, multiple: int) -> Batch:
-    """`batch` with rows of padding, which have no target, up to a multiple that divides over the devices."""
-    missing = -len(batch.tokens) % multiple
-    return jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), batch) if missing else batch
+def evaluation_rows(config: RunConfig, mesh: Mesh) -> int:
+    """Rows in an evaluation batch, with those of padding that let it divide over the devices."""
+    shards = row_shards(mesh)
+    return -(-evaluation_batch_size(config) // shards) * shards
+
+
+def held_out_batches(config: RunConfig, data: Data, mesh: Mesh, max_batches: int) -> HeldOut:
+    """This process's rows of the evaluation batches, for `make_evaluator`; all held-out text for 0 batches."""
+    here = rows_here(mesh, evaluation_rows(config, mesh))
+    return data.held_out(evaluation_batch_size(config), max_batches, here)
 
 
 def compressors(text: bytes) -> dict[str, float]:
@@ -107,5 +114,5 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     data = open_data(config, workdir=workdir)
     check_same_data(data, workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
-    batches = data.held_out(evaluation_batch_size(config), config.evaluation.final_batches)
+    batches = held_out_batches(config, data, mesh, config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | compressors(data.held_out_text())

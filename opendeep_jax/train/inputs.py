@@ -53,14 +53,15 @@ class TargetCounts(NamedTuple):
     mtp_targets: list[jax.Array]
     """Valid targets of each MTP module, float32."""
     rows: jax.Array
-    """Rows of the batch, float32."""
+    """Rows of the batch that are not padding, float32."""
 
 
 def target_counts(batch: Batch, depth: int) -> TargetCounts:
     """Counts a global batch for the main model and `depth` MTP modules; at least 1 target each, as it divides."""
     masks = [batch.loss_mask, *mtp_masks(batch.loss_mask, depth)]
     counts = [jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0) for mask in masks]
-    return TargetCounts(counts[0], counts[1:], jnp.float32(batch.tokens.shape[0]))
+    rows = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32)
+    return TargetCounts(counts[0], counts[1:], jnp.maximum(rows, 1.0))
 
 
 def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:

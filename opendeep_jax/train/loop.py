@@ -1,118 +1,280 @@
-"""The training loop: prepare, resume, step, log, evaluate, save, report."""
+"""The training loop: prepare, resume, step, log, evaluate, save, report; and go back where a step went wrong."""
 
 import contextlib
+import functools
 import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
 from opendeep_jax.models.parameters import skeleton
-from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.parallel.distributed import is_primary, primary_first
+from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
+from opendeep_jax.train import drill
 from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
-from opendeep_jax.train.interrupt import stop_requests
+from opendeep_jax.train.corruption import Replay, compare_copies
+from opendeep_jax.train.events import record_event
+from opendeep_jax.train.goodput import Clock, read_goodput
+from opendeep_jax.train.interrupt import STEPS_AHEAD, stop_requests
 from opendeep_jax.train.observer import Observer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
 from opendeep_jax.train.progress import Progress, human_time, startup_summary
+from opendeep_jax.train.recovery import GoBack, Recovery
 from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
-from opendeep_jax.train.state import abstract_state, create_state
+from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
 from opendeep_jax.train.step import make_train_step
 from opendeep_jax.train.summary import check_memory, data_rows, model_rows, peak_flops
+from opendeep_jax.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = None, begun: float | None = None) -> dict:
-    """Trains the run in `workdir` from its newest checkpoint (or from nothing) to its end; returns its summary.
+    """Trains the run in `workdir` from its newest sound checkpoint (or from nothing) to its end; returns its summary.
 
-    A run that has ended is left as it is; only its report is written again.
+    A run that has ended is left as it is; only its report is written again. In a job of several processes all call
+    this; the first one prints and writes, and the others get an empty summary.
 
     Args:
         recipe: what the configuration was made from, for `config_diff.txt`.
         begun: when the program was started, on the clock of `time.perf_counter`; None says now.
     Raises:
-        ConfigError: for data or a directory that the run cannot start from, and a job of several processes.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; the step at hand is finished and saved before.
+        ConfigError: for data or a directory that the run cannot start from.
+        KeyboardInterrupt: after Ctrl-C; the step at hand is finished and saved before.
+        Resume: after SIGTERM, likewise, and when another process of the job is lost.
+        Stopped: with a diagnosis, where going on would not help.
         OSError: when the disk fills up; the newest whole checkpoint stays.
     """
     begun = time.perf_counter() if begun is None else begun
-    workdir = Path(workdir)
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"This job has {jax.process_count()} processes, and this version trains in one process, over all devices "
-            "of one machine. Start it on a single host."
-        )
-    with only_writer(workdir):
-        steps = total_steps(config)
+    workdir, steps = Path(workdir), total_steps(config)
+    with contextlib.ExitStack() as stack:
+        primary_first("directory", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
         if (summary := finished_summary(workdir, steps)) is not None:
-            print(f"finished: all {steps:,} steps are done. Report: {write_report(workdir)}")
+            say(f"finished: all {steps:,} steps are done. Report: {_report(workdir)}")
             return summary
-        summary = _train(config, workdir, recipe or config, steps, begun)
-        print(f"report: {write_report(workdir)}")
+        watchdog = stack.enter_context(Watchdog(workdir, config.faults))
+        try:
+            summary = _train(config, workdir, recipe or config, steps, begun, watchdog)
+        except Exception as error:
+            if lost := watchdog.lost_peer(error):
+                raise lost from error
+            raise
+        say(f"report: {_report(workdir)}")
     return summary
 
 
-def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float) -> dict:
+def say(text: str) -> None:
+    """Prints, in one process of the job."""
+    if is_primary():
+        print(text, flush=True)
+
+
+def _report(workdir: Path) -> Path | None:
+    return write_report(workdir) if is_primary() else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that takes part in the loop."""
+
+    config: RunConfig
+    steps: int
+    mesh: Mesh
+    programs: Programs
+    data: Data
+    checkpoints: Checkpoints
+    observer: Observer
+    recovery: Recovery
+    replay: Replay
+    progress: Progress
+    watchdog: Watchdog
+    clock: Clock
+
+
+def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
+    """Trains from the state after step `start` to the run's end; returns the last state.
+
+    Raises:
+        GoBack: where a step went wrong in a way that only an earlier state cures.
+        KeyboardInterrupt, Resume: after a signal; the state is saved.
+    """
+    config, mesh, observer, watchdog, clock = run.config, run.mesh, run.observer, run.watchdog, run.clock
+    under_way: deque[jax.Array] = deque()
+    drills = config.faults.drill
+    batches = run.data.iterate(start, lambda rows: rows_here(mesh, global_rows(config, rows, mesh)))
+    first = True
+    with stop_requests() as stop:
+        for step in range(start + 1, run.steps + 1):
+            watchdog.doing("data", step)
+            drill.strike(drills, run.recovery.workdir, step)
+            with clock.counting("data"):
+                rows = drill.spoil_batch(drills, step, next(batches), config.model.vocab_size)
+            if run.recovery.passes_over(step):
+                state = _passed_over(state)
+                continue
+            if not run.programs.has(step - 1):
+                with observer.aside(state, "compile"):
+                    watchdog.doing("compile", step)
+                    run.programs.at(step - 1)
+            watchdog.doing("step", step)
+            batch = put_batch(rows, mesh, run.programs.rows(step - 1))
+            if is_due(step, config.faults.replay_every):
+                with observer.aside(state, "checkpoint"):
+                    _refuse(run.replay.compare(state, batch))
+            state = drill.spoil_state(drills, run.recovery.workdir, step, state)
+            state, metrics = run.programs.at(step - 1)(state, batch)
+            run.recovery.note(step, metrics)
+            under_way.append(metrics["loss"])
+            if first or len(under_way) > STEPS_AHEAD:
+                jax.block_until_ready(under_way.popleft())
+            if first and not run.recovery.went_back:
+                run.progress.message(f"first step after {human_time(time.perf_counter() - observer.begun)}")
+            first = False
+            saves = _saves(config, step, run.steps)
+            stops = stop.after(step) and step < run.steps
+            if is_due(step, config.train.log_every, start + 1, run.steps):
+                run.progress.update(step, **observer.log(step, metrics))
+            if is_due(step, config.train.log_every, start + 1, run.steps) or any(saves) or stops:
+                clock.skipped(run.recovery.review())
+                clock.write(step)
+            if is_due(step, config.evaluation.every) and step < run.steps:
+                watchdog.doing("evaluation")
+                run.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
+            if is_due(step, config.train.sample_every):
+                watchdog.doing("evaluation")
+                run.progress.message(observer.sample(step, state))
+            if is_due(step, config.faults.check_replicas_every) or any(saves) or stops:
+                with observer.aside(state, "checkpoint"):
+                    watchdog.doing("checkpoint")
+                    _refuse(compare_copies(state, f"step {step:,} was saved"))
+                    if any(saves) or stops:
+                        saved = run.checkpoints.save(state, observer.measure(step), durable=saves.durable or stops)
+                        observer.saved(step, saved)
+            if stops:
+                run.checkpoints.wait()
+                raise stop.end()
+    return state
+
+
+class Saves(NamedTuple):
+    """Which checkpoints are due."""
+
+    durable: bool
+    local: bool
+
+
+def _saves(config: RunConfig, step: int, steps: int) -> Saves:
+    saving = config.checkpoint
+    return Saves(is_due(step, saving.every, steps), is_due(step, saving.local_every))
+
+
+def _refuse(corruption: str | None) -> None:
+    if corruption:
+        raise GoBack(corruption)
+
+
+_passed_over = jax.jit(pass_over, donate_argnums=0)
+
+
+def is_due(step: int, every: int, *also: int) -> bool:
+    """Whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
+    return step in also or (every > 0 and step % every == 0)
+
+
+def _train(
+    config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float, watchdog: Watchdog
+) -> dict:
     use_compilation_cache(config)
     if not (workdir / DATA_FILE).exists():  # else the text is there already
-        check_data(config)
+        primary_first("text", lambda: check_data(config))
     mesh, bones, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
     optimizer = make_optimizer(config, bones.axes())
-    remove_partial_saves(workdir)
+    clock = Clock(workdir, begun, writes=is_primary())
+    primary_first("partial saves", lambda: remove_partial_saves(workdir) if is_primary() else None)
     with (
         jax.set_mesh(mesh),
         ThreadPoolExecutor(1) as pool,
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         check_implementations(config)
-        template, found = abstract_state(config, optimizer, bones, mesh), checkpoints.steps()
-        print(startup_summary(model_rows(config, template, mesh, peak, found)), flush=True)
+        template = abstract_state(config, optimizer, bones, mesh)
+        say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
         check_memory(config, template, mesh.size)
-        opening = pool.submit(open_data, config, workdir=workdir)  # tokenizes while the step is compiled
-        state = checkpoints.restore(template) if found else create_state(config, optimizer, template)
-        start = found[-1] if found else 0  # not state.step: the state is still being made while the step is traced
+        # Text is tokenized while the step is compiled.
+        opening = pool.submit(primary_first, "data", functools.partial(open_data, config, is_primary(), workdir))
+        beginning = functools.partial(create_state, config, optimizer, template)
+        sources = workdir, checkpoints, template, beginning, watchdog, clock
+        state, start = _newest(*sources)
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
         programs = Programs(config, step_function, template, mesh)
         if start < steps:
-            programs.at(start)
+            watchdog.doing("compile", start + 1)
+            with clock.counting("compile"):
+                programs.at(start)
+        watchdog.doing("data preparation")
         data = opening.result()
-        print(startup_summary(data_rows(config, data.describe())), flush=True)
-        save_run(config, recipe, data, workdir)
-        observer = Observer(config, workdir, data, bones, mesh, peak, start, begun)
-        batches = data.iterate(start)
-        with contextlib.closing(observer.writer), Progress(steps, start) as progress:
-            with stop_requests() as stop_requested:
-                for step in range(start + 1, steps + 1):
-                    if not programs.has(step - 1):
-                        with observer.aside(state):
-                            programs.at(step - 1)
-                    state, metrics = programs.at(step - 1)(state, put_batch(next(batches), mesh))
-                    if step == start + 1:
-                        jax.block_until_ready(metrics["loss"])
-                        progress.message(f"first step after {human_time(time.perf_counter() - begun)}")
-                    if is_due(step, config.train.log_every, start + 1, steps):
-                        progress.update(step, **observer.log(step, metrics))
-                    if is_due(step, config.evaluation.every) and step < steps:
-                        progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
-                    if is_due(step, config.train.sample_every):
-                        progress.message(observer.sample(step, state))
-                    stop = stop_requested() and step < steps
-                    if stop or is_due(step, config.checkpoint.every, steps):
-                        with observer.aside(state):
-                            checkpoints.save(state)
-                    if stop:
-                        raise KeyboardInterrupt
+        say(startup_summary(data_rows(config, data.describe())))
+        if is_primary():
+            save_run(config, recipe, data, workdir)
+        clock.first_step = start
+        observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
+        with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
+            recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
+            replay = Replay(config, bones, mesh)
+            run = Run(
+                config, steps, mesh, programs, data, checkpoints, observer, recovery, replay, progress, watchdog, clock
+            )
+            while True:
+                try:
+                    state = train_steps(run, state, start)
+                    break
+                except GoBack as fault:
+                    at = observer.step
+                    checkpoints.wait()
+                    if fault.first is not None:  # what was saved since then belongs to what is undone
+                        checkpoints.discard_from(fault.first)
+                    state, start = _newest(*sources, fault.first)
+                    recovery.go_back(fault, at, start)
+                    observer.go_back(start)
+            watchdog.doing("evaluation", steps)
             progress.update(steps, **observer.evaluate(steps, state, config.evaluation.final_batches))
-        checkpoints.wait()  # a run is finished when its last checkpoint is whole
-        return observer.finish(steps)
+            with clock.counting("checkpoint"):
+                checkpoints.wait()  # a run is finished when its last checkpoint is whole
+            clock.write(steps)
+            summary = observer.finish(steps)
+        say(str(read_goodput(workdir)))
+        return summary
 
 
-def is_due(step: int, every: int, *also: int) -> bool:
-    """Whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
-    return step in also or (every > 0 and step % every == 0)
+def _newest(
+    workdir: Path,
+    checkpoints: Checkpoints,
+    template: TrainState,
+    beginning: Callable[[], TrainState],
+    watchdog: Watchdog,
+    clock: Clock,
+    before: int | None = None,
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step: of the newest sound checkpoint before step `before`, or the first one."""
+    watchdog.doing("restore")
+    with clock.counting("restore"):
+        restored = checkpoints.restore(template, before)
+    if restored is None:
+        return beginning(), 0
+    state, notes = restored
+    for note in notes:
+        say(note)
+        if is_primary():
+            record_event(workdir, "unsound_checkpoint", int(state.step), note)
+    return state, int(state.step)

@@ -15,6 +15,7 @@ from pathlib import Path
 from opendeep_jax.config.files import write_atomically
 
 SCALARS, EVALUATION, EXPERTS, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "experts.jsonl", "samples.jsonl"
+CHECKPOINTS = "checkpoints.jsonl"
 
 
 def read_jsonl(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -66,15 +67,16 @@ class MetricsWriter:
         workdir: the run's directory; made when missing.
         resume_step: the step of the checkpoint that training goes on from; 0 starts over. Lines after it were written
             by a part of the run that is lost, and are dropped from every file.
+        writes: whether anything is written: of a job's processes, the first one does.
 
     Writes are synchronous and flushed line by line; OSError (no space, no permission) reaches the caller.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0):
-        self.workdir = Path(workdir)
+    def __init__(self, workdir: str | Path, resume_step: int = 0, writes: bool = True):
+        self.workdir, self._writes = Path(workdir), writes
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
-        for name in (SCALARS, EVALUATION, EXPERTS, SAMPLES):
+        for name in (SCALARS, EVALUATION, EXPERTS, SAMPLES, CHECKPOINTS) if writes else ():
             rewind(self.workdir / name, resume_step)
         self._resume_step = resume_step
         self._events = None
@@ -89,7 +91,7 @@ class MetricsWriter:
 
         It takes the place of one that an earlier start made at the step it was stopped at.
         """
-        if record["step"] == self._resume_step:
+        if record["step"] == self._resume_step and self._writes:
             rewind(self.workdir / EVALUATION, record["step"] - 1)
         self._append(EVALUATION, record)
         self._tensorboard("evaluation", record)
@@ -115,6 +117,11 @@ class MetricsWriter:
         """Appends a text the model wrote to samples.jsonl. `text` is the continuation of `prompt`."""
         self._append(SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
+    def checkpoint(self, record: dict) -> None:
+        """Appends a save to checkpoints.jsonl: `step`, `stall_seconds` (the loop's wait for it), `bytes`."""
+        self._append(CHECKPOINTS, record)
+        self._tensorboard("checkpoint", record)
+
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
         for file in self._files.values():
@@ -125,12 +132,16 @@ class MetricsWriter:
             self._events = None
 
     def _append(self, name: str, record: dict) -> None:
+        if not self._writes:
+            return
         if name not in self._files:
             self._files[name] = open(self.workdir / name, "a", encoding="utf-8")
         self._files[name].write(to_json_line(record))
         self._files[name].flush()
 
     def _tensorboard(self, group: str, record: dict) -> None:
+        if not self._writes:
+            return
         # The library's SummaryWriter queues events for a thread, and a full disk leaves the run waiting on that queue
         # for ever; its synchronous writer raises instead.
         from tensorboardX.event_file_writer import EventsWriter

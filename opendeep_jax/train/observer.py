@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from opendeep_jax.data.pipeline import Data
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Skeleton
-from opendeep_jax.train.evaluate import compressors, evaluation_batch_size, make_evaluator
+from opendeep_jax.parallel.distributed import is_primary
+from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
+from opendeep_jax.train.events import record_event
+from opendeep_jax.train.goodput import Clock, InputWatch, read_goodput
 from opendeep_jax.train.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
 from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
@@ -33,6 +37,9 @@ class Observer:
         peak: FLOP/s of one device, for MFU; 0 if it isn't known.
         step: the step that training goes on from.
         begun: when the program was started, on the clock of `time.perf_counter`.
+        clock: what this start's time went into; speeds are of its steps and their data.
+
+    In a job of several processes all compute, and the first one writes.
     """
 
     def __init__(
@@ -45,32 +52,49 @@ class Observer:
         peak: float,
         step: int,
         begun: float,
+        clock: Clock,
     ):
         self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
-        self.writer = MetricsWriter(workdir, resume_step=step)
-        self.first_step, self.begun = step + 1, begun
+        self.clock, self.begun = clock, begun
+        self.clock.default = "step"
+        self.stalls: list[float] = []
+        self._begin(step)
         lines = read_jsonl(workdir / SCALARS)
         self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
         self.peak = peak * mesh.size
         self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
-        self.logged = step, time.perf_counter()
+
+    def _begin(self, step: int) -> None:
+        self.writer = MetricsWriter(self.workdir, resume_step=step, writes=is_primary())
+        self.step, self.first_step = step, step + 1
+        self.inputs, self.measured = InputWatch(), (0, None)
+        self.logged = step, self._training_seconds(), self.clock.total("data")
+
+    def _training_seconds(self) -> float:
+        return self.clock.total("step", "data")
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from the state after `step`: what was logged later is dropped."""
+        self.writer.close()
+        self.clock.went_back(self.step, step)
+        self._begin(step)
 
     @contextlib.contextmanager
-    def aside(self, state: TrainState) -> Iterator[None]:
-        """What happens in here is not training: the clock behind tokens/s stands still."""
+    def aside(self, state: TrainState, kind: str) -> Iterator[None]:
+        """What happens in here is not training, but of this kind (`goodput.MEASURED`): it counts for no speed."""
         jax.block_until_ready(state)
-        begun = time.perf_counter()
-        yield
-        step, logged = self.logged
-        self.logged = step, logged + time.perf_counter() - begun
+        with self.clock.counting(kind):
+            yield
 
     def log(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Writes a step's numbers. Only here does the loop wait for the device."""
+        dispatched = time.perf_counter()
         metrics = jax.device_get(metrics)
-        now = time.perf_counter()
+        device_seconds = time.perf_counter() - dispatched
         load, bias = metrics.pop("load"), metrics.pop("router_bias")
-        previous, before = self.logged
+        previous, before, data_before = self.logged
+        now, data = self._training_seconds(), self.clock.total("data")
         tokens = tokens_before(self.config, step) - tokens_before(self.config, previous)
         seconds = now - before
         record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
@@ -88,10 +112,14 @@ class Observer:
             speed = tokens / seconds
             record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
             record["mfu"] = speed * self.flops(step - 1) / self.peak if self.peak else None
+            record["data_seconds"] = (data - data_before) / (step - previous)
+            change = self.inputs.window(step - previous, seconds, data - data_before, device_seconds)
+            if change and is_primary():
+                record_event(self.workdir, change[0], step, change[1])
         else:
-            record["first_step_seconds"] = now - self.begun  # from the start of the program, compilation and all
+            record["first_step_seconds"] = time.perf_counter() - self.begun  # of the program, compilation and all
         self.writer.scalars(record)
-        self.logged = step, time.perf_counter()
+        self.step, self.logged = step, (step, now, data)
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
 
     def flops(self, step: int) -> float:
@@ -100,19 +128,30 @@ class Observer:
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
         """Measures held-out text, all of it for 0 batches. Gives and writes nothing where no text is held out."""
-        batches = self.data.held_out(evaluation_batch_size(self.config), max_batches)
+        batches = held_out_batches(self.config, self.data, self.mesh, max_batches)
         if not len(batches):
             return {}
-        with self.aside(state):
+        with self.aside(state, "evaluation"):
             result = self.evaluator(state.params, state.router_bias, batches)
         self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **result})
+        self.measured = step, result["held_out_bits_per_byte"]
         return {"held_out_bits_per_byte": result["held_out_bits_per_byte"]}
+
+    def measure(self, step: int) -> float | None:
+        """Held-out bits per byte, where they were measured at this very step."""
+        return self.measured[1] if self.measured[0] == step else None
+
+    def saved(self, step: int, report) -> None:
+        """Notes what a save kept the loop from."""
+        if report is not None:
+            self.stalls.append(report.stall_seconds)
+            self.writer.checkpoint({"step": step, "stall_seconds": report.stall_seconds, "bytes": report.bytes})
 
     def sample(self, step: int, state: TrainState) -> str:
         """Lets the model continue the sample prompts; returns what to print."""
         train, tokenizer = self.config.train, self.data.tokenizer
         prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in train.sample_prompts]
-        with self.aside(state):
+        with self.aside(state, "evaluation"):
             *_, texts = continue_prompts(
                 self.next_tokens,
                 state.params,
@@ -132,9 +171,15 @@ class Observer:
         """How long the run has taken, with all starts up to the step that the next one went on from."""
         return self.seconds_before + time.perf_counter() - self.begun
 
-    def finish(self, steps: int) -> dict:
-        """Writes summary.json, over all starts of the run, and closes the files."""
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
         self.writer.close()
+
+    def finish(self, steps: int) -> dict:
+        """Writes summary.json, over all starts of the run, and closes the files. Empty but for the first process."""
+        self.close()
+        if not is_primary():
+            return {}
         lines, evaluations = (read_jsonl(self.workdir / name) for name in (SCALARS, EVALUATION))
         count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text()
         names = ("held_out_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte")
@@ -150,6 +195,8 @@ class Observer:
             "parameters": count.total + count.mtp,
             "active_parameters": count.active,
             "peak_memory_bytes": peak_memory_bytes(),
+            "goodput": goodput.goodput if (goodput := read_goodput(self.workdir)) else None,
+            "checkpoint_stall_seconds": statistics.mean(self.stalls) if self.stalls else None,
         }
         write_atomically(self.workdir / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return summary

@@ -84,7 +84,8 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
     """One device's program."""
     mesh, stack = jax.sharding.get_abstract_mesh(), stacked_layers(config)
     stages = mesh.shape["stage"]
-    micros = micro_batches(config.train, len(inputs.batch.tokens) * axis_size(ROW_AXES))
+    shards = axis_size(ROW_AXES)
+    micros = micro_batches(config.train, len(inputs.batch.tokens) * shards, shards)
     layers = {name: x for name, x in params.items() if name.startswith(stack + ".")}
     shared = {name: x for name, x in params.items() if name not in layers}
     constants = {name: x for name, x in router_bias.items() if name.startswith(stack + ".")}

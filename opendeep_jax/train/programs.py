@@ -11,11 +11,11 @@ from kernels_pallas.flash_mla import api as flash_mla
 from kernels_pallas.grouped_matmul import api as grouped_matmul
 from kernels_pallas.target import PLATFORMS, chip, choose, platform
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schedule import stage_at
+from opendeep_jax.config.schedule import Stage, stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.parallel.chips import CHIPS, GB
-from opendeep_jax.parallel.mesh import batch_sharding
+from opendeep_jax.parallel.mesh import batch_sharding, global_rows
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
 
@@ -77,9 +77,9 @@ def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainSt
     return COMPILER_OPTIONS.get(platform, {}) | COMPILER_OPTIONS.get(chip, {}) | memory | own
 
 
-def abstract_batch(shape: tuple[int, int], mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch of (rows, length); no array is made."""
-    sharding = batch_sharding(mesh)
+def abstract_batch(config: RunConfig, stage: Stage, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a stage's batches, with the rows of padding; no array is made."""
+    sharding, shape = batch_sharding(mesh), (global_rows(config, stage.batch_size, mesh), stage.length)
     whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)
     return Batch(whole, whole, mask, whole, whole)
@@ -97,11 +97,15 @@ class Programs:
         """Whether the program of `step` (from 0) is compiled: not at the first step of a phase or a ramp's stage."""
         return self._shape(step) in self.compiled
 
+    def rows(self, step: int) -> int:
+        """Rows in the batch of `step` (from 0), with those of padding."""
+        return global_rows(self.config, self._shape(step)[0], self.mesh)
+
     def at(self, step: int) -> jax.stages.Compiled:
         """The program of `step` (from 0), compiled for the batch that it has."""
         shape = self._shape(step)
         if shape not in self.compiled:
-            batch = abstract_batch(shape, self.mesh)
+            batch = abstract_batch(self.config, stage_at(self.config, step), self.mesh)
             self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.options)
         return self.compiled[shape]
 

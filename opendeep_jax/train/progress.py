@@ -19,19 +19,20 @@ class Progress:
         total_steps: the last step of the run.
         start_step: the step training goes on from.
         stream: where to write; standard output by default.
+        quiet: show nothing, as the other processes of a job do.
     """
 
     REDRAW_SECONDS = 0.25
     PLAIN_LINES = 40
 
-    def __init__(self, total_steps: int, start_step: int = 0, stream=None):
+    def __init__(self, total_steps: int, start_step: int = 0, stream=None, quiet: bool = False):
         from rich.console import Console
 
         self.total, self.step, self.numbers = max(total_steps, 1), start_step, {}
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream, highlight=False)
         self._live = None
-        self._broken = False
+        self._broken = quiet
         self._first = None  # (step, time) of the first finished step: later ones are free of compilation
         self._drawn_at = 0.0
         self._stride = max(1, math.ceil((self.total - start_step) / (self.PLAIN_LINES - 2)))

@@ -12,6 +12,7 @@ from opendeep_jax.config.files import replacing, write_atomically
 from opendeep_jax.train import plots
 from opendeep_jax.train.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
 from opendeep_jax.train.progress import human_bytes, human_count, human_time
+from opendeep_jax.train.report_events import events_section, goodput_section
 from opendeep_jax.train.report_page import bars, details, figure, page, section, table, text, tiles
 from opendeep_jax.train.run_files import RunFiles, column, is_number, read_run
 
@@ -25,7 +26,16 @@ def write_report(workdir: str | Path) -> Path:
     Both are replaced atomically. Raises OSError when the directory cannot be written.
     """
     run = read_run(workdir)
-    sections = [_headline(run), _learning(run), _speed(run), _experts(run), _samples(run), _configuration(run)]
+    sections = [
+        _headline(run),
+        _learning(run),
+        _speed(run),
+        goodput_section(run.goodput),
+        events_section(run.events),
+        _experts(run),
+        _samples(run),
+        _configuration(run),
+    ]
     document = page(f"{run.name}: run report", "".join(sections))
     report = run.workdir / "report.html"
     write_atomically(report, document)

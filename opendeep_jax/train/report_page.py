@@ -56,13 +56,13 @@ def details(title: str, body: str, is_open: bool = False) -> str:
     return f"<details{' open' * is_open}><summary>{text(title)}</summary>{body}</details>" if body else ""
 
 
-def page(title: str, body: str) -> str:
-    """The whole document."""
+def page(title: str, body: str, head: str = "") -> str:
+    """The whole document; `head` is HTML for its head."""
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         '<meta name=color-scheme content="light dark">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style>{head}</head>\n<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -119,6 +119,19 @@ th{font-weight:400;color:var(--muted);text-align:left;padding:5px 16px 5px 0;ver
 overflow-wrap:anywhere}
 td{padding:5px 0;font-family:var(--mono);font-size:12.5px;overflow-wrap:anywhere}
 tr+tr>*{border-top:1px solid var(--grid)}
+.rows td{padding:5px 14px 5px 0;vertical-align:top}.rows td:last-child{padding-right:0}
+.rows td:not(:last-child){white-space:nowrap}.rows td:last-child{font-family:var(--sans);font-size:13.5px;width:100%}
+.stack{display:flex;gap:12px;align-items:center;margin:7px 0 12px;font-size:14px}
+.stack span{flex:0 0 22%;overflow-wrap:anywhere}.stack b{flex:0 0 52px;text-align:right;font-weight:550}
+.stack i{flex:1;display:flex;height:18px;border-radius:5px;overflow:hidden;background:var(--grid)}
+.stack u{display:block;height:100%}.dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--muted);font-size:13px;margin:0 0 14px}
+.k-step{background:var(--green)}.k-data{background:var(--orange)}.k-compile{background:var(--violet)}
+.k-evaluation{background:var(--blue)}.k-waste{background:var(--red)}.k-start{background:var(--muted)}
+.k-checkpoint{background:color-mix(in srgb,var(--blue) 50%,var(--card))}
+.k-restore{background:color-mix(in srgb,var(--violet) 50%,var(--card))}
+.k-restart{background:color-mix(in srgb,var(--red) 50%,var(--card))}
+.k-other{background:color-mix(in srgb,var(--muted) 50%,var(--card))}
 footer{margin-top:56px;color:var(--muted);font-size:13px}
 @media (max-width:520px){main{padding:24px 14px 40px}h1{font-size:27px}.hero{padding:16px}.hero p{font-size:17px}
 .tiles{grid-template-columns:1fr 1fr}.bar{grid-template-columns:74px 1fr 48px;gap:8px}section{margin-top:36px}}

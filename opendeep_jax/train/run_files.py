@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.train import metrics
+from opendeep_jax.train.events import read_events
+from opendeep_jax.train.goodput import Goodput, read_goodput
 
 ROUTING_LINES = 300  # lines of experts.jsonl that are read: with 58 layers of 256 experts one takes some 200 kB
 
@@ -26,6 +28,8 @@ class RunFiles:
     evaluations: list[dict]
     experts: list[dict]
     samples: list[dict]
+    events: list[dict]
+    goodput: Goodput | None
 
     @property
     def name(self) -> str:
@@ -79,6 +83,8 @@ def read_run(workdir: str | Path) -> RunFiles:
         evaluations=metrics.read_jsonl(workdir / metrics.EVALUATION),
         experts=metrics.read_jsonl(workdir / metrics.EXPERTS, limit=ROUTING_LINES),
         samples=metrics.read_jsonl(workdir / metrics.SAMPLES),
+        events=read_events(workdir),
+        goodput=read_goodput(workdir),
     )
 
 

@@ -14,6 +14,7 @@ from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import divided_further, partition_spec
+from opendeep_jax.train.health import Health, new_health
 
 
 class TrainState(NamedTuple):
@@ -27,12 +28,19 @@ class TrainState(NamedTuple):
     """The optimizer's moments."""
     router_bias: Arrays
     """Router biases by name, [layers, experts] or [experts]."""
+    health: Health
+    """What judges the next step."""
 
 
 def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, a function of the configuration and its seed alone."""
     _, params, router_bias = split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
+
+
+def pass_over(state: TrainState) -> TrainState:
+    """The state after a step whose batch is left out: nothing but the step's number changes."""
+    return state._replace(step=state.step + 1)
 
 
 def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh, zero_1: bool = False) -> TrainState:

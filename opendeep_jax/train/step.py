@@ -20,6 +20,8 @@ from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, psum
+from opendeep_jax.train.drill import spoil_gradients
+from opendeep_jax.train.health import judge
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
 from opendeep_jax.train.losses import Metrics, losses
 from opendeep_jax.train.optimizer import learning_rate_schedule
@@ -44,6 +46,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = batch_gradients(config, skeleton, state, batch)
         grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+        grads = spoil_gradients(config.faults.drill, state.step, grads)
         grad_norm = optax.global_norm(grads)
         if config.optimizer.clip_norm:
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-12))
@@ -54,8 +57,12 @@ def make_train_step(
         speed = bias_update_speed(config, state.step)
         router_bias = {name: updated_bias(bias, load[name], speed) for name, bias in state.router_bias.items()}
         rate = config.optimizer.learning_rate * schedule(state.step)
+        verdict, health = judge(config.faults, state.health, sums["loss"], grad_norm)
+        after, before = (params, opt_state, router_bias), (state.params, state.opt_state, state.router_bias)
+        kept = jax.tree.map(lambda new, old: jnp.where(verdict.apply, new, old), after, before)
         metrics = {**sums, "grad_norm": grad_norm, "learning_rate": rate, "load": load, "router_bias": router_bias}
-        return in_place(TrainState(state.step + 1, params, opt_state, router_bias)), metrics
+        metrics |= {"skipped": ~verdict.apply, "loss_zscore": verdict.loss_zscore}
+        return in_place(TrainState(state.step + 1, *kept, health)), metrics
 
     return train_step
 
@@ -88,10 +95,18 @@ def batch_gradients(config: RunConfig, skeleton: Skeleton, state: TrainState, ba
 def device_gradients(
     config: RunConfig, skeleton: Skeleton, specs, params: Arrays, router_bias: Arrays, inputs: Inputs, counts, step
 ) -> tuple[Arrays, Metrics]:
-    """One device's program: gradients of its weights' parts, and the global batch's metrics.
+    """One device's program: gradients of its weights' parts, and the global batch's metrics."""
+    grads, sums = own_gradients(config, skeleton, params, router_bias, inputs, counts, step)
+    mesh = jax.sharding.get_abstract_mesh()
+    return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
 
-    A micro-batch's gradients come back divided like the weights; over the devices that hold copies they are added up
-    once, at the end.
+
+def own_gradients(
+    config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, inputs: Inputs, counts, step
+) -> tuple[Arrays, Metrics]:
+    """What a device computes from its own rows: gradients divided like the weights, and its share of every metric.
+
+    Over the devices that hold copies of a weight, gradients are still to be added up: once, after all micro-batches.
     """
     gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
 
@@ -99,7 +114,8 @@ def device_gradients(
         (_, sums), grads = gradient(config, skeleton, params, router_bias, micro, counts, step)
         return grads, sums
 
-    micros = micro_batches(config.train, len(inputs.batch.tokens) * axis_size(ROW_AXES))
+    shards = axis_size(ROW_AXES)
+    micros = micro_batches(config.train, len(inputs.batch.tokens) * shards, shards)
     if micros == 1:
         grads, sums = micro_gradient(inputs)
     else:
@@ -112,8 +128,7 @@ def device_gradients(
             return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
 
         (grads, sums), _ = jax.lax.scan(accumulate, zeros, cut)
-    mesh = jax.sharding.get_abstract_mesh()
-    return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
+    return grads, sums
 
 
 def batch_loss(

@@ -58,8 +58,9 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     Activations count what each layer keeps under its remat policy; `none` keeps about 2.5 times what the matmuls give.
     The compiler's own buffers come on top.
     """
-    model, train = config.model, config.train
-    tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size) for s in stages(config)) / devices
+    model, train, parallel = config.model, config.train, config.parallel
+    shards = max(devices // (parallel.stage * parallel.context * parallel.tensor), 1)
+    tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size, shards) for s in stages(config)) / devices
     kept = 0.0
     for kind, layers in (
         ("dense", model.num_leading_dense_layers),

@@ -144,9 +144,9 @@ def test_train_hands_the_resolved_configuration_and_the_recipe_to_the_loop(monke
 def test_train_refuses_rows_that_do_not_divide_over_the_devices(monkeypatch, tmp_path, capsys):
     import jax
 
-    monkeypatch.setattr(jax, "device_count", lambda: 7)
+    monkeypatch.setattr(jax, "device_count", lambda: 13)
     assert main(["train", "--config=quickstart", f"--workdir={tmp_path}"]) == 2
-    assert "must divide evenly over the 7 devices" in capsys.readouterr().err
+    assert "must divide over the 13 devices of data x fsdp x expert, and 10 of 26 would be padding" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

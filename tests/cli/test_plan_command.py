@@ -39,7 +39,7 @@ def environment():
         (["--topology=v5e:2x2", "--config=quickstart", "--save=x"], "Give --search"),
         (["--topology=v5e:2x2", "--config=quickstart", "--json=no/such/place.json"], "a directory that exists"),
         (["--topology=v5e:2x2", "--config=quickstart", "--parallel.fsdp=8"], "--topology=v5e:2x2 has 4 devices"),
-        (["--topology=v5e:4x8", "--config=quickstart"], "rows must divide evenly over the 32 devices"),
+        (["--topology=v5e:4x8", "--config=quickstart"], "rows must divide over the 32 devices"),
     ],
 )
 def test_bad_input_is_refused(argv, words, monkeypatch):

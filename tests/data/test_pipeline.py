@@ -49,18 +49,22 @@ def test_batch_is_the_same_in_any_order_after_opening_again_and_from_any_start(c
 def test_parts_of_all_processes_make_the_global_batch(configure, processes):
     data = open_data(configure(), progress=False)
     for step in (0, 31):
-        parts = [data.batch(step, i, processes) for i in range(processes)]
+        parts = [data.batch(step, range(i, i + 4 // processes)) for i in range(0, 4, 4 // processes)]
         whole = data.batch(step)
         for field in dataclasses.fields(whole):
             joined = np.concatenate([getattr(part, field.name) for part in parts])
             np.testing.assert_array_equal(joined, getattr(whole, field.name))
-    streams = [data.iterate(5, i, processes) for i in range(processes)]
-    np.testing.assert_array_equal(np.concatenate([next(s).tokens for s in streams]), data.batch(5).tokens)
+    streams = [data.iterate(5, lambda rows, i=i: range(rows)[i::processes]) for i in range(processes)]
+    parts, whole = [next(stream).tokens for stream in streams], data.batch(5).tokens
+    for i, part in enumerate(parts):
+        np.testing.assert_array_equal(part, whole[i::processes])
 
 
-def test_batch_that_cannot_be_divided_over_the_processes_is_refused(configure):
-    with pytest.raises(ConfigError, match="4 rows .* 3 processes"):
-        open_data(configure(), progress=False).batch(0, 0, 3)
+def test_rows_beyond_a_batch_are_padding_without_a_target(configure):
+    data = open_data(configure(), progress=False)
+    part, whole = data.batch(2, [1, 3, 4, 9]), data.batch(2)
+    np.testing.assert_array_equal(part.tokens[:2], whole.tokens[[1, 3]])
+    assert not part.tokens[2:].any() and not part.loss_mask[2:].any() and not part.segment_ids[2:].any()
 
 
 def test_batch_size_ramp_takes_the_same_rows_in_smaller_batches(configure):
@@ -157,8 +161,9 @@ def test_held_out_batches_cover_the_held_out_text_once(configure, tmp_path, corp
     assert data.tokenizer.token_bytes[targets].sum() == len(data.held_out_text())
     assert data.tokenizer.decode(targets).encode() == data.held_out_text()
     assert not batches[-1].loss_mask[batches[-1].segment_ids == 0].any()
-    parts = [data.held_out(4, process_index=i, process_count=2)[1].tokens for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate(parts), data.held_out(4)[1].tokens)
+    parts = [data.held_out(4, rows=rows)[1].tokens for rows in ([0, 1], [2, 3, 4])]
+    np.testing.assert_array_equal(np.concatenate(parts)[:4], data.held_out(4)[1].tokens)
+    assert not parts[1][2].any()
     with pytest.raises(IndexError):
         batches[len(batches)]
 

@@ -12,6 +12,7 @@ from small_models import DENSE, V3, packed_batch, random_arrays, run_config
 from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, TrainConfig
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.train.health import new_health
 from opendeep_jax.train.state import TrainState, state_shardings
 from opendeep_jax.train.step import make_train_step
 
@@ -30,7 +31,7 @@ def run_step(model, devices: int, micros: int, **parallel):
     params, router_bias = random_arrays(bones)
     zeros = jax.tree.map(jnp.zeros_like, params)
     rule = optax.GradientTransformation(lambda params: zeros, lambda grads, state, params: (zeros, grads))
-    state = TrainState(jnp.int32(0), params, rule.init(params), router_bias)
+    state = TrainState(jnp.int32(0), params, rule.init(params), router_bias, new_health())
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, bones, mesh))
         state, metrics = jax.jit(make_train_step(config, bones, rule))(state, put_batch(BATCH, mesh))

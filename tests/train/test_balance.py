@@ -11,6 +11,7 @@ from small_models import V3, random_arrays, run_config
 from opendeep_jax.config.schema import MTPConfig, OptimizerConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import make_train_step
@@ -45,7 +46,7 @@ def peaks():
     def peaks(updated: bool) -> float:
         params, router_bias = random_arrays(bones)
         router_bias = jax.tree.map(jnp.zeros_like, router_bias)
-        state, seen = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias), []
+        state, seen = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health()), []
         for step in range(STEPS):
             if not updated:
                 state = state._replace(router_bias=router_bias)

@@ -12,6 +12,7 @@ from opendeep_jax.config.schema import CheckpointConfig, OptimizerConfig, Parall
 from opendeep_jax.models.parameters import skeleton, split
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train.checkpoint import Checkpoints, load_model, remove_partial_saves
+from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings
 
@@ -26,7 +27,7 @@ def state_on(devices: int, step: int = 3, seed: int = 0, **parallel) -> TrainSta
     opt_state = jax.eval_shape(optimizer.init, params)
     random = np.random.default_rng(seed)
     opt_state = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) * 9, x.dtype), opt_state)
-    state = TrainState(jnp.int32(step), params, opt_state, router_bias)
+    state = TrainState(jnp.int32(step), params, opt_state, router_bias, new_health())
     mesh = make_mesh(ParallelConfig(**parallel), jax.devices()[:devices])
     return jax.device_put(state, state_shardings(state, BONES, mesh))
 
@@ -46,7 +47,7 @@ def test_a_restored_state_is_the_saved_one_to_the_bit(tmp_path):
     state = state_on(1)
     save(tmp_path, state)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored = checkpoints.restore(abstract(state))
+        restored, _ = checkpoints.restore(abstract(state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert [x.dtype for x in jax.tree.leaves(restored)] == [x.dtype for x in jax.tree.leaves(state)]
     jax.tree.map(np.testing.assert_array_equal, restored, state)
@@ -57,7 +58,7 @@ def test_a_state_moves_to_another_mesh(there, here, tmp_path):
     state, wanted = (state_on(devices, **parallel) for devices, parallel in (there, here))
     save(tmp_path, state)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored = checkpoints.restore(abstract(wanted))
+        restored, _ = checkpoints.restore(abstract(wanted))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert [x.sharding for x in jax.tree.leaves(restored)] == [x.sharding for x in jax.tree.leaves(wanted)]
 
@@ -66,13 +67,13 @@ def test_the_newest_state_is_restored_and_older_ones_are_dropped(tmp_path):
     save(tmp_path, *(state_on(1, step, seed=step) for step in (2, 4, 6)), keep=2)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.steps() == [4, 6]
-        assert int(checkpoints.restore(abstract(state_on(1))).step) == 6
+        assert int(checkpoints.restore(abstract(state_on(1)))[0].step) == 6
 
 
 def test_saving_a_step_again_keeps_the_first(tmp_path):
     save(tmp_path, state_on(1, 5, seed=1), state_on(1, 5, seed=2))
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored = checkpoints.restore(abstract(state_on(1)))
+        restored, _ = checkpoints.restore(abstract(state_on(1)))
     np.testing.assert_array_equal(restored.params["final_norm.scale"], random_arrays(BONES, 1)[0]["final_norm.scale"])
 
 

@@ -18,7 +18,7 @@ from opendeep_jax.train import loop
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.metrics import read_jsonl
 
-CLOCK = {"seconds", "tokens_per_second", "step_seconds", "mfu", "first_step_seconds"}
+CLOCK = {"seconds", "tokens_per_second", "step_seconds", "mfu", "first_step_seconds", "data_seconds"}
 """Fields that a clock decides."""
 
 KILLED_RUN = """

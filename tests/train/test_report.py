@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from opendeep_jax.train.events import record_event
+from opendeep_jax.train.goodput import Clock
 from opendeep_jax.train.metrics import MetricsWriter
 from opendeep_jax.train.plots import moving_average, thin
 from opendeep_jax.train.report import write_report
@@ -188,6 +190,36 @@ def test_a_dense_run_has_no_expert_section(tmp_path):
     page = _Page(write_report(tmp_path))
     assert "Experts" not in page.texts and "multi-token prediction" not in page.texts
     assert "step" in page.texts and "tokens trained" not in page.texts
+
+
+def test_the_report_says_where_the_time_went(finished):
+    begun = time.perf_counter() - 100
+    clock = Clock(finished, begun)
+    clock.default = "step"
+    clock.seconds |= {"start": 10.0, "step": 70.0, "compile": 19.0, "checkpoint": 0.0}
+    clock.write(60)
+    with open(finished / "goodput.jsonl", "a") as file:
+        file.write("{half a li")
+    page = _Page(write_report(finished))
+    assert "Where the time went" in page.texts and "over one start." in page.text
+    assert {"step", "compile", "start"} <= set(page.texts) and "checkpoint" not in page.texts
+    assert "19.0 s" in page.texts and "70.7% of 1 min 39 s" in page.text
+
+
+def test_events_are_shown_newest_first_and_counted(finished):
+    for step in range(1, 61):
+        record_event(finished, "skipped", step, f"The update of step {step} was <b>skipped</b>.")
+    page = _Page(write_report(finished))
+    shown = [text for text in page.texts if text.startswith("The update of step ")]
+    assert len(shown) == 40 and shown[0].startswith("The update of step 60 was <b>skipped") and "b" in page.tags
+    assert "20 earlier ones are in events.jsonl." in page.texts
+
+
+def test_events_of_odd_shapes_are_shown_as_they_are(finished):
+    odd = [{}, {"time": 3, "kind": None, "step": "x", "text": ["a", 1]}, {"text": "\x1b[2J</td>"}]
+    (finished / "events.jsonl").write_text("\n".join(map(json.dumps, odd)) + '\n{"ti')
+    page = _Page(write_report(finished))
+    assert "What happened" in page.texts and "�[2J</td>" in page.texts
 
 
 def test_two_thousand_lines_take_seconds(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from small_models import DENSE, interrupted_after, packed_batch, small_run_config
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.exits import Resume
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.config.schema import (
     CheckpointConfig,
@@ -102,7 +103,7 @@ def interrupted_run(text_corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "put_batch", put_batch)
         patch.setattr(Programs, "at", slow_at)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Resume, match="SIGTERM"):
             loop.train(config, workdir, begun=time.perf_counter() - 1000)
         with Checkpoints(workdir) as checkpoints:
             assert checkpoints.steps() == [2]  # the step at hand was finished and saved

@@ -20,6 +20,7 @@ from opendeep_jax.config.schema import (
 )
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import abstract_batch
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
@@ -56,7 +57,7 @@ def run_step(
     params, router_bias = random_arrays(bones)
     rule = gradients_as_state()
     mesh = mesh_of(ParallelConfig(**{"fsdp": 1} | parallel), devices)
-    state = TrainState(jnp.int32(0), params, rule.init(params), router_bias)
+    state = TrainState(jnp.int32(0), params, rule.init(params), router_bias, new_health())
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, bones, mesh))
         step = jax.jit(make_train_step(config, bones, rule))

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# {{name}}: {{processes}} processes on this machine, which find each other as those of several machines would.
+#
+# `opendeep launch --target=local` does the same, and also divides cores or GPUs, ends those whose peer is gone, and
+# dies with the terminal. Exit status 75 says "start the same command again"; anything else is final.
+set -u
+stopped=0
+trap 'stopped=1; kill -TERM "${children[@]}" 2>/dev/null' TERM INT  # each finishes its step, saves and ends with 75
+
+for ((start = 0; start <= {{restarts}}; start++)); do
+  port=$((20000 + RANDOM % 10000)) # a new one each time: the last start's may not be free yet
+  children=()
+  for ((id = 0; id < {{processes}}; id++)); do
+    OPENDEEP_COORDINATOR_ADDRESS=127.0.0.1:$port OPENDEEP_NUM_PROCESSES={{processes}} OPENDEEP_PROCESS_ID=$id \
+      {{command}} &
+    children+=($!)
+  done
+  status=0
+  for child in "${children[@]}"; do
+    wait "$child" && ended=0 || ended=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the child has ended
+      wait "$child" && ended=0 || ended=$?
+    done
+    ((ended == 0)) || status=$ended
+  done
+  ((status == 75 && !stopped)) || exit "$status"
+done
+exit 75

@@ -1,0 +1,129 @@
+"""`opendeep launch --target=TARGET --config=RECIPE ...`: a run on several processes here, or as a cluster's job."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import check_workdir, did_you_mean
+
+HELP = """\
+Starts a run on several processes of this machine, or as a job of a cluster.
+
+usage: opendeep launch --target=TARGET --config=RECIPE --workdir=DIRECTORY [--name=value ...]
+
+  --target       local: this machine. slurm: sbatch. gke-tpu, gke-gpu: a JobSet for Kubernetes. tpu-vm: a queued
+                 resource of Cloud TPU. skypilot: a managed job of SkyPilot. (default: local)
+  --dry_run      Print the file, and start nothing.
+  --restarts     Times that the job is started again after status 75 or a crash. (default: 100)
+
+local:
+  --processes    Processes; GPUs or cores are divided among them. (default: 1)
+
+clusters:
+  --topology     The cluster, as `opendeep plan` takes it: v5p:4x4x4, 2*v6e:16x16, h100:4x8 (nodes x GPUs).
+  --image        Container image with opendeep installed.
+  --shared       Directory of the file system that all machines share; --workdir and --data.directory are in it.
+                 (default: /shared)
+  --job_name     Name of the job; the work directory's if not given.
+  --grace_seconds  From being told to stop to being killed: a step and a save. (default: 300)
+  --volume       gke, skypilot: the claim or volume that holds the shared file system.
+  --namespace    gke: namespace. (default: default)
+  --queue        gke: Kueue's LocalQueue; none if not given.
+  --spot         gke, tpu-vm, skypilot: true for machines that may be taken away, at a lower price.
+  --time         slurm: time limit, such as 7-00:00:00. (default: 24:00:00)
+  --account      slurm: account.
+  --partition    slurm: partition.
+  --project      tpu-vm: Google Cloud project.
+  --zone         tpu-vm: its zone.
+  --nfs          tpu-vm: what is mounted at --shared, as host:/export.
+
+What stays the same for a cluster can be kept in a variable: OPENDEEP_LAUNCH='--topology=h100:4x8 --image=...'.
+Every setting of the run is given by its name, as to `opendeep train`: --parallel.expert=8.
+"""
+SETTINGS = (
+    *("image", "shared", "job_name", "grace_seconds", "volume", "namespace", "queue", "spot"),
+    *("time", "account", "partition", "project", "zone", "nfs"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Starts the job that `argv` describes, or prints its file. Raises ConfigError for what cannot work."""
+    argv = [*shlex.split(os.environ.get("OPENDEEP_LAUNCH", "")), *argv]
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        sys.exit(0)
+    values = make_flags(
+        target=("local", ""),
+        restarts=(100, ""),
+        processes=(0, ""),
+        topology=("", ""),
+        **{name: ("", "") for name in SETTINGS},
+    )
+    flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values(["opendeep launch", *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}. See opendeep launch --help.") from error
+
+    from opendeep_jax.jobs.launch import TARGETS, Job, check_engine, render, submit
+
+    targets = ["local", *TARGETS]
+    if values.target not in targets:
+        hint = did_you_mean(values.target, targets)
+        raise ConfigError(f"--target={values.target}: there is no such target.{hint} Targets: {', '.join(targets)}.")
+    if values.restarts < 0:
+        raise ConfigError(f"--restarts={values.restarts}: must be at least 0.")
+
+    from opendeep_jax.config.overrides import resolve  # tyro takes a while
+
+    config, launch = resolve(rest, "opendeep launch")
+    settings = tuple((name, values[name].value) for name in SETTINGS if values[name].value)
+    if values.target == "local":
+        return _local(values, config, launch.workdir, rest, settings)
+    if values.processes:
+        raise ConfigError(
+            f"--processes={values.processes}: is for --target=local; a cluster's processes follow from --topology."
+        )
+    job = Job(
+        values.target,
+        config,
+        ("opendeep", "train", *rest),
+        launch.workdir,
+        values.topology,
+        values.restarts,
+        settings,
+    )
+    text = render(job)
+    if values.dry_run:
+        print(text, end="")
+        return 0
+    check_engine(values.target)
+    return submit(job, text)
+
+
+def _local(values: flags.FlagValues, config, workdir: str, rest: list[str], settings: tuple) -> int:
+    """`--target=local`: the processes here, or with --dry_run the script that would start them."""
+    from opendeep_jax.jobs.launch import fill, job_name, template_directory
+    from opendeep_jax.jobs.launch_local import run_local
+
+    if values.topology or settings:
+        name = "topology" if values.topology else settings[0][0]
+        raise ConfigError(f"--{name}: is for clusters, and --target=local has no use for it. Leave it out.")
+    if values.processes < 0:
+        raise ConfigError(f"--processes={values.processes}: must be at least 1.")
+    processes = values.processes or 1
+    if values.dry_run:
+        command = shlex.join(("opendeep", "train", *rest))
+        names = {"name": job_name(workdir), "processes": str(processes), "restarts": str(values.restarts)}
+        text = (template_directory() / "local.sh").read_text(encoding="utf-8")
+        print(fill(text, {**names, "command": command}), end="")
+        return 0
+    check_workdir(config, workdir)  # said once, instead of by every process
+    command = [sys.executable, "-m", "opendeep_jax", "train", *rest]
+    return run_local(command, processes, values.restarts, config.faults.peer_seconds + 30)

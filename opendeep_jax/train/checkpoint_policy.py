@@ -1,0 +1,41 @@
+"""Which checkpoints are kept, and why."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from opendeep_jax.config.operations import CheckpointConfig
+
+
+def why_kept(measures: Mapping[int, float | None], config: CheckpointConfig) -> dict[int, str]:
+    """The steps whose checkpoints are kept, each with the reasons in words; a step that is not there may go.
+
+    Args:
+        measures: for every step, the held-out bits per byte, where it was measured.
+    """
+    steps = sorted(measures)
+    measured = [step for step in steps if (measures[step] is not None and math.isfinite(measures[step]))]
+    best = sorted(measured, key=lambda step: (measures[step], -step))[: config.keep_best]
+    newest = steps[-config.keep :] if config.keep else []
+    reasons = {step: [] for step in steps}
+    for rank, step in enumerate(reversed(newest), start=1):
+        reasons[step].append("newest" if rank == 1 else f"newest {config.keep}")
+    for step in steps:
+        if config.keep_every and step % config.keep_every == 0:
+            reasons[step].append(f"every {config.keep_every:,}")
+        if step in best:
+            reasons[step].append("best" if step == best[0] else f"best {config.keep_best}")
+        if not config.keep:
+            reasons[step].append("all are kept")
+    return {step: ", ".join(words) for step, words in reasons.items() if words}
+
+
+class KeepPolicy:
+    """`why_kept` in the form that Orbax's manager asks for (a PreservationPolicy)."""
+
+    def __init__(self, config: CheckpointConfig, measures: dict[int, float | None]):
+        self.config, self.measures = config, measures
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
+        """Whether each of Orbax's checkpoint infos is kept."""
+        kept = why_kept({info.step: self.measures.get(info.step) for info in checkpoints}, self.config)
+        return [info.step in kept for info in checkpoints]

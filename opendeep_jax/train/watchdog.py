@@ -1,0 +1,174 @@
+"""A thread that sees to it that no process waits for ever: for itself, or for another one.
+
+Each process tells all others, every few seconds, what it is doing. Who is not heard of for `faults.peer_seconds` is
+missing: its machine is down, or it is killed or stopped. Who is heard of and yet stays at one thing for
+`faults.hang_seconds` hangs. Either way every process writes the stacks of all its threads to WORKDIR/stacks, says in
+one paragraph who is missing or where each one is, and exits with RESUME: nothing that was saved is lost. Ages are
+taken on this process's monotonic clock from when news arrived, so clocks that jump or differ do not matter.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax._src import distributed
+
+from opendeep_jax.config.exits import RESUME, Resume
+from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.parallel.distributed import host_of, share, words
+from opendeep_jax.train.events import record_event
+from opendeep_jax.train.last_words import leave_last_words
+
+STACKS = "stacks"
+SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "restore": 10.0}
+"""What may take so many times faults.hang_seconds."""
+
+
+class Watchdog:
+    """Watches this process and its peers while the block runs.
+
+        with Watchdog(workdir, config.faults) as watchdog:
+            watchdog.doing("step", 12)
+
+    Args:
+        exit: ends the process; a test puts in its own.
+    """
+
+    def __init__(self, workdir: Path, faults: FaultsConfig, exit: Callable[[int], None] = os._exit):
+        self.workdir, self.faults, self._exit = Path(workdir), faults, exit
+        self._doing, self._step, self._since = "start", 0, time.monotonic()
+        self._news: dict[int, tuple[str, float]] = {}  # of each peer: its last word, and when it came
+        self._ended, self._told = threading.Event(), 0
+        limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
+        self._interval = min(max(min(limits, default=60.0) / 10, 0.1), 5.0)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._farewell: Callable[[], None] = lambda: None
+
+    def __enter__(self):
+        process = jax.process_index()
+        directory = self.workdir / STACKS
+        directory.mkdir(exist_ok=True)
+        self._stacks = directory / f"process_{process}.txt"
+        self._file = open(self._stacks, "w", encoding="utf-8")
+        self._had_faulthandler = faulthandler.is_enabled()
+        faulthandler.enable(self._file)
+        if process:
+            address = distributed.global_state.coordinator_address or ""
+            self._farewell = leave_last_words(process, address, host_of(0), str(self._stacks))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join(timeout=5)
+        self._farewell()
+        if self._had_faulthandler:
+            faulthandler.enable()
+        else:
+            faulthandler.disable()
+        self._file.close()
+        if not self._stacks.stat().st_size:
+            self._stacks.unlink()
+            with contextlib.suppress(OSError):  # others' stacks may be there
+                self._stacks.parent.rmdir()
+
+    def doing(self, what: str, step: int | None = None) -> None:
+        """Notes what the loop begins to do now, and at which step."""
+        self._doing, self._step, self._since = what, self._step if step is None else step, time.monotonic()
+
+    def lost_peer(self, error: BaseException) -> Resume | None:
+        """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
+
+        A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was.
+        """
+        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError):
+            return None
+        self.doing("looking for a lost peer")
+        end = time.monotonic() + self.faults.peer_seconds + 2 * self._interval
+        while time.monotonic() < end:
+            if missing := self._missing():
+                return Resume(self._diagnosis(missing))
+            time.sleep(self._interval)
+        return None
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval):
+            try:
+                self._tell()
+                missing = self._missing()
+            except jax.errors.JaxRuntimeError:
+                missing = [0] if jax.process_index() else []
+            if self._doing == "looking for a lost peer":
+                continue
+            patience = self.faults.hang_seconds * SLOWER.get(self._doing, 1.0)
+            if missing:
+                self._give_up(self._diagnosis(missing), missing)
+            elif patience and time.monotonic() - self._since > patience:
+                self._give_up(self._hang(patience), [])
+
+    def _tell(self) -> None:
+        if jax.process_count() > 1:
+            self._told += 1
+            share(f"beat/{jax.process_index()}", f"{self._told}|{self._step}|{self._doing}")
+
+    def _missing(self) -> list[int]:
+        """Processes that were not heard of for too long."""
+        if jax.process_count() == 1 or not self.faults.peer_seconds:
+            return []
+        now, heard = time.monotonic(), words("beat")
+        for peer in range(jax.process_count()):
+            word = heard.get(str(peer), "")
+            if self._news.get(peer, (None, 0))[0] != word:
+                self._news[peer] = word, now
+        return [
+            peer
+            for peer, (_, at) in self._news.items()
+            if peer != jax.process_index() and now - at > self.faults.peer_seconds
+        ]
+
+    def _diagnosis(self, missing: list[int]) -> str:
+        names = " and ".join(f"process {peer} on {self._host(peer)}" for peer in missing)
+        return (
+            f"{names} {'was' if len(missing) == 1 else 'were'} not heard of for {self.faults.peer_seconds:g} seconds: "
+            f"the machine is down, or the process is killed or stopped. Process {jax.process_index()} was at step "
+            f"{self._step:,} ({self._doing}) and ends; its stacks are in {self._stacks}. Nothing that was saved is "
+            "lost: start the same command again, without that machine if it stays away."
+        )
+
+    def _hang(self, patience: float) -> str:
+        text = f"{self._doing} of step {self._step:,} has not ended within {patience:g} seconds"
+        places = {peer: word.split("|")[1:] for peer, (word, _) in sorted(self._news.items()) if word}
+        others = {peer: place for peer, place in places.items() if place != [str(self._step), self._doing]}
+        if others:
+            behind = [f"process {p} on {self._host(p)} at step {s} ({d})" for p, (s, d) in others.items()]
+            text += f", while elsewhere: {'; '.join(behind[:8])}"
+        return (
+            f"{text}. Process {jax.process_index()} ends; its stacks are in {self._stacks}. Nothing that was saved is "
+            "lost: start the same command again. If that is how long it takes, raise faults.hang_seconds."
+        )
+
+    def _host(self, peer: int) -> str:
+        try:
+            return host_of(peer)
+        except jax.errors.JaxRuntimeError:
+            return "the first host"
+
+    def _give_up(self, text: str, missing: list[int]) -> None:
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self._file.flush()
+        sys.stderr.write(f"\nopendeep train: {text}\n")
+        alive = [peer for peer in range(jax.process_count()) if peer not in missing]
+        if jax.process_index() == min(alive):
+            try:
+                kind = "lost_peer" if missing else "hang"
+                record_event(self.workdir, kind, self._step, text, processes=missing)
+            except OSError:
+                pass  # the paragraph is on standard error
+        self._farewell()
+        self._exit(RESUME)

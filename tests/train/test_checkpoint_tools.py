@@ -1,0 +1,93 @@
+"""Checkpoints are verified, compared, thinned out and averaged from their files."""
+
+import shutil
+
+import numpy as np
+import pytest
+from small_checkpoints import biggest, flip, save, state_at
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schema import CheckpointConfig
+from opendeep_jax.train import checkpoint_tools as tools
+from opendeep_jax.train.checkpoint_files import Unsound
+from opendeep_jax.train.checkpoint_tools import average, checkpoint_path, differences, open_arrays, prune, verify
+
+
+def test_a_whole_checkpoint_is_verified_byte_by_byte(tmp_path):
+    save(tmp_path, 2)
+    seen = []
+    verify(checkpoint_path(tmp_path), seen.append)
+    assert sum(seen) == tools.array_bytes(checkpoint_path(tmp_path)) > 4000
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer", "digests"])
+@pytest.mark.parametrize("harm", ["flip", "remove"])
+def test_damage_is_found_without_a_device(item, harm, tmp_path):
+    save(tmp_path, 2)
+    file = biggest(tmp_path / "checkpoints" / "2" / item)
+    flip(file) if harm == "flip" else file.unlink()
+    with pytest.raises(Unsound):
+        verify(checkpoint_path(tmp_path))
+
+
+def test_a_damaged_array_is_named(tmp_path):
+    save(tmp_path, 2)
+    needle = np.asarray(state_at(2).params["head.weight"]).tobytes()
+    for file in (tmp_path / "checkpoints" / "2" / "model").rglob("*"):
+        if file.is_file() and (at := file.read_bytes().find(needle)) >= 0:
+            data = bytearray(file.read_bytes())
+            data[at] ^= 1
+            file.write_bytes(data)
+    with pytest.raises(Unsound, match="^params.head.weight is not what was saved"):
+        verify(checkpoint_path(tmp_path))
+
+
+def test_equal_checkpoints_have_no_differences_and_others_say_how_much(tmp_path):
+    save(tmp_path / "a", 2, 4)
+    save(tmp_path / "b", 2)
+    assert differences(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "b")) == []
+    found = {one.name: one for one in differences(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "a", 4))}
+    assert set(found) >= {".step", "params.embed", "router_bias.bias", ".opt_state[0]['mu']['embed']"}
+    one, other = (np.asarray(state_at(step).params["embed"], np.float64) for step in (2, 4))
+    gap = np.abs(one - other)
+    assert found["params.embed"].elements == gap.size
+    assert found["params.embed"].absolute == pytest.approx(gap.max())
+    assert found["params.embed"].relative == pytest.approx((gap / np.maximum(abs(one), abs(other))).max())
+    assert ".health.losses" not in found  # NaNs of the same bits are the same
+
+
+def test_pruning_keeps_what_the_policy_says_and_always_the_newest(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, measures={1: 0.5})
+    assert prune(tmp_path, CheckpointConfig(keep=1, keep_best=1), dry_run=True) == [2, 3]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    assert prune(tmp_path, CheckpointConfig(keep=1, keep_best=1)) == [2, 3]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
+    assert prune(tmp_path, CheckpointConfig(keep=0)) == []
+
+
+def test_an_average_is_the_mean_with_digests_of_its_own(tmp_path):
+    save(tmp_path / "run", 2, 4, 6)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    path = average(tmp_path / "run", [2, 6], tmp_path / "out")
+    verify(path)
+    assert path.name == "6" and (tmp_path / "out" / "config.json").read_text() == "{}"
+    arrays = open_arrays(path)
+    assert set(arrays) == {"params.embed", "params.head.weight", "router_bias.bias"}
+    one, other = (np.asarray(state_at(step).params["embed"]) for step in (2, 6))
+    np.testing.assert_array_equal(arrays["params.embed"].read().result(), (one + other) / 2)
+    np.testing.assert_array_equal(arrays["router_bias.bias"].read().result(), [4, 4])
+
+
+def test_what_cannot_be_averaged_is_refused(tmp_path):
+    save(tmp_path / "run", 2, 4)
+    for steps, out, text in (
+        ([2, 2], "out", "different steps"),
+        ([2, 3], "out", "there are: 2, 4"),
+        ([2, 4], "run", "is there already"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            average(tmp_path / "run", steps, tmp_path / out)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4" / "model")
+    with pytest.raises(ConfigError, match="not sound"):
+        average(tmp_path / "run", [2, 4], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
