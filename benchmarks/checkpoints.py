@@ -59,7 +59,7 @@ def measure(megabytes: int, directory: Path, repeats: int) -> dict:
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     seen = {name: [] for name in ("step", "stall", "after", "write", "orbax", "orbax_after", "restore", "copy")}
     with Checkpoints(directory / "run", CheckpointConfig(keep=1)) as checkpoints:
-        for repeat in range(repeats + 1):  # the first is not counted: it compiles
+        for _ in range(repeats + 1):  # the first is not counted: it compiles
             for _ in range(3):
                 seconds, state = timed(step, state)
             seen["step"].append(seconds)

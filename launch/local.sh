@@ -5,6 +5,7 @@
 # dies with the terminal. Exit status 75 says "start the same command again"; anything else is final.
 set -u
 stopped=0
+children=()
 trap 'stopped=1; kill -TERM "${children[@]}" 2>/dev/null' TERM INT  # each finishes its step, saves and ends with 75
 
 for ((start = 0; start <= {{restarts}}; start++)); do

@@ -47,5 +47,3 @@ def flip(file: Path, place: float = 0.5) -> None:
     data = bytearray(file.read_bytes())
     data[int(place * (len(data) - 1))] ^= 0x10
     file.write_bytes(data)
-
-

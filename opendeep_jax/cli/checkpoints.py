@@ -121,7 +121,11 @@ def _diff(argv: Sequence[str]) -> None:
         print(f"bitwise equal: all {len(tools.read_record(first)['arrays'])} arrays")
         return
     rows = [
-        (one.name, one.note or f"{one.elements:,}", *("" if one.note else f"{x:.3g}" for x in (one.absolute, one.relative)))
+        (
+            one.name,
+            one.note or f"{one.elements:,}",
+            *("" if one.note else f"{x:.3g}" for x in (one.absolute, one.relative)),
+        )
         for one in found
     ]
     print(_table(("array", "elements that differ", "max abs", "max rel"), rows, right=(1, 2, 3)))
@@ -145,7 +149,9 @@ def _prune(argv: Sequence[str]) -> None:
     with only_writer(values.workdir):
         steps = prune(values.workdir, config, values.dry_run)
     verb = "would delete" if values.dry_run else "deleted"
-    print(f"{verb} the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}" if steps else "nothing to delete")
+    print(
+        f"{verb} the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}" if steps else "nothing to delete"
+    )
 
 
 def _average(argv: Sequence[str]) -> None:

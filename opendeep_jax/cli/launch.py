@@ -10,6 +10,7 @@ from absl import flags
 from opendeep_jax.cli.flags import make_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, did_you_mean
+from opendeep_jax.config.schema import RunConfig
 
 HELP = """\
 Starts a run on several processes of this machine, or as a job of a cluster.
@@ -107,7 +108,9 @@ def main(argv: Sequence[str]) -> int:
     return submit(job, text)
 
 
-def _local(values: flags.FlagValues, config, workdir: str, rest: list[str], settings: tuple) -> int:
+def _local(
+    values: flags.FlagValues, config: RunConfig, workdir: str, rest: list[str], settings: tuple[tuple[str, str], ...]
+) -> int:
     """`--target=local`: the processes here, or with --dry_run the script that would start them."""
     from opendeep_jax.jobs.launch import fill, job_name, template_directory
     from opendeep_jax.jobs.launch_local import run_local

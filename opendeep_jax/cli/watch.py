@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> None:
         html=("", "Also write a page there that reloads itself, for a browser."),
     )
     flags.DEFINE_bool("once", False, "Show one frame and end; so it is without a terminal, too.", flag_values=values)
-    flags.DEFINE_multi_string("workdir", None, "Directory of a run or a sweep, or a pattern.", flag_values=values)
+    flags.DEFINE_multi_string("workdir", None, "", flag_values=values)
+    values["workdir"].help = "Directory of a run or a sweep, or a pattern."  # without absl's remark in two lines
     usage = "--workdir=DIRECTORY [--workdir=…] [--every=2] [--once] [--html=FILE]"
     parse(values, argv, "opendeep watch", PURPOSE, usage)
     if not (math.isfinite(values.every) and values.every >= 0.1):

@@ -39,7 +39,7 @@ class Data:
         self.tokenizer, self.prepared, self.config = tokenizer, prepared, prepared.config
 
     def batch(self, step: int, rows: Rows | None = None) -> Batch:
-        """The Batch of `step` (from 0), or only `rows` of it (ascending), as numpy arrays: int32 and bool, [rows, L]."""
+        """The Batch of `step` (from 0), or only `rows` of it (ascending): numpy arrays of int32 and bool, [rows, L]."""
         prepared, stage = self.prepared, stage_at(self.config, step)
         rows = np.arange(stage.batch_size) if rows is None else np.asarray(rows, np.int64)
         batch = empty_batch(len(rows), stage.length)

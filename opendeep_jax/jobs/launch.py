@@ -223,6 +223,7 @@ def _check_values(settings: dict[str, str]) -> None:
         "job_name": (NAME, "small letters, digits and -, a letter first, at most 40"),
         "grace_seconds": (r"[1-9]\d{0,4}", "a whole number of seconds above 0"),
         "time": (r"(\d+-)?\d+(:\d\d){0,2}|UNLIMITED", "a time as Slurm writes it, such as 24:00:00 or 7-00:00:00"),
+        "image": (r"[\w@%+=:,./#-]+", "the name of an image"),
         "spot": ("|true|false", "true or false"),
         "shared": (r"/[\w@%+=./-]*[\w@%+=.-]", "the absolute path of a directory, without spaces"),
         "nfs": (r"[\w.-]+:/[\w./-]*", "host:/export"),
@@ -269,7 +270,9 @@ def _of_target(job: Job, target: Target, topology: Topology, settings: dict[str,
         return {"command": json.dumps([word.replace("$", "$$") for word in job.command]), "spot": '"true"' * spot}
     if job.target == "slurm":
         patience = max(int(job.config.faults.peer_seconds), 60) + int(settings["grace_seconds"])
-        return {"command": shell, "wait_seconds": str(patience)}
+        # Pyxis sets a registry off from the image's path by a #; paths of .sqsh files stay.
+        image = re.sub(r"^([^/#]+[.:][^/#]+)/", r"\1#", settings["image"])
+        return {"command": shell, "wait_seconds": str(patience), "image": image}
     if job.target == "skypilot":
         image = "docker:" + settings["image"].removeprefix("docker:")
         return {"command": shell, "use_spot": str(spot).lower(), "errors": str(min(job.restarts, 3)), "image": image}

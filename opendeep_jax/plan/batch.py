@@ -18,7 +18,8 @@ def with_batch(config: RunConfig, rows: int) -> RunConfig:
     """
     phases = tuple(dataclasses.replace(phase, batch_size=0) for phase in config.data.phases)
     micros = config.train.accumulation_steps if config.parallel.stage > 1 else 1
-    train = dataclasses.replace(config.train, batch_size=rows, batch_ramp=(), accumulation_steps=micros, rows_per_device=0)
+    shape = {"batch_size": rows, "batch_ramp": (), "accumulation_steps": micros, "rows_per_device": 0}
+    train = dataclasses.replace(config.train, **shape)
     evaluation = dataclasses.replace(config.evaluation, batch_size=0)
     data = dataclasses.replace(config.data, phases=phases)
     return dataclasses.replace(config, train=train, evaluation=evaluation, data=data)

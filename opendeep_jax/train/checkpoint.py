@@ -43,7 +43,15 @@ from opendeep_jax.train.checkpoint_files import (
     steps_in,
     to_items,
 )
-from opendeep_jax.train.checkpoint_local import SHARDS, common_steps, layout, local_root, own_shards, read_own_shards
+from opendeep_jax.train.checkpoint_local import (
+    SHARDS,
+    common_steps,
+    layout,
+    local_root,
+    own_shards,
+    read_alone,
+    read_own_shards,
+)
 from opendeep_jax.train.checkpoint_writer import Writer, snapshot
 from opendeep_jax.train.digests import compile_digests, finish_digests, start_digests
 from opendeep_jax.train.progress import human_bytes
@@ -195,9 +203,11 @@ class Checkpoints:
             candidates += [(step, 1, self.local.directory) for step in common_steps(steps_in(self.local.directory))]
         candidates = [one for one in candidates if before is None or one[0] < before]
         for step, local, directory in sorted(candidates, reverse=True):
-            shards = local and SHARDS in self.local.items
+            read = None
+            if local:
+                read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
-                found = read_items(directory / str(step), items, read_own_shards if shards else None)
+                found = read_items(directory / str(step), items, read)
                 return from_items(found, abstract), notes
             except Elsewhere as error:
                 notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")

@@ -111,6 +111,13 @@ def _shard_name(item: str, name: str, index: str) -> str:
     return f"{item} {name} {index}"
 
 
+def read_alone(path: Path, items: Items) -> Items:
+    """Arrays like the abstract ones in `items` from what one process kept. Raises Unsound."""
+    if (path / SHARDS).is_dir():
+        raise Elsewhere("its parts were saved by other devices or processes than there are now")
+    return {item: read_arrays(path / item, arrays) for item, arrays in items.items()}
+
+
 def common_steps(steps: list[int]) -> list[int]:
     """The steps that all processes have; all call it, with at most 8 steps each."""
     if jax.process_count() == 1:

@@ -247,7 +247,9 @@ def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Se
             verify(path, seen)
         except Unsound as error:
             raise ConfigError(f"{path}: is not sound: {error}. Average others.") from error
-    names = [name for name in read_record(paths[-1])["arrays"] if name.startswith(tuple(f"{group}." for group in GROUPS))]
+    names = [
+        name for name in read_record(paths[-1])["arrays"] if name.startswith(tuple(f"{group}." for group in GROUPS))
+    ]
     opened = [open_arrays(path) for path in paths]
     means = {}
     for name in names:

@@ -42,9 +42,7 @@ class Writer:
         processes = {me} if alone else set(range(count)) if count > 1 else None
         several = ocp.options.MultiprocessingOptions(me if alone else 0, processes, directory.name if alone else None)
         # Weights hardly compress, and compressing them takes most of a save's time.
-        arrays = functools.partial(
-            ocp.PyTreeCheckpointHandler, use_compression=False, multiprocessing_options=several
-        )
+        arrays = functools.partial(ocp.PyTreeCheckpointHandler, use_compression=False, multiprocessing_options=several)
         handlers = {item: ShardsHandler() if item == SHARDS else arrays() for item in items}
         handlers[RECORD] = ocp.JsonCheckpointHandler(multiprocessing_options=several)
         self.measures = {step: _measure(directory / str(step)) for step in steps_in(directory)}

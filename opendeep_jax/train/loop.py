@@ -126,6 +126,7 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
             if not run.programs.has(step - 1):
                 with observer.aside(state, "compile"):
                     watchdog.doing("compile", step)
+                    observer.inputs.forget()
                     run.programs.at(step - 1)
             watchdog.doing("step", step)
             batch = put_batch(rows, mesh, run.programs.rows(step - 1))
@@ -145,8 +146,10 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
             stops = stop.after(step) and step < run.steps
             if is_due(step, config.train.log_every, start + 1, run.steps):
                 run.progress.update(step, **observer.log(step, metrics))
+                clock.log(step)
             if is_due(step, config.train.log_every, start + 1, run.steps) or any(saves) or stops:
                 clock.skipped(run.recovery.review())
+            if any(saves) or stops:
                 clock.write(step)
             if is_due(step, config.evaluation.every) and step < run.steps:
                 watchdog.doing("evaluation")
@@ -163,7 +166,11 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
                         observer.saved(step, saved)
             if stops:
                 run.checkpoints.wait()
-                raise stop.end()
+                ending = stop.end()
+                if is_primary():
+                    kind = "interrupted" if isinstance(ending, KeyboardInterrupt) else "preempted"
+                    record_event(run.recovery.workdir, kind, step, f"stopped by {stop.signal} and saved.")
+                raise ending
     return state
 
 

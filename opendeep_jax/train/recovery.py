@@ -139,13 +139,16 @@ class Recovery:
         else:
             before = sum(window["to_step"] == to_step for window in self.windows)
         if before >= self.faults.max_rollbacks:
-            raise Stopped(
+            diagnosis = (
                 f"stopped at step {at_step:,}: {fault}. The run has gone back to step {to_step:,} {before} times "
                 f"without reaching a new checkpoint (faults.max_rollbacks = {self.faults.max_rollbacks}), so a further "
                 f"attempt would end the same way. {self.workdir / 'events.jsonl'} names the steps, their "
                 "documents and their devices; a lower learning rate, another seed's data order, or another machine may "
                 "cure it."
             )
+            if self.writes:
+                record_event(self.workdir, "stopped", at_step, diagnosis)
+            raise Stopped(diagnosis)
         text = f"{fault}. Going back from step {at_step:,} to the state after step {to_step:,}"
         if fault.first is not None:
             window = {"first": fault.first, "last": fault.last, "to_step": to_step, "reason": str(fault)}

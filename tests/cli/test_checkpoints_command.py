@@ -95,5 +95,5 @@ def test_the_pages_commands_run(workdir, capsys, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(workdir)
     for line in lines:
-        words = shlex.split(line.replace("=100", "=2").replace("=150", "=4").replace("100,150,200", "2,4,6"))
+        words = shlex.split(line.replace("100,150,200", "2,4,6").replace("=100", "=2").replace("=150", "=4"))
         assert main(words[1:]) == 0, capsys.readouterr().err

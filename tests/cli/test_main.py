@@ -146,7 +146,8 @@ def test_train_refuses_rows_that_do_not_divide_over_the_devices(monkeypatch, tmp
 
     monkeypatch.setattr(jax, "device_count", lambda: 13)
     assert main(["train", "--config=quickstart", f"--workdir={tmp_path}"]) == 2
-    assert "must divide over the 13 devices of data x fsdp x expert, and 10 of 26 would be padding" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must divide over the 13 devices of data x fsdp x expert, and 10 of 26 would be padding" in said
     assert list(tmp_path.iterdir()) == []
 
 

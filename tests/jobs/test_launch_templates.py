@@ -83,7 +83,7 @@ def bash(text: str, environment: dict[str, str], cwd: Path) -> subprocess.Comple
 def test_every_placeholder_is_filled_and_the_command_is_in_the_file(target, more):
     text = rendered(target, *more)
     assert not re.search(r"\{\{|\}\}(?!\])", text.replace("{{name}}", ""))
-    assert "/shared/runs/a" in text and "registry.example/opendeep:1" in text
+    assert "/shared/runs/a" in text and re.search("registry.example[/#]opendeep:1", text)
     assert len(text.splitlines()) < 140
 
 
@@ -130,6 +130,13 @@ def test_the_compiler_flags_in_the_templates_are_known(flag, form):
     subprocess.run(command, env=environment, check=True, capture_output=True)
     environment[flag] += " --xla_gpu_no_such_flag=1"
     assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
+
+
+def test_a_file_is_written_without_loading_jax():
+    arguments = ["--target=slurm", "--dry_run", *NEEDS["slurm"], *RUN]
+    program = f"import sys; from opendeep_jax.cli.launch import main; main({arguments}); sys.exit('jax' in sys.modules)"
+    root = template_directory().parent
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True)
 
 
 # ---- what is refused
@@ -250,6 +257,21 @@ def test_sbatch_itself_reads_the_file(tmp_path):
         assert refused(rendered("slurm", *more)) == ""
     assert "unrecognized option" in refused(rendered("slurm").replace("--requeue", "--requeued"))
     assert refused(rendered("slurm").replace("--signal=TERM@300", "--signal=TREM@300")) != ""
+
+
+@pytest.mark.parametrize(
+    "image, written",
+    [
+        ("registry.example/team/opendeep:1", "registry.example#team/opendeep:1"),
+        ("localhost:5000/opendeep", "localhost:5000#opendeep"),
+        ("registry.example#opendeep", "registry.example#opendeep"),
+        ("team/opendeep:1.2", "team/opendeep:1.2"),
+        ("/shared/images/opendeep-1.2.sqsh", "/shared/images/opendeep-1.2.sqsh"),
+        ("./opendeep.sqsh", "./opendeep.sqsh"),
+    ],
+)
+def test_pyxis_is_told_which_part_of_an_image_is_its_registry(image, written):
+    assert f"--container-image={written} " in rendered("slurm", f"--image={image}")
 
 
 @pytest.mark.parametrize(

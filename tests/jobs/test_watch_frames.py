@@ -12,17 +12,21 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import opendeep_jax
 from opendeep_jax.cli.main import main
 from opendeep_jax.config.load import load_recipe, to_json
 from opendeep_jax.jobs.watch import labels
 from opendeep_jax.jobs.watch_chart import Series, line_chart, load_image
 from opendeep_jax.jobs.watch_page import live_page
 from opendeep_jax.jobs.watch_run import Run
-from opendeep_jax.jobs.watch_terminal import frame, sparkline
+from opendeep_jax.jobs.watch_terminal import COLOURS, frame, sparkline
+from opendeep_jax.train.goodput import KINDS
+from opendeep_jax.train.report_events import MEANING
 
 BAD = "</td><script>alert(1)</script>\x1b[31m\ud800"
 
@@ -295,3 +299,19 @@ def test_without_a_terminal_the_page_is_kept_up_to_date_until_all_is_done(tmp_pa
         (tmp_path / "run/summary.json").write_text('{"steps": 1000000}')
         assert process.wait(15) == 0
     assert "Nothing is left to wait for." in page.read_text()
+
+
+def test_the_frame_in_the_docs_has_the_lines_that_are_drawn(tmp_path):
+    write_run(tmp_path)
+    page = (Path(opendeep_jax.__file__).parent.parent / "docs/watching.md").read_text("utf-8")
+    shown = re.search(r"^```text\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[1]
+    frames = [[line[:10].strip() for line in text.splitlines()] for text in (shown, drawn(looked(tmp_path), 100))]
+    lines = ["loss", "held-out", "speed", "data", "rate", "experts", "goodput"]
+    assert [[line for line in frame if line in lines] for frame in frames] == [lines, lines]
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_kinds_of_time_in_the_docs_are_those_there_are():
+    page = (Path(opendeep_jax.__file__).parent.parent / "docs/watching.md").read_text("utf-8")
+    table = page.partition("| kind | seconds of |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(KINDS) == list(MEANING) == list(COLOURS)

@@ -237,7 +237,9 @@ def test_a_file_size_limit_while_writing_is_an_os_error_and_leaves_nothing_half(
         "except OSError as error:\n    checkpoints.__exit__(None, None, None); print(error.errno, error.filename)\n"
     )
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(checkpoint.__file__).parents[2])]
-    done = subprocess.run([sys.executable, "-c", program, tmp_path, *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, *paths], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.split() == [str(errno.EFBIG), str(tmp_path / "checkpoints")], done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     check_is(restore(tmp_path)[0], 2)

@@ -38,7 +38,8 @@ def state_at(step, wrong=0):
     whole = PartitionSpec()
     health = jax.tree.map(lambda x: place(x, whole), new_health())
     params = {"divided": place(weight, PartitionSpec("fsdp")), "whole": place(weight * 2 + wrong, whole)}
-    return TrainState(place(np.int32(step), whole), params, {"mu": place(weight * 3, PartitionSpec("fsdp"))}, {}, health)
+    moments = {"mu": place(weight * 3, PartitionSpec("fsdp"))}
+    return TrainState(place(np.int32(step), whole), params, moments, {}, health)
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0))
 tiers = dict(local_directory=local, local_every=1) if local else {}
 with Checkpoints(workdir, CheckpointConfig(keep=2, **tiers)) as checkpoints:

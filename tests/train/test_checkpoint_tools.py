@@ -46,7 +46,9 @@ def test_equal_checkpoints_have_no_differences_and_others_say_how_much(tmp_path)
     save(tmp_path / "a", 2, 4)
     save(tmp_path / "b", 2)
     assert differences(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "b")) == []
-    found = {one.name: one for one in differences(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "a", 4))}
+    found = {
+        one.name: one for one in differences(checkpoint_path(tmp_path / "a", 2), checkpoint_path(tmp_path / "a", 4))
+    }
     assert set(found) >= {".step", "params.embed", "router_bias.bias", ".opt_state[0]['mu']['embed']"}
     one, other = (np.asarray(state_at(step).params["embed"], np.float64) for step in (2, 4))
     gap = np.abs(one - other)

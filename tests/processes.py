@@ -1,0 +1,73 @@
+"""Runs in processes of their own, one or several as a job, as `opendeep train` starts them."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from small_models import small_run_config
+
+from opendeep_jax.config.load import to_json
+from opendeep_jax.config.schema import EvaluationConfig, RunConfig
+
+RECIPE = """
+from pathlib import Path
+from opendeep_jax.config.load import from_json
+
+def get_config():
+    return from_json(Path(__file__).with_suffix(".json").read_text())
+"""
+
+
+def tiny_config(corpus: Path, prepared: Path, **train) -> RunConfig:
+    """As `small_run_config`, with less to compile: two layers, no multi-token prediction, no samples on the way."""
+    config = small_run_config(corpus, prepared, **{"sample_every": 0, "log_every": 1} | train)
+    model = dataclasses.replace(config.model, num_layers=2, mtp=dataclasses.replace(config.model.mtp, depth=0))
+    return dataclasses.replace(config, model=model, evaluation=EvaluationConfig(final_batches=1))
+
+
+def write_recipe(config: RunConfig, path: Path) -> Path:
+    """A recipe file that gives `config`."""
+    path.with_suffix(".json").write_text(to_json(config))
+    path.write_text(RECIPE)
+    return path
+
+
+def start(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts `opendeep train` as a job of so many processes, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [f"--config={recipe}", f"--workdir={workdir}", *flags]
+    command = [sys.executable, "-m", "opendeep_jax.cli.main", "train", *arguments]
+    others = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environ = os.environ | {"XLA_FLAGS": others, "JAX_PLATFORMS": "cpu"}
+    started = []
+    for process in range(processes):
+        if processes > 1:
+            environ = environ | {
+                "OPENDEEP_COORDINATOR_ADDRESS": address,
+                "OPENDEEP_NUM_PROCESSES": str(processes),
+                "OPENDEEP_PROCESS_ID": str(process),
+            }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environ, cwd=Path(__file__).parent.parent, **pipes))
+    return started
+
+
+def finish(started: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
+    """Waits for all; (exit status, what was written to standard error) of each. Kills those that don't end."""
+    try:
+        return [(process.wait(timeout), process.stderr.read()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.stdout.close()
+            process.stderr.close()
+
+
+def run(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices: int = 1) -> list[tuple[int, str]]:
+    """`start` and `finish`."""
+    return finish(start(recipe, workdir, *flags, processes=processes, devices=devices))

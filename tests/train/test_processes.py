@@ -1,0 +1,100 @@
+"""A job of several processes is one run: the same batches and losses, saved by some and gone on with by others."""
+
+import json
+import shutil
+
+import numpy as np
+import processes
+import pytest
+
+from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.events import read_events
+from opendeep_jax.train.metrics import read_jsonl
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def recipe(text_corpus, tmp_path_factory):
+    """A run of ten steps in rows that three devices don't divide, saved every four."""
+    directory = tmp_path_factory.mktemp("processes")
+    config = processes.tiny_config(text_corpus, directory / "data", steps=STEPS)
+    return processes.write_recipe(config, directory / "recipe.py")
+
+
+@pytest.fixture(scope="module")
+def alone(recipe):
+    """The work directory of the run in one process, on one device."""
+    workdir = recipe.parent / "alone"
+    assert processes.run(recipe, workdir, "--checkpoint.every=4")[0][0] == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, alone):
+    """The work directory of the run in four processes, one of which gets SIGTERM in step 3; and what each said."""
+    workdir = recipe.parent / "four"
+    return workdir, processes.run(recipe, workdir, "--faults.drill=sigterm@3:2", processes=4)
+
+
+def losses(workdir) -> np.ndarray:
+    return np.array([line["loss"] for line in read_jsonl(workdir / "metrics.jsonl")])
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step_saved_and_asking_to_be_resumed(stopped):
+    workdir, ended = stopped
+    assert [status for status, _ in ended] == [75] * 4, [text[-2000:] for _, text in ended]
+    with Checkpoints(workdir) as checkpoints:
+        (step,) = checkpoints.steps()
+    assert 3 <= step < STEPS and len(losses(workdir)) == step
+    assert [event["step"] for event in read_events(workdir, "preempted")] == [step]
+
+
+def test_four_processes_have_the_losses_of_one(stopped, alone):
+    ours = losses(stopped[0])
+    np.testing.assert_allclose(ours, losses(alone)[: len(ours)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count, devices", [(1, 1), (2, 2)])
+def test_what_four_processes_saved_one_and_two_go_on_with(stopped, alone, recipe, count, devices, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "resumed")
+    ended = processes.run(recipe, workdir, processes=count, devices=devices)
+    assert [status for status, _ in ended] == [0] * count, [text[-2000:] for _, text in ended]
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-6)
+    summary, whole = (json.loads((place / "summary.json").read_text()) for place in (workdir, alone))
+    for name in ("steps", "tokens", "parameters"):
+        assert summary[name] == whole[name]
+    assert summary["held_out_bits_per_byte"] == pytest.approx(whole["held_out_bits_per_byte"], rel=1e-6)
+    assert len((workdir / "goodput.jsonl").read_text().splitlines()) > 1
+
+
+def test_a_job_on_more_devices_than_its_rows_divide_over_has_the_same_losses(alone, recipe, tmp_path):
+    ended = processes.run(recipe, tmp_path / "three", processes=1, devices=3)
+    assert ended[0][0] == 0, ended[0][1][-2000:]
+    np.testing.assert_allclose(losses(tmp_path / "three"), losses(alone), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "drill, missing",
+    [("sigkill@3:1", "process 1 on "), ("sigstop@3:1", "process 1 on "), ("sigkill@3:0", "process 0 on ")],
+)
+def test_a_lost_peer_is_named_in_bounded_time(drill, missing, recipe, alone, tmp_path):
+    started = processes.start(
+        recipe, tmp_path / "run", f"--faults.drill={drill}", "--faults.peer_seconds=4", processes=2
+    )
+    survivor = started[1 if drill.endswith(":0") else 0]
+    status = survivor.wait(240)
+    lost = started[1 - started.index(survivor)]
+    lost.kill()
+    said = "".join(text for _, text in processes.finish(started))
+    assert status in (75, -6), said[-3000:]  # JAX aborts where process 0 is gone
+    assert missing in said and "start the same command again" in said, said[-3000:]
+    stacks = list((tmp_path / "run" / "stacks").iterdir())
+    assert any("train_steps" in path.read_text() for path in stacks)
+
+
+def test_what_process_0_refuses_all_refuse_and_it_is_said_once(recipe, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    ended = processes.run(recipe, tmp_path / "run", processes=2)
+    assert [status for status, _ in ended] == [2, 2]
+    assert sum("cannot write there (it is a file)" in text for _, text in ended) == 1
