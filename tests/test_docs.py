@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import opendeep_jax
-from opendeep_jax.cli import data, plan
+from opendeep_jax.cli import data, launch, plan, sweep
 from opendeep_jax.cli.main import COMMANDS, main
 from opendeep_jax.config.overrides import resolve
 
@@ -75,7 +75,7 @@ def understood(arguments: list[str], capsys) -> None:
     settings = [word for word in arguments if word.startswith("--") and word != "--help"]
     if any(setting.startswith("--config") for setting in settings):
         # These commands take settings of their own beside the recipe's, and their help names them.
-        own = {"data": data.HELP, "plan": plan.HELP}.get(name, "")
+        own = {"data": data.HELP, "plan": plan.HELP, "sweep": sweep.HELP, "launch": launch.HELP}.get(name, "")
         of_the_run = [word for word in settings if not re.search(rf"{word.partition('=')[0]}[ =]", own)]
         resolve(of_the_run + [word for word in settings if word.startswith("--config")])  # raises for what is wrong
         return

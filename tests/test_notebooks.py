@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PICTURES = {"01_inside_deepseek": 5, "02_open_data": 7}
+PICTURES = {"01_inside_deepseek": 5, "02_open_data": 7, "03_ablation": 4}
 
 
 @pytest.mark.slow

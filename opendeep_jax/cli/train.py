@@ -1,5 +1,6 @@
 """`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`"""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from opendeep_jax.config.exits import BUG
 from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.parallel.cluster import find_cluster
+from opendeep_jax.train.trackers import check_trackers
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """
     config, launch = resolve(argv)
     cluster = find_cluster(os.environ, launch.coordinator_address, launch.num_processes, launch.process_id)
+    check_trackers(config)
     if cluster is None:
         check_workdir(config, launch.workdir)
 
@@ -47,7 +50,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _leave(error: BaseException) -> NoReturn:
     """Ends this process of a job without the farewells at exit, which would wait for peers that may be gone."""
+    import jax
+
     from opendeep_jax.cli.main import explained
+    from opendeep_jax.parallel.distributed import leave_together
 
     status = explained("train", error)
     if status is None:
@@ -55,4 +61,6 @@ def _leave(error: BaseException) -> NoReturn:
         status = BUG
     sys.stdout.flush()
     sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
+        leave_together()
     os._exit(status)

@@ -123,6 +123,17 @@ def wait_for(name: str, timeout: float = _FOREVER) -> str:
     return text
 
 
+def leave_together(seconds: float = 3.0) -> None:
+    """Called last by a process that is about to exit. The first one waits for the others, for so long at most: with it
+    goes the coordination service, and JAX aborts whoever still listens to that."""
+    share(f"left/{jax.process_index()}", "")
+    if is_primary():
+        end = time.monotonic() + seconds
+        while len(words("left")) < jax.process_count() and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+
+
 def host_of(process: int) -> str:
     """The name of the machine that a process of the job runs on."""
     return peek(f"host/{process}") or "an unknown host"

@@ -164,6 +164,8 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
                     if any(saves) or stops:
                         saved = run.checkpoints.save(state, observer.measure(step), durable=saves.durable or stops)
                         observer.saved(step, saved)
+                        for note in saved.notes if saved else ():
+                            run.recovery.event("local_checkpoint", step, note)
             if stops:
                 run.checkpoints.wait()
                 ending = stop.end()

@@ -68,23 +68,24 @@ class MetricsWriter:
         resume_step: the step of the checkpoint that training goes on from; 0 starts over. Lines after it were written
             by a part of the run that is lost, and are dropped from every file.
         writes: whether anything is written: of a job's processes, the first one does.
+        trackers: of `trackers.open_trackers`, which get the numbers too.
 
     Writes are synchronous and flushed line by line; OSError (no space, no permission) reaches the caller.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int = 0, writes: bool = True):
+    def __init__(self, workdir: str | Path, resume_step: int = 0, writes: bool = True, trackers=None):
         self.workdir, self._writes = Path(workdir), writes
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
         for name in (SCALARS, EVALUATION, EXPERTS, SAMPLES, CHECKPOINTS) if writes else ():
             rewind(self.workdir / name, resume_step)
-        self._resume_step = resume_step
+        self._resume_step, self._trackers = resume_step, trackers
         self._events = None
 
     def scalars(self, record: dict) -> None:
         """Appends one logged step to metrics.jsonl. `record`: an int `step` and flat numbers, arrays of size 1 too."""
         self._append(SCALARS, record)
-        self._tensorboard("train", record)
+        self._show("train", record)
 
     def evaluation(self, record: dict) -> None:
         """Appends one evaluation to evaluation.jsonl: `step`, `tokens`, `held_out_bits_per_byte`, `held_out_loss`.
@@ -94,7 +95,7 @@ class MetricsWriter:
         if record["step"] == self._resume_step and self._writes:
             rewind(self.workdir / EVALUATION, record["step"] - 1)
         self._append(EVALUATION, record)
-        self._tensorboard("evaluation", record)
+        self._show("evaluation", record)
 
     def experts(self, step: int, load, bias=None) -> None:
         """Appends the routing of one step to experts.jsonl.
@@ -120,7 +121,7 @@ class MetricsWriter:
     def checkpoint(self, record: dict) -> None:
         """Appends a save to checkpoints.jsonl: `step`, `stall_seconds` (the loop's wait for it), `bytes`."""
         self._append(CHECKPOINTS, record)
-        self._tensorboard("checkpoint", record)
+        self._show("checkpoint", record)
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
@@ -130,6 +131,8 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _append(self, name: str, record: dict) -> None:
         if not self._writes:
@@ -139,9 +142,13 @@ class MetricsWriter:
         self._files[name].write(to_json_line(record))
         self._files[name].flush()
 
+    def _show(self, group: str, record: dict) -> None:
+        if self._writes:
+            self._tensorboard(group, record)
+            if self._trackers is not None:
+                self._trackers.log(record["step"], group, record)
+
     def _tensorboard(self, group: str, record: dict) -> None:
-        if not self._writes:
-            return
         # The library's SummaryWriter queues events for a thread, and a full disk leaves the run waiting on that queue
         # for ever; its synchronous writer raises instead.
         from tensorboardX.event_file_writer import EventsWriter

@@ -28,6 +28,7 @@ from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import Metrics
 from opendeep_jax.train.summary import peak_memory_bytes
+from opendeep_jax.train.trackers import open_trackers
 
 
 class Observer:
@@ -66,7 +67,8 @@ class Observer:
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def _begin(self, step: int) -> None:
-        self.writer = MetricsWriter(self.workdir, resume_step=step, writes=is_primary())
+        trackers = open_trackers(self.config, self.workdir) if is_primary() else None
+        self.writer = MetricsWriter(self.workdir, step, is_primary(), trackers)
         self.step, self.first_step = step, step + 1
         self.inputs, self.measured = InputWatch(), (0, None)
         self.logged = step, self._training_seconds(), self.clock.total("data")

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Watchdog:
         self._thread.join(timeout=5)
         self._farewell()
         if self._had_faulthandler:
-            faulthandler.enable()
+            faulthandler.enable(sys.__stderr__)  # in a notebook, sys.stderr is no file of the system
         else:
             faulthandler.disable()
         self._file.close()
@@ -93,7 +94,10 @@ class Watchdog:
         end = time.monotonic() + self.faults.peer_seconds + 2 * self._interval
         while time.monotonic() < end:
             if missing := self._missing():
-                return Resume(self._diagnosis(missing))
+                traceback.print_exception(error, file=self._file)
+                text = self._diagnosis(missing)
+                self._leave_traces(text, missing)
+                return Resume(text)
             time.sleep(self._interval)
         return None
 
@@ -160,9 +164,16 @@ class Watchdog:
             return "the first host"
 
     def _give_up(self, text: str, missing: list[int]) -> None:
+        sys.stderr.write(f"\nopendeep train: {text}\n")
+        self._leave_traces(text, missing)
+        self._farewell()
+        self._exit(RESUME)
+
+    def _leave_traces(self, text: str, missing: list[int]) -> None:
+        """Writes this process's stacks; and the event, if no process before this one is left to do it."""
+        self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         self._file.flush()
-        sys.stderr.write(f"\nopendeep train: {text}\n")
         alive = [peer for peer in range(jax.process_count()) if peer not in missing]
         if jax.process_index() == min(alive):
             try:
@@ -170,5 +181,3 @@ class Watchdog:
                 record_event(self.workdir, kind, self._step, text, processes=missing)
             except OSError:
                 pass  # the paragraph is on standard error
-        self._farewell()
-        self._exit(RESUME)

@@ -9,6 +9,8 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import (
     batch_size_at,
     length_at,
+    micro_batches,
+    padded_rows,
     rows_before,
     stage_at,
     stages,
@@ -113,3 +115,23 @@ def test_phases_that_cannot_work_are_refused(phases, words):
 def test_phases_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="shared by two phases"):
         run_config(DENSE, data=DataConfig(tokenizer="none.json", phases=(DataPhase(tokens=1), DataPhase())))
+
+
+@given(rows=st.integers(1, 64), micros=st.integers(1, 4), shards=st.integers(1, 9), per_device=st.integers(0, 5))
+def test_padding_is_the_least_that_lets_all_micro_batches_divide_over_the_devices(rows, micros, shards, per_device):
+    train = TrainConfig(batch_size=rows * micros, accumulation_steps=micros, rows_per_device=per_device)
+    padded = padded_rows(train, rows * micros, shards)
+    parts = micro_batches(train, padded, shards)
+    assert parts == micro_batches(train, rows * micros, shards)  # the step sees only the padded batch
+    assert padded >= rows * micros and padded % (parts * shards) == 0
+    assert padded - rows * micros < parts * shards * (per_device or 1)
+    if per_device:
+        assert padded // shards // parts == per_device
+    else:
+        assert parts == micros
+
+
+def test_a_stage_of_the_ramp_keeps_its_own_micro_batches_when_its_batches_are_padded():
+    train = TrainConfig(batch_size=30, accumulation_steps=5, batch_ramp=(RampStage(8, 100, accumulation_steps=2),))
+    assert [micro_batches(train, rows, 3) for rows in (8, 12, 30)] == [2, 2, 5]
+    assert padded_rows(train, 8, 3) == 12

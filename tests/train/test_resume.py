@@ -7,11 +7,8 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from small_models import DENSE, interrupted_after, packed_batch, small_run_config
+from small_models import DENSE, interrupted_after, small_run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Resume
@@ -28,7 +25,7 @@ from opendeep_jax.config.schema import (
 from opendeep_jax.data.provenance import read_description
 from opendeep_jax.train import evaluate, generate, loop
 from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size, pad_rows
+from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
 from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.observer import training_speed
 from opendeep_jax.train.programs import Programs
@@ -182,16 +179,6 @@ def test_a_run_is_not_evaluated_on_other_text_than_its_own(copied_run):
 def retrain(workdir):
     (workdir / "summary.json").unlink()
     return loop.train(load_run_config(workdir), workdir)
-
-
-@given(rows=st.integers(1, 9), multiple=st.integers(1, 9))
-def test_rows_are_padded_to_a_multiple_without_targets(rows, multiple):
-    batch = packed_batch(rows=rows)
-    padded = pad_rows(batch, multiple)
-    assert rows <= len(padded.tokens) < rows + multiple and len(padded.tokens) % multiple == 0
-    for name, array in dataclasses.asdict(padded).items():
-        np.testing.assert_array_equal(array[:rows], getattr(batch, name))
-        assert array.dtype == getattr(batch, name).dtype and not array[rows:].any()
 
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_training_does():

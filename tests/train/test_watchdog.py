@@ -1,0 +1,154 @@
+"""No process waits for ever: a hang is found, explained and ended; slow but honest work is left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import opendeep_jax
+from opendeep_jax.config.exits import RESUME
+from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.train.events import read_events
+from opendeep_jax.train.watchdog import SLOWER, STACKS, Watchdog
+
+HANG = FaultsConfig(hang_seconds=0.5)
+
+
+class Exit:
+    """Takes the place of the process's end: keeps the status, and when it came."""
+
+    def __init__(self):
+        self.statuses, self.happened, self.seconds, self._begun = [], threading.Event(), None, time.monotonic()
+
+    def __call__(self, status: int) -> None:
+        self.statuses.append(status)
+        self.seconds = time.monotonic() - self._begun
+        self.happened.set()
+
+
+@pytest.fixture
+def end() -> Exit:
+    return Exit()
+
+
+def stuck_in_a_collective(end: Exit) -> None:
+    end.happened.wait(30)
+
+
+def test_a_hang_is_found_in_time_with_stacks_an_event_and_a_paragraph(end, tmp_path, capsys):
+    with Watchdog(tmp_path, HANG, end) as watchdog:
+        watchdog.doing("step", 12)
+        stuck_in_a_collective(end)
+    assert end.statuses[0] == RESUME and 0.5 < end.seconds < 5
+    stacks = tmp_path / STACKS / "process_0.txt"
+    assert "stuck_in_a_collective" in stacks.read_text()
+    event = read_events(tmp_path, "hang")[0]
+    assert event["step"] == 12 and event["text"].startswith("step of step 12 has not ended within 0.5 seconds")
+    assert str(stacks) in event["text"] and "start the same command again" in event["text"]
+    assert "\n" not in event["text"] and event["text"] in capsys.readouterr().err
+
+
+def test_the_paragraph_comes_even_where_the_event_cannot_be_written(end, tmp_path, capsys):
+    (tmp_path / "events.jsonl").mkdir()
+    with Watchdog(tmp_path, HANG, end) as watchdog:
+        watchdog.doing("step", 12)
+        end.happened.wait(30)
+    assert end.statuses[0] == RESUME and "has not ended within" in capsys.readouterr().err
+
+
+def test_what_keeps_moving_is_no_hang(end, tmp_path):
+    with Watchdog(tmp_path, HANG, end) as watchdog:
+        for step in range(12):
+            watchdog.doing("step", step)
+            time.sleep(0.1)
+    assert end.statuses == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["compile", "data preparation", "restore"])
+def test_compiling_and_reading_may_take_much_longer_than_a_step(what, end, tmp_path):
+    with Watchdog(tmp_path, HANG, end) as watchdog:
+        watchdog.doing(what, 1)
+        time.sleep(1.2)
+    assert end.statuses == [] and SLOWER[what] >= 10
+
+
+def test_nothing_is_a_hang_when_told_to_wait_for_ever(end, tmp_path):
+    with Watchdog(tmp_path, FaultsConfig(hang_seconds=0, peer_seconds=0.5), end) as watchdog:
+        watchdog.doing("step", 1)
+        time.sleep(1)
+    assert end.statuses == []
+
+
+def test_a_clean_end_leaves_no_thread_and_other_processes_stacks(end, tmp_path):
+    (tmp_path / STACKS).mkdir()
+    (tmp_path / STACKS / "process_1.txt").write_text("a peer's")
+    before = set(threading.enumerate())
+    with Watchdog(tmp_path, HANG, end):
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
+    assert [path.name for path in (tmp_path / STACKS).iterdir()] == ["process_1.txt"]
+
+
+def test_a_failure_of_the_run_ends_the_watch_and_is_not_hidden(end, tmp_path):
+    with pytest.raises(ZeroDivisionError), Watchdog(tmp_path, HANG, end):
+        1 / 0  # noqa: B018
+    time.sleep(0.8)
+    assert end.statuses == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), ValueError("y"), OSError("z")])
+def test_a_process_alone_has_no_peer_to_lose(error, end, tmp_path):
+    begun = time.monotonic()
+    with Watchdog(tmp_path, FaultsConfig(peer_seconds=30), end) as watchdog:
+        assert watchdog.lost_peer(error) is None
+    assert time.monotonic() - begun < 5
+
+
+LAST_WORDS = """
+import os, sys, time
+from opendeep_jax.train.last_words import leave_last_words
+farewell = leave_last_words(3, sys.argv[1], "node000", "stacks/process_3.txt")
+print("ready", flush=True)
+{end}
+"""
+
+
+def last_words(end: str, coordinator: str = "127.0.0.1:1") -> tuple[int, str]:
+    """How a process that left last words ends, and what is then on its standard error."""
+    environ = os.environ | {"PYTHONPATH": str(Path(opendeep_jax.__file__).parents[1])}
+    command = [sys.executable, "-c", LAST_WORDS.format(end=end), coordinator]
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        if "sleep" in end:
+            process.kill()
+        _, said = process.communicate(timeout=60)  # until the child has closed standard error, too
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("end, status", [("os.abort()", -signal.SIGABRT), ("time.sleep(60)", -signal.SIGKILL)])
+def test_a_death_without_a_word_is_explained(end, status):
+    ended, said = last_words(end)
+    assert ended == status
+    assert "process 3 has ended without a word: process 0 on node000, which holds the job together, is gone" in said
+    assert "start the same command again" in said and "stacks/process_3.txt" in said
+
+
+def test_while_process_0_is_there_it_is_not_blamed():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as coordinator:
+        _, said = last_words("os.abort()", f"127.0.0.1:{coordinator.getsockname()[1]}")
+    assert "killed from outside (for its memory, perhaps), or it crashed" in said
+
+
+@pytest.mark.parametrize("end", ["farewell()", "farewell(); farewell(); os.abort()"])
+def test_a_farewell_calls_the_last_words_off(end):
+    assert "without a word" not in last_words(end)[1]
