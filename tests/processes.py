@@ -57,6 +57,17 @@ def start(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices:
     return started
 
 
+def launch(recipe: Path, workdir: Path, *flags: str) -> tuple[int, str]:
+    """`opendeep launch` on this machine with one device for each process; its exit status and standard error."""
+    command = [sys.executable, "-m", "opendeep_jax", "launch", f"--config={recipe}", f"--workdir={workdir}", *flags]
+    others = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    environ = os.environ | {"XLA_FLAGS": others, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=environ, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stderr
+
+
 def finish(started: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
     """Waits for all; (exit status, what was written to standard error) of each. Kills those that don't end."""
     try:

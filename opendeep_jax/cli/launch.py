@@ -24,6 +24,8 @@ usage: opendeep launch --target=TARGET --config=RECIPE --workdir=DIRECTORY [--na
 
 local:
   --processes    Processes; GPUs or cores are divided among them. (default: 1)
+  --min_processes  Go on without a process that was killed, and its devices, as long as so many are left. 0 starts all
+                 again. (default: 0)
 
 clusters:
   --topology     The cluster, as `opendeep plan` takes it: v5p:4x4x4, 2*v6e:16x16, h100:4x8 (nodes x GPUs).
@@ -62,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         target=("local", ""),
         restarts=(100, ""),
         processes=(0, ""),
+        min_processes=(0, ""),
         topology=("", ""),
         **{name: ("", "") for name in SETTINGS},
     )
@@ -121,6 +124,10 @@ def _local(
     if values.processes < 0:
         raise ConfigError(f"--processes={values.processes}: must be at least 1.")
     processes = values.processes or 1
+    if not 0 <= values.min_processes <= processes:
+        raise ConfigError(
+            f"--min_processes={values.min_processes}: must be from 0 to --processes, which is {processes}."
+        )
     if values.dry_run:
         command = shlex.join(("opendeep", "train", *rest))
         names = {"name": job_name(workdir), "processes": str(processes), "restarts": str(values.restarts)}
@@ -129,4 +136,4 @@ def _local(
         return 0
     check_workdir(config, workdir)  # said once, instead of by every process
     command = [sys.executable, "-m", "opendeep_jax", "train", *rest]
-    return run_local(command, processes, values.restarts, config.faults.peer_seconds + 30)
+    return run_local(command, processes, values.restarts, config.faults.peer_seconds + 30, values.min_processes)

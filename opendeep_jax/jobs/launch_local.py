@@ -23,7 +23,7 @@ PAUSE_SECONDS = 1.0
 PDEATHSIG = 1
 
 
-def run_local(command: Sequence[str], processes: int, restarts: int, patience: float) -> int:
+def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:
     """Runs `command` in `processes` processes, which find each other by OPENDEEP_* variables, and returns the status.
 
     Process 0 has this terminal; lines of the others begin with their number. All end before this returns, and if this
@@ -33,6 +33,7 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
         command: what each executes.
         restarts: times that all are started again, where one asks for it (status 75) or was killed.
         patience: seconds that the others have to notice, by themselves, that one has failed.
+        fewest: go on without the processes that were killed, as long as so many are left; 0 always starts all again.
     """
     environments = [_own_part(index, processes) for index in range(processes)]
     for attempt in range(restarts + 1):
@@ -41,7 +42,10 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
         if told or status != RESUME or attempt == restarts:
             break
         reasons = ", ".join(f"process {index} {_ended(code)}" for index, code in enumerate(statuses) if code)
-        _say(f"{reasons}; starting all {processes} again ({attempt + 1} of {restarts})")
+        left = [part for part, code in zip(environments, statuses, strict=True) if code >= 0]
+        if fewest and fewest <= len(left) < len(environments):
+            environments = left
+        _say(f"{reasons}; starting {len(environments)} again ({attempt + 1} of {restarts})")
         time.sleep(PAUSE_SECONDS)
     if status == RESUME and told == signal.SIGINT:
         return INTERRUPTED

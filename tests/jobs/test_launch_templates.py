@@ -21,17 +21,17 @@ from opendeep_jax.jobs.launch import TARGETS, fill, job_name, template_directory
 
 RUN = ["--config=quickstart", "--workdir=/shared/runs/a", "--data.directory=/shared/data", "--train.batch_size=512"]
 NEEDS = {
-    "slurm": ["--topology=h100:2x8", "--image=registry.example/opendeep:1"],
-    "gke-tpu": ["--topology=v5p:2x4x4", "--image=registry.example/opendeep:1", "--volume=shared"],
-    "gke-gpu": ["--topology=h200:4x8", "--image=registry.example/opendeep:1", "--volume=shared"],
+    "slurm": ["--topology=h100:2x8", "--image=images.example/opendeep:1"],
+    "gke-tpu": ["--topology=v5p:2x4x4", "--image=images.example/opendeep:1", "--volume=shared"],
+    "gke-gpu": ["--topology=h200:4x8", "--image=images.example/opendeep:1", "--volume=shared"],
     "tpu-vm": [
         "--topology=v6e:4x4",
-        "--image=registry.example/opendeep:1",
+        "--image=images.example/opendeep:1",
         "--project=p1",
         "--zone=us-east5-b",
         "--nfs=10.0.0.2:/share",
     ],
-    "skypilot": ["--topology=h100:2x8", "--image=registry.example/opendeep:1", "--volume=shared"],
+    "skypilot": ["--topology=h100:2x8", "--image=images.example/opendeep:1", "--volume=shared"],
 }
 MORE = {
     "slurm": ["--time=7-00:00:00", "--account=lab", "--partition=gpu"],
@@ -83,7 +83,7 @@ def bash(text: str, environment: dict[str, str], cwd: Path) -> subprocess.Comple
 def test_every_placeholder_is_filled_and_the_command_is_in_the_file(target, more):
     text = rendered(target, *more)
     assert not re.search(r"\{\{|\}\}(?!\])", text.replace("{{name}}", ""))
-    assert "/shared/runs/a" in text and re.search("registry.example[/#]opendeep:1", text)
+    assert "/shared/runs/a" in text and re.search("images.example[/#]opendeep:1", text)
     assert len(text.splitlines()) < 140
 
 
@@ -262,9 +262,9 @@ def test_sbatch_itself_reads_the_file(tmp_path):
 @pytest.mark.parametrize(
     "image, written",
     [
-        ("registry.example/team/opendeep:1", "registry.example#team/opendeep:1"),
+        ("images.example/team/opendeep:1", "images.example#team/opendeep:1"),
         ("localhost:5000/opendeep", "localhost:5000#opendeep"),
-        ("registry.example#opendeep", "registry.example#opendeep"),
+        ("images.example#opendeep", "images.example#opendeep"),
         ("team/opendeep:1.2", "team/opendeep:1.2"),
         ("/shared/images/opendeep-1.2.sqsh", "/shared/images/opendeep-1.2.sqsh"),
         ("./opendeep.sqsh", "./opendeep.sqsh"),

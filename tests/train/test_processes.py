@@ -74,6 +74,14 @@ def test_a_job_on_more_devices_than_its_rows_divide_over_has_the_same_losses(alo
     np.testing.assert_allclose(losses(tmp_path / "three"), losses(alone), rtol=1e-6)
 
 
+def test_the_launcher_goes_on_with_the_processes_that_are_left_and_the_same_losses(alone, recipe, tmp_path):
+    flags = ["--faults.drill=sigkill@6:1", "--faults.peer_seconds=3", "--checkpoint.every=4"]
+    status, said = processes.launch(recipe, tmp_path / "run", "--processes=2", "--min_processes=1", *flags)
+    assert status == 0, said[-3000:]
+    assert "process 1 was killed by SIGKILL" in said and "starting 1 again (1 of 100)" in said
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "drill, missing",
     [("sigkill@3:1", "process 1 on "), ("sigstop@3:1", "process 1 on "), ("sigkill@3:0", "process 0 on ")],
