@@ -15,15 +15,14 @@ from pathlib import Path
 
 import jax
 
-from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.data.passed_over import PASSED_OVER, is_passed_over, read_passed_over
 from opendeep_jax.data.prepared import Prepared
 from opendeep_jax.data.provenance import where
 from opendeep_jax.train.events import record_event
 
-PASSED_OVER = "passed_over.json"
 DOCUMENTS = 8
 """Documents of a bad batch that an event names; `opendeep data where` names all."""
 STEPS_NAMED = 4
@@ -74,7 +73,7 @@ class Recovery:
 
     def passes_over(self, step: int) -> bool:
         """Whether the batch of `step` is left out."""
-        return any(window["first"] <= step <= window["last"] for window in self.windows)
+        return is_passed_over(self.windows, step)
 
     def note(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Keeps what the device will say of a step; nothing is waited for."""
@@ -157,21 +156,6 @@ class Recovery:
                 write_atomically(self.workdir / PASSED_OVER, json.dumps(self.windows, indent=2) + "\n")
             text += f", and passing over the batches of steps {fault.first:,} to {fault.last:,} from now on"
         self.event("rollback", at_step, text + ".", to_step=to_step, first=fault.first, last=fault.last)
-
-
-def read_passed_over(workdir: str | Path) -> list[dict]:
-    """The windows of steps whose batches a run leaves out. Raises ConfigError where the file is damaged."""
-    path = Path(workdir) / PASSED_OVER
-    try:
-        windows = json.loads(path.read_text("utf-8"))
-        return [{**w, "first": int(w["first"]), "last": int(w["last"]), "to_step": int(w["to_step"])} for w in windows]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): it says which batches this run leaves out. Copy it back; or write it anew "
-            f"from the rollback events in events.jsonl, as a list of objects with first, last and to_step."
-        ) from error
 
 
 def batch_documents(prepared: Prepared, step: int) -> dict:

@@ -40,8 +40,8 @@ class Run:
 
     def train(self, *drills: str, **faults) -> int:
         flags = [f"--faults.{name}={value}" for name, value in faults.items()]
-        drill = [f"--faults.drill={','.join([*NAN, *drills])}"]
-        status = main(["train", f"--config={self.recipe}", f"--workdir={self.workdir}", *drill, *flags])
+        flags += ["--faults.drill", *NAN, *drills]
+        status = main(["train", f"--config={self.recipe}", f"--workdir={self.workdir}", *flags])
         self.statuses.append(status)
         return status
 
@@ -220,7 +220,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_anew(calm, capsys, tmp_pa
     assert len(list((run.workdir / "unsound").iterdir())) == STEPS // SAVED - 1  # step 12 was passed over
 
 
-@pytest.mark.parametrize("seconds, text", [(-3600.0, "back by 1 h"), (86400.0, "forward by 24 h")])
+@pytest.mark.parametrize("seconds, text", [(-3600.0, "back by 1 h"), (86400.0, "forward by 1 d")])
 def test_a_wall_clock_that_is_set_is_noticed_once(seconds, text, monkeypatch):
     clock, time_of_day = clocks.WallClock(), time.time
     assert clock.jumped() is None
