@@ -4,8 +4,9 @@
 
 A tiny model with every mechanism of DeepSeek-V3 trains twice by `opendeep train`, with a checkpoint every 20 steps.
 The second time its process is killed, and the same command given again, until it ends. The kills are spread over the
-whole run. A third falls a random time after a step; nearly half while a checkpoint is being written, at the sight of
-its temporary directory; the rest a random time after a start. What is on disk after each says where it really fell.
+whole run: nearly half are aimed at a random time in a step, and as many at a checkpoint that is being written, a random
+time after its temporary directory is seen; the rest fall a random time after a start. What is on disk after each says
+where it really fell.
 With --processes=2 or more the run is a job, of which one process, any, is killed; the others have to end by themselves.
 
 Compared bit for bit: parameters, moments, router biases and the rest of the state, of the last checkpoint; all of
@@ -31,7 +32,7 @@ from opendeep_jax.train.metrics import read_jsonl
 
 EVERY = 20
 """Steps between checkpoints."""
-PLACES = {"step": 6, "save": 8, "start": 4}
+PLACES = {"step": 8, "save": 7, "start": 3}
 """Where kills are aimed at, and how often each."""
 TIMES = ("seconds", "first_step_seconds", "step_seconds", "data_seconds", "tokens_per_second", "mfu")
 """Of metrics.jsonl: what two runs of the same numbers have differently."""
@@ -44,12 +45,13 @@ def tiny_run(directory: Path, steps: int) -> list[str]:
     """Settings of a run that takes milliseconds a step, on text that is written to `directory`."""
     corpus = directory / "text"
     corpus.mkdir(parents=True, exist_ok=True)
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or directory / "compiled"
     for i in range(40):
         lines = [f"def value_{j}(count):\n    return count * {i * j % 9} + {j}\n" for j in range(3 + i % 5)]
         (corpus / f"module_{i}.py").write_text(f"import number_{i % 5}\n\n" + "\n".join(lines), encoding="utf-8")
     return f"""
         --config=quickstart --train.steps={steps} --train.batch_size=4 --train.loss_chunk=20 --train.log_every=1
-        --train.sample_every=0 --train.compilation_cache={directory}/compiled --model.vocab_size=264
+        --train.sample_every=0 --train.compilation_cache={compiled} --model.vocab_size=264
         --model.hidden_size=32 --model.num_layers=2 --model.mlp_size=32 --model.mtp.depth=0
         --model.attention.num_heads=2 --model.attention.q_lora_rank=12 --model.attention.kv_lora_rank=8
         --model.attention.qk_nope_head_dim=8 --model.attention.qk_rope_head_dim=4 --model.attention.v_head_dim=8
@@ -61,8 +63,8 @@ def tiny_run(directory: Path, steps: int) -> list[str]:
 
 
 def start(settings: Sequence[str], workdir: Path, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
-    """Gives the run's command: one process, or a job of several on this machine; standard error goes to the last
-    process's file WORKDIR.err."""
+    """Gives the run's command: one process, or a job of several on this machine. Standard error goes to WORKDIR.N.err,
+    where N is the process's number."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -129,8 +131,8 @@ def kill_at(aim: str, after_step: int, job: list[subprocess.Popen], workdir: Pat
         wait_for(lambda: time.monotonic() > limit, job)
     else:
         wait_for(lambda: written(workdir) != before and steps_done(workdir) >= after_step, job)
+        wait_for(lambda: not half_written(workdir), job)
         if aim == "save":
-            wait_for(lambda: not half_written(workdir), job)
             wait_for(lambda: half_written(workdir), job)
         time.sleep(chance.uniform(0, 0.02))
     chance.choice(job).kill()
@@ -205,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         count = len(read_jsonl(killed / "metrics.jsonl"))
         for place, kills in where.most_common():
             print(f"{kills:>4} kills {place}")
-        print(f"{options.steps:,} steps: {between - begun:.0f} s undisturbed, {time.monotonic() - between:.0f} s killed")
+        seconds = f"{between - begun:.0f} s undisturbed, {time.monotonic() - between:.0f} s with the kills"
+        print(f"{options.steps:,} steps: {seconds}")
         print(f"final state: {'bitwise equal' if not arrays else f'{len(arrays)} arrays differ, as {arrays[0].name}'}")
         print(f"{count:,} lines of metrics: {'equal' if not lines else '; '.join(lines[:5])}")
     return int(bool(arrays or lines))

@@ -37,11 +37,15 @@ def write_recipe(config: RunConfig, path: Path) -> Path:
 
 def start(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
     """Starts `opendeep train` as a job of so many processes, each with so many devices."""
+    arguments = [f"--config={recipe}", f"--workdir={workdir}", *flags]
+    return start_command(["-m", "opendeep_jax.cli.main", "train", *arguments], processes, devices)
+
+
+def start_command(arguments: list[str], processes: int, devices: int) -> list[subprocess.Popen]:
+    """Starts Python with these arguments as a job of so many processes, each with so many devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    arguments = [f"--config={recipe}", f"--workdir={workdir}", *flags]
-    command = [sys.executable, "-m", "opendeep_jax.cli.main", "train", *arguments]
     others = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environ = os.environ | {"XLA_FLAGS": others, "JAX_PLATFORMS": "cpu"}
     started = []
@@ -53,7 +57,9 @@ def start(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices:
                 "OPENDEEP_PROCESS_ID": str(process),
             }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environ, cwd=Path(__file__).parent.parent, **pipes))
+        started.append(
+            subprocess.Popen([sys.executable, *arguments], env=environ, cwd=Path(__file__).parent.parent, **pipes)
+        )
     return started
 
 
@@ -82,3 +88,11 @@ def finish(started: list[subprocess.Popen], timeout: float = 300) -> list[tuple[
 def run(recipe: Path, workdir: Path, *flags: str, processes: int = 1, devices: int = 1) -> list[tuple[int, str]]:
     """`start` and `finish`."""
     return finish(start(recipe, workdir, *flags, processes=processes, devices=devices))
+
+
+def python(program: str, *arguments: str, processes: int, devices: int) -> list[str]:
+    """Runs a program as a job; the standard output of each process. Fails where one does."""
+    started = start_command(["-c", program, *arguments], processes, devices)
+    ended = [process.communicate(timeout=300) for process in started]
+    assert all(process.returncode == 0 for process in started), [error[-2000:] for _, error in ended]
+    return [output for output, _ in ended]

@@ -86,7 +86,10 @@ def _verify(argv: Sequence[str]) -> None:
                 tools.verify(path, seen)
             print(f"step {int(path.name):,}: all {len(tools.read_record(path)['arrays'])} arrays are what was saved")
         except Unsound as error:
-            problems.append(f"step {int(path.name):,}: {error}")
+            if path.is_dir():
+                problems.append(f"step {int(path.name):,}: {error}")
+            else:
+                print(f"step {int(path.name):,}: was deleted meanwhile, as the run has newer ones")
     if problems:
         raise ConfigError(
             f"--workdir={values.workdir}: {'; '.join(problems)}. Training passes over such a checkpoint; "
@@ -141,13 +144,20 @@ def _prune(argv: Sequence[str]) -> None:
         keep_every=(-1, "Multiples of so many steps are kept, 0 for none; -1 as the run says."),
         keep_best=(-1, "So many with the fewest held-out bits per byte are kept, 0 for none; -1 as the run says."),
     )
-    from opendeep_jax.train.checkpoint_tools import prune
+    from opendeep_jax.train import checkpoint_tools as tools
     from opendeep_jax.train.run_directory import only_writer
 
-    given = {name: getattr(values, name) for name in ("keep", "keep_every", "keep_best") if getattr(values, name) >= 0}
+    given = {name: number for name in ("keep", "keep_every", "keep_best") if (number := getattr(values, name)) != -1}
+    for name, number in given.items():
+        if number < 0:
+            raise ConfigError(f"--{name}={number}: must be at least 0, or -1 for what the run says.")
     config = dataclasses.replace(load_run_config(values.workdir).checkpoint, **given)
     with only_writer(values.workdir):
-        steps = prune(values.workdir, config, values.dry_run)
+        steps = tools.prunable(values.workdir, config)
+        if steps and not values.dry_run:
+            newest = tools.checkpoint_path(values.workdir)
+            with _progress(f"verify {newest.name}", tools.array_bytes(newest)) as seen:
+                tools.prune(values.workdir, config, seen)
     verb = "would delete" if values.dry_run else "deleted"
     print(
         f"{verb} the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}" if steps else "nothing to delete"

@@ -49,6 +49,7 @@ from opendeep_jax.train.checkpoint_local import (
     layout,
     local_root,
     own_shards,
+    processes_where,
     read_alone,
     read_own_shards,
 )
@@ -96,6 +97,7 @@ class Checkpoints:
                 self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER))
             if config.local_directory and config.local_every:
                 self._open_local(config)
+                self._agree_on_local()
 
     def _open_local(self, config: CheckpointConfig) -> None:
         several = jax.process_count() > 1
@@ -108,6 +110,14 @@ class Checkpoints:
             self.local = Writer(root / DIRECTORY, newest, (SHARDS,) if several else (MODEL, OPTIMIZER), alone=True)
         except OSError as error:
             self.notes.append(_local_note(root, error))
+
+    def _agree_on_local(self) -> None:
+        """Leaves the local tier out where one process has none: all have to save and to look at the same time."""
+        lacking = processes_where(self.local is None)
+        if lacking and self.local:
+            self.local.close()
+            self.local = None
+            self.notes.append(f"Process {lacking[0]} cannot write local checkpoints, so the run goes on without any.")
 
     def __enter__(self):
         return self
@@ -197,7 +207,7 @@ class Checkpoints:
             ConfigError: where there are checkpoints and none is sound, or they are of another configuration.
         """
         self.wait()
-        items, notes = to_items(abstract), []
+        items, notes, elsewhere = to_items(abstract), [], None
         candidates = [(step, 0, self.directory) for step in common_steps(steps_in(self.directory))]
         if self.local:
             candidates += [(step, 1, self.local.directory) for step in common_steps(steps_in(self.local.directory))]
@@ -208,17 +218,21 @@ class Checkpoints:
                 read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
                 found = read_items(directory / str(step), items, read)
+                self._forget_local(after=step)
                 return from_items(found, abstract), notes
             except Elsewhere as error:
+                elsewhere = directory
                 notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")
             except Unsound as error:
                 notes.append(self._set_aside(step, directory, error))
         aside = self.workdir / UNSOUND
         if notes or (not self.steps() and aside.is_dir() and any(aside.iterdir())):
-            raise ConfigError(
-                f"{self.workdir}: none of its checkpoints is sound. {' '.join(notes)}{' ' * bool(notes)}"
-                f"Bring one back from a copy to {self.directory}, or remove {aside} to start anew."
-            )
+            what, cure = "is sound", f"Bring one back from a copy to {self.directory}, or remove {aside}"
+            if elsewhere:
+                what, cure = "can be read here", f"Start as many processes as it had, or remove {elsewhere}"
+            said = " ".join([*notes, f"{cure} to start anew."])
+            raise ConfigError(f"{self.workdir}: none of its checkpoints {what}. {said}")
+        self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is
             arrays = {name: array for item in items.values() for name, array in item.items()}
             self.digesting = self.pool.submit(compile_digests, arrays)
@@ -235,6 +249,15 @@ class Checkpoints:
             writer.reload()
         where = f" It was moved to {target}." if target else ""
         return f"The checkpoint of step {step:,} in {directory} was passed over: {error}.{where}"
+
+    def _forget_local(self, after: int) -> None:
+        """Deletes what the local tier has of steps that the run is going to do again. Where only some processes have
+        such a checkpoint they would skip the save of that step, which the others wait for, and one that is newer than
+        all to come would be kept in their place.
+        """
+        for step in steps_in(self.local.directory) if self.local else ():
+            if step > after:
+                self.local.delete(step)
 
     def discard_from(self, step: int) -> None:
         """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running."""

@@ -91,7 +91,8 @@ def _grouped(model: Arrays) -> Iterator[tuple[str, str, Any]]:
 def steps_in(directory: Path) -> list[int]:
     """The steps that have a whole checkpoint in a directory of checkpoints, in order."""
     try:
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+        names = (path.name for path in directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -119,15 +119,27 @@ def read_alone(path: Path, items: Items) -> Items:
 
 
 def common_steps(steps: list[int]) -> list[int]:
-    """The steps that all processes have; all call it, with at most 8 steps each."""
+    """The steps that all processes have; all call it."""
     if jax.process_count() == 1:
         return steps
+    most = max(int(_of_all(np.int32(len(steps))).max()), 1)
+    own = np.full(most, -1, np.int32)
+    own[: len(steps)] = steps
+    return sorted(set.intersection(*({int(step) for step in row if step >= 0} for row in _of_all(own))))
+
+
+def processes_where(fact: bool) -> list[int]:
+    """The processes that call it with True; all call it."""
+    return [int(index) for index in np.flatnonzero(_of_all(np.array(fact)))]
+
+
+def _of_all(values: np.ndarray) -> np.ndarray:
+    """What each process gave, [processes, ...]; all give the same shape."""
+    if jax.process_count() == 1:
+        return values[None]
     from jax.experimental import multihost_utils
 
-    own = np.full(8, -1, np.int32)
-    own[: len(steps[-8:])] = steps[-8:]
-    rows = multihost_utils.process_allgather(own)
-    return sorted(set.intersection(*({int(step) for step in row if step >= 0} for row in rows)))
+    return multihost_utils.process_allgather(values)
 
 
 def local_roots(local_directory: str, workdir: Path) -> list[Path]:

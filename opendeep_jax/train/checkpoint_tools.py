@@ -1,6 +1,9 @@
 """Work on finished checkpoints, array by array from their files: no device, no model, little memory."""
 
+import contextlib
 import math
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -68,10 +71,10 @@ def checkpoint_path(workdir: str | Path, step: int | None = None) -> Path:
     directory = Path(workdir) / DIRECTORY
     steps = steps_in(directory)
     if not steps:
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint. Give the directory of a run that has one.")
+        raise ConfigError(f"{workdir}: has no checkpoint. Give the directory of a run that has one.")
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+        raise ConfigError(f"{workdir}: has no checkpoint of step {step}; there are: {there}.")
     return directory / str(steps[-1] if step is None else step)
 
 
@@ -84,8 +87,8 @@ def list_checkpoints(workdir: str | Path) -> list[Listed]:
 
     config = load_run_config(workdir).checkpoint
     workdir = Path(workdir)
-    aside = sorted((workdir / UNSOUND).glob("[0-9]*-*"))
-    rows = [Listed(int(path.name.partition("-")[0]), "", _size(path), None, "unsound", "") for path in aside]
+    aside = [(re.match(r"[0-9]+(?=-)", path.name), path) for path in (workdir / UNSOUND).glob("*")]
+    rows = [Listed(int(name[0]), "", _size(path), None, "unsound", "") for name, path in aside if name]
     why = why_kept(measures(workdir), config)
     for tier, directory in [("durable", workdir / DIRECTORY)] + [
         ("local", root / DIRECTORY) for root in local_roots(config.local_directory, workdir)
@@ -114,7 +117,13 @@ def measures(workdir: str | Path) -> dict[int, float | None]:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of all files under a directory, as far as they are still there: a run may be deleting it."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
 
 def open_arrays(path: Path) -> dict[str, tensorstore.TensorStore]:
@@ -212,12 +221,28 @@ def _compare(one: Any, other: Any, seen: Seen) -> tuple[int, float, float]:
     return elements, absolute, relative
 
 
-def prune(workdir: str | Path, config: CheckpointConfig, dry_run: bool = False) -> list[int]:
-    """Deletes the checkpoints that `config` doesn't keep; returns their steps. The newest always stays."""
+def prunable(workdir: str | Path, config: CheckpointConfig) -> list[int]:
+    """The steps of the checkpoints that `config` doesn't keep; never the newest."""
     kept = why_kept(measures(workdir), config)
-    directory = Path(workdir) / DIRECTORY
-    going = [step for step in steps_in(directory)[:-1] if step not in kept]
-    for step in [] if dry_run else going:
+    return [step for step in steps_in(Path(workdir) / DIRECTORY)[:-1] if step not in kept]
+
+
+def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: None) -> list[int]:
+    """Deletes what `prunable` names, and returns it.
+
+    Raises ConfigError, and deletes nothing, where the newest checkpoint is not sound: an older one may be all there is.
+    """
+    going, directory = prunable(workdir, config), Path(workdir) / DIRECTORY
+    if going:
+        newest = checkpoint_path(workdir)
+        try:
+            verify(newest, seen)
+        except Unsound as error:
+            raise ConfigError(
+                f"{newest}: is the newest checkpoint, and not sound: {error}. Nothing was deleted. Move it away, then "
+                "prune the others."
+            ) from error
+    for step in going:
         # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
         gone = directory / f"{step}.orbax-checkpoint-tmp-{uuid.uuid4().hex[:8]}"
         (directory / str(step)).rename(gone)

@@ -36,7 +36,7 @@ class Writer:
             alone: this process writes without the others, into a directory of its own.
         """
         quieten_orbax()
-        self.directory, self.items = directory, items
+        self.directory, self.items, self.alone = directory, items, alone
         directory.mkdir(parents=True, exist_ok=True)
         me, count = jax.process_index(), jax.process_count()
         processes = {me} if alone else set(range(count)) if count > 1 else None
@@ -78,7 +78,7 @@ class Writer:
         try:
             self.manager.close()
         finally:
-            if jax.process_index() == 0 or self.manager.directory.name.startswith("process_"):
+            if self.alone or jax.process_index() == 0:
                 remove_partial(self.directory)
 
 

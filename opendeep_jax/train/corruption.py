@@ -66,7 +66,9 @@ class Replay:
             return f"silent corruption: the same computation, done twice, came out differently on {names}"
         if self.other is None:
             return None
-        moved = self._run(self.other, *jax.device_put((state, batch), _moved((state, batch), self.other)))
+        with jax.set_mesh(self.other):  # device_put looks at the mesh in use where it crosses processes
+            elsewhere = jax.device_put((state, batch), _moved((state, batch), self.other))
+        moved = self._run(self.other, *elsewhere)
         differ = np.flatnonzero((first != moved).any(axis=(1, 2)))
         if not len(differ):
             return None

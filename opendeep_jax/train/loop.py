@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
@@ -26,7 +27,8 @@ from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
 from opendeep_jax.train.corruption import Replay, compare_copies
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.goodput import Clock, read_goodput
-from opendeep_jax.train.interrupt import STEPS_AHEAD, stop_requests
+from opendeep_jax.train.interrupt import STEPS_AHEAD, StopRequests, stop_requests
+from opendeep_jax.train.losses import Metrics
 from opendeep_jax.train.observer import Observer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
@@ -100,6 +102,7 @@ class Run:
     progress: Progress
     watchdog: Watchdog
     clock: Clock
+    stop: StopRequests
 
 
 def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
@@ -109,71 +112,80 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
         GoBack: where a step went wrong in a way that only an earlier state cures.
         KeyboardInterrupt, Resume: after a signal; the state is saved.
     """
-    config, mesh, observer, watchdog, clock = run.config, run.mesh, run.observer, run.watchdog, run.clock
+    config, observer, recovery = run.config, run.observer, run.recovery
     under_way: deque[jax.Array] = deque()
-    drills = config.faults.drill
-    batches = run.data.iterate(start, lambda rows: rows_here(mesh, global_rows(config, rows, mesh)))
-    first = True
-    with stop_requests() as stop:
-        for step in range(start + 1, run.steps + 1):
-            watchdog.doing("data", step)
-            drill.strike(drills, run.recovery.workdir, step)
-            with clock.counting("data"):
-                rows = drill.spoil_batch(drills, step, next(batches), config.model.vocab_size)
-            if run.recovery.passes_over(step):
-                state = _passed_over(state)
-                continue
-            if not run.programs.has(step - 1):
-                with observer.aside(state, "compile"):
-                    watchdog.doing("compile", step)
-                    observer.inputs.forget()
-                    run.programs.at(step - 1)
-            watchdog.doing("step", step)
-            batch = put_batch(rows, mesh, run.programs.rows(step - 1))
-            if is_due(step, config.faults.replay_every):
-                with observer.aside(state, "checkpoint"):
-                    _refuse(run.replay.compare(state, batch))
-            state = drill.spoil_state(drills, run.recovery.workdir, step, state)
-            state, metrics = run.programs.at(step - 1)(state, batch)
-            run.recovery.note(step, metrics)
+    batches = run.data.iterate(start, lambda rows: rows_here(run.mesh, global_rows(config, rows, run.mesh)))
+    first = not recovery.went_back
+    for step in range(start + 1, run.steps + 1):
+        run.watchdog.doing("data", step)
+        drill.strike(config.faults.drill, recovery.workdir, step)
+        with run.clock.counting("data"):
+            rows = next(batches)
+        if recovery.passes_over(step):
+            state, metrics = _passed_over(state), None
+        else:
+            state, metrics = _step(run, state, step, rows)
+            recovery.note(step, metrics)
             under_way.append(metrics["loss"])
             if first or len(under_way) > STEPS_AHEAD:
                 jax.block_until_ready(under_way.popleft())
-            if first and not run.recovery.went_back:
-                run.progress.message(f"first step after {human_time(time.perf_counter() - observer.begun)}")
+        if first:
+            run.progress.message(f"first step after {human_time(time.perf_counter() - observer.begun)}")
             first = False
-            saves = _saves(config, step, run.steps)
-            stops = stop.after(step) and step < run.steps
-            if is_due(step, config.train.log_every, start + 1, run.steps):
-                run.progress.update(step, **observer.log(step, metrics))
-                clock.log(step)
-            if is_due(step, config.train.log_every, start + 1, run.steps) or any(saves) or stops:
-                clock.skipped(run.recovery.review())
-            if any(saves) or stops:
-                clock.write(step)
-            if is_due(step, config.evaluation.every) and step < run.steps:
-                watchdog.doing("evaluation")
-                run.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
-            if is_due(step, config.train.sample_every):
-                watchdog.doing("evaluation")
-                run.progress.message(observer.sample(step, state))
-            if is_due(step, config.faults.check_replicas_every) or any(saves) or stops:
-                with observer.aside(state, "checkpoint"):
-                    watchdog.doing("checkpoint")
-                    _refuse(compare_copies(state, f"step {step:,} was saved"))
-                    if any(saves) or stops:
-                        saved = run.checkpoints.save(state, observer.measure(step), durable=saves.durable or stops)
-                        observer.saved(step, saved)
-                        for note in saved.notes if saved else ():
-                            run.recovery.event("local_checkpoint", step, note)
-            if stops:
-                run.checkpoints.wait()
-                ending = stop.end()
-                if is_primary():
-                    kind = "interrupted" if isinstance(ending, KeyboardInterrupt) else "preempted"
-                    record_event(run.recovery.workdir, kind, step, f"stopped by {stop.signal} and saved.")
-                raise ending
+        observer.step = step
+        stops = run.stop.after(step) and step < run.steps
+        saves = _saves(config, step, run.steps, stops)
+        if metrics and is_due(step, config.train.log_every, start + 1, run.steps):
+            run.progress.update(step, **observer.log(step, metrics))
+            run.clock.log(step)
+        if any(saves) or is_due(step, config.train.log_every, start + 1):
+            run.clock.skipped(recovery.review())
+        if is_due(step, config.evaluation.every) and step < run.steps:
+            run.watchdog.doing("evaluation")
+            run.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
+        if is_due(step, config.train.sample_every):
+            run.watchdog.doing("evaluation")
+            run.progress.message(observer.sample(step, state))
+        if any(saves) or is_due(step, config.faults.check_replicas_every):
+            _save(run, state, step, saves)
+        if stops:
+            run.checkpoints.wait()
+            ending = run.stop.end()
+            kind = "interrupted" if isinstance(ending, KeyboardInterrupt) else "preempted"
+            recovery.event(kind, step, f"stopped by {run.stop.signal} after step {step:,}, which is saved.")
+            raise ending
     return state
+
+
+def _step(run: Run, state: TrainState, step: int, rows: Batch) -> tuple[TrainState, Metrics]:
+    """Begins a step on this process's rows; the device does the rest while the loop goes on."""
+    config, drills = run.config, run.config.faults.drill
+    if not run.programs.has(step - 1):
+        with run.observer.aside(state, "compile"):
+            run.watchdog.doing("compile", step)
+            run.observer.inputs.forget()
+            run.programs.at(step - 1)
+    run.watchdog.doing("step", step)
+    rows = drill.spoil_batch(drills, step, rows, config.model.vocab_size)
+    batch = put_batch(rows, run.mesh, run.programs.rows(step - 1))
+    state = drill.spoil_state(drills, run.recovery.workdir, step, state)
+    if is_due(step, config.faults.replay_every):
+        with run.observer.aside(state, "other"):
+            _refuse(run.replay.compare(state, batch))
+    return run.programs.at(step - 1)(state, batch)
+
+
+def _save(run: Run, state: TrainState, step: int, saves: "Saves") -> None:
+    """Saves the state, if that is due, after its copies on the devices were found to be equal."""
+    with run.observer.aside(state, "checkpoint"):
+        run.watchdog.doing("checkpoint")
+        _refuse(compare_copies(state, f"step {step:,} was saved"))
+        if any(saves):
+            run.clock.write(step)
+            saved = run.checkpoints.save(state, run.observer.measure(step), durable=saves.durable)
+            run.observer.saved(step, saved)
+            for note in saved.notes if saved else ():
+                run.recovery.event("local_checkpoint", step, note)
 
 
 class Saves(NamedTuple):
@@ -183,9 +195,9 @@ class Saves(NamedTuple):
     local: bool
 
 
-def _saves(config: RunConfig, step: int, steps: int) -> Saves:
+def _saves(config: RunConfig, step: int, steps: int, stops: bool) -> Saves:
     saving = config.checkpoint
-    return Saves(is_due(step, saving.every, steps), is_due(step, saving.local_every))
+    return Saves(stops or is_due(step, saving.every, steps), is_due(step, saving.local_every))
 
 
 def _refuse(corruption: str | None) -> None:
@@ -201,9 +213,7 @@ def is_due(step: int, every: int, *also: int) -> bool:
     return step in also or (every > 0 and step % every == 0)
 
 
-def _train(
-    config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float, watchdog: Watchdog
-) -> dict:
+def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float, watchdog: Watchdog) -> dict:
     use_compilation_cache(config)
     if not (workdir / DATA_FILE).exists():  # else the text is there already
         primary_first("text", lambda: check_data(config))
@@ -234,22 +244,21 @@ def _train(
         watchdog.doing("data preparation")
         data = opening.result()
         say(startup_summary(data_rows(config, data.describe())))
-        if is_primary():
-            save_run(config, recipe, data, workdir)
+        primary_first("record", lambda: save_run(config, recipe, data, workdir) if is_primary() else None)
         clock.first_step = start
         observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
         with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
-            replay = Replay(config, bones, mesh)
-            run = Run(
-                config, steps, mesh, programs, data, checkpoints, observer, recovery, replay, progress, watchdog, clock
-            )
-            while True:
-                try:
-                    state = train_steps(run, state, start)
-                    break
-                except GoBack as fault:
-                    at = observer.step
+            saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
+            with stop_requests() as stop:
+                run = Run(config, steps, mesh, programs, data, *saving, progress, watchdog, clock, stop)
+                while True:
+                    try:
+                        state = train_steps(run, state, start)
+                        break
+                    except GoBack as error:
+                        fault = error.with_traceback(None)  # whose frames hold the state: there may be no room for two
+                    state, at = None, observer.step
                     checkpoints.wait()
                     if fault.first is not None:  # what was saved since then belongs to what is undone
                         checkpoints.discard_from(fault.first)

@@ -138,8 +138,9 @@ class Recovery:
         else:
             before = sum(window["to_step"] == to_step for window in self.windows)
         if before >= self.faults.max_rollbacks:
+            times = "once" if before == 1 else f"{before} times"
             diagnosis = (
-                f"stopped at step {at_step:,}: {fault}. The run has gone back to step {to_step:,} {before} times "
+                f"stopped at step {at_step:,}: {fault}. The run has gone back to step {to_step:,} {times} "
                 f"without reaching a new checkpoint (faults.max_rollbacks = {self.faults.max_rollbacks}), so a further "
                 f"attempt would end the same way. {self.workdir / 'events.jsonl'} names the steps, their "
                 "documents and their devices; a lower learning rate, another seed's data order, or another machine may "
@@ -154,7 +155,9 @@ class Recovery:
             self.windows.append(window)
             if self.writes:
                 write_atomically(self.workdir / PASSED_OVER, json.dumps(self.windows, indent=2) + "\n")
-            text += f", and passing over the batches of steps {fault.first:,} to {fault.last:,} from now on"
+            several = f"batches of steps {fault.first:,} to {fault.last:,}"
+            left_out = several if fault.last > fault.first else f"batch of step {fault.first:,}"
+            text += f", and passing over the {left_out} from now on"
         self.event("rollback", at_step, text + ".", to_step=to_step, first=fault.first, last=fault.last)
 
 

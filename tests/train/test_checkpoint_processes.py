@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from opendeep_jax.config.schema import CheckpointConfig
 from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.checkpoint_local import common_steps
 from opendeep_jax.train.digests import deviating_devices
 from opendeep_jax.train.health import new_health
 from opendeep_jax.train.state import TrainState
@@ -51,6 +53,8 @@ with Checkpoints(workdir, CheckpointConfig(keep=2, **tiers)) as checkpoints:
             if local:
                 checkpoints.save(state_at(step), durable=False)
         checkpoints.wait()
+    elif action == "common":
+        found = common_steps(checkpoints.steps())
     else:
         state, notes = checkpoints.restore(abstract)
         found = int(state.step)
@@ -59,6 +63,10 @@ with Checkpoints(workdir, CheckpointConfig(keep=2, **tiers)) as checkpoints:
                 np.testing.assert_array_equal(shard.data, wanted.data)
         if action == "discard":
             checkpoints.discard_from(6)
+        for step in (found + 1, found + 2) if action == "go on" else ():
+            report = checkpoints.save(state_at(step), durable=False)
+            notes += report.notes if report else ("not saved",)
+        checkpoints.wait()
     deviating = deviating_devices(state_at(1, wrong=jax.process_index())) if jax.process_count() > 1 else []
     processes = [process for _, _, process in deviating]
     print(json.dumps({"steps": checkpoints.steps(), "found": found, "notes": notes, "deviating": processes}))
@@ -109,6 +117,31 @@ def test_each_process_keeps_its_part_in_the_local_tier(tmp_path):
     assert [one["found"] for one in found] == [8, 8] and all("step 9" in one["notes"][0] for one in found)
     (alone,) = run(1, "restore", tmp_path / "run", tmp_path / "fast")  # another number of processes
     assert alone["found"] == 6 and "other devices or processes" in alone["notes"][0]
+
+
+def test_local_checkpoints_that_only_one_process_has_are_in_nobodys_way(tmp_path):
+    """The others would wait for the save that it leaves out, or its own newer ones be kept in place of the next."""
+    assert run(1, "save", tmp_path / "run", tmp_path / "fast")[0]["steps"] == [4, 6, 9]
+    both = run(2, "go on", tmp_path / "run", tmp_path / "fast")
+    assert [(one["found"], one["steps"], one["notes"]) for one in both] == [(6, [4, 6, 7, 8], [])] * 2
+
+
+def test_one_process_without_a_local_disk_leaves_it_out_for_all(tmp_path):
+    run(2, "save", tmp_path / "run", tmp_path / "fast")
+    (other,) = (tmp_path / "fast").glob("*/process_1")
+    shutil.rmtree(other)
+    other.write_text("")
+    both = run(2, "go on", tmp_path / "run", tmp_path / "fast")
+    assert [one["found"] for one in both] == [6, 6]
+    assert all(one["notes"] == ["not saved"] * 2 for one in both)
+
+
+def test_all_checkpoints_of_a_long_run_are_seen_by_all(tmp_path):
+    """One far back, before many that are newer, is what a rollback needs."""
+    for step in range(1, 13):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    both = run(2, "common", tmp_path)
+    assert [one["found"] for one in both] == [list(range(1, 13))] * 2
 
 
 def test_a_checkpoint_of_two_processes_has_the_digests_of_one(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from small_checkpoints import biggest, flip, save, state_at
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schema import CheckpointConfig
+from opendeep_jax.config.load import save_run_config
+from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.train import checkpoint_tools as tools
-from opendeep_jax.train.checkpoint_files import Unsound
-from opendeep_jax.train.checkpoint_tools import average, checkpoint_path, differences, open_arrays, prune, verify
+from opendeep_jax.train.checkpoint_files import Unsound, steps_in
+from opendeep_jax.train.checkpoint_tools import average, checkpoint_path, differences, open_arrays, prunable, prune, verify
 
 
 def test_a_whole_checkpoint_is_verified_byte_by_byte(tmp_path):
@@ -60,11 +61,36 @@ def test_equal_checkpoints_have_no_differences_and_others_say_how_much(tmp_path)
 
 def test_pruning_keeps_what_the_policy_says_and_always_the_newest(tmp_path):
     save(tmp_path, 1, 2, 3, 4, measures={1: 0.5})
-    assert prune(tmp_path, CheckpointConfig(keep=1, keep_best=1), dry_run=True) == [2, 3]
+    assert prunable(tmp_path, CheckpointConfig(keep=1, keep_best=1)) == [2, 3]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
     assert prune(tmp_path, CheckpointConfig(keep=1, keep_best=1)) == [2, 3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
     assert prune(tmp_path, CheckpointConfig(keep=0)) == []
+
+
+def test_nothing_is_pruned_while_the_newest_is_not_sound(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    flip(biggest(tmp_path / "checkpoints" / "3" / "model"))
+    with pytest.raises(ConfigError, match="3: is the newest checkpoint, and not sound.*Nothing was deleted"):
+        prune(tmp_path, CheckpointConfig(keep=1))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    save(tmp_path, 2)
+    save_run_config(RunConfig(), RunConfig(), tmp_path)
+    for name in ("²", "007", "3.tmp", "-4"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    for name in ("12x-3", "note", "5-20260101-000000"):
+        (tmp_path / "unsound" / name).mkdir(parents=True)
+    assert steps_in(tmp_path / "checkpoints") == [2]
+    assert [(row.step, row.tier) for row in tools.list_checkpoints(tmp_path)] == [(5, "unsound"), (2, "durable")]
+
+
+def test_a_file_that_the_run_deletes_meanwhile_counts_nothing(tmp_path):
+    (tmp_path / "whole").write_bytes(b"123")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")  # as a file that went after its name was read
+    assert tools._size(tmp_path) == 3
 
 
 def test_an_average_is_the_mean_with_digests_of_its_own(tmp_path):

@@ -17,13 +17,13 @@ from small_checkpoints import biggest, flip
 from opendeep_jax.cli.main import main
 from opendeep_jax.config.exits import MEND, OK, RESUME, STOPPED
 from opendeep_jax.config.schema import CheckpointConfig, FaultsConfig, ParallelConfig
+from opendeep_jax.data.passed_over import PASSED_OVER, read_passed_over
 from opendeep_jax.train import checkpoint, clocks
 from opendeep_jax.train.checkpoint_files import steps_in
 from opendeep_jax.train.checkpoint_tools import checkpoint_path, differences
 from opendeep_jax.train.events import read_events
 from opendeep_jax.train.goodput import read_goodput
 from opendeep_jax.train.metrics import read_jsonl
-from opendeep_jax.train.recovery import PASSED_OVER, read_passed_over
 from opendeep_jax.train.run_directory import only_writer
 
 STEPS, SAVED = 28, 4
@@ -137,7 +137,8 @@ def test_after_several_in_a_row_the_run_passes_over_their_batches(drilled):
 
 def test_a_flipped_bit_is_found_before_it_is_saved_and_undone(drilled):
     event = drilled.events("rollback")[1]
-    assert "silent corruption found before step 20 was saved" in event["text"] and "device 7 of process 0" in event["text"]
+    assert "silent corruption found before step 20 was saved" in event["text"]
+    assert "device 7 of process 0" in event["text"]
     assert (event["to_step"], event["first"]) == (16, None)
 
 
@@ -149,7 +150,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(drilled):
 
 def test_work_that_was_done_twice_is_waste(drilled, calm):
     assert read_goodput(drilled.workdir).starts == 2
-    assert read_goodput(drilled.workdir).seconds["waste"] > read_goodput(calm.workdir).seconds["waste"] > 0
+    assert read_goodput(drilled.workdir).seconds["waste"] > read_goodput(calm.workdir).seconds["waste"]
 
 
 def test_a_spike_is_recorded_and_its_update_applied_by_default(calm):
@@ -160,17 +161,17 @@ def test_a_spike_is_recorded_and_its_update_applied_by_default(calm):
 
 @pytest.fixture(scope="module")
 def went_back(recipe) -> Run:
-    """A run that goes back for its spike; its disk was full for a while."""
+    """A run that goes back for its spike; its disk was full for a while, from its first save on."""
     run, full = Run(recipe, "went_back"), types.SimpleNamespace(free=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: full)
+        patch.setattr(checkpoint, "shutil", types.SimpleNamespace(disk_usage=lambda _: full))
         run.train(*SPIKE, spike_policy="rollback")
     run.train(*SPIKE, spike_policy="rollback")
     return run
 
 
 def test_a_full_disk_ends_the_run_until_there_is_space(went_back):
-    assert went_back.statuses == [MEND, OK]
+    assert went_back.statuses == [MEND, OK]  # where it ends is compared below
     assert read_goodput(went_back.workdir).starts == 2
 
 
@@ -194,7 +195,7 @@ def test_a_run_that_goes_back_to_one_place_too_often_stops_and_goes_on_when_told
     run = Run(recipe, "stopped")
     assert run.train(rollback_after=1, max_rollbacks=1) == STOPPED
     (event,) = run.events("stopped")
-    assert "gone back to step 8 1 times" in event["text"] and event["text"] in capsys.readouterr().err
+    assert "gone back to step 8 once" in event["text"] and event["text"] in capsys.readouterr().err
     assert run.train(rollback_after=1, max_rollbacks=5) == OK
     assert steps_in(run.workdir / "checkpoints")[-1] == STEPS
 

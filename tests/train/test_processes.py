@@ -37,6 +37,41 @@ def stopped(recipe, alone):
     return workdir, processes.run(recipe, workdir, "--faults.drill=sigterm@3:2", processes=4)
 
 
+BATCHES = """
+import json, os, sys
+from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.schema import ParallelConfig
+from opendeep_jax.parallel.cluster import find_cluster
+from opendeep_jax.parallel.distributed import primary_first, start
+start(find_cluster(os.environ))
+import jax
+from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
+from opendeep_jax.train.digests import digests
+config = load_recipe(sys.argv[1])
+data = primary_first("data", lambda: open_data(config, progress=False))
+found = []
+for layout in (dict(fsdp=4), dict(data=2, fsdp=1, context=2), dict(fsdp=1, context=2, tensor=2)):
+    mesh = make_mesh(ParallelConfig(**layout))
+    for step in (0, 7):
+        rows = global_rows(config, 8, mesh)
+        batch = put_batch(data.batch(step, rows_here(mesh, rows)), mesh, rows)
+        found.append(digests(batch))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_batches_of_several_processes_are_those_of_one_to_the_bit(count, recipe, alone):
+    """Also where processes hold parts of the same rows."""
+    whole, *parts = (
+        json.loads(output.splitlines()[-1])
+        for each in ((1, 4), (count, 4 // count))
+        for output in processes.python(BATCHES, str(recipe), processes=each[0], devices=each[1])
+    )
+    assert len(whole) == 6 and parts == [whole] * count
+
+
 def losses(workdir) -> np.ndarray:
     return np.array([line["loss"] for line in read_jsonl(workdir / "metrics.jsonl")])
 

@@ -8,9 +8,10 @@ import pytest
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.data.passed_over import PASSED_OVER, read_passed_over
 from opendeep_jax.train import recovery
 from opendeep_jax.train.events import read_events
-from opendeep_jax.train.recovery import PASSED_OVER, GoBack, Recovery, read_passed_over
+from opendeep_jax.train.recovery import GoBack, Recovery
 
 
 @pytest.fixture
