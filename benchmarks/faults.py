@@ -10,6 +10,7 @@ fault was not found, or a run did not end as it should.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kills import POLL_SECONDS, ended, said, start, steps_done, tiny_run
+from kills import PATIENCE, POLL_SECONDS, ended, said, start, steps_done, tiny_run
 
 from opendeep_jax.config.exits import MEND, OK, RESUME
 from opendeep_jax.train.checkpoint_files import steps_in
@@ -34,6 +35,8 @@ from opendeep_jax.train.metrics import read_jsonl
 STEPS = 60
 HANG_SECONDS, PEER_SECONDS = 20, 5
 EQUAL = "bitwise equal"
+LAST_WORDS = 10.0
+"""Seconds after the end of all processes in which something may still be said of it."""
 OF_THE_STEP = ("nan_gradient", "loss_spike")
 """Drills that leave no mark of when they struck."""
 
@@ -63,7 +66,8 @@ class Scene:
         self.whole = directory / "whole"
 
     def start(self, workdir: Path, *flags: str, processes: int = 1) -> list[subprocess.Popen]:
-        """Gives the run's command; always two devices."""
+        """Gives the run's command; always two devices. `flags` may name another work directory: then only standard
+        error goes beside this one."""
         return start([*self.settings, *flags], workdir, processes, 2 // processes)
 
     def finish(self, workdir: Path, *flags: str, processes: int = 1, starts: int = 3) -> list[str]:
@@ -107,14 +111,11 @@ def watch(
     job: list[subprocess.Popen], moment: Callable[[], float | None], found: Callable[[], str | None]
 ) -> tuple[float | None, str]:
     """Seconds from the moment of a fault until it is found, and what is said of it."""
-    at = text = None
-    while text is None:
-        over = ended(job)
-        at = at or moment()
-        text = found()
-        if over and text is None:
-            text = found()  # what was written just before the end
-            break
+    at, text, limit = None, None, time.monotonic() + PATIENCE
+    while text is None and time.monotonic() < limit:
+        if all(process.poll() is not None for process in job):
+            limit = min(limit, time.monotonic() + LAST_WORDS)
+        at, text = at or moment(), found()
         time.sleep(POLL_SECONDS)
     return (None if text is None or at is None else max(time.time() - at, 0.0)), text or ""
 
@@ -212,22 +213,21 @@ def full_disk(scene: Scene, name: str) -> Row | None:
     if (disk := mounted(scene, name)) is None:
         return None
     try:
-        workdir = disk / "run"
-        job = scene.start(workdir)
+        workdir, elsewhere = disk / "run", scene.directory / "full"
+        job = scene.start(elsewhere, f"--workdir={workdir}")
         while steps_done(workdir) < 15 and not ended(job):
             time.sleep(POLL_SECONDS)
-        with open(disk / "ballast", "wb") as ballast:
-            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-            os.posix_fallocate(ballast.fileno(), 0, free - 65536)
+        with open(disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while ballast.write(bytes(65536)):
+                pass
         at = time.time()
-        # Standard error goes to a file beside the work directory, on the same disk: some is left for the paragraph.
-        after, text = watch(job, lambda: at, lambda: paragraph(workdir, "No space left"))
+        after, text = watch(job, lambda: at, lambda: paragraph(elsewhere, "opendeep: "))
         first = job[0].wait()
         (disk / "ballast").unlink()
         got = ", ".join([str(first), *scene.finish(workdir)])
         end = scene.ends(workdir)
         sound = after is not None and (got, end) == (f"{MEND}, {OK}", EQUAL)
-        return Row("full disk while saving", "paragraph", after, got, end, sound, text)
+        return Row("full disk", "paragraph", after, got, end, sound, text)
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -241,7 +241,7 @@ def read_only(scene: Scene, name: str) -> Row | None:
         (disk / "run" / "summary.json").unlink()
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         at = time.time()
-        job = start([*scene.settings, f"--workdir={disk / 'run'}"], scene.directory / "refused", 1, 2)
+        job = scene.start(scene.directory / "refused", f"--workdir={disk / 'run'}")
         after, text = watch(job, lambda: at, lambda: paragraph(scene.directory / "refused", "opendeep: "))
         got, end = str(job[0].wait()), scene.ends(disk / "run")
         sound = after is not None and (got, end) == (str(MEND), EQUAL)
@@ -257,7 +257,7 @@ def two_runs(scene: Scene, name: str) -> Row:
     while steps_done(workdir) < 5 and not ended(job):
         time.sleep(POLL_SECONDS)
     at, other = time.time(), scene.directory / "second"
-    second = start([*scene.settings, f"--workdir={workdir}"], other, 1, 2)
+    second = scene.start(other, f"--workdir={workdir}")
     after, text = watch(second, lambda: at, lambda: paragraph(other, "another process is training there"))
     got, end = f"{second[0].wait()}", scene.ends(workdir) if job[0].wait() == OK else "ended too"
     sound = after is not None and (got, end) == (str(MEND), EQUAL)

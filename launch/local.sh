@@ -16,13 +16,14 @@ for ((start = 0; start <= {{restarts}}; start++)); do
       {{command}} &
     children+=($!)
   done
+  ((!stopped)) || kill -TERM "${children[@]}" 2>/dev/null # told between two starts
   status=0
   for child in "${children[@]}"; do
     wait "$child" && ended=0 || ended=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the child has ended
       wait "$child" && ended=0 || ended=$?
     done
-    ((ended == 0)) || status=$ended
+    ((ended == 0 || status == 2 || status == 3)) || status=$ended # those two stay: starting again is no cure
   done
   ((status == 75 && !stopped)) || exit "$status"
 done

@@ -14,7 +14,10 @@ cat >"$startup" <<'END_OF_STARTUP'
 #!/usr/bin/env bash
 # Work directory and prepared text: a file system that all machines write.
 mkdir -p {{shared}}
-mountpoint -q {{shared}} || mount -t nfs {{nfs}} {{shared}} || exit
+mountpoint -q {{shared}} || mount -t nfs {{nfs}} {{shared}} || {
+  echo 2 >/var/tmp/opendeep.status # a setting to mend: the machines are given back
+  exit
+}
 # --stop-timeout: from SIGTERM (the machine is taken away) to SIGKILL: time to finish a step and save.
 # TPU_MIN_LOG_LEVEL: libtpu's log; 2 is errors only. Compiler options: --train.compiler_options, or LIBTPU_INIT_ARGS.
 for ((start = 0; start <= {{restarts}}; start++)); do

@@ -109,7 +109,8 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
     more = {"train": [*TINY, *source], "generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
     # These take minutes; tests/cli/test_plan_command.py, tests/jobs and tests/train/test_processes.py run small ones.
     commands = [command for command in train_commands() if command[0] not in ("plan", "launch", "sweep")]
-    assert {"train", "generate", "eval", "report", "data", "watch", "checkpoints"} <= {command[0] for command in commands}
+    expected = {"train", "generate", "eval", "report", "data", "watch", "checkpoints"}
+    assert expected <= {command[0] for command in commands}
     for command in commands:
         name = command[1] if command[0] == "data" else command[0]
         command = [word.replace("json/decoder.py", "7.py") for word in command]  # a document of this corpus

@@ -9,7 +9,7 @@ from absl import flags
 
 from opendeep_jax.cli.flags import make_flags
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import check_workdir, did_you_mean
+from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.schema import RunConfig
 
 HELP = """\
@@ -48,6 +48,8 @@ clusters:
 What stays the same for a cluster can be kept in a variable: OPENDEEP_LAUNCH='--topology=h100:4x8 --image=...'.
 Every setting of the run is given by its name, as to `opendeep train`: --parallel.expert=8.
 """
+MOST_RESTARTS = 1_000_000
+"""Every engine, and the shell, can count so far."""
 SETTINGS = (
     *("image", "shared", "job_name", "grace_seconds", "volume", "namespace", "queue", "spot"),
     *("time", "account", "partition", "project", "zone", "nfs"),
@@ -56,7 +58,13 @@ SETTINGS = (
 
 def main(argv: Sequence[str]) -> int:
     """Starts the job that `argv` describes, or prints its file. Raises ConfigError for what cannot work."""
-    argv = [*shlex.split(os.environ.get("OPENDEEP_LAUNCH", "")), *argv]
+    kept = os.environ.get("OPENDEEP_LAUNCH", "")
+    try:
+        argv = [*shlex.split(kept), *argv]
+    except ValueError as error:
+        raise ConfigError(
+            f"OPENDEEP_LAUNCH={kept}: cannot be read as a shell would ({error}). Mend it there."
+        ) from error
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         sys.exit(0)
@@ -75,14 +83,11 @@ def main(argv: Sequence[str]) -> int:
     except flags.Error as error:
         raise ConfigError(f"{error}. See opendeep launch --help.") from error
 
-    from opendeep_jax.jobs.launch import TARGETS, Job, check_engine, render, submit
+    from opendeep_jax.jobs.launch import Job, check_engine, check_target, render, submit
 
-    targets = ["local", *TARGETS]
-    if values.target not in targets:
-        hint = did_you_mean(values.target, targets)
-        raise ConfigError(f"--target={values.target}: there is no such target.{hint} Targets: {', '.join(targets)}.")
-    if values.restarts < 0:
-        raise ConfigError(f"--restarts={values.restarts}: must be at least 0.")
+    check_target(values.target)
+    if not 0 <= values.restarts <= MOST_RESTARTS:
+        raise ConfigError(f"--restarts={values.restarts}: must be from 0 to {MOST_RESTARTS}.")
 
     from opendeep_jax.config.overrides import resolve  # tyro takes a while
 

@@ -6,6 +6,7 @@ A template is the file itself with `{{name}}` where a value goes; a line whose v
 is checked before: the run's configuration against the cluster's devices, and every value that goes into a file.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_devices
+from opendeep_jax.config.load import did_you_mean
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.jobs.launch_hardware import GKE_ACCELERATORS, SKYPILOT_ACCELERATORS, TPU_VM_TYPES, chips_per_host
 from opendeep_jax.parallel.chips import CHIPS
@@ -95,7 +97,7 @@ TARGETS = {
     "skypilot": Target(
         "skypilot.yaml",
         "gpu",
-        ("sky", "jobs", "launch", "--yes"),
+        ("sky", "jobs", "launch", "--yes", "--detach-run"),
         ("image", "volume"),
         ("spot",),
         SKYPILOT_ACCELERATORS,
@@ -163,6 +165,14 @@ def submit(job: Job, text: str) -> int:
         return subprocess.run([*target.submit, str(file)]).returncode
 
 
+def check_target(name: str) -> None:
+    """Raises ConfigError for a target that there is not."""
+    targets = ["local", *TARGETS]
+    if name not in targets:
+        hint = did_you_mean(name, targets)
+        raise ConfigError(f"--target={name}: there is no such target.{hint} Targets: {', '.join(targets)}.")
+
+
 def check_engine(name: str) -> None:
     """Raises ConfigError where the command that takes jobs for a target is not installed."""
     program = "gcloud" if name == "tpu-vm" else TARGETS[name].submit[0]
@@ -174,11 +184,16 @@ def check_engine(name: str) -> None:
 
 
 def job_name(workdir: str) -> str:
-    """A name for the job of a run, from the end of its directory: `runs/Learning_rate=3e-4` gives
-    `opendeep-learning-rate-3e-4`.
+    """A name for the job of a run, from the end of its directory: `runs/Wide_1` gives `opendeep-wide-1`.
+
+    Where more than that is lost, or cut off, some digits of the end's SHA-256 tell it from others: engines take a job
+    of the same name for the same job.
     """
-    end = re.sub(r"[^a-z0-9]+", "-", Path(workdir).name.lower()).strip("-")
-    return f"opendeep-{end}"[:40].rstrip("-")
+    end = Path(workdir).name
+    plain = re.sub(r"[^a-z0-9]+", "-", end.lower()).strip("-")
+    if plain == end.lower().replace("_", "-") and len(plain) <= 31:
+        return f"opendeep-{plain}"
+    return f"opendeep-{plain[:24]}".rstrip("-") + f"-{hashlib.sha256(end.encode()).hexdigest()[:6]}"
 
 
 def _check_settings(job: Job, target: Target, given: dict[str, str]) -> None:
@@ -221,7 +236,7 @@ def _check_topology(job: Job, target: Target) -> Topology:
 def _check_values(settings: dict[str, str]) -> None:
     forms = {
         "job_name": (NAME, "small letters, digits and -, a letter first, at most 40"),
-        "grace_seconds": (r"[1-9]\d{0,4}", "a whole number of seconds above 0"),
+        "grace_seconds": (r"[1-9]\d{0,3}", "a whole number of seconds from 1 to 9999"),
         "time": (r"(\d+-)?\d+(:\d\d){0,2}|UNLIMITED", "a time as Slurm writes it, such as 24:00:00 or 7-00:00:00"),
         "image": (r"[\w@%+=:,./#-]+", "the name of an image"),
         "spot": ("|true|false", "true or false"),

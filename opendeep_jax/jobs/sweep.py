@@ -5,6 +5,7 @@ settings -> combinations -> runs (sweep_axes, sweep_plan) -> trained here, or ha
 """
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import OK, STOPPED
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.config.load import check_workdir
+from opendeep_jax.jobs.launch import check_engine, check_target
 from opendeep_jax.jobs.sweep_local import LAST_LINES, Command, locked, prepare_data, run_here, train_command
 from opendeep_jax.jobs.sweep_optuna import check_optuna, next_combinations
 from opendeep_jax.jobs.sweep_plan import RECIPE, Run, Sweep, check, save
@@ -48,9 +51,13 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
     """
     if parallel < 1:
         raise ConfigError(f"--parallel={parallel}: must be 1 or more, the runs at once.")
+    if target != "local":
+        check_target(target)
+        check_engine(target)
     if sweep.method == "optuna":
         check_optuna(sweep)
     tried, runs = check(sweep)
+    check_workdir(sweep.base, sweep.directory)
     with locked(sweep.directory, "sweeps", seconds=5.0):
         if sweep.method == "optuna":  # what another process has added while this one waited
             tried, runs = check(sweep)
@@ -123,7 +130,7 @@ def write_best(sweep: Sweep, best: Row) -> Path:
     documentation = (
         f"The best of a sweep of {sweep.base.name}: {settings(best, sweep)}.\n\n"
         f"Result:   {sweep.metric} {mean_text(best)}\n"
-        f"Command:  opendeep train --config={path} --workdir=runs/best"
+        f"Command:  opendeep train {shlex.quote(f'--config={path}')} --workdir=runs/best"
     )
     config = dataclasses.replace(best.config, name=f"{sweep.base.name}-best")
     write_atomically(path, recipe_source(config, documentation, [axis.field for axis in sweep.axes]))

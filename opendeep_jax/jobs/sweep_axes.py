@@ -20,7 +20,6 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import RunConfig
 
-METHODS = ("grid", "zip", "random", "optuna")
 MOST_CHARACTERS = 180
 """Of a run's name: file systems take 255 bytes, and suffixes come behind it."""
 REDRAWS = 1000

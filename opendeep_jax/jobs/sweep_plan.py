@@ -21,6 +21,11 @@ from opendeep_jax.jobs.sweep_axes import Axis, Combination, combinations, parse_
 from opendeep_jax.jobs.sweep_recipe import recipe_source
 
 SPEC, RECIPE, RUNS = "sweep.json", "recipe.py", "runs"
+SPEC_FIELDS = {
+    "method": str, "axes": dict, "trials": int, "seeds": int, "metric": str, "draw_seed": int, "combinations": list,
+    "runs": list,
+}  # fmt: skip
+"""What sweep.json holds, and the type of each."""
 METRICS = ("held_out_bits_per_byte", "final_loss", "seconds")
 """Fields of summary.json that runs can be compared by; less is better in each."""
 
@@ -187,9 +192,10 @@ def read_spec(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / SPEC
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"method", "axes", "trials", "seeds", "metric", "draw_seed", "combinations", "runs"} - set(spec)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if wrong := [name for name, kind in SPEC_FIELDS.items() if not isinstance(dict(spec).get(name), kind)]:
+            raise ValueError(f"it lacks {', '.join(wrong)}")
+        if not all(isinstance(one, dict) and one.keys() == spec["axes"].keys() for one in spec["combinations"]):
+            raise ValueError("its combinations are not of its axes")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--workdir={directory}: no sweep can be read there, as {SPEC} is missing or damaged ({error}). Give the "

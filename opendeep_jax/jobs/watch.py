@@ -51,11 +51,22 @@ def _is_run(path: Path) -> bool:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: its own, else its directory's, else its whole path."""
+    """A name for each run that no other has: its own, else its directory's, else its whole path.
+
+    What all begin with, as far as a slash, and what all have between commas, is left out: of a sweep's runs,
+    `quickstart/learning_rate=0.001,seed=0` may be `seed=0`.
+    """
     for name in (lambda run: run.name, lambda run: run.workdir.name, lambda run: str(run.workdir)):
         names = [name(run) for run in runs]
         if len(set(names)) == len(names):
             break
+    if len(names) > 1:
+        shared = os.path.commonprefix(names).rpartition("/")
+        parts = [name.removeprefix(shared[0] + shared[1]).split(",") for name in names]
+        if len(set(map(len, parts))) == 1:
+            differing = [column for column in zip(*parts, strict=True) if len(set(column)) > 1]
+            parts = list(zip(*differing, strict=True)) or parts
+        names = [",".join(part) for part in parts]
     return names
 
 

@@ -131,12 +131,12 @@ ORDER = ("state", "step", "loss", "curve", "held-out", "tokens/s", "MFU", "left"
 
 
 def _table(runs: Sequence[Run], labels: Sequence[str], console: Console, now: float | None) -> Table:
-    name = min(max(map(len, ("run", *labels))), max(console.width // 3, 12))
-    shown = list(zip(runs, labels, strict=True))
+    name = min(max(map(len, ("run", *labels))), max(console.width // 2, 12))
+    shown = [(run, _shortened(_plain(label), name)) for run, label in zip(runs, labels, strict=True)]
     if console.is_terminal and len(shown) > (most := max(console.height - 10, 5)):
         kept = sorted(range(len(shown)), key=lambda place: runs[place].is_finished)[:most]  # those that go on first
         shown = [shown[place] for place in sorted(kept)]
-    rows = [(Text(_plain(label)), _cells(run, console.options.ascii_only, now)) for run, label in shown]
+    rows = [(Text(label), _cells(run, console.options.ascii_only, now)) for run, label in shown]
     room, fitting = console.width - name - 1, []
     for title, width in COLUMNS:
         if room >= width + 2 and any(cells[title].plain for _, cells in rows):
@@ -173,6 +173,13 @@ def _cells(run: Run, ascii_only: bool, now: float | None) -> dict[str, Text]:
         "experts": shown(last.get("expert_load_max_over_mean"), ".2f"),
         "goodput": shown(run.goodput.goodput if run.goodput else None, ".1%"),
     }
+
+
+def _shortened(name: str, width: int) -> str:
+    """A name with its middle left out: of a sweep's runs, some differ at the end alone."""
+    if len(name) <= width or width < 5:
+        return name
+    return f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
 
 
 def _fit(line: Text, width: int) -> Text:

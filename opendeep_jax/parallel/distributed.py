@@ -136,7 +136,8 @@ def leave_together(seconds: float = 3.0) -> None:
 
 def host_of(process: int) -> str:
     """The name of the machine that a process of the job runs on."""
-    return peek(f"host/{process}") or "an unknown host"
+    here = socket.gethostname() if process == jax.process_index() else "an unknown host"
+    return peek(f"host/{process}") or here
 
 
 def primary_first(name: str, action: Callable[[], Result]) -> Result:

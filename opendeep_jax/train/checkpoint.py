@@ -87,7 +87,7 @@ class Checkpoints:
         Raises:
             OSError: where the work directory cannot be written.
         """
-        self.workdir = Path(workdir).absolute()
+        self.workdir = Path(workdir).resolve()
         self.directory = self.workdir / DIRECTORY
         self.local, self.notes = None, []
         self.durable = None
@@ -292,7 +292,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
         ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
     """
     config = load_run_config(workdir)
-    directory = Path(workdir).absolute() / DIRECTORY
+    directory = Path(workdir).resolve() / DIRECTORY
     if not directory.is_dir():
         raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
     bones = skeleton(config.model)

@@ -181,9 +181,13 @@ def read_arrays(path: Path, arrays: Arrays) -> Arrays:
 
 def open_array(path: Path, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
     """An array in an item's directory, as Orbax wrote it, to be read in slices."""
-    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.absolute()}/"}}
-    spec = {"driver": "zarr", "kvstore": {**base, "path": f"{name}/"}}
+    spec = {"driver": "zarr", "kvstore": {**key_value_store(path), "path": f"{name}/"}}
     return tensorstore.open(spec, read=True, open=True, context=context).result()
+
+
+def key_value_store(path: Path) -> dict:
+    """An item's directory as tensorstore names it, which takes no path with `..` in it."""
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/"}}
 
 
 def everywhere(failure: Unsound | None) -> None:

@@ -13,7 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from opendeep_jax.train.checkpoint_files import MODEL, OPTIMIZER, Elsewhere, Items, read_arrays, read_record
+from opendeep_jax.train.checkpoint_files import (
+    MODEL,
+    OPTIMIZER,
+    Elsewhere,
+    Items,
+    key_value_store,
+    read_arrays,
+    read_record,
+)
 
 SHARDS = "shards"
 
@@ -24,7 +32,7 @@ def local_root(local_directory: str, workdir: Path) -> Path:
 
 
 def _of_run(local_directory: str, workdir: Path) -> Path:
-    return Path(local_directory).absolute() / hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    return Path(local_directory).resolve() / hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
 
 
 def layout(items: Items) -> str:
@@ -78,7 +86,7 @@ class ShardsHandler(ocp.CheckpointHandler):
 
     def save(self, directory: Path, args: "ShardsSave") -> None:
         """Writes all arrays as one transaction."""
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{Path(directory).absolute()}/"}}
+        base = key_value_store(Path(directory))
         with tensorstore.Transaction() as transaction:
             writes = []
             for name, array in args.item.items():

@@ -280,16 +280,18 @@ def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Se
     for name in names:
         total = sum(array[name].read().result().astype(np.float32) for array in opened)
         means[name] = np.asarray(total / np.float32(len(paths))).astype(opened[-1][name].dtype.numpy_dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in Path(workdir).glob("*.json"):
-        if file.name != "summary.json":
-            shutil.copy(file, out / file.name)
     record = make_record(
         steps[-1], None, means, {name: digest_numpy(array) for name, array in means.items()}, average_of=list(steps)
     )
-    writer = Writer(out.absolute() / DIRECTORY, CheckpointConfig(), (MODEL,))
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")  # gets its name when it is whole
     try:
-        writer.save(steps[-1], {MODEL: means}, record)
+        with contextlib.closing(Writer(partial / DIRECTORY, CheckpointConfig(), (MODEL,))) as writer:
+            writer.save(steps[-1], {MODEL: means}, record)
+        for file in Path(workdir).glob("*.json"):
+            if file.name != "summary.json":
+                shutil.copy(file, partial / file.name)
+        partial.rename(out)
     finally:
-        writer.close()
-    return out.absolute() / DIRECTORY / str(steps[-1])
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / DIRECTORY / str(steps[-1])

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.operations import DRILLS
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.train.state import TrainState
@@ -67,10 +68,19 @@ def spoil_batch(texts: tuple[str, ...], step: int, rows: Batch, vocab_size: int)
 
 
 def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state: TrainState) -> TrainState:
-    """The state before a step as it is, but for one bit of one device's copy of a weight at the step of flipped_bit."""
+    """The state before a step as it is, but for one bit of one device's copy of a weight at the step of flipped_bit.
+
+    Raises ConfigError where no weight has a copy.
+    """
     for drill in drills(texts):
         if drill.kind == "flipped_bit" and drill.first == step and _strikes(workdir, drill):
-            name, weight = next((n, x) for n, x in state.params.items() if _copies(x) > 1)
+            copied = {name: weight for name, weight in state.params.items() if _copies(weight) > 1}
+            if not copied:
+                raise ConfigError(
+                    f"faults.drill = {drill.text}: no device has a copy of another one's weights here, so nobody could "
+                    "see the difference. Give --parallel.data=2 or more, or leave this drill out."
+                )
+            name, weight = next(iter(copied.items()))
             state = state._replace(params=state.params | {name: _flipped(weight, drill)})
     return state
 

@@ -123,6 +123,7 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
             rows = next(batches)
         if recovery.passes_over(step):
             state, metrics = _passed_over(state), None
+            observer.leave_out(step)
         else:
             state, metrics = _step(run, state, step, rows)
             recovery.note(step, metrics)
@@ -137,9 +138,11 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
         saves = _saves(config, step, run.steps, stops)
         if metrics and is_due(step, config.train.log_every, start + 1, run.steps):
             run.progress.update(step, **observer.log(step, metrics))
-            run.clock.log(step)
+            for kind, text in observer.noticed():
+                recovery.event(kind, step, text)
         if any(saves) or is_due(step, config.train.log_every, start + 1):
             run.clock.skipped(recovery.review())
+            run.clock.log(step)
         if is_due(step, config.evaluation.every) and step < run.steps:
             run.watchdog.doing("evaluation")
             run.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
@@ -165,13 +168,14 @@ def _step(run: Run, state: TrainState, step: int, rows: Batch) -> tuple[TrainSta
             run.watchdog.doing("compile", step)
             run.observer.inputs.forget()
             run.programs.at(step - 1)
-    run.watchdog.doing("step", step)
     rows = drill.spoil_batch(drills, step, rows, config.model.vocab_size)
     batch = put_batch(rows, run.mesh, run.programs.rows(step - 1))
     state = drill.spoil_state(drills, run.recovery.workdir, step, state)
     if is_due(step, config.faults.replay_every):
         with run.observer.aside(state, "other"):
+            run.watchdog.doing("replay", step)
             _refuse(run.replay.compare(state, batch))
+    run.watchdog.doing("step", step)
     return run.programs.at(step - 1)(state, batch)
 
 

@@ -68,7 +68,7 @@ class MetricsWriter:
         resume_step: the step of the checkpoint that training goes on from; 0 starts over. Lines after it were written
             by a part of the run that is lost, and are dropped from every file.
         writes: whether anything is written: of a job's processes, the first one does.
-        trackers: of `trackers.open_trackers`, which get the numbers too.
+        trackers: of `trackers.open_trackers`, which get the numbers too, and which whoever opened them closes.
 
     Writes are synchronous and flushed line by line; OSError (no space, no permission) reaches the caller.
     """
@@ -131,8 +131,6 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
             self._events = None
-        if self._trackers is not None:
-            self._trackers.close()
 
     def _append(self, name: str, record: dict) -> None:
         if not self._writes:

@@ -20,8 +20,8 @@ from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Skeleton
 from opendeep_jax.parallel.distributed import is_primary
+from opendeep_jax.train.clocks import WallClock
 from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
-from opendeep_jax.train.events import record_event
 from opendeep_jax.train.goodput import Clock, InputWatch, read_goodput
 from opendeep_jax.train.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
 from opendeep_jax.train.run_directory import SUMMARY
@@ -59,6 +59,9 @@ class Observer:
         self.clock, self.begun = clock, begun
         self.clock.default = "step"
         self.stalls: list[float] = []
+        self.wall_clock, self._noticed = WallClock(), []
+        self.trackers = open_trackers(config, workdir) if is_primary() else None
+        self.first_step = step + 1
         self._begin(step)
         lines = read_jsonl(workdir / SCALARS)
         self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
@@ -67,11 +70,11 @@ class Observer:
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def _begin(self, step: int) -> None:
-        trackers = open_trackers(self.config, self.workdir) if is_primary() else None
-        self.writer = MetricsWriter(self.workdir, step, is_primary(), trackers)
-        self.step, self.first_step = step, step + 1
+        self.writer = MetricsWriter(self.workdir, step, is_primary(), self.trackers)
+        self.step = step
         self.inputs, self.measured = InputWatch(), (0, None)
         self.logged = step, self._training_seconds(), self.clock.total("data")
+        self._left_out = 0, 0
 
     def _training_seconds(self) -> float:
         return self.clock.total("step", "data")
@@ -80,7 +83,13 @@ class Observer:
         """The run goes on from the state after `step`: what was logged later is dropped."""
         self.writer.close()
         self.clock.went_back(self.step, step)
+        self.first_step = step  # whose time is known: nothing is compiled again
         self._begin(step)
+
+    def leave_out(self, step: int) -> None:
+        """Notes that nothing was trained on the batch of `step`: it counts for no speed."""
+        steps, tokens = self._left_out
+        self._left_out = steps + 1, tokens + tokens_before(self.config, step) - tokens_before(self.config, step - 1)
 
     @contextlib.contextmanager
     def aside(self, state: TrainState, kind: str) -> Iterator[None]:
@@ -90,14 +99,16 @@ class Observer:
             yield
 
     def log(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Writes a step's numbers. Only here does the loop wait for the device."""
+        """Writes a step's numbers. Here the loop waits for the device."""
         dispatched = time.perf_counter()
         metrics = jax.device_get(metrics)
         device_seconds = time.perf_counter() - dispatched
         load, bias = metrics.pop("load"), metrics.pop("router_bias")
         previous, before, data_before = self.logged
         now, data = self._training_seconds(), self.clock.total("data")
-        tokens = tokens_before(self.config, step) - tokens_before(self.config, previous)
+        left_out, their_tokens = self._left_out
+        steps = step - previous - left_out
+        tokens = tokens_before(self.config, step) - tokens_before(self.config, previous) - their_tokens
         seconds = now - before
         record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
         record |= {name: float(value) for name, value in metrics.items()}
@@ -112,17 +123,24 @@ class Observer:
                 record |= {"router_bias_min": float(biases.min()), "router_bias_max": float(biases.max())}
         if step > self.first_step:
             speed = tokens / seconds
-            record |= {"tokens_per_second": speed, "step_seconds": seconds / (step - previous)}
+            record |= {"tokens_per_second": speed, "step_seconds": seconds / steps}
             record["mfu"] = speed * self.flops(step - 1) / self.peak if self.peak else None
-            record["data_seconds"] = (data - data_before) / (step - previous)
-            change = self.inputs.window(step - previous, seconds, data - data_before, device_seconds)
-            if change and is_primary():
-                record_event(self.workdir, change[0], step, change[1])
+            record["data_seconds"] = (data - data_before) / steps
+            change = self.inputs.window(steps, seconds, data - data_before, device_seconds)
+            if change:
+                self._noticed.append(change)
         else:
             record["first_step_seconds"] = time.perf_counter() - self.begun  # of the program, compilation and all
+        if jump := self.wall_clock.jumped():
+            self._noticed.append(("clock_jump", jump))
         self.writer.scalars(record)
-        self.step, self.logged = step, (step, now, data)
+        self.step, self.logged, self._left_out = step, (step, now, data), (0, 0)
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
+
+    def noticed(self) -> list[tuple[str, str]]:
+        """What the logs since the last call have shown, as (kind, text) of an event."""
+        found, self._noticed = self._noticed, []
+        return found
 
     def flops(self, step: int) -> float:
         """FLOPs per token of `step` (from 0)."""
@@ -174,8 +192,10 @@ class Observer:
         return self.seconds_before + time.perf_counter() - self.begun
 
     def close(self) -> None:
-        """Closes the files; a second call does nothing."""
+        """Closes the files and the trackers; a second call does nothing."""
         self.writer.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
     def finish(self, steps: int) -> dict:
         """Writes summary.json, over all starts of the run, and closes the files. Empty but for the first process."""

@@ -26,7 +26,6 @@ from typing import NamedTuple
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
-from opendeep_jax.train.run_files import is_number
 
 RUN_IDS = "trackers.json"
 """File of a work directory with the run's id at each service, so that a resumed run goes on there as the same."""
@@ -199,7 +198,8 @@ class _ServiceThread:
     def finish(self, deadline: float) -> None:
         """Waits until the end was reached, or the deadline, on the clock of `time.monotonic`."""
         with contextlib.suppress(queue.Full):  # in case `put` found no room for it
-            self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.0))
+            if not self._failed:  # else nobody makes room
+                self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.0))
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
             _say(self.name, "did not finish in time; its last numbers may be missing there")
@@ -220,6 +220,8 @@ def _say(name: str, what: str) -> None:
 
 
 def _numbers(record: dict) -> Iterator[tuple[str, float]]:
+    from opendeep_jax.train.run_files import is_number  # loads NumPy, and `check_trackers` has to answer at once
+
     for name, value in record.items():
         plain = value.item() if getattr(value, "size", 0) == 1 else value
         if is_number(plain) and math.isfinite(plain):

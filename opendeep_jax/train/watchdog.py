@@ -27,7 +27,7 @@ from opendeep_jax.train.events import record_event
 from opendeep_jax.train.last_words import leave_last_words
 
 STACKS = "stacks"
-SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "restore": 10.0}
+SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "replay": 10.0, "restore": 10.0}
 """What may take so many times faults.hang_seconds."""
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from opendeep_jax.jobs import sweep as sweep_module
 from opendeep_jax.jobs import sweep_local, sweep_optuna
 from opendeep_jax.jobs.sweep import run_sweep
 from opendeep_jax.jobs.sweep_local import locked
-from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep
+from opendeep_jax.jobs.sweep_plan import plan_sweep, read_sweep
 from opendeep_jax.jobs.sweep_progress import SweepProgress, last_record
 from opendeep_jax.jobs.sweep_results import read_result
 
@@ -289,6 +288,13 @@ def test_runs_for_a_cluster_are_handed_over_once_and_collected_later(tmp_path, m
         return subprocess.CompletedProcess(command, 2 if refused else 0, "no such queue" if refused else "job 17")
 
     monkeypatch.setattr(sweep_module.subprocess, "run", launch)
+    with pytest.raises(ConfigError, match="Did you mean slurm"):
+        run_sweep(_sweep(tmp_path), target="slrum")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="sbatch is not installed here"):
+        run_sweep(_sweep(tmp_path), target="slurm")
+    assert not (tmp_path / "sweep").exists()
+    monkeypatch.setattr(sweep_module, "check_engine", lambda name: None)
     with pytest.raises(ConfigError, match="could not be handed over:\nno such queue"):
         run_sweep(_sweep(tmp_path), target="slurm")
     assert run_sweep(_sweep(tmp_path), target="slurm") == OK
@@ -301,42 +307,6 @@ def test_runs_for_a_cluster_are_handed_over_once_and_collected_later(tmp_path, m
         subprocess.check_call(_python(FINISH)(run))
     assert main(["sweep", f"--workdir={tmp_path / 'sweep'}", "--collect"]) == OK
     assert "Best: learning_rate=0.0001" in capsys.readouterr().out and len(calls) == 3
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config=quickstart"], "varies one setting or more"),
-        (["--sweep.optimizer.learning_rate=1,2"], "--config is missing"),
-        (["--config=quickstart", "--sweep.optimizer.learning_rate", "1,2"], "behind an equals sign"),
-        (["--config=quickstart", "--sweep.optimizer.beta1=1", "--sweep.optimizer.beta1=2"], "given twice"),
-        (["--config=quickstart", "--method=annealing", "--sweep.optimizer.beta1=1"], "grid"),
-        (["--config=quickstart", "--sweep.optimizer.beta=0.9"], "Did you mean"),
-        (["--collect"], "--workdir is missing"),
-        (["--collect", "--workdir=nowhere"], "no sweep can be read there"),
-    ],
-)
-def test_a_wrong_command_line_is_one_paragraph_and_makes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["sweep", *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_commands_of_the_docs_ask_for_the_sweeps_that_are_shown(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
-    lines = [line for line in blocks.replace("\\\n", " ").splitlines() if line.startswith("opendeep sweep")]
-    asked = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_module, "run_sweep", lambda sweep, parallel, target: asked.append(sweep) or OK)
-    for line in lines:
-        assert main(shlex.split(line)[1:]) == OK
-    grid, optuna = asked
-    _, runs = check(grid)
-    assert len(runs) == 12 and "`learning_rate=0.01,experts_per_token=4,seed=0`" in page
-    assert "learning_rate=0.01,experts_per_token=4,seed=0" in {run.name for run in runs}
-    assert optuna.method == "optuna" and all(axis.range for axis in optuna.axes)
 
 
 def test_progress_survives_half_a_line_and_a_stream_that_is_gone(tmp_path):

@@ -291,7 +291,13 @@ def test_labels_tell_runs_apart(tmp_path):
         runs.append(Run(tmp_path / name))
         runs[-1].name = "same"
     assert labels(runs[:1]) == ["same"] and labels(runs[:2]) == ["a", "b"]
-    assert labels(runs) == [str(run.workdir) for run in runs]
+    assert labels(runs) == ["x/a", "x/b", "y/a"]
+    for run, name in zip(runs, ("base/rate=1,seed=0", "base/rate=1,seed=1", "base/rate=2,seed=0"), strict=True):
+        run.name = name
+    assert labels(runs) == ["rate=1,seed=0", "rate=1,seed=1", "rate=2,seed=0"]
+    assert labels(runs[:2]) == ["seed=0", "seed=1"]
+    runs[1].name = "base/seed=1"
+    assert labels(runs) == ["rate=1,seed=0", "seed=1", "rate=2,seed=0"]
 
 
 def test_watching_needs_no_jax_and_starts_quickly():

@@ -105,6 +105,14 @@ def test_a_table_says_the_dearest_first(tmp_path):
     assert "step 2" in wide.splitlines()[4]
 
 
+def test_long_names_in_a_table_still_tell_runs_apart(tmp_path):
+    names = [f"learning_rate={rate},experts_per_token=4,seed={seed}" for rate in (0.001, 0.01) for seed in (0, 1)]
+    for name in names:
+        write_run(tmp_path / name)
+    lines = drawn(looked(*(tmp_path / name for name in names)), 60).splitlines()[1:5]
+    assert len({line.split()[0] for line in lines}) == 4, lines
+
+
 def test_runs_of_nothing_make_a_frame(tmp_path):
     for name in "abc":
         (tmp_path / name).mkdir()

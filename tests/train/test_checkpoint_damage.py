@@ -19,6 +19,7 @@ from opendeep_jax.train import checkpoint, checkpoint_files
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.checkpoint_files import read_items, to_items
 from opendeep_jax.train.checkpoint_policy import why_kept
+from opendeep_jax.train.checkpoint_tools import checkpoint_path, verify
 from opendeep_jax.train.checkpoint_writer import snapshot
 
 
@@ -185,6 +186,23 @@ def test_the_local_tier_is_newer_and_the_durable_one_outlives_it(tmp_path):
     shutil.rmtree(tmp_path / "fast")
     state, notes = restore(tmp_path / "run", **tiers)
     check_is(state, 2)
+    assert notes == []
+
+
+@pytest.mark.parametrize("name", ["../run", "../link", "a b", "ü%20#?&", 'quo"te\n'])
+def test_no_name_of_a_directory_makes_a_checkpoint_unsound(name, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "run")
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "below")
+    tiers = {"local_directory": "../fast", "local_every": 1}
+    save(name, 2)
+    with Checkpoints(name, CheckpointConfig(**tiers)) as checkpoints:
+        checkpoints.save(state_at(3), durable=False)
+    state, notes = restore(name, **tiers)
+    check_is(state, 3)
+    check_is(restore(name)[0], 2)
+    verify(checkpoint_path(name))
     assert notes == []
 
 

@@ -11,7 +11,15 @@ from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.train import checkpoint_tools as tools
 from opendeep_jax.train.checkpoint_files import Unsound, steps_in
-from opendeep_jax.train.checkpoint_tools import average, checkpoint_path, differences, open_arrays, prunable, prune, verify
+from opendeep_jax.train.checkpoint_tools import (
+    average,
+    checkpoint_path,
+    differences,
+    open_arrays,
+    prunable,
+    prune,
+    verify,
+)
 
 
 def test_a_whole_checkpoint_is_verified_byte_by_byte(tmp_path):
@@ -104,6 +112,21 @@ def test_an_average_is_the_mean_with_digests_of_its_own(tmp_path):
     one, other = (np.asarray(state_at(step).params["embed"]) for step in (2, 6))
     np.testing.assert_array_equal(arrays["params.embed"].read().result(), (one + other) / 2)
     np.testing.assert_array_equal(arrays["router_bias.bias"].read().result(), [4, 4])
+
+
+def test_an_average_that_was_cut_short_leaves_no_directory_that_looks_like_one(tmp_path, monkeypatch):
+    save(tmp_path / "run", 2, 4)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+
+    def fail(*_):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(tools.shutil, "copy", fail)
+        average(tmp_path / "run", [2, 4], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert average(tmp_path / "run", [2, 4], tmp_path / "out").is_dir()
 
 
 def test_what_cannot_be_averaged_is_refused(tmp_path):

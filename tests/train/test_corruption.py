@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from small_models import DENSE, V3, packed_batch, random_arrays, run_config
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import MTPConfig, ParallelConfig
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.collectives import axis_index
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
-from opendeep_jax.train import corruption
+from opendeep_jax.train import corruption, drill
 from opendeep_jax.train.corruption import Replay, compare_copies
 from opendeep_jax.train.health import new_health
 from opendeep_jax.train.state import TrainState, state_shardings
@@ -160,3 +161,10 @@ def test_many_wrong_arrays_are_one_sentence(replicated):
         state = with_flipped_bits(state, name, 2)
     said = compare_copies(state, "step 8 was saved")
     assert "and 3 more arrays differ" in said and named(said) == {2}
+
+
+def test_a_drill_for_a_flipped_bit_is_refused_where_nobody_could_see_it(replicated, tmp_path):
+    state = jax.device_put(replicated.state, jax.devices()[0])
+    with pytest.raises(ConfigError, match="flipped_bit@3: no device has a copy.*--parallel.data=2"):
+        drill.spoil_state(("flipped_bit@3",), tmp_path, 3, state)
+    assert drill.spoil_state(("flipped_bit@3",), tmp_path, 4, state) is state

@@ -72,6 +72,24 @@ def test_a_service_that_hangs_blocks_neither_the_run_nor_its_end(monkeypatch, ca
     assert sum("did not finish" in record.message for record in caplog.records) == 1
 
 
+def test_a_service_that_failed_with_a_full_queue_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(trackers, "QUEUE_SIZE", 3)
+    release = threading.Event()
+
+    def opener():
+        release.wait()
+        raise OSError("no network")
+
+    opened = Trackers({"bad": opener})
+    for step in range(10):
+        opened.log(step, "train", {"loss": 1.0})
+    release.set()
+    opened._threads[0]._thread.join()
+    begun = time.monotonic()
+    opened.close()
+    assert time.monotonic() - begun < 5
+
+
 def test_a_missing_package_is_refused_with_its_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'opendeep-jax\[mlflow\]'"):

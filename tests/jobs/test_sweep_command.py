@@ -1,0 +1,76 @@
+"""`opendeep sweep` from the command line: what it refuses, and the commands of the docs."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_models import run_config
+
+import opendeep_jax
+from opendeep_jax.cli.main import main
+from opendeep_jax.config.exits import OK
+from opendeep_jax.jobs import sweep as sweep_module
+from opendeep_jax.jobs.sweep_plan import check, plan_sweep, save
+
+ROOT = Path(opendeep_jax.__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=quickstart"], "varies one setting or more"),
+        (["--sweep.optimizer.learning_rate=1,2"], "--config is missing"),
+        (["--config=quickstart", "--sweep.optimizer.learning_rate", "1,2"], "behind an equals sign"),
+        (["--config=quickstart", "--sweep.optimizer.beta1=1", "--sweep.optimizer.beta1=2"], "given twice"),
+        (["--config=quickstart", "--method=annealing", "--sweep.optimizer.beta1=1"], "grid"),
+        (["--config=quickstart", "--sweep.optimizer.beta=0.9"], "Did you mean"),
+        (["--collect"], "--workdir is missing"),
+        (["--collect", "--workdir=nowhere"], "no sweep can be read there"),
+    ],
+)
+def test_a_wrong_command_line_is_one_paragraph_and_makes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_of_the_docs_ask_for_the_sweeps_that_are_shown(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
+    lines = [line for line in blocks.replace("\\\n", " ").splitlines() if line.startswith("opendeep sweep")]
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_module, "run_sweep", lambda sweep, parallel, target: asked.append(sweep) or OK)
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == OK
+    grid, optuna = asked
+    _, runs = check(grid)
+    assert len(runs) == 12 and "`learning_rate=0.01,experts_per_token=4,seed=0`" in page
+    assert "learning_rate=0.01,experts_per_token=4,seed=0" in {run.name for run in runs}
+    assert optuna.method == "optuna" and all(axis.range for axis in optuna.axes)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("axes", [1]), ("seeds", "x"), ("combinations", 5), ("combinations", [{"a": "b"}]), ("runs", 3)],
+)
+def test_a_damaged_list_of_runs_is_one_paragraph(field, value, tmp_path, capsys):
+    sweep = plan_sweep(
+        tmp_path / "sweep", dataclasses.replace(run_config(), name="small"), {"optimizer.learning_rate": "1e-4,1e-3"}
+    )
+    save(sweep, *check(sweep))
+    spec = json.loads((sweep.directory / "sweep.json").read_text())
+    (sweep.directory / "sweep.json").write_text(json.dumps(spec | {field: value}))
+    assert main(["sweep", f"--workdir={sweep.directory}", "--collect"]) == 2
+    assert "missing or damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_where_nothing_can_be_written_is_one_paragraph(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--config=quickstart", "--sweep.optimizer.beta1=0.9", f"--workdir={tmp_path / 'file'}"]
+    assert main(["sweep", *arguments]) == 2
+    assert "cannot write there (it is a file)" in capsys.readouterr().err
