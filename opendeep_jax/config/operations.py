@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-DRILLS = (
-    r"(nan_gradient|loss_spike|flipped_bit|sigkill|sigstop|sigterm|hang|clock_jump)@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
-)
+DRILLS = r"(nan_gradient|loss_spike|flipped_bit|sigkill|sigstop|sigterm|hang|clock_jump)@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
 """How a fire drill is written: kind@step, kind@first-last, and :process behind it."""
 SpikePolicy = Literal["ignore", "record", "skip", "rollback"]
 Tracker = Literal["wandb", "mlflow", "trackio"]

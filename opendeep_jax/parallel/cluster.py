@@ -56,9 +56,7 @@ def _spelled_out(found_by: str, names: tuple[str, str, str], address: str, count
             "--num_processes=2 --process_id=0, or none."
         )
     if not re.fullmatch(r".+:\d{1,5}", address):
-        raise ConfigError(
-            f"{found_by}: {names[0]} = {address!r} must be host:port of process 0, such as node0:12400."
-        )
+        raise ConfigError(f"{found_by}: {names[0]} = {address!r} must be host:port of process 0, such as node0:12400.")
     if index >= count:
         raise ConfigError(f"{found_by}: {names[2]} = {index} must be from 0 to {names[1]} - 1, which is {count - 1}.")
     return Cluster(found_by, address, count, index)
