@@ -1,6 +1,5 @@
 """`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`"""
 
-import contextlib
 import os
 import sys
 import traceback
@@ -50,8 +49,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _leave(error: BaseException) -> NoReturn:
     """Ends this process of a job without the farewells at exit, which would wait for peers that may be gone."""
-    import jax
-
     from opendeep_jax.cli.main import explained
     from opendeep_jax.parallel.distributed import leave_together
 
@@ -61,6 +58,5 @@ def _leave(error: BaseException) -> NoReturn:
         status = BUG
     sys.stdout.flush()
     sys.stderr.flush()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
-        leave_together()
+    leave_together()
     os._exit(status)

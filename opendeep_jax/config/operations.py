@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-DRILLS = r"(nan_gradient|loss_spike|flipped_bit|sigkill|sigstop|sigterm|hang|clock_jump)@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
+DRILL_KINDS = "nan_gradient loss_spike flipped_bit sigkill sigstop sigterm hang clock_jump".split()
+DRILLS = rf"({'|'.join(DRILL_KINDS)})@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
 """How a fire drill is written: kind@step, kind@first-last, and :process behind it."""
 SpikePolicy = Literal["ignore", "record", "skip", "rollback"]
 Tracker = Literal["wandb", "mlflow", "trackio"]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from opendeep_jax.config.operations import DRILLS
+from opendeep_jax.config.operations import DRILL_KINDS, DRILLS
 from opendeep_jax.config.schedule import micro_batches, padded_rows, total_steps
 
 REMAT_NAMES = (
@@ -386,8 +386,8 @@ def _operations_problems(run: Any) -> Iterator[str]:
     yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
     for drill in faults.drill:
         if not re.fullmatch(DRILLS, drill):
-            kinds = DRILLS[1:].partition(")")[0].replace("|", ", ")
-            yield problem("faults.drill", drill, f"must be kind@step, the kind one of {kinds}", "As in sigkill@20")
+            rule = f"must be kind@step, the kind one of {', '.join(DRILL_KINDS)}"
+            yield problem("faults.drill", drill, rule, "As in sigkill@20")
     if faults.replay_every and run.parallel.stage != 1:
         rule = "replays need parallel.stage = 1"
         yield problem("faults.replay_every", faults.replay_every, rule, "Set it to 0")

@@ -4,7 +4,9 @@ Words go through the key-value store of JAX's coordination service, which proces
 dictionary, so that callers are the same code. Arrays go through collectives, on the main thread alone.
 """
 
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -126,11 +128,18 @@ def wait_for(name: str, timeout: float = _FOREVER) -> str:
 def leave_together(seconds: float = 3.0) -> None:
     """Called last by a process that is about to exit. The first one waits for the others, for so long at most: with it
     goes the coordination service, and JAX aborts whoever still listens to that."""
-    share(f"left/{jax.process_index()}", "")
+
+    def leave() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
+            share(f"left/{jax.process_index()}", "")
+            while is_primary() and len(words("left")) < jax.process_count():
+                time.sleep(0.05)
+
+    # A thread, as the service never answers where process 0 is stopped.
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(seconds)
     if is_primary():
-        end = time.monotonic() + seconds
-        while len(words("left")) < jax.process_count() and time.monotonic() < end:
-            time.sleep(0.05)
         time.sleep(0.3)
 
 

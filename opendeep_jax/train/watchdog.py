@@ -45,10 +45,14 @@ class Watchdog:
         self.workdir, self.faults, self._exit = Path(workdir), faults, exit
         self._doing, self._step, self._since = "start", 0, time.monotonic()
         self._news: dict[int, tuple[str, float]] = {}  # of each peer: its last word, and when it came
-        self._ended, self._told = threading.Event(), 0
+        self._hosts: dict[str, str] = {}
+        self._answered = time.monotonic()  # when the coordination service last did
+        self._ended = threading.Event()
         limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
         self._interval = min(max(min(limits, default=60.0) / 10, 0.1), 5.0)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Of its own, as it waits for ever where the service's machine is stopped.
+        self._talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
         self._farewell: Callable[[], None] = lambda: None
 
     def __enter__(self):
@@ -62,7 +66,10 @@ class Watchdog:
         if process:
             address = distributed.global_state.coordinator_address or ""
             self._farewell = leave_last_words(process, address, host_of(0), str(self._stacks))
+        self._answered = time.monotonic()
         self._thread.start()
+        if jax.process_count() > 1:
+            self._talker.start()
         return self
 
     def __exit__(self, *_):
@@ -103,11 +110,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
-            try:
-                self._tell()
-                missing = self._missing()
-            except jax.errors.JaxRuntimeError:
-                missing = [0] if jax.process_index() else []
+            missing = self._missing()
             if self._doing == "looking for a lost peer":
                 continue
             patience = self.faults.hang_seconds * SLOWER.get(self._doing, 1.0)
@@ -116,23 +119,32 @@ class Watchdog:
             elif patience and time.monotonic() - self._since > patience:
                 self._give_up(self._hang(patience), [])
 
-    def _tell(self) -> None:
-        if jax.process_count() > 1:
-            self._told += 1
-            share(f"beat/{jax.process_index()}", f"{self._told}|{self._step}|{self._doing}")
+    def _talk(self) -> None:
+        """Tells the others what this process does, and hears what they do, until the end."""
+        process, told = jax.process_index(), 0
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
+            while not self._ended.wait(self._interval):
+                told += 1
+                share(f"beat/{process}", f"{told}|{self._step}|{self._doing}")
+                heard = words("beat")
+                if len(self._hosts) < jax.process_count():
+                    self._hosts = words("host")
+                self._answered = now = time.monotonic()
+                for peer in range(jax.process_count()):
+                    word = heard.get(str(peer), "")
+                    if self._news.get(peer, (None, 0))[0] != word:
+                        self._news[peer] = word, now
 
     def _missing(self) -> list[int]:
         """Processes that were not heard of for too long."""
         if jax.process_count() == 1 or not self.faults.peer_seconds:
             return []
-        now, heard = time.monotonic(), words("beat")
-        for peer in range(jax.process_count()):
-            word = heard.get(str(peer), "")
-            if self._news.get(peer, (None, 0))[0] != word:
-                self._news[peer] = word, now
+        now = time.monotonic()
+        if jax.process_index() and now - self._answered > self.faults.peer_seconds:
+            return [0]  # which answers for all; of the others nothing is known
         return [
             peer
-            for peer, (_, at) in self._news.items()
+            for peer, (_, at) in list(self._news.items())
             if peer != jax.process_index() and now - at > self.faults.peer_seconds
         ]
 
@@ -158,10 +170,7 @@ class Watchdog:
         )
 
     def _host(self, peer: int) -> str:
-        try:
-            return host_of(peer)
-        except jax.errors.JaxRuntimeError:
-            return "the first host"
+        return self._hosts.get(str(peer), "an unknown host")
 
     def _give_up(self, text: str, missing: list[int]) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
