@@ -1,6 +1,5 @@
 """Several processes on this machine as one job: started, listened to, started again together, ended together."""
 
-import ctypes
 import os
 import shutil
 import signal
@@ -14,13 +13,13 @@ from typing import IO
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import BUG, INTERRUPTED, MEND, OK, RESUME, STOPPED
+from opendeep_jax.jobs.child import child_command
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 30.0
 """From SIGTERM to SIGKILL, for processes that outstay the others."""
 PAUSE_SECONDS = 1.0
 """Before all are started again."""
-PDEATHSIG = 1
 
 
 def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:
@@ -129,17 +128,6 @@ def _wait(children: Sequence[subprocess.Popen], patience: float) -> None:
 def _start(
     command: Sequence[str], index: int, count: int, address: str, environment: Mapping[str, str], cores: set[int]
 ) -> subprocess.Popen:
-    parent, libc = os.getpid(), ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def before_command() -> None:
-        if libc is None:
-            return
-        libc.prctl(PDEATHSIG, signal.SIGTERM)  # stays over exec
-        if cores:
-            os.sched_setaffinity(0, cores)
-        if os.getppid() != parent:  # which died before prctl was there to notice
-            os.kill(os.getpid(), signal.SIGTERM)
-
     own = {
         "OPENDEEP_COORDINATOR_ADDRESS": address,
         "OPENDEEP_NUM_PROCESSES": str(count),
@@ -149,13 +137,12 @@ def _start(
     output = subprocess.PIPE if index else None
     # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
     return subprocess.Popen(
-        list(command),
+        child_command(command, signal.SIGTERM, cores),
         env={**os.environ, **environment, **own},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if index else None,
         start_new_session=True,
-        preexec_fn=before_command,
     )
 
 

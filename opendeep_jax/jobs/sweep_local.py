@@ -5,7 +5,6 @@ on from its checkpoint the next time.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.jobs.child import child_command
 from opendeep_jax.jobs.sweep_plan import RECIPE, Run, Sweep
 from opendeep_jax.jobs.sweep_progress import SweepProgress
 from opendeep_jax.jobs.sweep_results import read_result
@@ -30,7 +30,6 @@ LOCK_SECONDS = 30.0
 POLL_SECONDS = 0.1
 LAST_LINES = 12
 """Of a failed run's output that are kept as its reason."""
-PDEATHSIG = 1
 
 Command = Callable[[Run], list[str]]
 
@@ -130,32 +129,15 @@ class _Child:
         self.run.beside(".failed").unlink(missing_ok=True)
         log = self.run.beside(".log")
         self.begins = log.stat().st_size if log.exists() else 0
-        parent, cpus, environment = (
-            os.getpid(),
-            _share(self.slot, self.parallel),
-            _environment(self.slot, self.parallel),
-        )
-
-        library = ctypes.CDLL(None)
-
-        def before_start():  # in the child
-            if sys.platform == "linux":
-                library.prctl(PDEATHSIG, signal.SIGKILL)
-                if cpus:
-                    os.sched_setaffinity(0, cpus)
-                if os.getppid() != parent:
-                    os._exit(INTERRUPTED)
-
         with open(log, "ab") as output:
             # A session of its own: a terminal's Ctrl-C reaches the sweep alone, which hands it on once.
             self.process = subprocess.Popen(
-                self.command,
+                child_command(self.command, signal.SIGKILL, _share(self.slot, self.parallel)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=_environment(self.slot, self.parallel),
                 start_new_session=True,
-                preexec_fn=before_start,
             )
 
     def signal(self, number: int) -> None:

@@ -278,6 +278,7 @@ def _on_a_terminal(arguments, act):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), seen.decode("utf-8", "replace")
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's own, and the child becomes another program
 @pytest.mark.parametrize("how", ["q", "ctrl-c"])
 def test_the_live_watch_ends_cleanly(tmp_path, how):
     write_run(tmp_path)
