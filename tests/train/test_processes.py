@@ -133,7 +133,7 @@ def test_a_lost_peer_is_named_in_bounded_time(drill, missing, recipe, alone, tmp
     assert status in (75, -6), said[-3000:]  # JAX aborts where process 0 is gone
     assert f"process {missing} on " in said and "start the same command again" in said, said[-3000:]
     stacks = list((tmp_path / "run" / "stacks").iterdir())
-    assert any("train_steps" in path.read_text() for path in stacks)
+    assert any("loop.py" in path.read_text() for path in stacks)
 
 
 def test_what_process_0_refuses_all_refuse_and_it_is_said_once(recipe, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from jaxprs import shapes_in
 from small_models import DENSE, GQA, V3, packed_batch, random_arrays, run_config
 
+from opendeep_jax.config.schedule import Stage
 from opendeep_jax.config.schema import (
     ExecutionConfig,
     MTPConfig,
@@ -117,7 +118,7 @@ def test_a_stage_of_the_ramp_is_cut_into_its_own_micro_batches():
         state = abstract_state(config, optimizer, bones, mesh)
         step = make_train_step(config, bones, optimizer)
         for rows, micros in ((8, 2), (12, 4), (16, 4)):
-            shapes = set(shapes_in(jax.make_jaxpr(step)(state, abstract_batch((rows, 16), mesh))))
+            shapes = set(shapes_in(jax.make_jaxpr(step)(state, abstract_batch(config, Stage(0, 0, 1, rows, 16), mesh))))
             assert (micros, rows // micros, 16) in shapes
 
 
