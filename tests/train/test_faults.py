@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from processes import tiny_config, write_recipe
-from small_checkpoints import biggest, flip
 
 from opendeep_jax.cli.main import main
 from opendeep_jax.config import exits
@@ -77,7 +76,9 @@ def drilled(recipe) -> Run:
         for _ in range(2):
             run.train("flipped_bit@18", "sigterm@22", "clock_jump@15", *SPIKE)
             if len(run.statuses) == 1:
-                flip(biggest(checkpoint_path(run.workdir, 22) / "optimizer"))
+                for file in (checkpoint_path(run.workdir, 22) / "optimizer").rglob("*"):
+                    if file.is_file():  # not one byte of one file, which may be one that nobody reads
+                        file.write_bytes(bytes(file.stat().st_size))
     finally:
         time.time = clock
     return run
