@@ -168,7 +168,7 @@ def deviating_devices(tree: Any) -> list[tuple[str, int, int]]:
     arrays = named_leaves(tree)
     meshes = defaultdict(dict)
     for name, array in arrays.items():
-        if isinstance(array.sharding, NamedSharding) and array.sharding.mesh.size > 1:
+        if isinstance(array.sharding, NamedSharding) and copies_of(array) > 1:
             meshes[array.sharding.mesh][name] = array
     found = []
     for mesh, parts in meshes.items():
@@ -178,6 +178,12 @@ def deviating_devices(tree: Any) -> list[tuple[str, int, int]]:
             found += _deviating(name, array, list(mesh.devices.flat), [_text(pair) for pair in lanes[:, column]])
     order = list(arrays)
     return sorted(found, key=lambda one: (order.index(one[0]), one[1]))
+
+
+def copies_of(array: jax.Array) -> int:
+    """How many devices hold each part of an array."""
+    indices = array.sharding.devices_indices_map(array.shape)
+    return len(indices) // len({str(index) for index in indices.values()})
 
 
 def _deviating(name: str, array: jax.Array, devices: list, texts: list[str]) -> Iterator[tuple[str, int, int]]:

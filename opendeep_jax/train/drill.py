@@ -24,6 +24,7 @@ import numpy as np
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.operations import DRILLS
 from opendeep_jax.data.batch import Batch
+from opendeep_jax.train.digests import copies_of
 from opendeep_jax.train.state import TrainState
 
 STRUCK = "drills"
@@ -74,7 +75,7 @@ def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state: TrainSt
     """
     for drill in drills(texts):
         if drill.kind == "flipped_bit" and drill.first == step and _strikes(workdir, drill):
-            copied = {name: weight for name, weight in state.params.items() if _copies(weight) > 1}
+            copied = {name: weight for name, weight in state.params.items() if copies_of(weight) > 1}
             if not copied:
                 raise ConfigError(
                     f"faults.drill = {drill.text}: no device has a copy of another one's weights here, so nobody could "
@@ -111,11 +112,6 @@ def _strikes(workdir: Path, drill: Drill) -> bool:
 
 def _hour_ago(clock: Callable[[], float]) -> float:
     return clock() - 3600.0
-
-
-def _copies(weight: jax.Array) -> int:
-    indices = weight.sharding.devices_indices_map(weight.shape)
-    return len(indices) // len({str(index) for index in indices.values()})
 
 
 def _flipped(weight: jax.Array, drill: Drill) -> jax.Array:
