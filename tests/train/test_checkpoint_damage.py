@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_checkpoints import abstract, biggest, files_of, flip, save, state_at
+from small_checkpoints import abstract, files_of, flip, payload, save, state_at
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig
@@ -56,13 +56,13 @@ def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path):
 @pytest.mark.parametrize("item", ["model", "optimizer", "digests"])
 def test_the_newest_sound_checkpoint_is_taken_and_the_damaged_one_set_aside(harm, item, tmp_path):
     save(tmp_path, 2, 4)
-    file = biggest(tmp_path / "checkpoints" / "4" / item)
-    if harm == "remove":
-        file.unlink()
-    elif harm == "flip":
-        flip(file)
-    else:
-        os.truncate(file, file.stat().st_size // 2 if harm == "truncate" else 0)
+    for file in payload(tmp_path / "checkpoints" / "4" / item):
+        if harm == "remove":
+            file.unlink()
+        elif harm == "flip":
+            flip(file)
+        else:
+            os.truncate(file, file.stat().st_size // 2 if harm == "truncate" else 0)
     state, notes = restore(tmp_path)
     check_is(state, 2)
     (note,) = notes
@@ -179,7 +179,8 @@ def test_the_local_tier_is_newer_and_the_durable_one_outlives_it(tmp_path):
         assert checkpoints.steps() == [2, 5]
     check_is(restore(tmp_path / "run", **tiers)[0], 5)
     (local,) = (tmp_path / "fast").glob("*/process_0/checkpoints/5")
-    flip(biggest(local / "optimizer"))
+    for file in payload(local / "optimizer"):
+        flip(file)
     state, (note,) = restore(tmp_path / "run", **tiers)
     check_is(state, 2)
     assert "step 5" in note and "process_0/unsound" in note

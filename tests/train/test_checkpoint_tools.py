@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_checkpoints import biggest, flip, save, state_at
+from small_checkpoints import flip, payload, save, state_at
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
@@ -33,8 +33,8 @@ def test_a_whole_checkpoint_is_verified_byte_by_byte(tmp_path):
 @pytest.mark.parametrize("harm", ["flip", "remove"])
 def test_damage_is_found_without_a_device(item, harm, tmp_path):
     save(tmp_path, 2)
-    file = biggest(tmp_path / "checkpoints" / "2" / item)
-    flip(file) if harm == "flip" else file.unlink()
+    for file in payload(tmp_path / "checkpoints" / "2" / item):
+        flip(file) if harm == "flip" else file.unlink()
     with pytest.raises(Unsound):
         verify(checkpoint_path(tmp_path))
 
@@ -78,7 +78,8 @@ def test_pruning_keeps_what_the_policy_says_and_always_the_newest(tmp_path):
 
 def test_nothing_is_pruned_while_the_newest_is_not_sound(tmp_path):
     save(tmp_path, 1, 2, 3)
-    flip(biggest(tmp_path / "checkpoints" / "3" / "model"))
+    for file in payload(tmp_path / "checkpoints" / "3" / "model"):
+        flip(file)
     with pytest.raises(ConfigError, match="3: is the newest checkpoint, and not sound.*Nothing was deleted"):
         prune(tmp_path, CheckpointConfig(keep=1))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
