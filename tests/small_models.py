@@ -20,6 +20,7 @@ from opendeep_jax.config.schema import (
     MoEConfig,
     MTPConfig,
     OptimizerConfig,
+    RopeConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -72,6 +73,63 @@ GQA = dataclasses.replace(
 )
 DENSE = dataclasses.replace(GQA, moe=MoEConfig(), tie_embeddings=True)
 FAMILIES = {"v3": V3, "v2": V2, "gqa": GQA, "dense": DENSE}
+GEMMA = dataclasses.replace(
+    DENSE,
+    norm="rms_zero_centered",
+    norm_placement="both",
+    activation="gelu_tanh",
+    embedding_scale=4.0,
+    logit_softcap=3.0,
+    attention=dataclasses.replace(
+        DENSE.attention,
+        qk_norm="head",
+        query_scale=0.7,
+        logit_softcap=2.0,
+        window=5,
+        sliding_layers=(0, 2),
+        sliding_rope_theta=100.0,
+        rope=RopeConfig(interleaved=False, linear_factor=8.0),
+    ),
+)
+"""Gemma's ways: norms on both sides and around 1, windows with their own rotation, soft caps."""
+
+GPT_OSS = dataclasses.replace(
+    GQA,
+    num_dense_layers=0,
+    activation="clamped_swiglu",
+    swiglu_limit=0.5,
+    attention=dataclasses.replace(
+        GQA.attention, qkv_bias=True, out_bias=True, sinks=True, window=6, sliding_layers=(0, 2)
+    ),
+    moe=MoEConfig(
+        num_experts=8,
+        experts_per_token=3,
+        num_shared_experts=0,
+        expert_size=8,
+        scoring="softmax",
+        use_router_bias=False,
+        router_linear_bias=True,
+        expert_bias=True,
+        balance_loss_weight=1e-2,
+    ),
+)
+"""gpt-oss's: biases, sinks, every other layer with a window, a clamped SwiGLU."""
+
+OLMO = dataclasses.replace(
+    DENSE,
+    tie_embeddings=False,
+    norm_placement="post",
+    attention=dataclasses.replace(DENSE.attention, qk_norm="all_heads", window=4, sliding_layers=(1,)),
+)
+NEMOTRON = dataclasses.replace(
+    DENSE,
+    norm="layer_zero_centered",
+    activation="relu2",
+    gated_mlp=False,
+    attention=dataclasses.replace(DENSE.attention, rotary_dim=2),
+)
+OTHERS = {"gemma": GEMMA, "gpt-oss": GPT_OSS, "olmo": OLMO, "nemotron": NEMOTRON}
+"""What other families than DeepSeek's need of the decoder."""
 
 
 def run_config(model: ModelConfig = V3, length: int = 16, batch_size: int = 8, **changes) -> RunConfig:

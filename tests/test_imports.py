@@ -19,7 +19,7 @@ ORDER = [
     {"data", "generation", "interop"},
     {"train"},
     {"plan", "posttrain", "evaluation", "openness"},
-    {"jobs"},
+    {"jobs", "serving"},
     {"cli"},
 ]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

@@ -41,6 +41,7 @@ def fused_cross_entropy(
     z_loss_weight: float = 0.0,
     chunk: int = 1024,
     implementation: Implementation | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "T"]]:
     """Sums `-log softmax(hidden @ head)[target] + z_loss_weight * logsumexp²` over the tokens in `mask`, in nats.
 
@@ -51,16 +52,17 @@ def fused_cross_entropy(
         z_loss_weight: of the squared log-sum-exp (PaLM).
         chunk: most tokens whose logits exist at a time; read by `chunks` alone.
         implementation: a name in IMPLEMENTATIONS; None takes the first that the platform has.
+        softcap: c of `c tanh(logit / c)`, Gemma 2's bound of the logits; 0 leaves them as they are.
     Returns:
         The float32 sum (divide by the global count of targets for a mean), and each token's cross-entropy without the
         z-loss, float32, 0 outside the mask; only the first carries a gradient, for hidden and head.
     Raises:
         ValueError: for an implementation of another name, or a chunk below 1.
-        NotImplementedError: for a named implementation that this platform lacks.
+        NotImplementedError: for a named implementation that this platform lacks, or that has no soft cap.
     """
     if chunk < 1:
         raise ValueError(f"fused_cross_entropy: chunk = {chunk}: must be at least 1 token.")
     loss = choose("cross_entropy", IMPLEMENTATIONS, implementation)
     targets = jnp.where(mask, targets, 0)
-    total, each = loss(hidden, head, targets, mask, z_loss_weight, chunk)
+    total, each = loss(hidden, head, targets, mask, z_loss_weight, chunk, softcap)
     return total, lax.stop_gradient(each)

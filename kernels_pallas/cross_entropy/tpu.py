@@ -18,8 +18,14 @@ COLUMNS = (640, 512, 384, 256, 128)
 """Sizes that a tile of the vocabulary may have."""
 
 
-def loss(hidden, head, targets, mask, z_loss_weight, chunk, interpret=False):
-    """See `api.fused_cross_entropy`; `chunk` is not read."""
+def loss(hidden, head, targets, mask, z_loss_weight, chunk, softcap=0.0, interpret=False):
+    """See `api.fused_cross_entropy`; `chunk` is not read.
+
+    Raises:
+        NotImplementedError: for a soft cap.
+    """
+    if softcap:
+        raise NotImplementedError("cross_entropy: mosaic_tpu has no soft cap of the logits: choose chunks.")
     total, each = _loss(z_loss_weight, interpret, hidden, head, targets, mask)
     return total, each
 

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from opendeep_jax.config import rules
+from opendeep_jax.config import model_rules, rules
+from opendeep_jax.config.sentences import problem
 
 _deferred = contextvars.ContextVar("deferred", default=False)
 
@@ -36,13 +37,13 @@ def deferred() -> Iterator[None]:
 def check_model(model: Any) -> None:
     """Raises ConfigError for a `ModelConfig` with wrong types, or sizes that contradict each other."""
     if not _deferred.get():
-        _raise_any(list(type_problems("model", model)) or list(rules.model_problems(model)))
+        _raise_any(list(type_problems("model", model)) or list(model_rules.model_problems(model)))
 
 
 def check_run(run: Any) -> None:
     """Raises ConfigError for a `RunConfig` with wrong types, or parts that contradict each other, the model's too."""
     if not _deferred.get():
-        _raise_any(list(type_problems("", run)) or [*rules.model_problems(run.model), *rules.run_problems(run)])
+        _raise_any(list(type_problems("", run)) or [*model_rules.model_problems(run.model), *rules.run_problems(run)])
 
 
 def check_devices(run: Any, device_count: int) -> None:
@@ -90,7 +91,7 @@ def _value_problems(name: str, annotation: Any, value: Any) -> Iterator[str]:
             yield from _value_problems(f"{name}.{index}", get_args(annotation)[0], element)
     elif not _fits(annotation, value):
         given = "" if type(value) in (annotation, str) else f", not {type(value).__name__}"
-        yield rules.problem(name, value, f"must be {expected(annotation)}{given}", "")
+        yield problem(name, value, f"must be {expected(annotation)}{given}", "")
 
 
 def _fits(annotation: Any, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the fields of a configuration must satisfy, alone and together: generators of sentences about what does not.
+"""What the fields of a run's configuration must satisfy, alone and together: generators of sentences about the rest.
 
 A sentence is `field = value: rule. cure.` The rules assume that every value is of its annotated type (`checks.py`
 looks at that first). Standard library only.
@@ -11,25 +11,7 @@ from typing import Any
 
 from opendeep_jax.config.operations import DRILL_KINDS, DRILLS
 from opendeep_jax.config.schedule import micro_batches, padded_rows, total_steps
-
-REMAT_NAMES = (
-    "q_latent",
-    "kv_latent",
-    "query",
-    "key_value",
-    "attention_output",
-    "residual",
-    "router_logits",
-    "routing",
-    "mlp_gate",
-    "mlp_up",
-    "expert_gate",
-    "expert_up",
-)
-"""Activations that the blocks name, and that `model.remat.names` may list."""
-
-OFFLOAD_NAMES = (*REMAT_NAMES, "block_input")
-"""Activations that `model.remat.offload` may list."""
+from opendeep_jax.config.sentences import above_zero, at_least, fraction, problem
 
 BYTE_VOCABULARY = 256 + 6
 """Bytes and the special tokens: the vocabulary of the `bytes` tokenizer."""
@@ -47,144 +29,6 @@ LENGTH_AXES = ("context", "tensor")
 """Mesh axes that a row is divided over."""
 
 
-def problem(name: str, value: Any, rule: str, cure: str) -> str:
-    """The sentence that tells the user what is wrong with one field; `cure` may be empty."""
-    return f"{name} = {value!r}: {rule}." + (f" {cure}." if cure else "")
-
-
-def _at_least(minimum: float, name: str, config: Any, *fields: str) -> Iterator[str]:
-    """Problems of the fields below `minimum`; fields inside `config` are named relative to `name`."""
-    for field in fields:
-        if getattr(config, field) < minimum:
-            yield problem(f"{name}.{field}", getattr(config, field), f"must be at least {minimum}", "")
-
-
-def _above_zero(name: str, config: Any, *fields: str) -> Iterator[str]:
-    for field in fields:
-        if not getattr(config, field) > 0:
-            yield problem(f"{name}.{field}", getattr(config, field), "must be greater than 0", "")
-
-
-def _fraction(name: str, config: Any, *fields: str, below_one: bool = False) -> Iterator[str]:
-    for field in fields:
-        value = getattr(config, field)
-        if not 0 <= value <= 1 or (below_one and value == 1):
-            yield problem(f"{name}.{field}", value, "must be from 0 to " + ("below 1" if below_one else "1"), "")
-
-
-def model_problems(model: Any) -> Iterator[str]:
-    """Yields a sentence for each rule that a `ModelConfig` breaks."""
-    yield from _at_least(1, "model", model, "vocab_size", "hidden_size", "num_layers")
-    yield from _at_least(0, "model", model, "num_dense_layers")
-    yield from _above_zero("model", model, "norm_epsilon", "init_std")
-    if model.num_dense_layers > model.num_layers:
-        yield problem(
-            "model.num_dense_layers",
-            model.num_dense_layers,
-            f"cannot exceed model.num_layers, which is {model.num_layers}",
-            "Lower it or add layers",
-        )
-    if model.num_leading_dense_layers > 0:
-        yield from _at_least(1, "model", model, "mlp_size")
-    yield from _execution_problems(model.execution)
-    yield from _attention_problems(model.attention)
-    yield from _at_least(0, "model.moe", model.moe, "num_experts")
-    if model.moe.num_experts > 0:
-        yield from _moe_problems(model.moe)
-    yield from _at_least(0, "model.mtp", model.mtp, "depth", "loss_weight", "final_loss_weight", "final_from_tokens")
-    for name in model.remat.names:
-        if name not in REMAT_NAMES:
-            yield problem("model.remat.names", name, "names no activation", f"Known names: {', '.join(REMAT_NAMES)}")
-    for name in model.remat.offload:
-        if name not in OFFLOAD_NAMES:
-            known = ", ".join(OFFLOAD_NAMES)
-            yield problem("model.remat.offload", name, "names no activation", f"Known names: {known}")
-
-
-def _execution_problems(execution: Any) -> Iterator[str]:
-    where = "model.execution"
-    yield from _at_least(1, where, execution, "batch_parts")
-    yield from _above_zero(where, execution, "exchange_buffer")
-
-
-def _attention_problems(attention: Any) -> Iterator[str]:
-    where = "model.attention"
-    yield from _at_least(1, where, attention, "num_heads")
-    if attention.kind == "mla":
-        yield from _at_least(0, where, attention, "q_lora_rank")
-        yield from _at_least(1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        rotated = "qk_rope_head_dim"
-    else:
-        yield from _at_least(1, where, attention, "num_kv_heads", "head_dim")
-        rotated = "head_dim"
-        if attention.num_kv_heads > 0 and attention.num_heads % attention.num_kv_heads:
-            yield problem(
-                f"{where}.num_heads",
-                attention.num_heads,
-                f"must be a multiple of num_kv_heads, which is {attention.num_kv_heads}",
-                f"Set num_kv_heads to a divisor of {attention.num_heads}, or num_heads to "
-                f"{math.ceil(attention.num_heads / attention.num_kv_heads) * attention.num_kv_heads}",
-            )
-    size = getattr(attention, rotated)
-    if size % 2:
-        yield problem(f"{where}.{rotated}", size, "must be even, as RoPE rotates pairs", f"Use {size + 1}")
-    rope = attention.rope
-    yield from _above_zero(f"{where}.rope", rope, "theta", "yarn_beta_fast", "yarn_beta_slow")
-    yield from _at_least(1, f"{where}.rope", rope, "yarn_factor", "yarn_original_length")
-    yield from _at_least(0, f"{where}.rope", rope, "yarn_mscale", "yarn_mscale_all_dim")
-    if rope.yarn_beta_fast <= rope.yarn_beta_slow:
-        yield problem(
-            f"{where}.rope.yarn_beta_fast",
-            rope.yarn_beta_fast,
-            f"must exceed yarn_beta_slow, which is {rope.yarn_beta_slow}",
-            "The usual values are 32 and 1",
-        )
-
-
-def _moe_problems(moe: Any) -> Iterator[str]:
-    where = "model.moe"
-    counts = ("experts_per_token", "expert_size", "num_groups", "groups_per_token")
-    yield from _at_least(1, where, moe, *counts)
-    yield from _at_least(0, where, moe, "num_shared_experts", "bias_update_speed", "bias_update_until_tokens")
-    yield from _at_least(0, where, moe, "balance_loss_weight")
-    yield from _above_zero(where, moe, "routed_scaling_factor")
-    if min(getattr(moe, field) for field in counts) < 1:
-        return  # the rules below divide by these
-    if moe.num_experts % moe.num_groups:
-        yield problem(
-            f"{where}.num_experts",
-            moe.num_experts,
-            f"must be a multiple of num_groups, which is {moe.num_groups}",
-            f"Use {math.ceil(moe.num_experts / moe.num_groups) * moe.num_groups} experts, or a number of groups "
-            f"that divides {moe.num_experts}",
-        )
-        return
-    if moe.groups_per_token > moe.num_groups:
-        yield problem(
-            f"{where}.groups_per_token",
-            moe.groups_per_token,
-            f"cannot exceed num_groups, which is {moe.num_groups}",
-            "Keep fewer groups",
-        )
-        return
-    group_size = moe.num_experts // moe.num_groups
-    if moe.experts_per_token > group_size * moe.groups_per_token:
-        yield problem(
-            f"{where}.experts_per_token",
-            moe.experts_per_token,
-            f"cannot exceed the {group_size * moe.groups_per_token} experts that the {moe.groups_per_token} kept of "
-            f"{moe.num_groups} groups hold ({group_size} each)",
-            "Choose fewer experts per token, or raise groups_per_token or num_experts",
-        )
-    if moe.group_score == "top2_sum" and moe.num_groups > 1 and group_size < 2:
-        yield problem(
-            f"{where}.group_score",
-            moe.group_score,
-            f"needs at least 2 experts in a group, and {moe.num_experts} experts in {moe.num_groups} groups give 1",
-            "Use fewer groups, or group_score='max'",
-        )
-
-
 def run_problems(run: Any) -> Iterator[str]:
     """Yields a sentence for each rule that a `RunConfig` breaks, its model's own rules left out."""
     if not run.name.strip():
@@ -194,8 +38,8 @@ def run_problems(run: Any) -> Iterator[str]:
     yield from _data_problems(run)
     yield from _optimizer_problems(run)
     yield from _train_problems(run)
-    yield from _at_least(0, "evaluation", run.evaluation, "every", "final_batches", "batch_size")
-    yield from _at_least(1, "evaluation", run.evaluation, "batches")
+    yield from at_least(0, "evaluation", run.evaluation, "every", "final_batches", "batch_size")
+    yield from at_least(1, "evaluation", run.evaluation, "batches")
     yield from _operations_problems(run)
     yield from _parallel_problems(run)
 
@@ -207,8 +51,8 @@ def _data_problems(run: Any) -> Iterator[str]:
     names = [source.name for source in data.sources]
     for index, source in enumerate(data.sources):
         where = f"data.sources.{index}"
-        yield from _at_least(0, where, source, "weight")
-        yield from _above_zero(where, source, "epochs")
+        yield from at_least(0, where, source, "weight")
+        yield from above_zero(where, source, "epochs")
         if not source.name.strip() or source.name in names[:index]:
             yield problem(f"{where}.name", source.name, "must not be empty or shared by two sources", "Rename it")
         for rule in source.keep:
@@ -224,9 +68,9 @@ def _data_problems(run: Any) -> Iterator[str]:
                 "Give a file, directory or glob",
             )
     yield from _tokenizer_problems(data.tokenizer, run.model.vocab_size)
-    yield from _fraction("data", data, "held_out_fraction", below_one=True)
-    yield from _fraction("data", data, "fim_rate")
-    yield from _at_least(0, "data", data, "workers")
+    yield from fraction("data", data, "held_out_fraction", below_one=True)
+    yield from fraction("data", data, "fim_rate")
+    yield from at_least(0, "data", data, "workers")
     lengths = [("data.sequence_length", data.sequence_length)]
     lengths += [(f"data.phases.{i}.sequence_length", p.sequence_length) for i, p in enumerate(data.phases)]
     for name, length in lengths:
@@ -247,8 +91,8 @@ def _data_problems(run: Any) -> Iterator[str]:
 def _curation_problems(curation: Any) -> Iterator[str]:
     where = "data.curation"
     counts = ("minhash_ngram", "minhash_buckets", "minhash_hashes_per_bucket", "evaluation_ngram")
-    yield from _at_least(1, where, curation, *counts)
-    yield from _fraction(where, curation, "language_threshold")
+    yield from at_least(1, where, curation, *counts)
+    yield from fraction(where, curation, "language_threshold")
     if curation.languages and not curation.language_model:
         yield problem(
             f"{where}.languages",
@@ -262,7 +106,7 @@ def _phase_problems(run: Any) -> Iterator[str]:
     phases, sources = run.data.phases, run.data.sources
     for index, phase in enumerate(phases):
         where, last = f"data.phases.{index}", index == len(phases) - 1
-        yield from _at_least(0, where, phase, "tokens", "sequence_length", "batch_size")
+        yield from at_least(0, where, phase, "tokens", "sequence_length", "batch_size")
         if not phase.name.strip() or phase.name in [other.name for other in phases[:index]]:
             yield problem(f"{where}.name", phase.name, "must not be empty or shared by two phases", "Rename it")
         if (phase.tokens == 0) != last:
@@ -316,17 +160,17 @@ def _tokenizer_problems(tokenizer: str, vocab_size: int) -> Iterator[str]:
 
 def _optimizer_problems(run: Any) -> Iterator[str]:
     optimizer, where = run.optimizer, "optimizer"
-    yield from _above_zero(where, optimizer, "learning_rate", "epsilon")
-    yield from _at_least(0, where, optimizer, "warmup_steps", "weight_decay", "clip_norm")
-    yield from _at_least(1, where, optimizer, "muon_steps")
-    yield from _fraction(where, optimizer, "decay_fraction", "final_fraction")
-    yield from _fraction(where, optimizer, "beta1", "beta2", "muon_momentum", below_one=True)
+    yield from above_zero(where, optimizer, "learning_rate", "epsilon")
+    yield from at_least(0, where, optimizer, "warmup_steps", "weight_decay", "clip_norm")
+    yield from at_least(1, where, optimizer, "muon_steps")
+    yield from fraction(where, optimizer, "decay_fraction", "final_fraction")
+    yield from fraction(where, optimizer, "beta1", "beta2", "muon_momentum", below_one=True)
     if optimizer.schedule == "phases" and not optimizer.phases:
         yield problem(
             "optimizer.schedule", "phases", "needs optimizer.phases, which is empty", "List phases in the recipe"
         )
     for index, phase in enumerate(optimizer.phases):
-        yield from _at_least(0, f"optimizer.phases.{index}", phase, "to", "tokens")
+        yield from at_least(0, f"optimizer.phases.{index}", phase, "to", "tokens")
         endless = phase.shape == "constant" and index == len(optimizer.phases) - 1
         if phase.tokens == 0 and not endless:
             yield problem(
@@ -336,10 +180,10 @@ def _optimizer_problems(run: Any) -> Iterator[str]:
 
 def _train_problems(run: Any) -> Iterator[str]:
     train, where = run.train, "train"
-    yield from _at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every", "working_memory_gb")
-    yield from _at_least(0, where, train, "rows_per_device")
-    yield from _at_least(1, where, train, "batch_size", "accumulation_steps", "loss_chunk", "log_every")
-    yield from _at_least(1, where, train, "sample_tokens")
+    yield from at_least(0, where, train, "steps", "total_tokens", "z_loss_weight", "sample_every", "working_memory_gb")
+    yield from at_least(0, where, train, "rows_per_device")
+    yield from at_least(1, where, train, "batch_size", "accumulation_steps", "loss_chunk", "log_every")
+    yield from at_least(1, where, train, "sample_tokens")
     if (train.steps > 0) == (train.total_tokens > 0):
         both = "both are set" if train.steps else "neither is"
         yield problem(
@@ -358,8 +202,8 @@ def _train_problems(run: Any) -> Iterator[str]:
                 f"Use at most {steps}, or train longer",
             )
     for index, stage in enumerate(train.batch_ramp):
-        yield from _at_least(1, f"train.batch_ramp.{index}", stage, "batch_size", "tokens")
-        yield from _at_least(0, f"train.batch_ramp.{index}", stage, "accumulation_steps")
+        yield from at_least(1, f"train.batch_ramp.{index}", stage, "batch_size", "tokens")
+        yield from at_least(0, f"train.batch_ramp.{index}", stage, "accumulation_steps")
     for name, rows, micros in _batches(run):
         if micros > 0 and rows % micros and not train.rows_per_device:
             yield problem(
@@ -378,12 +222,12 @@ def _train_problems(run: Any) -> Iterator[str]:
 
 def _operations_problems(run: Any) -> Iterator[str]:
     saving, faults = run.checkpoint, run.faults
-    yield from _at_least(0, "checkpoint", saving, "every", "keep", "keep_every", "keep_best", "local_every")
-    yield from _at_least(0, "faults", faults, "rollback_after", "check_replicas_every", "replay_every")
-    yield from _at_least(0, "faults", faults, "hang_seconds", "peer_seconds")
-    yield from _at_least(1, "faults", faults, "max_rollbacks")
-    yield from _above_zero("faults", faults, "spike_zscore")
-    yield from _at_least(0, "hardware", run.hardware, "peak_tflops")
+    yield from at_least(0, "checkpoint", saving, "every", "keep", "keep_every", "keep_best", "local_every")
+    yield from at_least(0, "faults", faults, "rollback_after", "check_replicas_every", "replay_every")
+    yield from at_least(0, "faults", faults, "hang_seconds", "peer_seconds")
+    yield from at_least(1, "faults", faults, "max_rollbacks")
+    yield from above_zero("faults", faults, "spike_zscore")
+    yield from at_least(0, "hardware", run.hardware, "peak_tflops")
     for drill in faults.drill:
         if not re.fullmatch(DRILLS, drill):
             rule = f"must be kind@step, the kind one of {', '.join(DRILL_KINDS)}"
@@ -409,7 +253,7 @@ def _parallel_problems(run: Any) -> Iterator[str]:
         yield problem(
             f"parallel.{free[0]}", -1, f"only one axis can be -1, and {', '.join(free)} are", "Fix all but one"
         )
-    yield from _at_least(1, "parallel", run.parallel, "stage_chunks")
+    yield from at_least(1, "parallel", run.parallel, "stage_chunks")
     if len(free) < 2 and all(size > 0 or size == -1 for size in sizes.values()):
         yield from mesh_problems(run, sizes)
 
@@ -430,11 +274,19 @@ def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
             f"the model has {layers} layers that can be divided, fewer than {stages} stages x {chunks} chunks",
             "Use fewer stages or chunks",
         )
+    if stages > 1 and model.attention.sliding_layers:
+        yield problem(
+            "parallel.stage", stages, "a pipeline's layers must be alike, and some of these slide", "Set it to 1"
+        )
 
 
 def _width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
     attention, moe = model.attention, model.moe
     divided = [("tensor", "model.attention.num_heads", attention.num_heads)]
+    if attention.qk_norm == "all_heads" and sizes["tensor"] > 1:
+        yield problem(
+            "parallel.tensor", sizes["tensor"], "qk_norm='all_heads' needs all heads on a device", "Set it to 1"
+        )
     if attention.kind == "gqa":
         divided.append(("tensor", "model.attention.num_kv_heads", attention.num_kv_heads))
     if model.num_leading_dense_layers:

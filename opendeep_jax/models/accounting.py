@@ -33,24 +33,43 @@ def attention_matmul_parameters(config: ModelConfig) -> int:
 def _block_parameters(config: ModelConfig, is_moe: bool, experts: int) -> int:
     """One block's parameters with so many routed experts counted."""
     a, moe, D = config.attention, config.moe, config.hidden_size
-    norms = 2 * D + (a.kv_lora_rank + a.q_lora_rank if a.kind == "mla" else 0)
+    norms = (4 if config.norm_placement == "both" else 2) * _norm_parameters(config, D)
+    norms += a.kv_lora_rank + a.q_lora_rank if a.kind == "mla" else _gqa_vectors(config)
+    projections = 3 if config.gated_mlp else 2
     if is_moe:
-        feed_forward = D * moe.num_experts + 3 * D * moe.expert_size * (experts + moe.num_shared_experts)
+        feed_forward = D * moe.num_experts + 3 * D * moe.expert_size * experts
+        feed_forward += projections * D * moe.expert_size * moe.num_shared_experts
+        feed_forward += moe.num_experts * moe.router_linear_bias
+        feed_forward += experts * (2 * moe.expert_size + D) * moe.expert_bias
     else:
-        feed_forward = 3 * D * config.mlp_size
+        feed_forward = projections * D * config.mlp_size
     return attention_matmul_parameters(config) + norms + feed_forward
+
+
+def _norm_parameters(config: ModelConfig, size: int) -> int:
+    return 2 * size if config.norm == "layer_zero_centered" else size
+
+
+def _gqa_vectors(config: ModelConfig) -> int:
+    """Biases, norms of queries and keys, and sinks."""
+    a = config.attention
+    normed = {"none": 0, "head": 2, "all_heads": a.num_heads + a.num_kv_heads}[a.qk_norm] * a.head_dim
+    biases = a.qkv_bias * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim + a.out_bias * config.hidden_size
+    return biases + a.sinks * a.num_heads + (_norm_parameters(config, normed) if normed else 0)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of the model that `Decoder(config)` builds."""
     D, moe = config.hidden_size, config.moe
-    outside = config.vocab_size * D * (1 if config.tie_embeddings else 2) + D
+    outside = config.vocab_size * D * (1 if config.tie_embeddings else 2) + _norm_parameters(config, D)
 
     def main_model(experts: int) -> int:
         dense = config.num_leading_dense_layers * _block_parameters(config, False, 0)
         return outside + dense + config.num_moe_layers * _block_parameters(config, True, experts)
 
-    module = 2 * D * D + 3 * D + _block_parameters(config, moe.num_experts > 0, moe.num_experts)
+    module = (
+        2 * D * D + 3 * _norm_parameters(config, D) + _block_parameters(config, moe.num_experts > 0, moe.num_experts)
+    )
     return ParameterCount(
         total=main_model(moe.num_experts),
         active=main_model(moe.experts_per_token),
@@ -81,10 +100,10 @@ def flops_per_token(config: ModelConfig, length: int, backward: bool = True, cau
         causal: count the (length + 1) / 2 keys that a query sees on average; False counts all `length` keys.
     """
     D, moe, a = config.hidden_size, config.moe, config.attention
-    attention = attention_matmul_parameters(config)
-    active_experts = moe.experts_per_token + moe.num_shared_experts
-    moe_feed_forward = D * moe.num_experts + 3 * D * moe.expert_size * active_experts
-    dense_block = attention + 3 * D * config.mlp_size
+    attention, projections = attention_matmul_parameters(config), 3 if config.gated_mlp else 2
+    experts = 3 * moe.experts_per_token + projections * moe.num_shared_experts
+    moe_feed_forward = D * moe.num_experts + D * moe.expert_size * experts
+    dense_block = attention + projections * D * config.mlp_size
     moe_block = attention + moe_feed_forward
     head = D * config.vocab_size
     module = 2 * D * D + (moe_block if moe.num_experts else dense_block) + head
@@ -92,6 +111,11 @@ def flops_per_token(config: ModelConfig, length: int, backward: bool = True, cau
     weights += config.mtp.depth * module
     keys = (length + 1) / 2 if causal else length
     layers = config.num_layers + config.mtp.depth
-    core = layers * keys * a.num_heads * (a.qk_head_dim + a.value_head_dim)
+    sliding = len(a.sliding_layers)
+    if a.window:  # of a row's queries the first ones see fewer
+        seen = min(a.window, length)
+        windowed = (seen * (seen + 1) / 2 + (length - seen) * seen) / length if causal else seen
+    seen_by_all = (layers - sliding) * keys + (sliding * windowed if sliding else 0)
+    core = seen_by_all * a.num_heads * (a.qk_head_dim + a.value_head_dim)
     times = 3 if backward else 1
     return Flops(weights=2.0 * weights * times, attention=2.0 * core * times)

@@ -5,9 +5,10 @@ heads for the tokens of that axis' devices, and keys for those of `context` too.
 latents, which are an order of magnitude narrower than the keys and values made of them.
 
 B batch, L length, D model width, H heads, G key/value heads, N/R sizes of a head's unrotated and rotated part,
-Q = N + R, V value head size, C rank of a latent.
+Q = N + R size of a head, V value head size, C rank of a latent.
 """
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.models.layers import Context, RMSNorm, weight
+from opendeep_jax.models.layers import Context, Positions, RMSNorm, bias, make_norm, weight
 from opendeep_jax.ops.linear import project
 from opendeep_jax.ops.rope import halves_first, rotate, softmax_scale
 from opendeep_jax.parallel.collectives import all_gather, psum_scatter
@@ -39,19 +40,21 @@ class MultiHeadLatentAttention(nnx.Module):
         q_rank, kv_rank = attention.q_lora_rank, attention.kv_lora_rank
         if q_rank:
             self.q_down = weight(rngs, (D, q_rank), ("embed", None), std, dtype)
-            self.q_norm = RMSNorm(q_rank, config.norm_epsilon)
+            self.q_norm = RMSNorm(q_rank, attention.latent_norm_epsilon)
             self.q_up = weight(rngs, (q_rank, H, N + R), ("embed", "heads", "head_dim"), std, dtype)
         else:
             self.q_proj = weight(rngs, (D, H, N + R), ("embed", "heads", "head_dim"), std, dtype)
         self.kv_down = weight(rngs, (D, kv_rank + R), ("embed", None), std, dtype)
-        self.kv_norm = RMSNorm(kv_rank, config.norm_epsilon)
+        self.kv_norm = RMSNorm(kv_rank, attention.latent_norm_epsilon)
         self.kv_up = weight(rngs, (kv_rank, H, N + V), ("embed", "heads", "head_dim"), std, dtype)
         self.out = weight(rngs, (H, V, D), ("heads", "head_dim", "embed"), std, dtype)
         self.config, self.implementation = attention, config.execution.attention or None
-        self.precision, self.scale = config.precision, softmax_scale(attention.rope, N + R)
+        self.precision, self.scale = config.precision, softmax_scale(attention)
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        """Attends within each segment."""
+    def __call__(
+        self, x: Float[Array, "B L D"], context: Context, sliding: Array | None = None
+    ) -> Float[Array, "B L D"]:
+        """Attends within each segment. No layer of this kind slides."""
         queries, keys = context.queries, context.keys
         out = flash_mla(
             *self.queries(x, context),
@@ -115,7 +118,10 @@ class MultiHeadLatentAttention(nnx.Module):
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Each key/value head serves several query heads (Ainslie et al. 2023); the whole head is rotated."""
+    """Each key/value head serves several query heads (Ainslie et al. 2023).
+
+    Biases, norms of queries and keys, sliding windows, sinks and soft caps as the configuration says.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         attention, D, std, dtype = config.attention, config.hidden_size, config.init_std, config.weight_dtype
@@ -124,21 +130,69 @@ class GroupedQueryAttention(nnx.Module):
         self.key = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std, dtype)
         self.value = weight(rngs, (D, G, Q), ("embed", "heads", "head_dim"), std, dtype)
         self.out = weight(rngs, (H, Q, D), ("heads", "head_dim", "embed"), std, dtype)
+        if attention.qkv_bias:
+            self.query_bias = bias((H, Q), ("heads", "norm"))
+            self.key_bias = bias((G, Q), ("heads", "norm"))
+            self.value_bias = bias((G, Q), ("heads", "norm"))
+        if attention.out_bias:
+            self.out_bias = bias((D,), ("norm",))
+        if attention.qk_norm != "none":
+            heads = (H, G) if attention.qk_norm == "all_heads" else (1, 1)
+            self.query_norm, self.key_norm = (make_norm(config, count * Q) for count in heads)
+        if attention.sinks:
+            self.sinks = bias((H,), ("heads",))
         self.config = attention
-        self.precision, self.scale = config.precision, softmax_scale(attention.rope, Q)
+        self.precision, self.scale = config.precision, softmax_scale(attention)
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        """Attends within each segment."""
-        x = all_gather(x, "tensor", 1)
+    def __call__(self, x: Float[Array, "B L D"], context: Context, sliding: Array | None) -> Float[Array, "B L D"]:
+        """Attends within each segment; `sliding` is a bool scalar, whether this layer has a window."""
+        x, queries, keys = all_gather(x, "tensor", 1), context.queries, context.keys
+        query, key, value = self.queries_keys_values(x, queries, sliding)
+        out = causal_attention(
+            query,
+            all_gather(key, "context", 1),
+            all_gather(value, "context", 1),
+            queries.segment_ids,
+            keys.segment_ids,
+            queries.order,
+            keys.order,
+            self.scale,
+            self.window(sliding),
+            self.sinks[...] if self.config.sinks else None,
+            self.config.logit_softcap,
+        )
+        return self.project_out(out)
+
+    def queries_keys_values(
+        self, x: Float[Array, "B L D"], positions: Positions, sliding: Array | None
+    ) -> tuple[Float[Array, "B L H Q"], Float[Array, "B L G Q"], Float[Array, "B L G Q"]]:
+        """Queries and keys, normalised and rotated, and values."""
         query, key, value = (
             checkpoint_name(project(x, kernel[...], precision=self.precision), name)
             for kernel, name in ((self.query, "query"), (self.key, "key_value"), (self.value, "key_value"))
         )
-        queries, keys, interleaved = context.queries, context.keys, self.config.rope.interleaved
-        query = rotate(query, queries.cosine, queries.sine, interleaved)
-        key = all_gather(rotate(key, queries.cosine, queries.sine, interleaved), "context", 1)
-        value = all_gather(value, "context", 1)
-        out = causal_attention(
-            query, key, value, queries.segment_ids, keys.segment_ids, queries.order, keys.order, self.scale
-        )
-        return psum_scatter(project(out, self.out[...], inputs=2, precision=self.precision), "tensor", 1)
+        if self.config.qkv_bias:
+            biases = self.query_bias, self.key_bias, self.value_bias
+            query, key, value = (y + b[...].astype(y.dtype) for y, b in zip((query, key, value), biases, strict=True))
+        if self.config.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        elif self.config.qk_norm == "all_heads":
+            wide = lambda y: y.reshape(*y.shape[:2], -1)  # noqa: E731
+            query = self.query_norm(wide(query)).reshape(query.shape)
+            key = self.key_norm(wide(key)).reshape(key.shape)
+        angles = positions.cosine, positions.sine
+        if positions.sliding is not None:
+            angles = tuple(jnp.where(sliding, own, all_) for own, all_ in zip(positions.sliding, angles, strict=True))
+        interleaved = self.config.rope.interleaved
+        return rotate(query, *angles, interleaved), rotate(key, *angles, interleaved), value
+
+    def window(self, sliding: Array | None) -> Array | None:
+        """Tokens that a query sees, itself included; None for all."""
+        if not self.config.sliding_layers:
+            return None
+        return jnp.where(sliding, self.config.window, jnp.iinfo(jnp.int32).max)
+
+    def project_out(self, out: Float[Array, "B L H Q"]) -> Float[Array, "B L D"]:
+        """The heads' values put together."""
+        out = psum_scatter(project(out, self.out[...], inputs=2, precision=self.precision), "tensor", 1)
+        return out + self.out_bias[...].astype(out.dtype) if self.config.out_bias else out

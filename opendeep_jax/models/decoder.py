@@ -5,7 +5,7 @@ time does not grow with depth). Written for one device: inside a per-device prog
 part of their length, and a layer's weights are gathered when it begins (`layers.gathered`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,16 +15,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.target import platform
-from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RopeConfig
 from opendeep_jax.models.attention import make_attention
 from opendeep_jax.models.layers import (
     Context,
     Embedding,
+    FeedForward,
     Head,
     Positions,
-    RMSNorm,
-    SwiGLU,
     gathered,
+    make_norm,
     stacked,
     weight,
 )
@@ -36,39 +36,57 @@ from opendeep_jax.parallel.collectives import all_gather
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, dense or mixture of experts."""
+    """Attention and feed-forward, dense or mixture of experts, with norms before, after or around them."""
 
     def __init__(self, config: ModelConfig, is_moe: bool, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        D, placement = config.hidden_size, config.norm_placement
+        if placement != "post":
+            self.attention_norm, self.mlp_norm = make_norm(config, D), make_norm(config, D)
+        if placement != "pre":
+            self.attention_post_norm, self.mlp_post_norm = make_norm(config, D), make_norm(config, D)
         self.attention = make_attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if is_moe:
             self.moe = MoE(config, rngs=rngs)
         else:
-            self.mlp = SwiGLU(config, config.mlp_size, rngs=rngs)
-        self.is_moe, self.batch_parts = is_moe, config.execution.batch_parts
+            self.mlp = FeedForward(config, config.mlp_size, rngs=rngs)
+        self.is_moe, self.placement, self.batch_parts = is_moe, placement, config.execution.batch_parts
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats | None]:
-        """The residual stream after this block, and what its router did if it has one."""
+    def __call__(
+        self, x: Float[Array, "B L D"], context: Context, sliding: Array | None = None
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """The residual stream after this block, and what its router did if it has one.
+
+        `sliding` is a bool scalar, whether this block's attention has a window; None where no block's has.
+        """
         x = checkpoint_name(x, "block_input")
         if not self.is_moe:
-            x = self.attend(x, context)
-            return x + self.mlp(self.mlp_norm(x)), None
+            return self.feed_forward(self.attend(x, context, sliding), context)
         # Parts of the rows follow each other, so that one's attention can hide what another's experts send.
         parts = min(self.batch_parts, x.shape[0])
         contexts = [_rows(context, part, parts) for part in range(parts)]
-        attended = [self.attend(_rows(x, part, parts), contexts[part]) for part in range(parts)]
-        outs, stats = zip(
-            *(self.moe(self.mlp_norm(a), c) for a, c in zip(attended, contexts, strict=True)), strict=True
-        )
-        outs = [a + out for a, out in zip(attended, outs, strict=True)]
+        attended = [self.attend(_rows(x, part, parts), contexts[part], sliding) for part in range(parts)]
+        outs, stats = zip(*(self.feed_forward(a, c) for a, c in zip(attended, contexts, strict=True)), strict=True)
         if parts == 1:
             return outs[0], stats[0]
         return jnp.concatenate(outs), jax.tree.map(lambda *shares: sum(shares), *stats)
 
-    def attend(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
+    def attend(self, x: Float[Array, "B L D"], context: Context, sliding: Array | None) -> Float[Array, "B L D"]:
         """The residual stream between the block's two halves."""
-        return checkpoint_name(x + self.attention(self.attention_norm(x), context), "residual")
+        return self.add_attention(x, lambda x: self.attention(x, context, sliding))
+
+    def add_attention(self, x: Float[Array, "B L D"], attention: Callable[[Array], Array]) -> Float[Array, "B L D"]:
+        """The residual stream with what an attention, this block's or one that reads a cache, makes of it."""
+        out = attention(self.attention_norm(x) if self.placement != "post" else x)
+        out = self.attention_post_norm(out) if self.placement != "pre" else out
+        return checkpoint_name(x + out, "residual")
+
+    def feed_forward(
+        self, x: Float[Array, "B L D"], context: Context
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """The residual stream with the block's second half, and what its router did."""
+        inner = self.mlp_norm(x) if self.placement != "post" else x
+        out, stats = self.moe(inner, context) if self.is_moe else (self.mlp(inner), None)
+        return x + (self.mlp_post_norm(out) if self.placement != "pre" else out), stats
 
 
 def _rows(tree, part: int, parts: int):
@@ -84,11 +102,11 @@ class MTPModule(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
-        self.embedding_norm = RMSNorm(D, config.norm_epsilon)
-        self.hidden_norm = RMSNorm(D, config.norm_epsilon)
+        self.embedding_norm = make_norm(config, D)
+        self.hidden_norm = make_norm(config, D)
         self.projection = weight(rngs, (2 * D, D), ("embed", None), config.init_std, config.weight_dtype)
         self.block = Block(config, is_moe=config.moe.num_experts > 0, rngs=rngs)
-        self.norm = RMSNorm(D, config.norm_epsilon)
+        self.norm = make_norm(config, D)
         self.is_moe, self.precision = self.block.is_moe, config.precision
 
     def __call__(self, inputs: tuple[Array, Array], context: Context) -> tuple[Array, RouterStats | None]:
@@ -128,7 +146,7 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(config, rngs=rngs)
         self.dense_layers = nnx.data(stacked(block(False), config.num_leading_dense_layers, rngs))
         self.moe_layers = nnx.data(stacked(block(True), config.num_moe_layers, rngs))
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.final_norm = make_norm(config, config.hidden_size)
         if not config.tie_embeddings:
             self.head = Head(config, rngs=rngs)
         self.mtp = nnx.List([MTPModule(config, rngs=rngs) for _ in range(config.mtp.depth)])
@@ -142,7 +160,13 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B L V"]:
         """Float32 logits of each next token. Without segment ids each row is one document; 0 marks padding."""
         hidden = self.forward(tokens, segment_ids, positions).hidden
-        return jnp.einsum("bld,dv->blv", hidden, self.head_kernel(), preferred_element_type=jnp.float32)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of normalised outputs, by the whole head."""
+        logits = jnp.einsum("...d,dv->...v", hidden, self.head_kernel(), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return jnp.tanh(logits / cap) * cap if cap else logits
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The head's weights in the compute dtype, whole; the embedding's transpose where they are tied."""
@@ -167,8 +191,9 @@ class Decoder(nnx.Module):
             order: each position's index in its row, where devices have parts of it.
         """
         context = self.context(tokens, segment_ids, positions, order)
+        dense = self.config.num_leading_dense_layers
         x, _ = scan_layers(self.dense_layers, self.embedding(tokens), context, self.config)
-        x, stats = scan_layers(self.moe_layers, x, context, self.config)
+        x, stats = scan_layers(self.moe_layers, x, context, self.config, first=dense)
         return self.outputs(x, context, mtp_tokens)._replace(moe_layers=stats)
 
     def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
@@ -195,14 +220,22 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         attention = self.config.attention
-        size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.head_dim
 
         def of_devices(*axes):
             own = all_gather(segment_ids, axes, 1), all_gather(positions, axes, 1)
             index = None if order is None else all_gather(order, axes, 1)
-            return Positions(own[0], index, *rotations(attention.rope, own[1], size))
+            return Positions(own[0], index, *angles(attention, own[1]))
 
         return Context(segment_ids > 0, of_devices(), of_devices("tensor"), of_devices("context", "tensor"))
+
+
+def angles(attention: AttentionConfig, positions: Int[Array, "B L"]) -> tuple[Array, Array, tuple | None]:
+    """Cosine and sine of each position, and those of the sliding layers where they are others: `Positions`' ends."""
+    size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.rotary_dim or attention.head_dim
+    sliding = None
+    if attention.sliding_rope_theta:
+        sliding = rotations(RopeConfig(theta=attention.sliding_rope_theta), positions, size)
+    return *rotations(attention.rope, positions, size), sliding
 
 
 def shift_left(x: Array, count: int) -> Array:
@@ -211,15 +244,17 @@ def shift_left(x: Array, count: int) -> Array:
 
 
 def one_layer(block: nnx.Module, context: Context, config: ModelConfig, scanned: bool):
-    """The block as a function (x, arrays) -> (x, router stats), which keeps what its remat policy says; its arrays.
+    """The block as a function (x, arrays[, sliding]) -> (x, router stats), which keeps what its remat policy says, and
+    its arrays.
 
     Weights are gathered inside, and so again in the backward pass unless everything is kept.
     """
     graph, state = nnx.split(block)
     policy = config.remat.moe if block.is_moe else config.remat.dense
 
-    def layer(x, state):
-        return nnx.merge(graph, gathered(state, config.dtype))(x, context)
+    def layer(x, state, sliding=None):
+        block = nnx.merge(graph, gathered(state, config.dtype))
+        return block(x, context) if sliding is None else block(x, context, sliding)
 
     if policy == "none":
         return layer, state
@@ -239,9 +274,15 @@ def _kept(config: ModelConfig):
     )
 
 
-def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig):
-    """Runs stacked layers one after the other; returns x and the layers' router stats, stacked."""
+def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig, first: int = 0):
+    """Runs stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
+    layers' router stats, stacked.
+    """
     if layers is None:
         return x, None
     layer, state = one_layer(layers, context, config, scanned=True)
-    return jax.lax.scan(layer, x, state)
+    arrays = (state,)
+    if sliding := config.attention.sliding_layers:
+        count = jax.tree.leaves(state)[0].shape[0]
+        arrays = state, jnp.array([number in sliding for number in range(first, first + count)])
+    return jax.lax.scan(lambda x, arrays: layer(x, *arrays), x, arrays)

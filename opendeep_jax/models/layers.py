@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.ops.activation import activated, gated
 from opendeep_jax.ops.linear import project
-from opendeep_jax.ops.norm import rms_norm
+from opendeep_jax.ops.norm import layer_norm, rms_norm
 from opendeep_jax.parallel.axes import gather_weight
 from opendeep_jax.parallel.collectives import all_gather, all_to_all, psum_scatter
 
@@ -29,6 +30,8 @@ class Positions(NamedTuple):
     """Index in the row; None where the tokens are the whole row in its order."""
     cosine: Float[Array, "B L 1 R/2"]
     sine: Float[Array, "B L 1 R/2"]
+    sliding: tuple[Array, Array] | None = None
+    """Cosine and sine of the sliding layers, where those rotate by angles of their own."""
 
 
 class Context(NamedTuple):
@@ -50,6 +53,11 @@ def weight(
     """A normal weight of mean 0 with logical axis names, drawn in float32 and stored in `dtype`."""
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value.astype(dtype), logical_axes=axes)
+
+
+def bias(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 bias that starts at 0, with logical axis names."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=axes)
 
 
 def gathered(state: nnx.State, dtype) -> nnx.State:
@@ -78,23 +86,56 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
-class SwiGLU(nnx.Module):
-    """`(silu(x G) * (x U)) D`: the dense feed-forward and the shared expert (Shazeer 2020)."""
+class ZeroCenteredNorm(nnx.Module):
+    """RMSNorm or, with a bias, LayerNorm whose scale is 1 + weight (Gemma; Nemotron's LayerNorm1P)."""
+
+    def __init__(self, size: int, epsilon: float, bias: bool):
+        self.scale = nnx.Param(jnp.zeros((size,), jnp.float32), logical_axes=("norm",))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((size,), jnp.float32), logical_axes=("norm",))
+        self.epsilon, self.has_bias = epsilon, bias
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises the last axis."""
+        scale = 1 + self.scale[...].astype(jnp.float32)
+        if self.has_bias:
+            return layer_norm(x, scale, self.bias[...], self.epsilon)
+        return rms_norm(x, scale, self.epsilon)
+
+
+def make_norm(config: ModelConfig, size: int) -> RMSNorm | ZeroCenteredNorm:
+    """The norm that the configuration names, over `size` numbers."""
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_epsilon)
+    return ZeroCenteredNorm(size, config.norm_epsilon, bias=config.norm == "layer_zero_centered")
+
+
+class FeedForward(nnx.Module):
+    """`(silu(x G) * (x U)) D`, SwiGLU (Shazeer 2020), or with another activation; without a gate `activation(x U) D`.
+
+    The dense feed-forward and the shared expert.
+    """
 
     def __init__(self, config: ModelConfig, hidden_size: int, *, rngs: nnx.Rngs):
         D, M, std, dtype = config.hidden_size, hidden_size, config.init_std, config.weight_dtype
-        self.gate = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
+        if config.gated_mlp:
+            self.gate = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
         self.up = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
         self.down = weight(rngs, (M, D), ("mlp", "embed"), std, dtype)
-        self.precision = config.precision
+        self.precision, self.has_gate = config.precision, config.gated_mlp
+        self.activation, self.bounds = config.activation, (config.swiglu_alpha, config.swiglu_limit)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the feed-forward to each position."""
         x = all_gather(x, "tensor", 1)
-        gate = checkpoint_name(project(x, self.gate[...], precision=self.precision), "mlp_gate")
+        if self.has_gate:
+            gate = checkpoint_name(project(x, self.gate[...], precision=self.precision), "mlp_gate")
         up = checkpoint_name(project(x, self.up[...], precision=self.precision), "mlp_up")
-        out = project(jax.nn.silu(gate) * up, self.down[...], precision=self.precision)
-        return psum_scatter(out, "tensor", 1)
+        if self.has_gate:
+            hidden = gated(self.activation, gate, up, *self.bounds)
+        else:
+            hidden = activated(self.activation, up)
+        return psum_scatter(project(hidden, self.down[...], precision=self.precision), "tensor", 1)
 
 
 class Embedding(nnx.Module):
@@ -103,7 +144,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = config.vocab_size, config.hidden_size
         self.embedding = weight(rngs, shape, ("vocab", "embed"), config.init_std, config.weight_dtype)
-        self.dtype = jnp.dtype(config.dtype)
+        self.dtype, self.scale = jnp.dtype(config.dtype), config.embedding_scale
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Looks up; the cast comes after, so that gradients of one token add up in float32.
@@ -115,9 +156,13 @@ class Embedding(nnx.Module):
         table = self.embedding[...].astype(jnp.float32)
         table = all_gather(table, vocab, 0) if vocab else table
         if not embed:
-            return table[tokens].astype(self.dtype)
+            return self.scaled(table[tokens].astype(self.dtype))
         columns = table[all_gather(tokens, embed, 0)].astype(self.dtype)
-        return all_to_all(columns, embed, split=0, concat=2)
+        return self.scaled(all_to_all(columns, embed, split=0, concat=2))
+
+    def scaled(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Times the factor that the configuration asks for."""
+        return x if self.scale == 1 else x * jnp.asarray(self.scale, self.dtype)
 
 
 class Head(nnx.Module):

@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.models.layers import Context, SwiGLU, weight
+from opendeep_jax.models.layers import Context, FeedForward, bias, weight
 from opendeep_jax.ops import routing
-from opendeep_jax.ops.dispatch import routed_experts
+from opendeep_jax.ops.dispatch import ExpertKind, routed_experts
 from opendeep_jax.ops.exchange import exchanged_experts, most_devices
 from opendeep_jax.ops.linear import project
 from opendeep_jax.parallel.collectives import axis_size
@@ -44,10 +44,19 @@ class MoE(nnx.Module):
         self.gate = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
         self.up = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
         self.down = weight(rngs, (E, F, D), ("experts", "expert_mlp", "expert_embed"), std, dtype)
+        if moe.router_linear_bias:
+            self.router_linear_bias = bias((E,), ("router",))
+        if moe.expert_bias:
+            self.gate_bias = bias((E, F), ("experts", "expert_mlp"))
+            self.up_bias = bias((E, F), ("experts", "expert_mlp"))
+            self.down_bias = bias((E, D), ("experts", "expert_embed"))
         if moe.num_shared_experts:
-            self.shared = SwiGLU(config, moe.num_shared_experts * F, rngs=rngs)
+            self.shared = FeedForward(config, moe.num_shared_experts * F, rngs=rngs)
         self.config = moe
-        self.execution, self.precision = config.execution, config.precision
+        self.execution = config.execution
+        self.kind = ExpertKind(
+            config.precision, moe.expert_bias, config.activation, config.swiglu_alpha, config.swiglu_limit
+        )
 
     def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats]:
         """Shared plus routed experts of each position, and what the router did."""
@@ -62,7 +71,10 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         """Weights and indices [B, L, K] of the chosen experts and all scores [B, L, E], in float32."""
-        logits = checkpoint_name(project(x.astype(jnp.float32), self.router[...]), "router_logits")
+        logits = project(x.astype(jnp.float32), self.router[...])
+        if self.config.router_linear_bias:
+            logits += self.router_linear_bias[...].astype(jnp.float32)
+        logits = checkpoint_name(logits, "router_logits")
         bias = self.router_bias[...] if self.config.use_router_bias else None
         return routing.route(logits, bias, self.config)
 
@@ -70,10 +82,19 @@ class MoE(nnx.Module):
         """The routed experts' output, wherever the experts are."""
         kernels = [kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down)]
         rows, chosen, shares = (array.reshape(-1, array.shape[-1]) for array in (x, indices, weights))
+        if self.config.expert_bias:
+            # A bias is one more row of its matrix, for a 1 at the end of what is multiplied: nothing else has to know.
+            biases = self.gate_bias, self.up_bias, self.down_bias
+            kernels = [
+                jnp.concatenate([kernel, bias[...].astype(x.dtype)[:, None]], axis=1)
+                for kernel, bias in zip(kernels, biases, strict=True)
+            ]
+            rows = jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], axis=1)
+            kernels[2] = jnp.pad(kernels[2], ((0, 0), (0, 0), (0, 1)))  # what leaves is as wide as what came
         moe, devices = self.config, axis_size("expert")
         if devices == 1:
-            out = routed_experts(rows, chosen, shares, *kernels, self.execution, self.precision)
-            return out.reshape(x.shape)
+            out = routed_experts(rows, chosen, shares, *kernels, self.execution, self.kind)
+            return out[:, : x.shape[-1]].reshape(x.shape)
         out = exchanged_experts(
             rows,
             chosen,
@@ -83,6 +104,6 @@ class MoE(nnx.Module):
             self.execution,
             moe.num_experts,
             most_devices(moe.num_experts, moe.experts_per_token, moe.num_groups, moe.groups_per_token, devices),
-            self.precision,
+            self.kind,
         )
-        return out.reshape(x.shape)
+        return out[:, : x.shape[-1]].reshape(x.shape)

@@ -3,7 +3,8 @@
 T tokens, K experts chosen per token, E experts, D model width, F expert width, M rows of the experts.
 """
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -11,7 +12,24 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.fp8_matmul import fp8_grouped_matmul
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from opendeep_jax.config.schema import ExecutionConfig
+from opendeep_jax.ops.activation import gated
 from opendeep_jax.ops.exchange_rows import Slots, copies, sums
+
+
+class ExpertKind(NamedTuple):
+    """What experts compute beside their three matmuls."""
+
+    precision: str = "default"
+    """As in `ModelConfig.precision`."""
+    bias: bool = False
+    """The last row of each matrix is a bias: rows end with a 1, and so does what the down projection takes."""
+    activation: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+    """As in `ops.activation.gated`."""
+
+
+SWIGLU = ExpertKind()
 
 
 def routed_experts(
@@ -22,7 +40,7 @@ def routed_experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     execution: ExecutionConfig | None = None,
-    precision: str = "default",
+    kind: ExpertKind = SWIGLU,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's chosen SwiGLU experts, `sum_k w_k (silu(x G_k) * (x U_k)) D_k`, in x's dtype.
 
@@ -31,12 +49,12 @@ def routed_experts(
 
     Args:
         execution: `grouped_matmul` names the kernels' implementation; None for the platform's own.
-        precision: that of the experts' matmuls, as in `ModelConfig.precision`.
+        kind: precision, biases and activation.
     """
     order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, gate.shape[0]), "routing")
     places = Slots(order // indices.shape[1], inverse.T)
     row_weights = weights.reshape(-1).at[order].get(unique_indices=True, mode="promise_in_bounds")
-    rows = grouped_experts(copies(x, places), row_weights, gate, up, down, group_sizes, execution, precision)
+    rows = grouped_experts(copies(x, places), row_weights, gate, up, down, group_sizes, execution, kind)
     return sums(rows, places, x.shape[0])
 
 
@@ -48,24 +66,30 @@ def grouped_experts(
     down: Float[Array, "E F D"],
     group_sizes: Int[Array, "E"],
     execution: ExecutionConfig | None = None,
-    precision: str = "default",
+    kind: ExpertKind = SWIGLU,
     expected_rows: int | None = None,
 ) -> Float[Array, "M D"]:
     """Rows sorted by expert through their own expert's SwiGLU, each times its weight; zeros beyond the groups.
 
     Args:
         row_weights: of any float dtype.
-        execution, precision: as for `routed_experts`.
+        execution, kind: as for `routed_experts`.
         expected_rows: how many of the M rows are there when experts are balanced, for the kernels' cost; None for all.
     """
-    if precision == "fp8":
-        gated = checkpoint_name(fp8_grouped_matmul(rows, gate, group_sizes), "expert_gate")
-        upped = checkpoint_name(fp8_grouped_matmul(rows, up, group_sizes), "expert_up")
-        hidden = jax.nn.silu(gated) * upped * row_weights[:, None].astype(rows.dtype)
-        return fp8_grouped_matmul(hidden, down, group_sizes)
     implementation = (execution and execution.grouped_matmul) or None
-    hidden = grouped_swiglu(rows, gate, up, group_sizes, row_weights, implementation, expected_rows)
-    return grouped_matmul(hidden, down, group_sizes, implementation, expected_rows)
+
+    def multiply(lhs, rhs):
+        if kind.precision == "fp8":
+            return fp8_grouped_matmul(lhs, rhs, group_sizes)
+        return grouped_matmul(lhs, rhs, group_sizes, implementation, expected_rows)
+
+    if kind == SWIGLU:  # what the kernels have in one piece
+        hidden = grouped_swiglu(rows, gate, up, group_sizes, row_weights, implementation, expected_rows)
+        return multiply(hidden, down)
+    gate, up = checkpoint_name(multiply(rows, gate), "expert_gate"), checkpoint_name(multiply(rows, up), "expert_up")
+    row_weights = row_weights[:, None].astype(rows.dtype)
+    hidden = gated(kind.activation, gate, up, kind.alpha, kind.limit) * row_weights
+    return multiply(jnp.concatenate([hidden, row_weights], axis=1) if kind.bias else hidden, down)
 
 
 def sort_by_expert(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.target import platform
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ExecutionConfig
-from opendeep_jax.ops.dispatch import grouped_experts, routed_experts
+from opendeep_jax.ops.dispatch import SWIGLU, ExpertKind, grouped_experts, routed_experts
 from opendeep_jax.ops.exchange_overflow import AXIS, chunk_size, sorted_choices, with_overflow
 from opendeep_jax.ops.exchange_rows import NOWHERE, Slots, copies, segments, sums
 from opendeep_jax.parallel.collectives import all_gather, all_to_all, axis_index, axis_size, psum_scatter
@@ -45,7 +45,7 @@ def exchanged_experts(
     execution: ExecutionConfig,
     num_experts: int,
     devices_per_token: int | None = None,
-    precision: str = "default",
+    kind: ExpertKind = SWIGLU,
 ) -> Float[Array, "T D"]:
     """`ops.dispatch.routed_experts` where the experts are divided over the mesh axis "expert"; zeros for tokens that
     aren't `valid`. Differentiable in x, weights, gate, up and down.
@@ -56,23 +56,23 @@ def exchanged_experts(
         gate, up, down: this device's experts; device i of the axis has those from i e.
         execution: `expert_exchange` is the form and `exchange_buffer` the size of its buffers.
         devices_per_token: most devices that any token's experts lie on (`most_devices`); None for what K and n say.
-        precision: that of the experts' matmuls, as in `ModelConfig.precision`.
+        kind: the experts' precision, biases and activation.
     Raises:
         ConfigError: for the form "ragged" on a platform without ragged collectives.
     """
     n, (T, K) = axis_size(AXIS), indices.shape
     if n == 1:
-        return routed_experts(x, indices, weights, gate, up, down, execution, precision)
+        return routed_experts(x, indices, weights, gate, up, down, execution, kind)
     most = min(n, K, devices_per_token or n)
     form = exchange_form(execution.expert_exchange, most)
     choices = all_gather(jnp.where(valid[:, None], indices, num_experts).T, AXIS, 1)
     weights = all_gather(weights.T, AXIS, 1)
     sizes = buffer_sizes(T, K, num_experts, n, most, execution.exchange_buffer, form)
     fitting = checkpoint_name(fitting_tokens(choices, num_experts, n, sizes), "routing")
-    experts = partial(grouped_experts, execution=execution, precision=precision, expected_rows=sizes.balanced)
+    experts = partial(grouped_experts, execution=execution, kind=kind, expected_rows=sizes.balanced)
     main = partial(_gathered, experts, sizes) if form == "gather" else partial(_exchanged, experts, form, sizes)
     arrays = x, weights, gate, up, down
-    return main(arrays, choices) if sizes.exact else with_overflow(main, precision, arrays, choices, fitting)
+    return main(arrays, choices) if sizes.exact else with_overflow(main, kind, arrays, choices, fitting)
 
 
 def exchange_form(name: str, most_devices: int) -> str:

@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int
 
 from opendeep_jax.config.schema import ExecutionConfig
-from opendeep_jax.ops.dispatch import grouped_experts
+from opendeep_jax.ops.dispatch import ExpertKind, grouped_experts
 from opendeep_jax.ops.exchange_rows import NOWHERE
 from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size, psum_scatter
 
@@ -55,28 +55,28 @@ def sorted_choices(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def with_overflow(main, precision: str, arrays, choices: Int[Array, "K N"], fitting: Int[Array, ""]):
+def with_overflow(main, kind: ExpertKind, arrays, choices: Int[Array, "K N"], fitting: Int[Array, ""]):
     """`main(arrays, choices)` of the first `fitting` tokens of every device, and of the others the same by rounds.
 
     Args:
         main: takes arrays and choices and gives [T, D], zeros for tokens that chose nothing.
-        precision: that of the experts' matmuls.
+        kind: the experts' kind, biases and activation.
         arrays: x [T, D] of this device, weights [K, N] of all tokens, and this device's gate, up [e, D, F] and down
             [e, F, D]; differentiable in these.
         choices: the experts of all tokens.
         fitting: a multiple of `chunk_size(T)`, or T; the same on all devices of the axis.
     """
-    return _add_rounds(main(arrays, _fitting(choices, fitting)), precision, arrays, choices, fitting)
+    return _add_rounds(main(arrays, _fitting(choices, fitting)), kind, arrays, choices, fitting)
 
 
-def _forward(main, precision, arrays, choices, fitting):
+def _forward(main, kind, arrays, choices, fitting):
     first, pull = jax.vjp(lambda arrays: main(arrays, _fitting(choices, fitting)), arrays)
-    return _add_rounds(first, precision, arrays, choices, fitting), (pull, arrays, choices, fitting)
+    return _add_rounds(first, kind, arrays, choices, fitting), (pull, arrays, choices, fitting)
 
 
-def _backward(main, precision, saved, cotangent):
+def _backward(main, kind, saved, cotangent):
     pull, arrays, choices, fitting = saved
-    gradients = _add_round_gradients(pull(cotangent)[0], cotangent, precision, arrays, choices, fitting)
+    gradients = _add_round_gradients(pull(cotangent)[0], cotangent, kind, arrays, choices, fitting)
     return gradients, None, None
 
 
@@ -88,7 +88,7 @@ def _fitting(choices, fitting):
     return jnp.where(jnp.tile(jnp.arange(tokens) < fitting, axis_size(AXIS)), choices, NOWHERE)
 
 
-def _add_rounds(out, precision, arrays, choices, fitting):
+def _add_rounds(out, kind, arrays, choices, fitting):
     x, weights, *kernels = arrays
 
     def round_(r, out):
@@ -96,7 +96,7 @@ def _add_rounds(out, precision, arrays, choices, fitting):
 
         def block(begin, summed):
             source, chosen, taken, mine = _block(begin, key, choice, rows.shape[0], chunk_weights, kernels)
-            y = _experts(precision, taken)(rows[source], *mine)
+            y = _experts(kind, taken)(rows[source], *mine)
             return summed.at[source].add(y.astype(summed.dtype))
 
         summed = _blocks(block, key, rows.shape[0], jnp.zeros(rows.shape, jnp.float32))
@@ -105,7 +105,7 @@ def _add_rounds(out, precision, arrays, choices, fitting):
     return lax.fori_loop(fitting // chunk_size(x.shape[0]), _rounds(x), round_, out)
 
 
-def _add_round_gradients(gradients, cotangent, precision, arrays, choices, fitting):
+def _add_round_gradients(gradients, cotangent, kind, arrays, choices, fitting):
     x, weights, *kernels = arrays
 
     def round_(r, gradients):
@@ -116,7 +116,7 @@ def _add_round_gradients(gradients, cotangent, precision, arrays, choices, fitti
         def block(begin, sums):
             d_chunk, d_chunk_weights, *d_kernels = sums
             source, chosen, taken, mine = _block(begin, key, choice, rows.shape[0], chunk_weights, kernels)
-            pull = jax.vjp(_experts(precision, taken), rows[source], *mine)[1]
+            pull = jax.vjp(_experts(kind, taken), rows[source], *mine)[1]
             d_mine, d_row_weights, *d_slices = pull(d_rows[source])
             expert = key[begin] // rows.shape[0]
             return (
@@ -185,13 +185,13 @@ def _block(begin, key, choice, num_rows, weights, kernels):
     return jnp.where(mine, keys % num_rows, 0), chosen, jnp.sum(mine, dtype=jnp.int32), (row_weights, *slices)
 
 
-def _experts(precision, rows):
+def _experts(kind, rows):
     """One expert on the first `rows` rows of a block; zeros beyond them."""
     execution = ExecutionConfig(grouped_matmul="reference")
 
     def run(block, row_weights, gate, up, down):
         kernels = gate[None], up[None], down[None]
-        return grouped_experts(block, row_weights, *kernels, rows[None], execution, precision, expected_rows=0)
+        return grouped_experts(block, row_weights, *kernels, rows[None], execution, kind, expected_rows=0)
 
     return run
 

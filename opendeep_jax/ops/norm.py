@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019)."""
+"""Root-mean-square normalisation (Zhang and Sennrich 2019), and layer normalisation (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,3 +10,13 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], epsilon: float)
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"], epsilon: float
+) -> Float[Array, "... D"]:
+    """`(x - mean(x)) / std(x) * scale + bias`, computed in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    return (centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

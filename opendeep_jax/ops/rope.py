@@ -1,4 +1,4 @@
-"""Rotary position embedding and its YaRN extension (Peng et al. 2023, arXiv:2309.00071).
+"""Rotary position embedding and its stretches: YaRN (Peng et al. 2023, arXiv:2309.00071), Llama 3.1's, linear.
 
 B batch, L length, H heads, R rotated size of a head.
 """
@@ -15,22 +15,33 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def softmax_scale(rope, qk_head_dim: int) -> float:
-    """The factor on attention scores: `qk_head_dim ** -0.5`, times YaRN's squared temperature."""
-    return qk_head_dim**-0.5 * yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim) ** 2
+def softmax_scale(attention) -> float:
+    """The factor on an `AttentionConfig`'s scores: `qk_head_dim ** -0.5` or its own, by YaRN's squared temperature."""
+    rope = attention.rope
+    scale = attention.query_scale or attention.qk_head_dim**-0.5
+    return scale * yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim) ** 2
 
 
 def frequencies(rope, size: int) -> np.ndarray:
-    """Angle per position of each rotated pair, float64 [R/2]. Slow pairs are interpolated under YaRN."""
+    """Angle per position of each rotated pair, float64 [R/2]. Slow pairs are slowed further by YaRN and Llama 3.1."""
     plain = rope.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if rope.linear_factor > 1:
+        return plain / rope.linear_factor
+    if rope.llama3_factor > 1:
+        turns = rope.llama3_original_length * plain / (2 * math.pi)
+        low, high = rope.llama3_low_frequency, rope.llama3_high_frequency
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return plain * kept + plain / rope.llama3_factor * (1 - kept)
     if rope.yarn_factor <= 1:
         return plain
 
     def pair_that_turns(turns: float) -> float:
         return size * math.log(rope.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(pair_that_turns(rope.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(rope.yarn_beta_slow)), size - 1)
+    low, high = pair_that_turns(rope.yarn_beta_fast), pair_that_turns(rope.yarn_beta_slow)
+    if rope.yarn_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     interpolated = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
     return plain * (1 - interpolated) + plain / rope.yarn_factor * interpolated
 
@@ -52,7 +63,14 @@ def halves_first(x: Float[Array, "... R"]) -> Float[Array, "... R"]:
 def rotate(
     x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 R/2"], sine: Float[Array, "B L 1 R/2"], interleaved: bool
 ) -> Float[Array, "B L H R"]:
-    """Rotates pairs of x by their angles: neighbours (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …"""
+    """Rotates pairs of x by their angles: neighbours (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …
+
+    Where x has more than R dimensions, those after the first R stay as they are.
+    """
+    size = 2 * cosine.shape[-1]
+    if x.shape[-1] > size:
+        turned = rotate(x[..., :size], cosine, sine, interleaved)
+        return jnp.concatenate([turned, x[..., size:]], axis=-1)
     x32 = x.astype(jnp.float32)
     if interleaved:
         first, second = x32[..., 0::2], x32[..., 1::2]

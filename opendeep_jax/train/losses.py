@@ -69,6 +69,7 @@ def summed_cross_entropy(
         z_loss_weight,
         config.train.loss_chunk,
         config.model.execution.cross_entropy or None,
+        config.model.logit_softcap,
     )
     return total, jnp.sum(each)
 

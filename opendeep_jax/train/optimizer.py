@@ -140,8 +140,8 @@ def _stored_as(adam: optax.GradientTransformation, **dtypes) -> optax.GradientTr
 
 
 def _matrix_axes(names: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The axes of a weight that make its matrix, without the layers and experts that it is stacked over."""
-    return tuple(i for i, name in enumerate(names) if name not in ("layers", "experts"))
+    """The axes of a weight that make its matrix: not the layers and experts that it is stacked over, nor a vector's."""
+    return tuple(i for i, name in enumerate(names) if name not in ("layers", "experts", "norm"))
 
 
 def _is_decayed(names: tuple[str | None, ...], optimizer: OptimizerConfig) -> bool:

@@ -268,7 +268,9 @@ def _with_each_number_negative(base: RunConfig):
             )
         check_run(used)
         other = (
-            ("num_kv_heads", "head_dim") if kind == "mla" else ("lora_rank", "nope_head_dim", "rope_head_dim", "v_head")
+            ("num_kv_heads", "head_dim")
+            if kind == "mla"
+            else ("lora_rank", "nope_head_dim", "rope_head_dim", "v_head", "latent_norm")
         )
         for name, config in _negative(used):
             assert len(diff(used, config)) == 1

@@ -139,3 +139,32 @@ def test_a_chunk_of_nothing_and_unknown_or_absent_implementations_are_refused():
 
 def test_the_tpu_kernels_race_with_nothing(watching):
     check(partial(on_tpu, interpret=watching), *operands(tokens=300, width=130, vocab=700))
+
+
+@pytest.mark.parametrize("implementation", ["chunks", "reference"])
+def test_a_soft_cap_bounds_the_logits_and_their_gradients(implementation):
+    hidden, head, targets, mask = operands()
+
+    def loss(hidden, head):
+        total, each = fused_cross_entropy(
+            hidden, head, targets, mask, 0.1, chunk=17, implementation=implementation, softcap=2.0
+        )
+        return total, each
+
+    def capped(hidden, head):
+        logits = jnp.tanh(hidden @ head / 2.0) * 2.0
+        log_z = jax.nn.logsumexp(logits, axis=1)
+        each = jnp.where(mask, log_z - logits[jnp.arange(len(targets)), targets], 0)
+        return jnp.sum(each) + 0.1 * jnp.sum(jnp.where(mask, log_z**2, 0)), each
+
+    (got, each), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head)
+    (want, wanted), expected = jax.value_and_grad(capped, (0, 1), has_aux=True)(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(each, wanted, atol=1e-4)
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_tpu_kernel_refuses_a_soft_cap():
+    with pytest.raises(NotImplementedError, match="soft cap"):
+        tpu.loss(*operands(), 0.0, 1024, 2.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxprs import matmul_flops
-from small_models import DENSE, FAMILIES, GQA, V2, V3, dense_attention
+from small_models import DENSE, FAMILIES, GQA, OTHERS, V2, V3, dense_attention
 
 from kernels_pallas.cross_entropy import fused_cross_entropy
 from opendeep_jax.config.load import load_recipe
@@ -18,7 +18,7 @@ from opendeep_jax.models import attention
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import skeleton
 
-MORE = {
+MORE = OTHERS | {
     "v3 with two MTP modules": dataclasses.replace(V3, mtp=MTPConfig(depth=2)),
     "v3 without q compression": dataclasses.replace(V3, attention=dataclasses.replace(V3.attention, q_lora_rank=0)),
     "all layers MoE": dataclasses.replace(V2, num_dense_layers=0),
@@ -42,6 +42,8 @@ def test_parameters_are_those_of_the_built_model(name):
     assert (count.total, count.mtp) == built_sizes(config)
     unused = config.moe.num_experts - config.moe.experts_per_token if config.moe.num_experts else 0
     expert = 3 * config.hidden_size * config.moe.expert_size
+    if config.moe.expert_bias:
+        expert += 2 * config.moe.expert_size + config.hidden_size
     assert count.total - count.active == config.num_moe_layers * unused * expert
 
 
@@ -103,11 +105,12 @@ def counted_flops(config, backward: bool) -> float:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize("name", [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP"])
+@pytest.mark.parametrize("name", [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP", "nemotron"])
 def test_flops_are_those_that_the_jaxpr_counts(name, backward, monkeypatch):
     # What is computed twice to save memory is no work of the model: no remat, and attention as autodiff has it.
     # XLA's own ragged matmul is one operation, whose work can be read off its shapes.
-    def dense(query, key, value, query_segments, key_segments, query_order, key_order, scale):
+    def dense(query, key, value, query_segments, key_segments, query_order, key_order, scale, *plain):
+        assert plain == (None, None, 0.0)
         return dense_attention(query, key, value, query_segments, scale)
 
     monkeypatch.setattr(attention, "causal_attention", dense)
@@ -118,6 +121,14 @@ def test_flops_are_those_that_the_jaxpr_counts(name, backward, monkeypatch):
     )
     flops = flops_per_token(config, LENGTH, backward=backward, causal=False)
     assert flops.total == pytest.approx(counted_flops(config, backward), rel=0.02)
+
+
+def test_flops_of_a_sliding_layer_count_its_window():
+    config = OTHERS["olmo"]  # one of three layers sees 4 tokens
+    assert flops_per_token(config, 127, backward=False, causal=False).attention == 2 * (2 * 127 + 4) * 4 * (4 + 4)
+    seen = (1 + 2 + 3 + 124 * 4) / 127
+    assert flops_per_token(config, 127, backward=False).attention == pytest.approx(2 * (2 * 64 + seen) * 4 * (4 + 4))
+    assert flops_per_token(config, 3).attention == 3 * 2 * 3 * 2 * 4 * (4 + 4)  # a row shorter than the window
 
 
 def test_causal_flops_count_the_keys_that_a_query_sees():

@@ -10,7 +10,9 @@ from flax import nnx
 from jaxprs import matmul_flops
 from small_models import (
     FAMILIES,
+    GPT_OSS,
     GQA,
+    OTHERS,
     V3,
     compiled,
     packed_batch,
@@ -26,6 +28,7 @@ from opendeep_jax.train.inputs import make_inputs, mtp_masks, target_counts
 from opendeep_jax.train.step import batch_loss
 
 LENGTH = 16
+ALL = FAMILIES | OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def logits_of():
 
     def logits_of(family, *arguments):
         if family not in functions:
-            bones = skeleton(FAMILIES[family])
+            bones = skeleton(ALL[family])
             arrays = random_arrays(bones)
             forward = jax.jit(lambda p, b, *x: bones.model(p, b)(*x))
             functions[family] = lambda *x: forward(*arrays, *x)
@@ -53,7 +56,7 @@ def one_document(tokens):
     return tokens, np.ones_like(tokens), np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_later_token_never_changes_earlier_logits(family, logits_of):
     tokens = random_tokens()
     changed = tokens.copy()
@@ -64,7 +67,7 @@ def test_a_later_token_never_changes_earlier_logits(family, logits_of):
     assert np.abs(after[:, 10:] - before[:, 10:]).max() > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_documents_packed_in_a_row_have_the_logits_that_each_has_alone(family, logits_of):
     first, second = random_tokens(2, LENGTH, seed=2)
     packed = np.concatenate([first[:9], second[:5], [0, 0]]).astype(np.int32)
@@ -76,7 +79,7 @@ def test_documents_packed_in_a_row_have_the_logits_that_each_has_alone(family, l
     np.testing.assert_allclose(together[9:14], alone[1, :5], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_positions_matter(family, logits_of):
     tokens, segment_ids, positions = one_document(random_tokens())
     shuffled = positions[:, ::-1]

@@ -67,3 +67,37 @@ def test_queries_of_a_part_of_the_row_in_any_order_see_what_they_see_in_the_whol
         SCALE,
     )
     np.testing.assert_allclose(part, want[:, rows], atol=2e-6)
+
+
+def full_softmax(query, key, value, segment_ids, scale, window, sinks, softcap):
+    """Attention with all scores at once, as the papers write it; gradients by autodiff."""
+    rows, length, heads, _ = query.shape
+    key, value = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value))
+    scores = jnp.einsum("blhq,bshq->bhls", query, key) * scale
+    scores = jnp.tanh(scores / softcap) * softcap if softcap else scores
+    at = jnp.arange(length)
+    seen = (at[:, None] >= at) & (at[:, None] - at < window)
+    seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = jnp.where(seen[:, None], scores, -1e30)
+    scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (rows, heads, length, 1))], axis=3)
+    return jnp.einsum("bhls,bshv->blhv", jax.nn.softmax(scores, axis=-1)[..., :-1], value)
+
+
+@pytest.mark.parametrize("length, window, softcap", [(37, 5, 0.0), (301, 40, 1.5), (9, 1, 2.0), (23, 99, 0.0)])
+def test_windows_sinks_and_soft_caps_give_the_full_softmax_and_its_gradients(length, window, softcap):
+    query, key, value, segment_ids = inputs(length)
+    sinks = jnp.array([0.3, -2.0, 1.0, 4.0])
+
+    def ours(query, key, value, sinks):
+        marks = segment_ids, segment_ids, None, None
+        return blocks.attention(query, key, value, *marks, SCALE, jnp.int32(window), sinks, softcap)
+
+    def theirs(query, key, value, sinks):
+        return full_softmax(query, key, value, segment_ids, SCALE, window, sinks, softcap)
+
+    def out_and_gradients(function):
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x) ** 2), (0, 1, 2, 3))
+        return compiled(lambda *x: (function(*x), *gradient(*x)), query, key, value, sinks)
+
+    for one, other in zip(out_and_gradients(ours), out_and_gradients(theirs), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opendeep_jax.config.schema import RopeConfig
+from opendeep_jax.config.schema import AttentionConfig, RopeConfig
 from opendeep_jax.ops.rope import frequencies, rotate, rotations, softmax_scale
 
 PLAIN = RopeConfig()
@@ -68,9 +68,13 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
 
 
 def test_yarn_sharpens_the_softmax_by_its_squared_temperature():
-    assert softmax_scale(PLAIN, 192) == pytest.approx(192**-0.5)
+    assert softmax_scale(AttentionConfig(qk_nope_head_dim=128, qk_rope_head_dim=64, rope=PLAIN)) == pytest.approx(
+        192**-0.5
+    )
     temperature = 0.1 * 0.707 * np.log(40) + 1
-    assert softmax_scale(YARN, 192) == pytest.approx(192**-0.5 * temperature**2)
+    assert softmax_scale(AttentionConfig(qk_nope_head_dim=128, qk_rope_head_dim=64, rope=YARN)) == pytest.approx(
+        192**-0.5 * temperature**2
+    )
 
 
 def test_yarn_scales_rotations_by_the_ratio_of_its_two_temperatures():

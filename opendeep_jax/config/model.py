@@ -1,0 +1,272 @@
+"""The configuration of a model: a tree of frozen dataclasses, complete, hashable and checked.
+
+One decoder, whose settings make it DeepSeek-V3, Llama, Gemma or gpt-oss. Standard library only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from opendeep_jax.config import checks
+from opendeep_jax.config.model_rules import REMAT_NAMES
+
+DType = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "full", "named"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021), with a stretch for long contexts: YaRN (Peng et al. 2023), Llama 3's,
+    or linear interpolation (Chen et al. 2023)."""
+
+    theta: float = 10_000.0
+    """Base of the geometric series of rotation frequencies."""
+    interleaved: bool = True
+    """Rotate neighbouring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
+    yarn_factor: float = 1.0
+    """How many times the context is stretched; 1 switches YaRN off."""
+    yarn_original_length: int = 4096
+    """Context length before stretching."""
+    yarn_beta_fast: float = 32.0
+    """Dimensions that turn more often than this within the original length keep their frequency."""
+    yarn_beta_slow: float = 1.0
+    """Dimensions that turn less often than this within the original length are fully interpolated."""
+    yarn_mscale: float = 1.0
+    """YaRN's attention temperature, numerator."""
+    yarn_mscale_all_dim: float = 1.0
+    """YaRN's attention temperature, denominator; its square also scales the softmax."""
+    yarn_truncate: bool = True
+    """Round the bounds between kept and interpolated dimensions to whole ones; gpt-oss does not."""
+    llama3_factor: float = 1.0
+    """Llama 3.1's stretch: slow dimensions turn this many times slower; 1 switches it off."""
+    llama3_low_frequency: float = 1.0
+    """Dimensions that turn less often than this within the original length are slowed by the whole factor."""
+    llama3_high_frequency: float = 4.0
+    """Dimensions that turn more often than this keep their frequency."""
+    llama3_original_length: int = 8192
+    """Context length before Llama 3.1's stretch."""
+    linear_factor: float = 1.0
+    """All dimensions turn this many times slower; 1 switches it off. Gemma 3: 8."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1) or grouped-query attention."""
+
+    kind: Literal["mla", "gqa"] = "mla"
+    """`mla` caches one small latent per token; `gqa` caches num_kv_heads keys and values."""
+    num_heads: int = 8
+    """Query heads H."""
+    q_lora_rank: int = 0
+    """MLA: rank of the query compression; 0 projects queries directly, as V2-Lite does."""
+    kv_lora_rank: int = 64
+    """MLA: size of the cached latent that keys and values are made of."""
+    qk_nope_head_dim: int = 32
+    """MLA: size of a head's part without rotation."""
+    qk_rope_head_dim: int = 16
+    """MLA: size of a head's rotated part; its key is shared by all heads."""
+    v_head_dim: int = 32
+    """MLA: size of a value head."""
+    num_kv_heads: int = 8
+    """GQA: key/value heads, each shared by num_heads / num_kv_heads query heads."""
+    head_dim: int = 32
+    """GQA: size of a query, key or value head."""
+    rotary_dim: int = 0
+    """GQA: dimensions of a head that are rotated, its first ones; 0 rotates all."""
+    latent_norm_epsilon: float = 1e-6
+    """MLA: epsilon of the latents' norms."""
+    qkv_bias: bool = False
+    """GQA: queries, keys and values have biases (Qwen 2, gpt-oss)."""
+    out_bias: bool = False
+    """GQA: the output projection has a bias (gpt-oss)."""
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
+    """GQA: RMSNorm of queries and keys before rotation, over each head (Qwen 3, Gemma 3) or all together (OLMo 2)."""
+    sinks: bool = False
+    """GQA: a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)."""
+    query_scale: float = 0.0
+    """Factor on the scores; 0 takes qk_head_dim ** -0.5."""
+    logit_softcap: float = 0.0
+    """GQA: bound of the scores, `c tanh(score / c)` (Gemma 2); 0 leaves them as they are."""
+    window: int = 0
+    """GQA: tokens that a query of a sliding layer sees, itself included."""
+    sliding_layers: tuple[int, ...] = ()
+    """GQA: indices of the layers that see `window` tokens only."""
+    sliding_rope_theta: float = 0.0
+    """GQA: base of the sliding layers' own, unstretched rotation; 0 rotates as the other layers do."""
+    rope: RopeConfig = RopeConfig()
+    """Position embedding."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of a query/key head as the softmax sees it."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a value head."""
+        return self.v_head_dim if self.kind == "mla" else self.head_dim
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts (DeepSeekMoE; V3 section 2.1.2). `num_experts=0` makes every layer dense."""
+
+    num_experts: int = 0
+    """Routed experts E in each MoE layer; 0 for a dense model."""
+    experts_per_token: int = 2
+    """Routed experts K chosen for each token."""
+    num_shared_experts: int = 1
+    """Experts that every token passes through; realised as one SwiGLU of this many times expert_size."""
+    expert_size: int = 256
+    """Hidden width F of one expert."""
+    num_groups: int = 1
+    """Groups the experts are divided into for node-limited routing."""
+    groups_per_token: int = 1
+    """Groups kept for each token; experts of the other groups cannot be chosen."""
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router score: sigmoid (V3) or softmax over all experts (V2)."""
+    normalize_weights: bool = True
+    """Divide the chosen experts' weights by their sum (V3) or use the scores as they are (V2)."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' output; 2.5 in V3."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """A group's score: sum of its two best biased scores (V3) or its best score (V2)."""
+    use_router_bias: bool = True
+    """Balance without auxiliary loss: add a bias to the scores for selection only, moved by the expert load."""
+    router_linear_bias: bool = False
+    """Add a trained bias to the router's logits (gpt-oss)."""
+    expert_bias: bool = False
+    """Experts' projections have biases (gpt-oss)."""
+    bias_update_speed: float = 1e-3
+    """How far a router bias moves after each step (u in V3)."""
+    bias_update_until_tokens: int = 0
+    """Freeze the biases once this many tokens are trained; 0 never freezes them. V3: 14.3T."""
+    balance_loss_weight: float = 1e-4
+    """Weight of the sequence-wise balance loss (alpha in V3); 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction (V3 section 2.2): modules after the main model, sharing its embedding and head."""
+
+    depth: int = 0
+    """Number of modules; module k predicts the token k steps beyond the next one. V3: 1."""
+    loss_weight: float = 0.3
+    """Weight of the modules' mean loss (lambda in V3)."""
+    final_loss_weight: float = 0.1
+    """Weight once final_from_tokens tokens are trained."""
+    final_from_tokens: int = 0
+    """When the final weight takes over, in tokens; 0 never. V3: 10T."""
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """What the backward pass recomputes, per kind of block."""
+
+    dense: RematPolicy = "named"
+    """Dense blocks: `none` saves every activation, `full` saves the block's input only, `named` the names below."""
+    moe: RematPolicy = "named"
+    """MoE blocks, the MTP module's included: as above."""
+    names: tuple[str, ...] = REMAT_NAMES
+    """Activations that `named` saves. All together are what matmuls give: only cheap arithmetic and attention's scores
+    are then recomputed, which is also the fastest on a CPU."""
+    offload: tuple[str, ...] = ()
+    """Activations that `named` moves to the host's memory until they are needed, on TPUs and GPUs; `block_input` is
+    what a block always keeps."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model's mathematics is carried out. Nothing here changes a result beyond rounding."""
+
+    expert_exchange: Literal["auto", "ragged", "all_to_all", "gather"] = "auto"
+    """How tokens reach experts on other devices: sent once to each (`ragged`), the same with worst-case slots
+    (`all_to_all`, for platforms without ragged collectives), or all of them to all (`gather`, for few devices)."""
+    exchange_buffer: float = 1.25
+    """Rows of a device's expert buffer over the balanced number. More rows than that take further rounds; none is
+    dropped."""
+    dense_weights_over_experts: bool = False
+    """Divide the weights outside the experts over the expert axis too, instead of a copy on each of its devices: less
+    memory, but they then travel on the links that the tokens need."""
+    batch_parts: int = 1
+    """Parts that each block takes a device's rows in: with 2, attention of one hides the other's exchange."""
+    attention: str = ""
+    """Implementation of attention; empty takes the platform's own."""
+    grouped_matmul: str = ""
+    """Implementation of the experts' matmuls; empty takes the platform's own."""
+    cross_entropy: str = ""
+    """Implementation of the head and its loss; empty takes the platform's own."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head."""
+
+    vocab_size: int = 8192
+    """Rows V of the embedding and columns of the head; at least the tokenizer's vocabulary."""
+    hidden_size: int = 256
+    """Width D of the residual stream."""
+    num_layers: int = 4
+    """All blocks, the leading dense ones included, MTP's not."""
+    num_dense_layers: int = 1
+    """Leading blocks with a dense SwiGLU; all of them when moe.num_experts is 0."""
+    mlp_size: int = 1024
+    """Hidden width of the dense SwiGLU."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of the norms."""
+    norm: Literal["rms", "rms_zero_centered", "layer_zero_centered"] = "rms"
+    """RMSNorm; RMSNorm whose scale is 1 + weight (Gemma); LayerNorm of the same kind, with a bias (Nemotron)."""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Norms before attention and feed-forward, after them (OLMo 2), or on both sides (Gemma 3)."""
+    activation: Literal["silu", "gelu_tanh", "relu2", "clamped_swiglu"] = "silu"
+    """Nonlinearity of the feed-forward; `clamped_swiglu` is gpt-oss's."""
+    swiglu_alpha: float = 1.702
+    """clamped_swiglu: slope inside the sigmoid."""
+    swiglu_limit: float = 7.0
+    """clamped_swiglu: bound of gate and up."""
+    gated_mlp: bool = True
+    """Multiply the activated gate by a second projection; without, the feed-forward is `activation(x U) D`."""
+    embedding_scale: float = 1.0
+    """Factor on the embeddings, rounded to dtype. Gemma: hidden_size ** 0.5."""
+    logit_softcap: float = 0.0
+    """Bound of the logits, `c tanh(logit / c)` (Gemma 2); 0 leaves them as they are."""
+    context_length: int = 0
+    """Longest row that the positions are made for; 0 takes the rotation's: yarn_original_length x yarn_factor."""
+    init_std: float = 0.006
+    """Standard deviation of every weight at the start. V3: 0.006."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    dtype: DType = "bfloat16"
+    """Compute dtype of matmuls and activations; routing, norms, softmax and losses are float32 in any case."""
+    precision: Literal["default", "fp8"] = "default"
+    """`fp8` multiplies by weights in E4M3 with V3's fine-grained scales (section 3.3), `default` in dtype."""
+    weight_dtype: DType = "float32"
+    """Storage of the master weights; norm scales and routers are float32 in any case."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention."""
+    moe: MoEConfig = MoEConfig()
+    """Mixture of experts."""
+    mtp: MTPConfig = MTPConfig()
+    """Multi-token prediction."""
+    remat: RematConfig = RematConfig()
+    """Rematerialisation."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Kernels, precision and communication."""
+
+    def __post_init__(self):
+        checks.check_model(self)
+
+    @property
+    def max_length(self) -> int:
+        """Longest row that the positions are made for."""
+        rope = self.attention.rope
+        return self.context_length or int(rope.yarn_original_length * rope.yarn_factor)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with routed experts, MTP's not counted."""
+        return self.num_layers - self.num_leading_dense_layers
+
+    @property
+    def num_leading_dense_layers(self) -> int:
+        """Blocks with a dense SwiGLU."""
+        return self.num_dense_layers if self.moe.num_experts else self.num_layers

@@ -1,0 +1,212 @@
+"""What the fields of a model's configuration must satisfy: generators of sentences about what does not.
+
+As `rules.py` has them for a run. Standard library only.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from opendeep_jax.config.sentences import above_zero, at_least, problem
+
+REMAT_NAMES = (
+    "q_latent",
+    "kv_latent",
+    "query",
+    "key_value",
+    "attention_output",
+    "residual",
+    "router_logits",
+    "routing",
+    "mlp_gate",
+    "mlp_up",
+    "expert_gate",
+    "expert_up",
+)
+"""Activations that the blocks name, and that `model.remat.names` may list."""
+
+OFFLOAD_NAMES = (*REMAT_NAMES, "block_input")
+"""Activations that `model.remat.offload` may list."""
+
+
+def model_problems(model: Any) -> Iterator[str]:
+    """Yields a sentence for each rule that a `ModelConfig` breaks."""
+    yield from at_least(1, "model", model, "vocab_size", "hidden_size", "num_layers")
+    yield from at_least(0, "model", model, "num_dense_layers")
+    yield from at_least(0, "model", model, "logit_softcap", "context_length")
+    yield from above_zero("model", model, "norm_epsilon", "init_std", "embedding_scale", "swiglu_limit")
+    yield from at_least(0, "model", model, "swiglu_alpha")
+    if model.activation == "clamped_swiglu" and not model.gated_mlp:
+        yield problem("model.gated_mlp", False, "clamped_swiglu multiplies a gate by a projection", "Set it to True")
+    if model.num_dense_layers > model.num_layers:
+        yield problem(
+            "model.num_dense_layers",
+            model.num_dense_layers,
+            f"cannot exceed model.num_layers, which is {model.num_layers}",
+            "Lower it or add layers",
+        )
+    for layer in model.attention.sliding_layers:
+        if not 0 <= layer < model.num_layers:
+            yield problem(
+                "model.attention.sliding_layers",
+                layer,
+                f"is the index of no layer; model.num_layers is {model.num_layers}",
+                f"Use indices from 0 to {model.num_layers - 1}",
+            )
+    if model.num_leading_dense_layers > 0:
+        yield from at_least(1, "model", model, "mlp_size")
+    yield from _execution_problems(model.execution)
+    yield from _attention_problems(model.attention)
+    yield from at_least(0, "model.moe", model.moe, "num_experts")
+    if model.moe.num_experts > 0:
+        yield from _moe_problems(model.moe)
+    yield from at_least(0, "model.mtp", model.mtp, "depth", "loss_weight", "final_loss_weight", "final_from_tokens")
+    for name in model.remat.names:
+        if name not in REMAT_NAMES:
+            yield problem("model.remat.names", name, "names no activation", f"Known names: {', '.join(REMAT_NAMES)}")
+    for name in model.remat.offload:
+        if name not in OFFLOAD_NAMES:
+            known = ", ".join(OFFLOAD_NAMES)
+            yield problem("model.remat.offload", name, "names no activation", f"Known names: {known}")
+
+
+def _execution_problems(execution: Any) -> Iterator[str]:
+    where = "model.execution"
+    yield from at_least(1, where, execution, "batch_parts")
+    yield from above_zero(where, execution, "exchange_buffer")
+
+
+def _attention_problems(attention: Any) -> Iterator[str]:
+    where = "model.attention"
+    yield from at_least(1, where, attention, "num_heads")
+    if attention.kind == "mla":
+        yield from at_least(0, where, attention, "q_lora_rank")
+        yield from at_least(1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        rotated = "qk_rope_head_dim"
+        yield from above_zero(where, attention, "latent_norm_epsilon")
+        yield from _gqa_only_problems(attention)
+    else:
+        yield from at_least(1, where, attention, "num_kv_heads", "head_dim")
+        yield from at_least(0, where, attention, "rotary_dim", "window", "sliding_rope_theta", "logit_softcap")
+        rotated = "rotary_dim" if attention.rotary_dim else "head_dim"
+        if attention.rotary_dim > attention.head_dim:
+            yield problem(
+                f"{where}.rotary_dim",
+                attention.rotary_dim,
+                f"cannot exceed head_dim, which is {attention.head_dim}",
+                "Set it to 0 to rotate all of a head",
+            )
+        if attention.sliding_layers and attention.window < 1:
+            yield problem(
+                f"{where}.window",
+                attention.window,
+                "must be at least 1 where sliding_layers names layers",
+                "Set it to the tokens that they see",
+            )
+        if attention.num_kv_heads > 0 and attention.num_heads % attention.num_kv_heads:
+            yield problem(
+                f"{where}.num_heads",
+                attention.num_heads,
+                f"must be a multiple of num_kv_heads, which is {attention.num_kv_heads}",
+                f"Set num_kv_heads to a divisor of {attention.num_heads}, or num_heads to "
+                f"{math.ceil(attention.num_heads / attention.num_kv_heads) * attention.num_kv_heads}",
+            )
+    yield from at_least(0, where, attention, "query_scale")
+    size = getattr(attention, rotated)
+    if size % 2:
+        yield problem(f"{where}.{rotated}", size, "must be even, as RoPE rotates pairs", f"Use {size + 1}")
+    rope = attention.rope
+    yield from above_zero(f"{where}.rope", rope, "theta", "yarn_beta_fast", "yarn_beta_slow", "llama3_low_frequency")
+    yield from at_least(1, f"{where}.rope", rope, "yarn_factor", "yarn_original_length")
+    yield from at_least(1, f"{where}.rope", rope, "llama3_factor", "llama3_original_length", "linear_factor")
+    stretches = [name for name in ("yarn_factor", "llama3_factor", "linear_factor") if getattr(rope, name) > 1]
+    if len(stretches) > 1:
+        yield problem(
+            f"{where}.rope.{stretches[1]}",
+            getattr(rope, stretches[1]),
+            f"must be 1 where {stretches[0]} stretches the context already",
+            "Choose one of the two",
+        )
+    if rope.llama3_high_frequency <= rope.llama3_low_frequency:
+        yield problem(
+            f"{where}.rope.llama3_high_frequency",
+            rope.llama3_high_frequency,
+            f"must exceed llama3_low_frequency, which is {rope.llama3_low_frequency}",
+            "The usual values are 4 and 1",
+        )
+    yield from at_least(0, f"{where}.rope", rope, "yarn_mscale", "yarn_mscale_all_dim")
+    if rope.yarn_beta_fast <= rope.yarn_beta_slow:
+        yield problem(
+            f"{where}.rope.yarn_beta_fast",
+            rope.yarn_beta_fast,
+            f"must exceed yarn_beta_slow, which is {rope.yarn_beta_slow}",
+            "The usual values are 32 and 1",
+        )
+
+
+GQA_ONLY = {
+    "qkv_bias": False,
+    "out_bias": False,
+    "qk_norm": "none",
+    "sinks": False,
+    "logit_softcap": 0,
+    "window": 0,
+    "sliding_layers": (),
+    "sliding_rope_theta": 0,
+    "rotary_dim": 0,
+}
+
+
+def _gqa_only_problems(attention: Any) -> Iterator[str]:
+    for name, off in GQA_ONLY.items():
+        if getattr(attention, name) != off:
+            yield problem(
+                f"model.attention.{name}",
+                getattr(attention, name),
+                "is for grouped-query attention, and kind is 'mla'",
+                f"Set it to {off!r}, or kind to 'gqa'",
+            )
+
+
+def _moe_problems(moe: Any) -> Iterator[str]:
+    where = "model.moe"
+    counts = ("experts_per_token", "expert_size", "num_groups", "groups_per_token")
+    yield from at_least(1, where, moe, *counts)
+    yield from at_least(0, where, moe, "num_shared_experts", "bias_update_speed", "bias_update_until_tokens")
+    yield from at_least(0, where, moe, "balance_loss_weight")
+    yield from above_zero(where, moe, "routed_scaling_factor")
+    if min(getattr(moe, field) for field in counts) < 1:
+        return  # the rules below divide by these
+    if moe.num_experts % moe.num_groups:
+        yield problem(
+            f"{where}.num_experts",
+            moe.num_experts,
+            f"must be a multiple of num_groups, which is {moe.num_groups}",
+            f"Use {math.ceil(moe.num_experts / moe.num_groups) * moe.num_groups} experts, or a number of groups "
+            f"that divides {moe.num_experts}",
+        )
+        return
+    if moe.groups_per_token > moe.num_groups:
+        yield problem(
+            f"{where}.groups_per_token",
+            moe.groups_per_token,
+            f"cannot exceed num_groups, which is {moe.num_groups}",
+            "Keep fewer groups",
+        )
+        return
+    group_size = moe.num_experts // moe.num_groups
+    if moe.experts_per_token > group_size * moe.groups_per_token:
+        yield problem(
+            f"{where}.experts_per_token",
+            moe.experts_per_token,
+            f"cannot exceed the {group_size * moe.groups_per_token} experts that the {moe.groups_per_token} kept of "
+            f"{moe.num_groups} groups hold ({group_size} each)",
+            "Choose fewer experts per token, or raise groups_per_token or num_experts",
+        )
+    if moe.group_score == "top2_sum" and moe.num_groups > 1 and group_size < 2:
+        yield problem(
+            f"{where}.group_score",
+            moe.group_score,
+            f"needs at least 2 experts in a group, and {moe.num_experts} experts in {moe.num_groups} groups give 1",
+            "Use fewer groups, or group_score='max'",
+        )

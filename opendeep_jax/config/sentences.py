@@ -1,0 +1,31 @@
+"""Sentences that tell a user what is wrong with a configuration's field: `field = value: rule. cure.`"""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def problem(name: str, value: Any, rule: str, cure: str) -> str:
+    """The sentence that tells the user what is wrong with one field; `cure` may be empty."""
+    return f"{name} = {value!r}: {rule}." + (f" {cure}." if cure else "")
+
+
+def at_least(minimum: float, name: str, config: Any, *fields: str) -> Iterator[str]:
+    """Problems of the fields below `minimum`; fields inside `config` are named relative to `name`."""
+    for field in fields:
+        if getattr(config, field) < minimum:
+            yield problem(f"{name}.{field}", getattr(config, field), f"must be at least {minimum}", "")
+
+
+def above_zero(name: str, config: Any, *fields: str) -> Iterator[str]:
+    """Problems of the fields that are not greater than 0."""
+    for field in fields:
+        if not getattr(config, field) > 0:
+            yield problem(f"{name}.{field}", getattr(config, field), "must be greater than 0", "")
+
+
+def fraction(name: str, config: Any, *fields: str, below_one: bool = False) -> Iterator[str]:
+    """Problems of the fields outside 0 to 1; with `below_one`, 1 is outside too."""
+    for field in fields:
+        value = getattr(config, field)
+        if not 0 <= value <= 1 or (below_one and value == 1):
+            yield problem(f"{name}.{field}", value, "must be from 0 to " + ("below 1" if below_one else "1"), "")
