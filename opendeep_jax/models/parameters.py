@@ -64,16 +64,22 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 def split(model: Decoder) -> tuple[Skeleton, Arrays, Arrays]:
     """Takes a model apart into skeleton, parameters and router biases."""
-    graph, state = nnx.split(model)
+    graph, variables = named_variables(model, model.config)
+    params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
+    router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}
+    return Skeleton(graph, variables), params, router_bias
+
+
+def named_variables(module: nnx.Module, config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
+    """A module's graph, and its Variables by name with the logical axes that the configuration gives them."""
+    graph, state = nnx.split(module)
     variables = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    if model.config.execution.dense_weights_over_experts:
+    if config.execution.dense_weights_over_experts:
         for variable in variables.values():
             axes = variable.get_metadata("logical_axes")
             axes = tuple("embed_over_experts" if axis == "embed" else axis for axis in axes)
             variable.set_metadata(logical_axes=axes)
-    params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
-    router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}
-    return Skeleton(graph, variables), params, router_bias
+    return graph, variables
 
 
 def skeleton(config: ModelConfig) -> Skeleton:

@@ -10,7 +10,6 @@ from flax import nnx
 from jaxprs import matmul_flops
 from small_models import (
     FAMILIES,
-    GPT_OSS,
     GQA,
     OTHERS,
     V3,

@@ -1,0 +1,179 @@
+"""Attention over the paged cache: what a layer computes for new tokens, given what it kept of the earlier ones.
+
+B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table, S = N page positions, D model
+width, H heads, G key/value heads, Q size of a head, C latent, R rotated key.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.flash_mla import flash_mla
+from kernels_pallas.flash_mla.blocks import attention as causal_attention
+from kernels_pallas.mla_decode import mla_decode
+from kernels_pallas.target import widened
+from opendeep_jax.generation.cache import LayerCache
+from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from opendeep_jax.models.layers import Context
+from opendeep_jax.ops.linear import project
+from opendeep_jax.ops.rope import halves_first
+from opendeep_jax.parallel.collectives import all_gather, psum_scatter
+
+FEW = 16
+"""Up to so many new tokens of a row are attended to as single ones: absorbed, or without blocks."""
+
+
+class Places(NamedTuple):
+    """Where the new tokens stand."""
+
+    positions: Int[Array, "B T"]
+    """In their texts, and so in the cache."""
+    present: Bool[Array, "B T"]
+    """Whether there is a token at all."""
+    pages: Int[Array, "B N"]
+    """The rows' page tables, as far as this step looks."""
+    lengths: Int[Array, "B"]
+    """Positions of each row, the new ones included."""
+
+
+def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
+    """The cache with the new tokens' values [B, T, ...] in their places."""
+    size = next(iter(cache.values())).shape[1]
+    page = jnp.take_along_axis(places.pages, places.positions // size, axis=1, mode="clip")
+    page = jnp.where(places.present, page, 0)
+    return {name: pool.at[page, places.positions % size].set(values[name].astype(pool.dtype), mode="drop")
+            for name, pool in cache.items()}
+
+
+def grouped_query(
+    attention: GroupedQueryAttention,
+    x: Float[Array, "1 n D"],
+    context: Context,
+    cache: LayerCache,
+    places: Places,
+    sliding: bool,
+) -> tuple[Float[Array, "1 n D"], LayerCache]:
+    """A GQA layer's output and its cache with the new tokens in it."""
+    x, rows = all_gather(x, "tensor", 1), places.positions.shape
+    query, key, value = attention.queries_keys_values(x, context.queries, sliding)
+    query, key, value = (y.reshape(*rows, *y.shape[2:]) for y in (query, key, value))
+    cache = written(cache, {"key": key, "value": value}, places)
+    window = attention.config.window if sliding else None
+    sinks = attention.sinks[...] if attention.config.sinks else None
+    pages, first = _visible_pages(places, cache["key"].shape[1], window)
+    keys, values = (_gathered(cache[name], pages) for name in ("key", "value"))
+    at = first[:, None] + jnp.arange(keys.shape[1])
+    inside = at < places.lengths[:, None]
+    values = jnp.where(inside[..., None, None], values, 0)  # what lies behind a row's positions may be anything
+    if rows[1] > FEW:
+        marks = places.present.astype(jnp.int32), inside.astype(jnp.int32), places.positions, at
+        out = causal_attention(
+            query, keys, values, *marks, attention.scale, window, sinks, attention.config.logit_softcap
+        )
+    else:
+        out = _few(query, keys, values, at, places.positions, attention.scale, window, sinks, attention.config.logit_softcap)
+    return attention.project_out(out.reshape(1, -1, *out.shape[2:]).astype(x.dtype)), cache
+
+
+def _visible_pages(places: Places, size: int, window: int | None) -> tuple[Int[Array, "B N"], Int[Array, "B"]]:
+    """The pages that the rows' new tokens may see any of, and the position where the first of them begins."""
+    count, new = places.pages.shape[1], places.positions.shape[1]
+    needed = count if window is None else min(count, (window + new - 2) // size + 2)
+    if needed == count:
+        return places.pages, jnp.zeros(len(places.pages), jnp.int32)
+    first = jnp.clip((places.positions[:, 0] - window + 1) // size, 0, count - needed)
+    return jnp.take_along_axis(places.pages, first[:, None] + jnp.arange(needed), axis=1), first * size
+
+
+def _gathered(pool: Float[Array, "P page *rest"], pages: Int[Array, "B N"]) -> Float[Array, "B S *rest"]:
+    rows = pool[pages]
+    return rows.reshape(len(pages), -1, *rows.shape[3:])
+
+
+def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> Float[Array, "B T H Q"]:
+    """Attention of a few queries [B, T, H, Q] to keys and values [B, S, G, Q] at positions [B, S]; in float32."""
+    rows, new, heads, size = query.shape
+    groups = keys.shape[2]
+    query = query.reshape(rows, new, groups, heads // groups, size)
+    query, keys, values = widened(query, keys, values)
+    scores = jnp.einsum("btgrq,bsgq->bgrts", query, keys, preferred_element_type=jnp.float32) * scale
+    scores = jnp.tanh(scores / softcap) * softcap if softcap else scores
+    seen = positions[:, :, None] >= at[:, None]
+    if window is not None:
+        seen &= positions[:, :, None] - at[:, None] < window
+    seen = seen[:, None, None]
+    scores = jnp.where(seen, scores, -1e30)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        largest = jnp.maximum(largest, sinks)
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = total if sinks is None else total + jnp.exp(sinks - largest)
+    weights = jnp.where(seen, weights / total, 0).astype(values.dtype)
+    out = jnp.einsum("bgrts,bsgq->btgrq", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(rows, new, heads, size)
+
+
+def latent(
+    attention: MultiHeadLatentAttention,
+    x: Float[Array, "1 n D"],
+    context: Context,
+    cache: LayerCache,
+    places: Places,
+) -> tuple[Float[Array, "1 n D"], LayerCache]:
+    """A latent-attention layer's output and its cache with the new tokens in it.
+
+    A few tokens are attended to with absorbed projections (DeepSeek-V2 report, section 2.1.2): queries go through the
+    keys' up-projection, and what comes out of the latents through the values'. For many, as in a prompt, it is cheaper
+    to make the keys and values again.
+    """
+    rows, rank = places.positions.shape, attention.config.kv_lora_rank
+    nope, rope = attention.queries(x, context)
+    compressed, key_rope = attention.latents(x)
+    key_rope = halves_first(key_rope) if attention.config.rope.interleaved else key_rope
+    key_rope = all_gather(attention.turn(key_rope, context.own), "tensor", 1)
+    new = jnp.concatenate([all_gather(compressed, "tensor", 1), key_rope], axis=-1)
+    width = cache["latent"].shape[2]
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[2]))).reshape(*rows, width)
+    cache = written(cache, {"latent": new}, places)
+    up, heads = attention.kv_up[...], attention.kv_up.shape[1]
+    if rows[1] <= FEW:
+        up_key, up_value = up[..., : attention.config.qk_nope_head_dim], up[..., attention.config.qk_nope_head_dim :]
+        split = lambda y: y.reshape(-1, heads, y.shape[-1] // heads)  # noqa: E731
+        absorbed = jnp.einsum("nhq,chq->nhc", *widened(split(nope), up_key.astype(nope.dtype)))
+        # Each new token is a row of its own that sees its own positions.
+        lengths = jnp.where(places.present, places.positions + 1, 0).reshape(-1)
+        pages = jnp.repeat(places.pages, rows[1], axis=0)
+        out = mla_decode(
+            absorbed.astype(x.dtype), split(rope), cache["latent"], pages, lengths, attention.scale,
+            attention.implementation if attention.implementation == "reference" else None,
+        )
+        out = jnp.einsum("nhc,chv->nhv", *widened(out, up_value.astype(out.dtype))).astype(x.dtype)
+    else:
+        held = _gathered(cache["latent"], places.pages)
+        at = jnp.broadcast_to(jnp.arange(held.shape[1]), held.shape[:2])
+        inside = at < places.lengths[:, None]
+        held = jnp.where(inside[..., None], held, 0).astype(x.dtype)
+        up_key, up_value = attention.split_heads(up, rotated=False)
+        out = flash_mla(
+            nope.reshape(*rows, -1),
+            rope.reshape(*rows, -1),
+            project(held[..., :rank], up_key, precision=attention.precision),
+            held[..., rank : rank + attention.config.qk_rope_head_dim],
+            project(held[..., :rank], up_value, precision=attention.precision),
+            places.present.astype(jnp.int32),
+            inside.astype(jnp.int32),
+            places.positions,
+            at,
+            num_heads=heads,
+            scale=attention.scale,
+            implementation=attention.implementation,
+        )
+    out = project(
+        out.reshape(1, rows[0] * rows[1], -1),
+        attention.out[...].reshape(-1, x.shape[-1]),
+        precision=attention.precision,
+    )
+    return psum_scatter(out, "tensor", 1), cache

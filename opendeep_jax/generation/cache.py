@@ -1,0 +1,71 @@
+"""The paged cache: what attention keeps of each position, in pages that requests hold and give back.
+
+Each layer has a pool of pages; a request's page table names its pages in order, the same ones in every layer. Page 0 is
+nobody's: what has no place is written there.
+
+P pages, G key/value heads, Q size of their heads, C latent, R rotated key.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from opendeep_jax.config.rules import ROW_AXES
+from opendeep_jax.config.schema import ModelConfig
+
+LayerCache = dict[str, jax.Array]
+"""A layer's pages: `key` and `value` [P, page, G, Q], or `latent` [P, page, C + R] of latent attention."""
+
+TPU_LANES = 128
+
+
+def position_shapes(config: ModelConfig, platform: str = "cpu") -> dict[str, tuple[int, ...]]:
+    """What a layer keeps of one position, by name.
+
+    Latents are filled up to whole lanes on a TPU, which would copy the cache at each step otherwise (V3: 576 to 640).
+    """
+    attention = config.attention
+    if attention.kind == "mla":
+        width = attention.kv_lora_rank + attention.qk_rope_head_dim
+        return {"latent": (-(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width,)}
+    return dict.fromkeys(("key", "value"), (attention.num_kv_heads, attention.head_dim))
+
+
+def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu") -> int:
+    """Bytes that one position takes in all layers. V3 in bfloat16: 2 x (512 + 64) x 61 = 70,272.
+
+    Args:
+        mtp: count the MTP modules' layers too, which speculation needs.
+    """
+    layers = config.num_layers + (config.mtp.depth if mtp else 0)
+    numbers = sum(math.prod(shape) for shape in position_shapes(config, platform).values())
+    return layers * numbers * jnp.dtype(config.dtype).itemsize
+
+
+def cache_spec(name: str) -> PartitionSpec:
+    """How a layer's pages lie on a mesh: each group of rows has its own pages, heads lie where their weights do."""
+    return PartitionSpec(ROW_AXES) if name == "latent" else PartitionSpec(ROW_AXES, None, "tensor")
+
+
+class Pages:
+    """Who holds which page of a pool. Page 0 is never given away."""
+
+    def __init__(self, count: int):
+        self.count = count - 1
+        self._free = list(range(count - 1, 0, -1))
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Gives pages away; the caller has looked that there are so many."""
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Takes pages back."""
+        self._free.extend(reversed(pages))

@@ -1,0 +1,344 @@
+"""Continuous batching: requests come and go while a batch of slots runs, each request with its own pages of the cache.
+
+A step takes in a piece of waiting prompts and then one token of every running request. All shapes are fixed: decoding
+always computes all slots, so that a request's numbers do not depend on how many others there are, and a prompt is cut
+by its own length alone. Pages for a request's longest output are set aside when it starts: none is ever thrown out.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.generation import sampling
+from opendeep_jax.generation.cache import Pages, bytes_per_token
+from opendeep_jax.generation.forward import Rows
+from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
+from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score
+from opendeep_jax.generation.weights import take_apart
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.parallel.axes import row_shards
+
+SMALLEST_CHUNK = 16
+LEAST_PAGES = 4
+"""Pages of the narrowest table: few widths are few programs to compile."""
+DEFAULT_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How many requests run together, and in how much memory."""
+
+    slots: int = 8
+    """Requests that run at a time. Each step computes all of them."""
+    max_length: int = 0
+    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most."""
+    page_size: int = 32
+    """Positions of a page."""
+    cache_tokens: int = 0
+    """Positions that the cache holds for all requests; 0 takes slots x max_length, so that none ever waits for pages."""
+    prefill_tokens: int = 512
+    """Tokens of prompts that a step takes in before it decodes; a power of two."""
+    vocab_size: int = 0
+    """Tokens that may be chosen, the tokenizer's; 0 takes all of the model's."""
+    speculate: int = 0
+    """Tokens that the MTP module drafts for each step of the model; 0 decodes plainly."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way. Only the engine writes here."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    taken_in: int = 0
+    """Tokens of the prompt that are in the cache."""
+    aborted: bool = False
+
+
+class Progress(NamedTuple):
+    """What a step brought a request."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    finish: str | None
+    """`stop`, `length` or `aborted` when it is done."""
+
+
+class EngineStats(NamedTuple):
+    """How it goes: now, and since the beginning."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    total_pages: int
+    prompt_tokens: int
+    generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    steps: int
+
+
+class Engine:
+    """Generates from a model. Belongs to one thread.
+
+    Args:
+        model: its arrays are divided over `mesh`, or stay where they are without one.
+        mesh: rows are divided over its data, fsdp and expert axes, heads over tensor.
+    Raises:
+        ConfigError: for settings that cannot work.
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None):  # noqa: B008
+        self.max_length = config.max_length or min(model.config.max_length, DEFAULT_LENGTH)
+        self.shards = 1 if mesh is None else row_shards(mesh)
+        _check(config, self.max_length, model, mesh, self.shards)
+        self.config, self.slots, self.mesh = config, config.slots, mesh
+        self.vocab_size = config.vocab_size or model.config.vocab_size
+        self.bones, self.weights = take_apart(model, mesh)
+        self.table_width = -(-self.max_length // config.page_size)
+        tokens = config.cache_tokens or config.slots * self.max_length
+        pages = max(-(-tokens // (config.page_size * self.shards)), 1)
+        if not config.cache_tokens:
+            pages = config.slots // self.shards * self.table_width
+        self.pools = [Pages(pages + 1) for _ in range(self.shards)]
+        self.cache = make_cache(self.bones, pages + 1, config.page_size, mesh)
+        self.cache_bytes_per_token = bytes_per_token(model.config)
+        self.running: list[Request | None] = [None] * config.slots
+        self.waiting: deque[Request] = deque()
+        self._doomed: list[Request] = []
+        self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0)
+        self._advance = on_mesh(partial(advance, self.bones), self.bones, mesh, 1)
+        self._pick = {top: jax.jit(partial(pick, self.vocab_size, top)) for top in (False, True)}
+        self._score = on_mesh(partial(score, self.bones), self.bones, mesh, 2)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self._doomed) or any(self.running)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts of now and since the beginning."""
+        free = sum(pool.free for pool in self.pools)
+        total = sum(pool.count for pool in self.pools)
+        running = sum(request is not None for request in self.running)
+        return EngineStats(running, len(self.waiting), free, total, **self._counts)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams = SamplingParams()) -> Request:  # noqa: B008
+        """Queues a prompt. Raises ConfigError for one that is empty, too long, or has tokens that the model lacks."""
+        prompt = [int(token) for token in prompt]
+        if not prompt:
+            raise ConfigError("The prompt is empty: it needs at least one token, such as the one that begins a text.")
+        if len(prompt) >= self.max_length:
+            raise ConfigError(
+                f"The prompt has {len(prompt)} tokens, and prompt and output together may have {self.max_length}. "
+                "Shorten it, or start with a greater max_length."
+            )
+        odd = [token for token in prompt if not 0 <= token < self.bones.config.vocab_size]
+        if odd:
+            raise ConfigError(
+                f"The prompt holds the token {odd[0]}; the model's are 0 to {self.bones.config.vocab_size - 1}."
+            )
+        request = Request(prompt, params)
+        needed = self._pages_of(request)
+        if needed > self.pools[0].count:
+            raise ConfigError(
+                f"The prompt's {len(prompt)} tokens and max_tokens = {params.max_tokens} take {needed} pages, and the "
+                f"cache has {self.pools[0].count}. Lower max_tokens, or start with greater cache_tokens."
+            )
+        self.waiting.append(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; the next step frees its pages and reports it."""
+        if request.finish is None and not request.aborted:
+            request.aborted = True
+            self._doomed.append(request)
+
+    def step(self) -> list[Progress]:
+        """Takes in a piece of the waiting prompts and one token of every running request; what came of it."""
+        progress = [self._end(request, "aborted") for request in self._doomed if request.finish is None]
+        self._doomed = []
+        self._admit()
+        self._take_in(progress)
+        self._decode(progress)
+        self._counts["steps"] += 1
+        return progress
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Runs prompts to their ends and returns their outputs in order; others that are running go on as well."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        while any(request.finish is None for request in requests):
+            self.step()
+        return [Completion(request.tokens, request.logprobs, request.finish) for request in requests]
+
+    def _pages_of(self, request: Request) -> int:
+        length = min(len(request.prompt) + request.params.max_tokens, self.max_length)
+        return -(-length // self.config.page_size)
+
+    def _admit(self) -> None:
+        """Gives waiting requests slots and pages, first come first served."""
+        per_shard = self.slots // self.shards
+        while self.waiting:
+            request = self.waiting[0]
+            needed = self._pages_of(request)
+            free = [
+                slot
+                for slot, held in enumerate(self.running)
+                if held is None and self.pools[slot // per_shard].free >= needed
+            ]
+            if not free:
+                return
+            self.waiting.popleft()
+            # The group with most pages left: they fill up evenly.
+            request.slot = max(free, key=lambda slot: self.pools[slot // per_shard].free)
+            request.pages = self.pools[request.slot // per_shard].take(needed)
+            self.running[request.slot] = request
+
+    def _take_in(self, progress: list[Progress]) -> None:
+        """Takes prompts into the cache, a chunk after another, until the step's share is used up."""
+        budget = self.config.prefill_tokens
+        per_shard = self.slots // self.shards
+        while budget > 0:
+            chosen = []
+            for shard in range(self.shards):
+                own = self.running[shard * per_shard : (shard + 1) * per_shard]
+                unfinished = [request for request in own if request and request.taken_in < len(request.prompt)]
+                chosen.append(min(unfinished, key=lambda request: request.taken_in == 0) if unfinished else None)
+            if not any(chosen):
+                return
+            chunks = [self._chunk(request) if request else 0 for request in chosen]
+            width = _bucket(max(chunks), SMALLEST_CHUNK)
+            tokens = np.zeros((self.shards, width), np.int32)
+            for row, request, count in zip(tokens, chosen, chunks, strict=True):
+                if request:
+                    row[:count] = request.prompt[request.taken_in : request.taken_in + count]
+            starts = [request.taken_in if request else 0 for request in chosen]
+            out = self._run(chosen, tokens, starts, chunks)
+            for row, (request, count) in enumerate(zip(chosen, chunks, strict=True)):
+                if request:
+                    request.taken_in += count
+                    self._counts["prompt_tokens"] += count
+                    if request.taken_in == len(request.prompt):
+                        progress.append(self._accept(request, out, row))
+            budget -= width
+
+    def _chunk(self, request: Request) -> int:
+        """Tokens of the prompt to take in next: by its own length alone, so that its numbers depend on nothing else."""
+        left = len(request.prompt) - request.taken_in
+        whole = _bucket(left, SMALLEST_CHUNK)
+        if whole > self.config.prefill_tokens:
+            return self.config.prefill_tokens
+        return left if whole - left <= whole // 4 or whole == SMALLEST_CHUNK else whole // 2
+
+    def _decode(self, progress: list[Progress]) -> None:
+        """One token of each request whose prompt is in the cache."""
+        ready = [r if r and r.taken_in == len(r.prompt) else None for r in self.running]
+        if not any(ready):
+            return
+        tokens = np.array([[r.tokens[-1] if r else 0] for r in ready], np.int32)
+        starts = [len(r.prompt) + len(r.tokens) - 1 if r else 0 for r in ready]
+        out = self._run(ready, tokens, starts, [int(r is not None) for r in ready])
+        progress.extend(self._accept(request, out, row) for row, request in enumerate(ready) if request)
+
+    def _run(self, requests, tokens: np.ndarray, starts: list[int], counts: list[int]) -> Chosen:
+        """Runs new tokens of some requests, None for rows that idle, and fetches what was chosen."""
+        settings = sampling.idle(len(requests))
+        index, top = np.zeros(len(requests), np.int32), False
+        for row, request in enumerate(requests):
+            if request:
+                params = request.params
+                for array, value in zip(
+                    settings, (params.temperature, params.top_k, params.top_p, params.min_p, params.seed), strict=True
+                ):
+                    array[row] = value
+                index[row], top = len(request.tokens), top or params.logprobs >= 0
+        rows = self._rows(requests, tokens, starts, counts)
+        logits, self.cache = self._advance(self.weights, self.cache, rows)
+        return jax.device_get(self._pick[top](logits, settings, index))
+
+    def _rows(self, requests, tokens, starts, counts) -> Rows:
+        """The step's rows, with page tables as wide as the longest of them needs."""
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        width = min(_bucket(-(-max(ends) // self.config.page_size), LEAST_PAGES), self.table_width)
+        pages = np.zeros((len(requests), width), np.int32)
+        for row, request in zip(pages, requests, strict=True):
+            if request:
+                held = request.pages[:width]
+                row[: len(held)] = held
+        return Rows(tokens, np.array(starts, np.int32), np.array(counts, np.int32), pages)
+
+    def _accept(self, request: Request, out: Chosen, row: int) -> Progress:
+        """Gives a request the token that was chosen for it."""
+        token = int(out.tokens[row])
+        if token in request.params.end_ids:
+            return self._end(request, "stop")
+        request.tokens.append(token)
+        self._counts["generated_tokens"] += 1
+        logprobs = []
+        if (count := request.params.logprobs) >= 0:
+            top = zip(map(int, out.top_tokens[row]), map(float, out.top_logprobs[row]), strict=True)
+            logprobs = [TokenLogprob(token, float(out.logprobs[row]), tuple(itertools.islice(top, count)))]
+            request.logprobs += logprobs
+        full = len(request.prompt) + len(request.tokens) >= self.max_length
+        if len(request.tokens) >= request.params.max_tokens or full:
+            return self._end(request, "length")._replace(tokens=[token], logprobs=logprobs)
+        return Progress(request, [token], logprobs, None)
+
+    def _end(self, request: Request, why: str) -> Progress:
+        """Frees what a request holds."""
+        request.finish = why
+        if request.slot >= 0:
+            self.pools[request.slot * self.shards // self.slots].give_back(request.pages)
+            self.running[request.slot] = None
+            request.pages = []
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        return Progress(request, [], [], why)
+
+
+def _bucket(count: int, least: int) -> int:
+    """The smallest power of two that is at least both."""
+    return max(1 << max(count - 1, 0).bit_length(), least)
+
+
+def _check(config: EngineConfig, max_length: int, model: Decoder, mesh, shards: int) -> None:
+    """Raises ConfigError for settings that cannot work."""
+    for name in ("slots", "page_size", "prefill_tokens"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 1.")
+    for name in ("max_length", "cache_tokens", "vocab_size", "speculate"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 0.")
+    if max_length > model.config.max_length:
+        raise ConfigError(
+            f"max_length = {max_length}: the model's positions go up to {model.config.max_length}. Lower it."
+        )
+    if config.prefill_tokens & (config.prefill_tokens - 1) or config.prefill_tokens < SMALLEST_CHUNK:
+        raise ConfigError(f"prefill_tokens = {config.prefill_tokens}: must be a power of two from {SMALLEST_CHUNK}.")
+    if config.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"vocab_size = {config.vocab_size}: the tokenizer has more tokens than the model, which has "
+            f"{model.config.vocab_size}. They do not belong together."
+        )
+    if config.slots % shards:
+        raise ConfigError(f"slots = {config.slots}: must be a multiple of the mesh's {shards} groups of rows.")
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    if config.slots // shards % tensor:
+        raise ConfigError(f"slots = {config.slots}: each of {shards} groups' must divide over tensor = {tensor}.")

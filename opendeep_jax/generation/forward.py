@@ -1,0 +1,88 @@
+"""A forward pass of new tokens over the cache: one device's program, for prompts and single tokens alike.
+
+Rows are divided over the mesh's row axes, each group of devices with its own pages; between the blocks the tokens of all
+rows lie flat, divided over `tensor`, as a training row's do.
+
+B rows of this device, T new tokens of each, n = B T, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opendeep_jax.generation.attention import Places, grouped_query, latent
+from opendeep_jax.generation.cache import LayerCache
+from opendeep_jax.generation.weights import Bones, Weights
+from opendeep_jax.models.decoder import angles
+from opendeep_jax.models.layers import Context, Positions
+from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size
+
+
+class Rows(NamedTuple):
+    """What is new: `counts` tokens of each row, the first at position `start`."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, "B"]
+    counts: Int[Array, "B"]
+    """0 for a row that idles."""
+    pages: Int[Array, "B N"]
+    """Its page table, as far as its positions reach; any pages behind them."""
+
+
+def places(rows: Rows) -> Places:
+    """Where the new tokens stand."""
+    steps = jnp.arange(rows.tokens.shape[1])
+    lengths = jnp.where(rows.counts > 0, rows.start + rows.counts, 0)
+    return Places(rows.start[:, None] + steps, steps < rows.counts[:, None], rows.pages, lengths)
+
+
+def context_of(bones: Bones, at: Places) -> Context:
+    """What all layers share about the new tokens."""
+    positions, present = at.positions.reshape(1, -1), at.present.reshape(1, -1)
+    turned = angles(bones.config.attention, positions)
+    everyone = Positions(present.astype(jnp.int32), None, *turned)
+    own = jax.tree.map(lambda x: own_tokens(x), everyone)
+    return Context(own_tokens(present), own, everyone, everyone)
+
+
+def own_tokens(x: Array) -> Array:
+    """This device's part [1, n / tensor, ...] of what all devices of its `tensor` axis have [1, n, ...]."""
+    size = axis_size("tensor")
+    if size == 1:
+        return x
+    part = x.shape[1] // size
+    return jax.lax.dynamic_slice_in_dim(x, axis_index("tensor") * part, part, axis=1)
+
+
+def forward(
+    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+    """The final norm's output for each new token, and the cache with them in it. B T must divide over `tensor`."""
+    at, layers = places(rows), []
+    context, outside = context_of(bones, at), bones.outside(weights)
+    # Embedded as rows of one token: a device's columns or rows of the table are told to others as in training.
+    x = outside.embedding(own_tokens(rows.tokens.reshape(1, -1)))
+    for layer, held in enumerate(cache[: bones.config.num_layers]):
+        block = bones.block(layer, weights)
+        x, held = through_block(block, x, context, held, at, layer in bones.config.attention.sliding_layers)
+        layers.append(held)
+    hidden = all_gather(outside.final_norm(x), "tensor", 1)
+    return hidden.reshape(*rows.tokens.shape, -1), (*layers, *cache[len(layers) :])
+
+
+def through_block(block, x, context: Context, cache: LayerCache, at: Places, sliding: bool):
+    """x [1, n, D] after a block, and the block's cache."""
+    kept = []
+
+    def attend(x):
+        if block.attention.config.kind == "mla":
+            out, held = latent(block.attention, x, context, cache, at)
+        else:
+            out, held = grouped_query(block.attention, x, context, cache, at, sliding)
+        kept.append(held)
+        return out
+
+    x, _ = block.feed_forward(block.add_attention(x, attend), context)
+    return x, kept[0]

@@ -1,0 +1,114 @@
+"""The generator's compiled programs: one function, compiled for each number of new tokens and pages that occurs.
+
+B rows, T new tokens of each, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from opendeep_jax.config.rules import ROW_AXES
+from opendeep_jax.generation.cache import LayerCache, cache_spec, position_shapes
+from opendeep_jax.generation.forward import Rows, forward
+from opendeep_jax.generation.params import MOST_LOGPROBS
+from opendeep_jax.generation.sampling import RowSampling, choose
+from opendeep_jax.generation.weights import Bones, Weights, weight_specs
+from opendeep_jax.parallel.axes import row_shards
+
+
+class Chosen(NamedTuple):
+    """What a step gives for each row; log-probabilities where they were asked for."""
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"] | None = None
+    top_tokens: Int[Array, "B 20"] | None = None
+    top_logprobs: Float[Array, "B 20"] | None = None
+
+
+def make_cache(bones: Bones, pages: int, page_size: int, mesh=None, mtp: bool = False) -> tuple[LayerCache, ...]:
+    """Empty pools of pages, one for each layer, with `pages` in each of the mesh's groups of rows."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    shapes = position_shapes(bones.config, "gpu" if platform in ("cuda", "rocm") else platform)
+    layers = bones.config.num_layers + (bones.config.mtp.depth if mtp else 0)
+    shards = 1 if mesh is None else row_shards(mesh)
+
+    def zeros(name, shape):
+        sharding = None if mesh is None else NamedSharding(mesh, cache_spec(name))
+        return jnp.zeros((pages * shards, page_size, *shape), bones.config.dtype, device=sharding)
+
+    return tuple({name: zeros(name, shape) for name, shape in shapes.items()} for _ in range(layers))
+
+
+def on_mesh(function, bones: Bones, mesh, extra: int):
+    """The function (weights, cache, *extra arrays of rows) -> (rows, cache) as each device's program; the cache is
+    donated."""
+    if mesh is None:
+        return jax.jit(function, donate_argnums=1)
+    rows = PartitionSpec(ROW_AXES)
+    cache = {name: cache_spec(name) for name in position_shapes(bones.config)}
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(weight_specs(bones, mesh), cache, *[rows] * extra),
+        out_specs=(rows, cache),
+        check_vma=False,
+    )
+
+    return jax.jit(mapped, donate_argnums=1)
+
+
+def advance(
+    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
+) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
+    """Takes the rows' new tokens in; the float32 logits after each row's last one, and the cache."""
+    hidden, cache = forward(bones, weights, cache, rows)
+    last = jnp.maximum(rows.counts - 1, 0)[:, None, None]
+    return bones.outside(weights).logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+
+
+def pick(
+    vocab_size: int, top: bool, logits: Float[Array, "B V"], sampling: RowSampling, index: Int[Array, "B"]
+) -> Chosen:
+    """Chooses a token of each row.
+
+    Args:
+        vocab_size: tokens from here on are never chosen: the model's table may be longer than the tokenizer's.
+        top: give log-probabilities too.
+        index: each row's place in its output, which its draw depends on.
+    """
+    logits = limited(logits, vocab_size)
+    tokens = choose(logits, sampling, index)
+    return with_logprobs(tokens, logits) if top else Chosen(tokens)
+
+
+def limited(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "... V"]:
+    """-inf for tokens that the tokenizer does not have."""
+    if vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def with_logprobs(tokens: Int[Array, "B"], logits: Float[Array, "B V"]) -> Chosen:
+    """The tokens with their log-probabilities and those of the most likely ones."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top, top_tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
+    own = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return Chosen(tokens, own, top_tokens, top)
+
+
+def score(
+    bones: Bones,
+    weights: Weights,
+    cache: tuple[LayerCache, ...],
+    rows: Rows,
+    targets: Int[Array, "B T"],
+) -> tuple[tuple[Float[Array, "B T"], Array], tuple[LayerCache, ...]]:
+    """Log-probability of each target after its token, and whether it is the most likely one; and the cache."""
+    hidden, cache = forward(bones, weights, cache, rows)
+    logits = bones.outside(weights).logits(hidden)
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    greedy = jnp.argmax(logits, axis=-1) == targets
+    return (of_target - jax.nn.logsumexp(logits, axis=-1), greedy), cache

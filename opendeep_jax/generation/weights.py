@@ -1,0 +1,110 @@
+"""A model's weights as the generator holds them: each layer's by themselves, in the compute dtype.
+
+Training stacks layers and scans them, which keeps compiling cheap; a slice of a stack would be copied out at each of a
+generator's steps, though, and reading weights is most of what such a step does.
+"""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.models.decoder import Block, Decoder
+from opendeep_jax.models.layers import gathered
+from opendeep_jax.models.parameters import Arrays, Skeleton, named_variables, split
+from opendeep_jax.parallel.axes import partition_spec
+
+STACKS = "dense_layers", "moe_layers"
+
+
+class Weights(NamedTuple):
+    """All arrays of a model. A pytree."""
+
+    layers: tuple[Arrays, ...]
+    """Each layer's, by name inside the block."""
+    shared: Arrays
+    """The others, MTP modules' too, by name in the model."""
+
+
+class Bones(NamedTuple):
+    """What turns arrays into modules. Hashable by identity; made once for an engine."""
+
+    config: ModelConfig
+    blocks: tuple[Skeleton, ...]
+    """Each layer's."""
+    shared: Skeleton
+    """The model without its layers."""
+
+    def block(self, layer: int, weights: Weights) -> Block:
+        """A layer, its divided weights put together as the device computes with them."""
+        return self._whole(self.blocks[layer], weights.layers[layer])
+
+    def outside(self, weights: Weights) -> Decoder:
+        """The model without its layers: embedding, final norm, head, MTP modules."""
+        return self.shared.model(weights.shared, {})
+
+    def mtp(self, weights: Weights, module: int):
+        """A MTP module, its weights put together."""
+        graph, state = nnx.split(self.outside(weights).mtp[module])
+        return nnx.merge(graph, gathered(state, self.config.dtype))
+
+    def _whole(self, skeleton: Skeleton, arrays: Arrays):
+        graph, state = nnx.split(skeleton.model(arrays, {}))
+        return nnx.merge(graph, gathered(state, self.config.dtype))
+
+
+def make_bones(config: ModelConfig) -> Bones:
+    """The modules of a model's layers and of what is around them; no array is made."""
+
+    def block(is_moe: bool) -> Skeleton:
+        module = nnx.eval_shape(lambda: Block(config, is_moe, rngs=nnx.Rngs(0)))
+        return Skeleton(*named_variables(module, config))
+
+    kinds = {is_moe: block(is_moe) for is_moe in {False} | ({True} if config.num_moe_layers else set())}
+    dense = config.num_leading_dense_layers
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model.dense_layers, model.moe_layers = nnx.data(None), nnx.data(None)
+    shared = Skeleton(*named_variables(model, config))
+    return Bones(config, tuple(kinds[layer >= dense] for layer in range(config.num_layers)), shared)
+
+
+def take_apart(model: Decoder, mesh=None) -> tuple[Bones, Weights]:
+    """A model's layers by themselves. The model's own arrays are not touched."""
+    skeleton, params, router_bias = split(model)
+    bones = make_bones(model.config)
+    arrays = skeleton.in_compute_dtype(params, model.config.dtype) | router_bias
+    layers: list[Arrays] = [{} for _ in range(model.config.num_layers)]
+    for stack, first in zip(STACKS, (0, model.config.num_leading_dense_layers), strict=True):
+        for name in [name for name in arrays if name.startswith(stack + ".")]:
+            whole = arrays.pop(name)
+            inside = name.removeprefix(stack + ".")
+            for row in range(whole.shape[0]):
+                sharding = None
+                if mesh is not None:
+                    variable = bones.blocks[first + row].variables[inside]
+                    axes = variable.get_metadata("logical_axes")
+                    sharding = NamedSharding(mesh, partition_spec(axes, whole.shape[1:], mesh))
+                layers[first + row][inside] = _row(whole, row, sharding)
+    if mesh is not None:
+        axes = bones.shared.axes()
+        arrays = {
+            name: jax.device_put(x, NamedSharding(mesh, partition_spec(axes[name], x.shape, mesh)))
+            for name, x in arrays.items()
+        }
+    return bones, Weights(tuple(layers), arrays)
+
+
+def _row(whole, row: int, sharding):
+    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding)(whole, row)
+
+
+def weight_specs(bones: Bones, mesh) -> Weights:
+    """How each array lies on the mesh."""
+
+    def specs(skeleton: Skeleton) -> dict[str, PartitionSpec]:
+        axes = skeleton.axes()
+        return {name: partition_spec(axes[name], x.shape, mesh) for name, x in skeleton.shapes().items()}
+
+    return Weights(tuple(specs(block) for block in bones.blocks), specs(bones.shared))
