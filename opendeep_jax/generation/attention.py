@@ -1,7 +1,7 @@
 """Attention over the paged cache: what a layer computes for new tokens, given what it kept of the earlier ones.
 
-B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table, S = N page positions, D model
-width, H heads, G key/value heads, Q size of a head, C latent, R rotated key.
+B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table, S = N page positions,
+D model width, H heads, G key/value heads, Q size of a head, C latent, R rotated key.
 """
 
 from typing import NamedTuple
@@ -40,10 +40,13 @@ class Places(NamedTuple):
 def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
     """The cache with the new tokens' values [B, T, ...] in their places."""
     size = next(iter(cache.values())).shape[1]
-    page = jnp.take_along_axis(places.pages, places.positions // size, axis=1, mode="clip")
-    page = jnp.where(places.present, page, 0)
-    return {name: pool.at[page, places.positions % size].set(values[name].astype(pool.dtype), mode="drop")
-            for name, pool in cache.items()}
+    number = places.positions // size
+    page = jnp.take_along_axis(places.pages, number, axis=1, mode="clip")
+    page = jnp.where(places.present & (number < places.pages.shape[1]), page, 0)
+    return {
+        name: pool.at[page, places.positions % size].set(values[name].astype(pool.dtype), mode="drop")
+        for name, pool in cache.items()
+    }
 
 
 def grouped_query(
@@ -72,7 +75,9 @@ def grouped_query(
             query, keys, values, *marks, attention.scale, window, sinks, attention.config.logit_softcap
         )
     else:
-        out = _few(query, keys, values, at, places.positions, attention.scale, window, sinks, attention.config.logit_softcap)
+        out = _few(
+            query, keys, values, at, places.positions, attention.scale, window, sinks, attention.config.logit_softcap
+        )
     return attention.project_out(out.reshape(1, -1, *out.shape[2:]).astype(x.dtype)), cache
 
 
@@ -147,7 +152,12 @@ def latent(
         lengths = jnp.where(places.present, places.positions + 1, 0).reshape(-1)
         pages = jnp.repeat(places.pages, rows[1], axis=0)
         out = mla_decode(
-            absorbed.astype(x.dtype), split(rope), cache["latent"], pages, lengths, attention.scale,
+            absorbed.astype(x.dtype),
+            split(rope),
+            cache["latent"],
+            pages,
+            lengths,
+            attention.scale,
             attention.implementation if attention.implementation == "reference" else None,
         )
         out = jnp.einsum("nhc,chv->nhv", *widened(out, up_value.astype(out.dtype))).astype(x.dtype)

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation import sampling
+from opendeep_jax.generation import sampling, speculation
+from opendeep_jax.generation.attention import FEW
 from opendeep_jax.generation.cache import Pages, bytes_per_token
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
-from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score
+from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score, with_logprobs
 from opendeep_jax.generation.weights import take_apart
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.parallel.axes import row_shards
@@ -42,7 +43,7 @@ class EngineConfig:
     page_size: int = 32
     """Positions of a page."""
     cache_tokens: int = 0
-    """Positions that the cache holds for all requests; 0 takes slots x max_length, so that none ever waits for pages."""
+    """Positions that the cache holds for all requests; 0 takes slots x max_length: none ever waits for pages."""
     prefill_tokens: int = 512
     """Tokens of prompts that a step takes in before it decodes; a power of two."""
     vocab_size: int = 0
@@ -64,7 +65,14 @@ class Request:
     pages: list[int] = field(default_factory=list)
     taken_in: int = 0
     """Tokens of the prompt that are in the cache."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that may come next, by the MTP module."""
     aborted: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the output so far."""
+        return len(self.prompt) + len(self.tokens)
 
 
 class Progress(NamedTuple):
@@ -114,15 +122,20 @@ class Engine:
         if not config.cache_tokens:
             pages = config.slots // self.shards * self.table_width
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
-        self.cache = make_cache(self.bones, pages + 1, config.page_size, mesh)
-        self.cache_bytes_per_token = bytes_per_token(model.config)
+        self.cache = make_cache(self.bones, pages + 1, config.page_size, mesh, mtp=config.speculate > 0)
+        self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
         self.waiting: deque[Request] = deque()
         self._doomed: list[Request] = []
-        self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0)
-        self._advance = on_mesh(partial(advance, self.bones), self.bones, mesh, 1)
+        self._counts = dict.fromkeys(
+            ("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0
+        )
+        compiled = partial(on_mesh, bones=self.bones, mesh=mesh, layers=len(self.cache))
+        self._advance = compiled(partial(advance, self.bones), extra=1)
+        self._take_in_both = compiled(partial(speculation.take_in, self.bones), extra=2)
+        self._verify = compiled(partial(speculation.verify, self.bones, self.vocab_size, config.speculate), extra=4)
         self._pick = {top: jax.jit(partial(pick, self.vocab_size, top)) for top in (False, True)}
-        self._score = on_mesh(partial(score, self.bones), self.bones, mesh, 2)
+        self._score = compiled(partial(score, self.bones), extra=2)
 
     @property
     def busy(self) -> bool:
@@ -174,7 +187,10 @@ class Engine:
         self._doomed = []
         self._admit()
         self._take_in(progress)
-        self._decode(progress)
+        if self.config.speculate:
+            self._speculate(progress)
+        else:
+            self._decode(progress)
         self._counts["steps"] += 1
         return progress
 
@@ -189,8 +205,7 @@ class Engine:
         return [Completion(request.tokens, request.logprobs, request.finish) for request in requests]
 
     def _pages_of(self, request: Request) -> int:
-        length = min(len(request.prompt) + request.params.max_tokens, self.max_length)
-        return -(-length // self.config.page_size)
+        return -(-self._limit(request) // self.config.page_size)
 
     def _admit(self) -> None:
         """Gives waiting requests slots and pages, first come first served."""
@@ -219,87 +234,147 @@ class Engine:
             chosen = []
             for shard in range(self.shards):
                 own = self.running[shard * per_shard : (shard + 1) * per_shard]
-                unfinished = [request for request in own if request and request.taken_in < len(request.prompt)]
+                unfinished = [request for request in own if request and self._left(request)]
                 chosen.append(min(unfinished, key=lambda request: request.taken_in == 0) if unfinished else None)
             if not any(chosen):
                 return
             chunks = [self._chunk(request) if request else 0 for request in chosen]
             width = _bucket(max(chunks), SMALLEST_CHUNK)
-            tokens = np.zeros((self.shards, width), np.int32)
-            for row, request, count in zip(tokens, chosen, chunks, strict=True):
-                if request:
-                    row[:count] = request.prompt[request.taken_in : request.taken_in + count]
-            starts = [request.taken_in if request else 0 for request in chosen]
-            out = self._run(chosen, tokens, starts, chunks)
+            tokens, following = np.zeros((2, self.shards, width), np.int32)
             for row, (request, count) in enumerate(zip(chosen, chunks, strict=True)):
+                if request:
+                    first = request.taken_in
+                    tokens[row, :count] = request.prompt[first : first + count]
+                    after = request.prompt[first + 1 : first + count + 1]
+                    following[row, : len(after)] = after
+            rows = self._rows(chosen, tokens, [request.taken_in if request else 0 for request in chosen], chunks)
+            if self.config.speculate:
+                _, self.cache = self._take_in_both(self.weights, self.cache, rows, following)
+            else:
+                logits, self.cache = self._advance(self.weights, self.cache, rows)
+            for request, count in zip(chosen, chunks, strict=True):
                 if request:
                     request.taken_in += count
                     self._counts["prompt_tokens"] += count
-                    if request.taken_in == len(request.prompt):
-                        progress.append(self._accept(request, out, row))
+            done = [request if request and not self._left(request) else None for request in chosen]
+            if any(done) and not self.config.speculate:
+                self._accept_all(done, logits, progress)
             budget -= width
+
+    def _left(self, request: Request) -> int:
+        """Tokens of the prompt to be taken in before decoding; a speculating step wants the last one itself."""
+        return len(request.prompt) - (self.config.speculate > 0) - request.taken_in
 
     def _chunk(self, request: Request) -> int:
         """Tokens of the prompt to take in next: by its own length alone, so that its numbers depend on nothing else."""
-        left = len(request.prompt) - request.taken_in
+        left = self._left(request)
         whole = _bucket(left, SMALLEST_CHUNK)
         if whole > self.config.prefill_tokens:
             return self.config.prefill_tokens
         return left if whole - left <= whole // 4 or whole == SMALLEST_CHUNK else whole // 2
 
+    def _ready(self) -> list[Request | None]:
+        """The requests that can decode, in their slots."""
+        return [request if request and not self._left(request) else None for request in self.running]
+
     def _decode(self, progress: list[Progress]) -> None:
         """One token of each request whose prompt is in the cache."""
-        ready = [r if r and r.taken_in == len(r.prompt) else None for r in self.running]
+        ready = self._ready()
         if not any(ready):
             return
-        tokens = np.array([[r.tokens[-1] if r else 0] for r in ready], np.int32)
-        starts = [len(r.prompt) + len(r.tokens) - 1 if r else 0 for r in ready]
-        out = self._run(ready, tokens, starts, [int(r is not None) for r in ready])
-        progress.extend(self._accept(request, out, row) for row, request in enumerate(ready) if request)
+        tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
+        rows = self._rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
+        logits, self.cache = self._advance(self.weights, self.cache, rows)
+        self._accept_all(ready, logits, progress)
 
-    def _run(self, requests, tokens: np.ndarray, starts: list[int], counts: list[int]) -> Chosen:
-        """Runs new tokens of some requests, None for rows that idle, and fetches what was chosen."""
-        settings = sampling.idle(len(requests))
-        index, top = np.zeros(len(requests), np.int32), False
+    def _speculate(self, progress: list[Progress]) -> None:
+        """One token of each request whose prompt is in the cache, and as many more as drafts stand."""
+        ready = self._ready()
+        if not any(ready):
+            return
+        tokens = np.zeros((self.slots, 1 + self.config.speculate), np.int32)
+        limits, starts, counts = np.zeros((3, self.slots), np.int32)
+        for row, request in enumerate(ready):
+            if request:
+                limits[row], starts[row] = self._limit(request), request.length - 1
+                last = (request.tokens or request.prompt)[-1]
+                new = [last, *request.drafts][: limits[row] - starts[row]]
+                tokens[row, : len(new)], counts[row] = new, len(new)
+        rows = self._rows(ready, tokens, starts, counts, ahead=self.config.speculate)
+        settings, index, top = self._settings(ready)
+        out, self.cache = self._verify(self.weights, self.cache, rows, limits, settings, index)
+        chosen, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
+        given = jax.device_get(_with_logprobs(out.tokens, out.logits)) if top else None
+        for row, request in enumerate(ready):
+            if request:
+                request.drafts = drafts[row].tolist()
+                self._counts["drafted_tokens"] += int(counts[row]) - 1
+                self._counts["accepted_tokens"] += int(accepted[row])
+                count = int(accepted[row]) + 1
+                of_row = given and Chosen(*(array[row] for array in given))
+                progress.append(self._accept(request, chosen[row, :count], of_row))
+
+    def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
+        """Chooses after the rows of some requests, None for those that idle."""
+        settings, index, top = self._settings(requests)
+        out = jax.device_get(self._pick[top](logits, settings, index))
+        for row, request in enumerate(requests):
+            if request:
+                one = Chosen(*(None if array is None else array[row : row + 1] for array in out))
+                progress.append(self._accept(request, one.tokens, one if top else None))
+
+    def _settings(self, requests: list[Request | None]) -> tuple[sampling.RowSampling, np.ndarray, bool]:
+        """The rows' sampling settings, their places in their outputs, and whether one wants log-probabilities."""
+        settings, index, top = sampling.idle(len(requests)), np.zeros(len(requests), np.int32), False
         for row, request in enumerate(requests):
             if request:
                 params = request.params
-                for array, value in zip(
-                    settings, (params.temperature, params.top_k, params.top_p, params.min_p, params.seed), strict=True
-                ):
+                own = params.temperature, params.top_k, params.top_p, params.min_p, params.seed
+                for array, value in zip(settings, own, strict=True):
                     array[row] = value
                 index[row], top = len(request.tokens), top or params.logprobs >= 0
-        rows = self._rows(requests, tokens, starts, counts)
-        logits, self.cache = self._advance(self.weights, self.cache, rows)
-        return jax.device_get(self._pick[top](logits, settings, index))
+        return settings, index, top
 
-    def _rows(self, requests, tokens, starts, counts) -> Rows:
-        """The step's rows, with page tables as wide as the longest of them needs."""
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        width = min(_bucket(-(-max(ends) // self.config.page_size), LEAST_PAGES), self.table_width)
+    def _rows(self, requests, tokens, starts, counts, ahead: int = 0) -> Rows:
+        """The step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
+        present = [count if request else 0 for request, count in zip(requests, counts, strict=True)]
+        furthest = int(max(start + count for start, count in zip(starts, present, strict=True))) + ahead
+        width = min(_bucket(-(-furthest // self.config.page_size), LEAST_PAGES), self.table_width)
         pages = np.zeros((len(requests), width), np.int32)
         for row, request in zip(pages, requests, strict=True):
             if request:
                 held = request.pages[:width]
                 row[: len(held)] = held
-        return Rows(tokens, np.array(starts, np.int32), np.array(counts, np.int32), pages)
+        return Rows(tokens, np.array(starts, np.int32), np.array(present, np.int32), pages)
 
-    def _accept(self, request: Request, out: Chosen, row: int) -> Progress:
-        """Gives a request the token that was chosen for it."""
-        token = int(out.tokens[row])
-        if token in request.params.end_ids:
-            return self._end(request, "stop")
-        request.tokens.append(token)
-        self._counts["generated_tokens"] += 1
-        logprobs = []
-        if (count := request.params.logprobs) >= 0:
-            top = zip(map(int, out.top_tokens[row]), map(float, out.top_logprobs[row]), strict=True)
-            logprobs = [TokenLogprob(token, float(out.logprobs[row]), tuple(itertools.islice(top, count)))]
-            request.logprobs += logprobs
-        full = len(request.prompt) + len(request.tokens) >= self.max_length
-        if len(request.tokens) >= request.params.max_tokens or full:
-            return self._end(request, "length")._replace(tokens=[token], logprobs=logprobs)
-        return Progress(request, [token], logprobs, None)
+    def _accept(self, request: Request, tokens: np.ndarray, given: Chosen | None) -> Progress:
+        """Gives a request the tokens that were chosen for it, up to its end.
+
+        Args:
+            given: log-probabilities of the tokens, where any request of the step wants them.
+        """
+        new, logprobs, finish = [], [], None
+        for place, token in enumerate(map(int, tokens)):
+            if token in request.params.end_ids:
+                finish = "stop"
+                break
+            new.append(token)
+            if given and (count := request.params.logprobs) >= 0:
+                top = zip(given.top_tokens[place].tolist(), given.top_logprobs[place].tolist(), strict=True)
+                logprobs.append(TokenLogprob(token, float(given.logprobs[place]), tuple(itertools.islice(top, count))))
+            if request.length + len(new) >= self._limit(request):
+                finish = "length"
+                break
+        request.tokens += new
+        request.logprobs += logprobs
+        self._counts["generated_tokens"] += len(new)
+        if finish:
+            self._end(request, finish)
+        return Progress(request, new, logprobs, finish)
+
+    def _limit(self, request: Request) -> int:
+        """Tokens that a request may have, its prompt's included."""
+        return min(len(request.prompt) + request.params.max_tokens, self.max_length)
 
     def _end(self, request: Request, why: str) -> Progress:
         """Frees what a request holds."""
@@ -311,6 +386,12 @@ class Engine:
         elif request in self.waiting:
             self.waiting.remove(request)
         return Progress(request, [], [], why)
+
+
+@jax.jit
+def _with_logprobs(tokens: jax.Array, logits: jax.Array) -> Chosen:
+    """`with_logprobs` of each row's tokens [B, T]."""
+    return jax.vmap(with_logprobs)(tokens, logits)
 
 
 def _bucket(count: int, least: int) -> int:
@@ -337,6 +418,10 @@ def _check(config: EngineConfig, max_length: int, model: Decoder, mesh, shards: 
             f"vocab_size = {config.vocab_size}: the tokenizer has more tokens than the model, which has "
             f"{model.config.vocab_size}. They do not belong together."
         )
+    if config.speculate and not model.config.mtp.depth:
+        raise ConfigError(f"speculate = {config.speculate}: this model has no MTP module to draft with. Set it to 0.")
+    if not 0 <= config.speculate < FEW:
+        raise ConfigError(f"speculate = {config.speculate}: must be at most {FEW - 1}.")
     if config.slots % shards:
         raise ConfigError(f"slots = {config.slots}: must be a multiple of the mesh's {shards} groups of rows.")
     tensor = 1 if mesh is None else mesh.shape["tensor"]

@@ -1,7 +1,7 @@
 """A forward pass of new tokens over the cache: one device's program, for prompts and single tokens alike.
 
-Rows are divided over the mesh's row axes, each group of devices with its own pages; between the blocks the tokens of all
-rows lie flat, divided over `tensor`, as a training row's do.
+Rows are divided over the mesh's row axes, each group of devices with its own pages; between the blocks the tokens of
+all rows lie flat, divided over `tensor`, as a training row's do.
 
 B rows of this device, T new tokens of each, n = B T, D model width, V vocabulary.
 """

@@ -42,13 +42,17 @@ def make_cache(bones: Bones, pages: int, page_size: int, mesh=None, mtp: bool = 
     return tuple({name: zeros(name, shape) for name, shape in shapes.items()} for _ in range(layers))
 
 
-def on_mesh(function, bones: Bones, mesh, extra: int):
-    """The function (weights, cache, *extra arrays of rows) -> (rows, cache) as each device's program; the cache is
-    donated."""
+def on_mesh(function, bones: Bones, mesh, extra: int, layers: int):
+    """A function (weights, cache, *rows) -> (rows, cache) compiled as each device's program; the cache is donated.
+
+    Args:
+        extra: how many arguments of rows there are.
+        layers: how many the cache has.
+    """
     if mesh is None:
         return jax.jit(function, donate_argnums=1)
     rows = PartitionSpec(ROW_AXES)
-    cache = {name: cache_spec(name) for name in position_shapes(bones.config)}
+    cache = ({name: cache_spec(name) for name in position_shapes(bones.config)},) * layers
     mapped = jax.shard_map(
         function,
         mesh=mesh,

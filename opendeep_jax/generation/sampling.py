@@ -1,7 +1,7 @@
 """Choosing tokens: temperature, top-k, top-p, min-p, each row by its own settings and seed, without a sort.
 
-A filter keeps the logits from some threshold on. Which one, is found by bisection over the bits of a float: 32 sums over
-the vocabulary give the exact threshold, where a sort would move it all.
+A filter keeps the logits from some threshold on. Which one, is found by bisection over the bits of a float: 32 sums
+over the vocabulary give the exact threshold, where a sort would move it all.
 
 B rows, V vocabulary.
 """

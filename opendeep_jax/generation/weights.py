@@ -4,6 +4,7 @@ Training stacks layers and scans them, which keeps compiling cheap; a slice of a
 generator's steps, though, and reading weights is most of what such a step does.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def take_apart(model: Decoder, mesh=None) -> tuple[Bones, Weights]:
                     variable = bones.blocks[first + row].variables[inside]
                     axes = variable.get_metadata("logical_axes")
                     sharding = NamedSharding(mesh, partition_spec(axes, whole.shape[1:], mesh))
-                layers[first + row][inside] = _row(whole, row, sharding)
+                layers[first + row][inside] = _indexing(sharding)(whole, row)
     if mesh is not None:
         axes = bones.shared.axes()
         arrays = {
@@ -96,8 +97,10 @@ def take_apart(model: Decoder, mesh=None) -> tuple[Bones, Weights]:
     return bones, Weights(tuple(layers), arrays)
 
 
-def _row(whole, row: int, sharding):
-    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding)(whole, row)
+@functools.cache
+def _indexing(sharding):
+    """A compiled `x[i]` whose result lies so."""
+    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=sharding)
 
 
 def weight_specs(bones: Bones, mesh) -> Weights:

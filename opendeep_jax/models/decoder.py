@@ -113,10 +113,13 @@ class MTPModule(nnx.Module):
         """Of the hidden state and the next token's embedding, both [B, L, D]: the normalised output [B, L, D] and what
         the router did. The block's input is [normalised embedding; normalised hidden state], projected to D.
         """
-        hidden, embedded = inputs
-        both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, stats = self.block(project(both, self.projection[...], precision=self.precision), context)
+        x, stats = self.block(self.combined(*inputs), context)
         return self.norm(x), stats
+
+    def combined(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What the module's block takes."""
+        both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
+        return project(both, self.projection[...], precision=self.precision)
 
 
 class Output(NamedTuple):

@@ -1,0 +1,99 @@
+"""Speculative decoding with the multi-token-prediction module (DeepSeek-V3 report, section 2.2.3).
+
+Departs from Leviathan et al. (2023) in how drafts are judged. The module drafts its most likely tokens; the model then
+takes them in at once and chooses at each position the very token that it would choose there without drafts, by the
+request's own seed. A draft stands while it is the chosen one. So the output is what plain decoding gives, token for
+token, at any temperature, and a draft is as likely to stand as the model's probability of it, which for drafts without
+randomness is what rejection sampling comes to as well.
+
+One module drafts several tokens by taking its own output for the model's.
+
+B rows, T new tokens of each (the last accepted and the drafts), K drafts, n = B T, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opendeep_jax.generation.cache import LayerCache
+from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_block
+from opendeep_jax.generation.programs import limited
+from opendeep_jax.generation.sampling import RowSampling, choose
+from opendeep_jax.generation.weights import Bones, Weights
+from opendeep_jax.parallel.collectives import all_gather
+
+
+class Verified(NamedTuple):
+    """What a step gives for each row."""
+
+    tokens: Int[Array, "B T"]
+    """Chosen after each of the new ones; those after the first refused draft mean nothing."""
+    accepted: Int[Array, "B"]
+    """Drafts that stand: so many and one more of `tokens` are the text's."""
+    drafts: Int[Array, "B K"]
+    """For the next step."""
+    logits: Float[Array, "B T V"]
+
+
+def take_in(
+    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows, following: Int[Array, "B T"]
+) -> tuple[tuple, tuple[LayerCache, ...]]:
+    """Takes a prompt in, all but its last token: the model's cache and the module's.
+
+    Args:
+        following: the token after each new one.
+    """
+    hidden, cache = forward(bones, weights, cache, rows)
+    return (), (*cache[:-1], _module(bones, weights, hidden, following, cache[-1], rows)[1])
+
+
+def verify(
+    bones: Bones,
+    vocab_size: int,
+    drafts: int,
+    weights: Weights,
+    cache: tuple[LayerCache, ...],
+    rows: Rows,
+    limits: Int[Array, "B"],
+    sampling: RowSampling,
+    index: Int[Array, "B"],
+) -> tuple[Verified, tuple[LayerCache, ...]]:
+    """Takes in each row's last token and its drafts, chooses after each of them, and drafts anew.
+
+    Args:
+        vocab_size, index: as for `programs.pick`.
+        drafts: how many to make.
+        limits: positions that each row may have.
+    """
+    hidden, cache = forward(bones, weights, cache, rows)
+    outside, (batch, new) = bones.outside(weights), rows.tokens.shape
+    logits = limited(outside.logits(hidden), vocab_size)
+    flat = RowSampling(*(jnp.repeat(setting, new) for setting in sampling))
+    index = (index[:, None] + jnp.arange(new)).reshape(-1)
+    tokens = choose(logits.reshape(batch * new, -1), flat, index).reshape(batch, new)
+    stands = (rows.tokens[:, 1:] == tokens[:, :-1]) & (jnp.arange(1, new) < rows.counts[:, None])
+    accepted = jnp.sum(jnp.cumprod(stands, axis=1), axis=1, dtype=jnp.int32)
+    kept = rows._replace(counts=jnp.where(rows.counts > 0, accepted + 1, 0))
+    out, held = _module(bones, weights, hidden, tokens, cache[-1], kept)
+    out = jnp.take_along_axis(out, accepted[:, None, None], axis=1)
+
+    def likely(out):
+        return jnp.argmax(limited(outside.logits(out), vocab_size), axis=-1).astype(jnp.int32)
+
+    proposed = [likely(out)]
+    for ahead in range(1, drafts):
+        position = rows.start + accepted + ahead
+        present = ((rows.counts > 0) & (position < limits)).astype(jnp.int32)
+        out, held = _module(bones, weights, out, proposed[-1], held, Rows(proposed[-1], position, present, rows.pages))
+        proposed.append(likely(out))
+    return Verified(tokens, accepted, jnp.concatenate(proposed, axis=1), logits), (*cache[:-1], held)
+
+
+def _module(bones, weights, hidden, following, cache, rows):
+    """The first MTP module's outputs [B, T, D] for positions whose model outputs and following tokens these are."""
+    at, outside, module = places(rows), bones.outside(weights), bones.mtp(weights, 0)
+    flat = own_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
+    x = module.combined(flat, outside.embedding(own_tokens(following.reshape(1, -1))))
+    x, cache = through_block(module.block, x, context_of(bones, at), cache, at, sliding=False)
+    return all_gather(module.norm(x), "tensor", 1).reshape(hidden.shape), cache
