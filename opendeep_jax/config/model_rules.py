@@ -135,11 +135,11 @@ def _attention_problems(attention: Any) -> Iterator[str]:
             "The usual values are 4 and 1",
         )
     yield from at_least(0, f"{where}.rope", rope, "yarn_mscale", "yarn_mscale_all_dim")
-    if rope.yarn_beta_fast <= rope.yarn_beta_slow:
+    if rope.yarn_beta_fast < rope.yarn_beta_slow:
         yield problem(
             f"{where}.rope.yarn_beta_fast",
             rope.yarn_beta_fast,
-            f"must exceed yarn_beta_slow, which is {rope.yarn_beta_slow}",
+            f"must not be below yarn_beta_slow, which is {rope.yarn_beta_slow}",
             "The usual values are 32 and 1",
         )
 

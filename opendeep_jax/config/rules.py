@@ -263,7 +263,7 @@ def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
     rows = [sizes[axis] for axis in ROW_AXES]
     if -1 not in rows:
         yield from _row_problems(run, math.prod(rows))
-    yield from _width_problems(run.model, sizes)
+    yield from width_problems(run.model, sizes)
     yield from _length_problems(run, sizes)
     model, stages, chunks = run.model, sizes["stage"], run.parallel.stage_chunks
     layers = model.num_moe_layers or model.num_layers
@@ -280,7 +280,8 @@ def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
         )
 
 
-def _width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
+def width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
+    """Yields a sentence for every width of a model that does not divide over a mesh of these sizes."""
     attention, moe = model.attention, model.moe
     divided = [("tensor", "model.attention.num_heads", attention.num_heads)]
     if attention.qk_norm == "all_heads" and sizes["tensor"] > 1:

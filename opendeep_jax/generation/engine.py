@@ -8,95 +8,33 @@ by its own length alone. Pages for a request's longest output are set aside when
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation import sampling, speculation
-from opendeep_jax.generation.attention import FEW
+from opendeep_jax.generation import sampling, scoring, speculation
 from opendeep_jax.generation.cache import Pages, bytes_per_token
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
 from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score, with_logprobs
+from opendeep_jax.generation.requests import (
+    DEFAULT_LENGTH,
+    SMALLEST_CHUNK,
+    EngineConfig,
+    EngineStats,
+    Progress,
+    Request,
+    bucket,
+    check_settings,
+)
 from opendeep_jax.generation.weights import take_apart
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.parallel.axes import row_shards
 
-SMALLEST_CHUNK = 16
 LEAST_PAGES = 4
 """Pages of the narrowest table: few widths are few programs to compile."""
-DEFAULT_LENGTH = 4096
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How many requests run together, and in how much memory."""
-
-    slots: int = 8
-    """Requests that run at a time. Each step computes all of them."""
-    max_length: int = 0
-    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most."""
-    page_size: int = 32
-    """Positions of a page."""
-    cache_tokens: int = 0
-    """Positions that the cache holds for all requests; 0 takes slots x max_length: none ever waits for pages."""
-    prefill_tokens: int = 512
-    """Tokens of prompts that a step takes in before it decodes; a power of two."""
-    vocab_size: int = 0
-    """Tokens that may be chosen, the tokenizer's; 0 takes all of the model's."""
-    speculate: int = 0
-    """Tokens that the MTP module drafts for each step of the model; 0 decodes plainly."""
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way. Only the engine writes here."""
-
-    prompt: list[int]
-    params: SamplingParams
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: str | None = None
-    slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    taken_in: int = 0
-    """Tokens of the prompt that are in the cache."""
-    drafts: list[int] = field(default_factory=list)
-    """Tokens that may come next, by the MTP module."""
-    aborted: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the output so far."""
-        return len(self.prompt) + len(self.tokens)
-
-
-class Progress(NamedTuple):
-    """What a step brought a request."""
-
-    request: Request
-    tokens: list[int]
-    logprobs: list[TokenLogprob]
-    finish: str | None
-    """`stop`, `length` or `aborted` when it is done."""
-
-
-class EngineStats(NamedTuple):
-    """How it goes: now, and since the beginning."""
-
-    running: int
-    waiting: int
-    free_pages: int
-    total_pages: int
-    prompt_tokens: int
-    generated_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    steps: int
 
 
 class Engine:
@@ -112,7 +50,7 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None):  # noqa: B008
         self.max_length = config.max_length or min(model.config.max_length, DEFAULT_LENGTH)
         self.shards = 1 if mesh is None else row_shards(mesh)
-        _check(config, self.max_length, model, mesh, self.shards)
+        check_settings(config, self.max_length, model.config, mesh, self.shards)
         self.config, self.slots, self.mesh = config, config.slots, mesh
         self.vocab_size = config.vocab_size or model.config.vocab_size
         self.bones, self.weights = take_apart(model, mesh)
@@ -204,6 +142,19 @@ class Engine:
             self.step()
         return [Completion(request.tokens, request.logprobs, request.finish) for request in requests]
 
+    def score(self, texts: Sequence[Sequence[int]], first: Sequence[int]) -> list[scoring.Scored]:
+        """Log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
+        return scoring.score(self, texts, first)
+
+    def scored(self, requests: list[Request | None], tokens, starts, counts, targets) -> list[tuple]:
+        """`programs.score` of some tokens of requests that hold pages, for each row."""
+        counts = counts + [0] * (len(requests) - len(counts))
+        starts = starts + [0] * (len(requests) - len(starts))
+        rows = self._rows(requests, tokens, starts, counts)
+        out, self.cache = self._score(self.weights, self.cache, rows, targets)
+        logprobs, greedy = jax.device_get(out)
+        return list(zip(logprobs, greedy, strict=True))[: sum(request is not None for request in requests)]
+
     def _pages_of(self, request: Request) -> int:
         return -(-self._limit(request) // self.config.page_size)
 
@@ -239,7 +190,7 @@ class Engine:
             if not any(chosen):
                 return
             chunks = [self._chunk(request) if request else 0 for request in chosen]
-            width = _bucket(max(chunks), SMALLEST_CHUNK)
+            width = bucket(max(chunks), SMALLEST_CHUNK)
             tokens, following = np.zeros((2, self.shards, width), np.int32)
             for row, (request, count) in enumerate(zip(chosen, chunks, strict=True)):
                 if request:
@@ -268,7 +219,7 @@ class Engine:
     def _chunk(self, request: Request) -> int:
         """Tokens of the prompt to take in next: by its own length alone, so that its numbers depend on nothing else."""
         left = self._left(request)
-        whole = _bucket(left, SMALLEST_CHUNK)
+        whole = bucket(left, SMALLEST_CHUNK)
         if whole > self.config.prefill_tokens:
             return self.config.prefill_tokens
         return left if whole - left <= whole // 4 or whole == SMALLEST_CHUNK else whole // 2
@@ -339,7 +290,7 @@ class Engine:
         """The step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
         present = [count if request else 0 for request, count in zip(requests, counts, strict=True)]
         furthest = int(max(start + count for start, count in zip(starts, present, strict=True))) + ahead
-        width = min(_bucket(-(-furthest // self.config.page_size), LEAST_PAGES), self.table_width)
+        width = min(bucket(-(-furthest // self.config.page_size), LEAST_PAGES), self.table_width)
         pages = np.zeros((len(requests), width), np.int32)
         for row, request in zip(pages, requests, strict=True):
             if request:
@@ -392,38 +343,3 @@ class Engine:
 def _with_logprobs(tokens: jax.Array, logits: jax.Array) -> Chosen:
     """`with_logprobs` of each row's tokens [B, T]."""
     return jax.vmap(with_logprobs)(tokens, logits)
-
-
-def _bucket(count: int, least: int) -> int:
-    """The smallest power of two that is at least both."""
-    return max(1 << max(count - 1, 0).bit_length(), least)
-
-
-def _check(config: EngineConfig, max_length: int, model: Decoder, mesh, shards: int) -> None:
-    """Raises ConfigError for settings that cannot work."""
-    for name in ("slots", "page_size", "prefill_tokens"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 1.")
-    for name in ("max_length", "cache_tokens", "vocab_size", "speculate"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 0.")
-    if max_length > model.config.max_length:
-        raise ConfigError(
-            f"max_length = {max_length}: the model's positions go up to {model.config.max_length}. Lower it."
-        )
-    if config.prefill_tokens & (config.prefill_tokens - 1) or config.prefill_tokens < SMALLEST_CHUNK:
-        raise ConfigError(f"prefill_tokens = {config.prefill_tokens}: must be a power of two from {SMALLEST_CHUNK}.")
-    if config.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"vocab_size = {config.vocab_size}: the tokenizer has more tokens than the model, which has "
-            f"{model.config.vocab_size}. They do not belong together."
-        )
-    if config.speculate and not model.config.mtp.depth:
-        raise ConfigError(f"speculate = {config.speculate}: this model has no MTP module to draft with. Set it to 0.")
-    if not 0 <= config.speculate < FEW:
-        raise ConfigError(f"speculate = {config.speculate}: must be at most {FEW - 1}.")
-    if config.slots % shards:
-        raise ConfigError(f"slots = {config.slots}: must be a multiple of the mesh's {shards} groups of rows.")
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    if config.slots // shards % tensor:
-        raise ConfigError(f"slots = {config.slots}: each of {shards} groups' must divide over tensor = {tensor}.")

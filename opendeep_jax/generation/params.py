@@ -37,20 +37,20 @@ class SamplingParams:
 
     def __post_init__(self):
         rules = [
-            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "must be from 0 to 100"),
-            ("top_k", self.top_k >= 0, "must be at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1"),
-            ("seed", 0 <= self.seed < 2**32, "must be from 0 to 2**32 - 1"),
-            ("logprobs", -1 <= self.logprobs <= MOST_LOGPROBS, f"must be from -1 to {MOST_LOGPROBS}"),
+            ("max_tokens", lambda x: x >= 1, "must be at least 1"),
+            ("temperature", lambda x: 0 <= x <= 100, "must be from 0 to 100"),
+            ("top_k", lambda x: x >= 0, "must be at least 0"),
+            ("top_p", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "must be from 0 to 1"),
+            ("seed", lambda x: 0 <= x < 2**32, "must be from 0 to 2**32 - 1"),
+            ("logprobs", lambda x: -1 <= x <= MOST_LOGPROBS, f"must be from -1 to {MOST_LOGPROBS}"),
         ]
         for name, holds, rule in rules:
             value = getattr(self, name)
             whole = name in ("max_tokens", "top_k", "seed", "logprobs")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ConfigError(problem(name, value, f"must be a {'whole ' * whole}number", ""))
-            if math.isnan(value) or not holds:
+            if math.isnan(value) or not holds(value):
                 raise ConfigError(problem(name, value, rule, ""))
 
 

@@ -62,8 +62,8 @@ CONTRADICTIONS = {
     "model.attention.rope.yarn_factor = 0.5": lambda: model(
         attention=AttentionConfig(rope=RopeConfig(yarn_factor=0.5))
     ),
-    "model.attention.rope.yarn_beta_fast = 1.0": lambda: model(
-        attention=AttentionConfig(rope=RopeConfig(yarn_beta_fast=1.0))
+    "model.attention.rope.yarn_beta_fast = 0.5": lambda: model(
+        attention=AttentionConfig(rope=RopeConfig(yarn_beta_fast=0.5))
     ),
     "model.moe.num_experts = 10": lambda: moe(num_experts=10, num_groups=4),
     "model.moe.num_experts = -1": lambda: moe(num_experts=-1),
