@@ -1,157 +1,162 @@
-"""Hugging Face's config.json of the DeepSeek-V2/V3 family and our ModelConfig, both ways.
+"""config.json of any family and our ModelConfig, both ways.
 
-Reads the hub's keys (rope_theta, rope_scaling, torch_dtype) and those that transformers 5 writes (rope_parameters,
-dtype); writes the hub's, which both understand. Training-only settings have no place in config.json and keep our
-defaults.
+A model is written as the first family whose config.json, read again, gives the same model: nothing is ever lost on the
+way out. What cannot be said in any family's words is named.
 """
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
+from opendeep_jax.interop.families import BY_MODEL_TYPE, FAMILIES
+from opendeep_jax.interop.hf_family import Family, require, whole
 
-# Hub key -> field of the named part of ModelConfig ("" is ModelConfig itself).
-FIELDS = {
-    "vocab_size": ("", "vocab_size"),
-    "hidden_size": ("", "hidden_size"),
-    "num_hidden_layers": ("", "num_layers"),
-    "first_k_dense_replace": ("", "num_dense_layers"),
-    "intermediate_size": ("", "mlp_size"),
-    "rms_norm_eps": ("", "norm_epsilon"),
-    "num_attention_heads": ("attention", "num_heads"),
-    "q_lora_rank": ("attention", "q_lora_rank"),
-    "kv_lora_rank": ("attention", "kv_lora_rank"),
-    "qk_nope_head_dim": ("attention", "qk_nope_head_dim"),
-    "qk_rope_head_dim": ("attention", "qk_rope_head_dim"),
-    "v_head_dim": ("attention", "v_head_dim"),
-    "n_routed_experts": ("moe", "num_experts"),
-    "num_experts_per_tok": ("moe", "experts_per_token"),
-    "n_shared_experts": ("moe", "num_shared_experts"),
-    "moe_intermediate_size": ("moe", "expert_size"),
-    "n_group": ("moe", "num_groups"),
-    "topk_group": ("moe", "groups_per_token"),
-    "norm_topk_prob": ("moe", "normalize_weights"),
-    "routed_scaling_factor": ("moe", "routed_scaling_factor"),
-}
-MOE_KEYS = [key for key, (part, _) in FIELDS.items() if part == "moe"]
-# What a family's routing is, in our terms and in config.json's.
-FAMILIES = {
-    "deepseek_v3": {
-        "architecture": "DeepseekV3ForCausalLM",
-        "moe": {"scoring": "sigmoid", "group_score": "top2_sum", "use_router_bias": True},
-        "topk_methods": ("noaux_tc",),
-    },
-    "deepseek_v2": {
-        "architecture": "DeepseekV2ForCausalLM",
-        "moe": {"scoring": "softmax", "group_score": "max", "use_router_bias": False},
-        "topk_methods": ("greedy", "group_limited_greedy"),
-    },
-}
-# Variants of the family that no released model uses and our decoder does not have; absent means the value here.
-# The epsilon: DeepSeek's code gives the latents' norms 1e-6 whatever rms_norm_eps says, ours has one for all.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rms_norm_eps": 1e-6}
-FIXED_ROPE = {"attention_factor": None, "partial_rotary_factor": 1.0, "truncate": True}
+MAX_BYTES = 16 * 2**20
+"""Largest config.json that is read; published ones have a few kilobytes."""
+
+# Keys that say nothing about the model's mathematics, or nothing more than the others do.
+PASSED_OVER = frozenset(
+    """
+    architectures model_type torch_dtype dtype transformers_version auto_map name_or_path tokenizer_class
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id quantization_config
+    attention_dropout hidden_dropout embd_pdrop attn_pdrop resid_pdrop dropout layerdrop
+    use_cache cache_implementation attn_implementation output_attentions output_hidden_states output_router_logits
+    output_scores return_dict return_dict_in_generate router_aux_loss_coef pretraining_tp gradient_checkpointing
+    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads
+    torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward problem_type id2label label2id num_labels
+    finetuning_task task_specific_params prefix max_length min_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    transformers.js_config model_max_length vocab_file torch_compile
+    """.split()
+)
+# Settings of training and execution, which no config.json has.
+NOT_WRITTEN = (
+    "init_std",
+    "dtype",
+    "precision",
+    "weight_dtype",
+    "remat.",
+    "execution.",
+    "moe.bias_update",
+    "moe.balance_loss",
+    "mtp.loss",
+    "mtp.final",
+)
 
 
 def config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig that a DeepSeek-V2/V3 config.json describes, in the dtype it names (bfloat16 if none).
+    """The ModelConfig that a config.json describes, in the dtype it names (bfloat16 if none).
 
     Args:
         source: A directory with a config.json, or its contents as a mapping.
 
     Raises:
-        ConfigError: no readable config.json, another model family, a missing key, or keys that contradict each other.
+        ConfigError: no readable config.json, an unknown family or key, a missing key, or keys that contradict each
+            other.
     """
     if isinstance(source, Mapping):
         return _model_config(source)
     path = Path(source) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} does not exist. Name a directory with a Hugging Face config.json and *.safetensors files."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, not an object of settings. Download it again.")
+    raw = read_json(path)
     try:
         return _model_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    model_type = raw.get("model_type")
-    if model_type not in tuple(FAMILIES):
-        raise ConfigError(
-            f"model_type = {model_type!r}: must be one of {', '.join(FAMILIES)}. No other family is read yet."
-        )
-    raw = _with_implied_keys(raw, model_type)
-    missing = [key for key in FIELDS if key not in raw]
-    if missing:
-        raise ConfigError(f"{model_type} needs the keys {', '.join(missing)}, which are missing. Add them.")
-    for key, value in FIXED.items():
-        _require(raw, key, value)
-    if raw.get("num_key_value_heads") not in (None, raw["num_attention_heads"]):
-        raise ConfigError(
-            f"num_key_value_heads = {raw['num_key_value_heads']}: latent attention has one key and value head for each "
-            f"of the num_attention_heads = {raw['num_attention_heads']} query heads. Make the two equal."
-        )
-    parts: dict[str, dict[str, Any]] = {"": {}, "attention": {}, "moe": dict(FAMILIES[model_type]["moe"])}
-    for key, (part, field) in FIELDS.items():
-        parts[part][field] = raw[key]
-    if not parts["moe"]["num_experts"]:
-        parts["moe"] = {"num_experts": 0}
-    rope = _rope_config(raw)
-    return ModelConfig(
-        **parts[""],
-        init_std=raw.get("initializer_range", 0.02),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        dtype=_dtype(raw),
-        attention=AttentionConfig(kind="mla", rope=rope, **parts["attention"]),
-        moe=MoEConfig(**parts["moe"]),
-        mtp=MTPConfig(depth=raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0),
-    )
+def family_of_directory(directory: Path) -> Family:
+    """The family that a directory's config.json names."""
+    return _family(read_json(directory / "config.json"))
 
 
-def _with_implied_keys(raw: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """The settings with nulls and family defaults spelled out, after checking that the routing is the family's own."""
-    raw = dict(raw)
-    family = FAMILIES[model_type]
-    method = raw.get("topk_method", family["topk_methods"][0])
-    if method not in family["topk_methods"]:
-        allowed = " or ".join(family["topk_methods"])
-        raise ConfigError(f"topk_method = {method!r}: {model_type} chooses experts by {allowed}. Correct the key.")
-    _require(raw, "scoring_func", family["moe"]["scoring"])
-    if method == "greedy":  # looks at no groups, whatever the keys say
-        raw |= {"n_group": 1, "topk_group": 1}
-    if model_type == "deepseek_v2":
-        # DeepSeek's code normalises when this is set, transformers ignores it: there is no right answer to give.
-        _require(raw, "norm_topk_prob", False)
-        raw["norm_topk_prob"] = False
-    if "q_lora_rank" in raw:
-        raw["q_lora_rank"] = raw["q_lora_rank"] or 0
-    if "n_shared_experts" in raw:
-        raw["n_shared_experts"] = raw["n_shared_experts"] or 0
-    if raw.get("n_routed_experts") is None and _has_no_moe_layer(raw):
-        raw = dict.fromkeys(MOE_KEYS, 0) | raw
-        raw |= {"n_routed_experts": 0, "first_k_dense_replace": raw.get("num_hidden_layers")}
+def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The object of a JSON file. Raises ConfigError where there is none, or one that cannot be a model's."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(max_bytes + 1)
+        if len(text) > max_bytes:
+            raise ConfigError(f"{path} has more than {max_bytes} bytes. It is no model's; download it again.")
+        raw = json.loads(text)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} does not exist. Name a directory with a Hugging Face config.json and *.safetensors files."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read as JSON ({error!s:.300}). Download it again.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, not an object of settings. Download it again.")
     return raw
 
 
-def _has_no_moe_layer(raw: Mapping[str, Any]) -> bool:
-    layers, dense = raw.get("num_hidden_layers"), raw.get("first_k_dense_replace")
-    return "n_routed_experts" in raw or (isinstance(layers, int) and isinstance(dense, int) and dense >= layers)
+def _family(raw: Mapping[str, Any]) -> Family:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
+        raise ConfigError(
+            f"model_type = {model_type!r}: must be one of {', '.join(BY_MODEL_TYPE)}. No other family is read yet."
+        )
+    return BY_MODEL_TYPE[model_type]
 
 
-def _require(raw: Mapping[str, Any], key: str, value: Any) -> None:
-    """Raises ConfigError if the key is there with another value."""
-    if raw.get(key, value) != value:
-        raise ConfigError(f"{key} = {raw[key]!r}: only {value!r} can be read. This variant is not implemented here.")
+def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    family = _family(raw)
+    if raw["model_type"] == "gemma3":  # it sees images, too
+        if not isinstance(raw.get("text_config"), Mapping):
+            raise ConfigError("gemma3 needs the key text_config, the settings of its language model. Add it.")
+        outer = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+        raw = {key: raw[key] for key in outer if key in raw} | dict(raw["text_config"])
+    raw = {key: value for key, value in raw.items() if value is not None} | {"model_type": family.model_type}
+    _check_quantization(raw)
+    unknown = [key for key, value in raw.items() if not _is_known(key, value, family)]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(f'{key} = {raw[key]!r}'[:200] for key in sorted(unknown))}: no key of {family.model_type} "
+            "that is known here. If the model is the same without, remove it from config.json."
+        )
+    raw = {**family.defaults, **raw}
+    missing = sorted(key for key in family.fields if key not in raw)
+    if missing:
+        raise ConfigError(f"{family.model_type} needs the keys {', '.join(missing)}, which are missing. Add them.")
+    for key, value in family.fixed.items():
+        require(raw, key, value)
+    whole(raw, "max_position_embeddings")  # of which 0 would mean something else in our configuration
+    return _build(
+        dict(family.implied)
+        | {field: raw[key] for key, field in family.fields.items()}
+        | family.read(raw)
+        | {"dtype": _dtype(raw)}
+    )
+
+
+def _is_known(key: str, value: Any, family: Family) -> bool:
+    if key in PASSED_OVER or key in family.fields or key in family.fixed or key in family.defaults:
+        return True
+    return key in family.understood or key.startswith(("_", "unsloth")) or value is False
+
+
+def _check_quantization(raw: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the weights are plain, DeepSeek's float8 blocks or MXFP4."""
+    found = raw.get("quantization_config", {})
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"quantization_config = {found!r}: must be an object of settings. Download config.json again."
+        )
+    method = found.get("quant_method")
+    blocks = found.get("weight_block_size", [128, 128])
+    if method not in (None, "fp8", "mxfp4") or (method == "fp8" and blocks != [128, 128]):
+        raise ConfigError(
+            f"quantization_config has quant_method = {method!r} and weight_block_size = {blocks!r}: weights are read "
+            "in float32, bfloat16 or float16, in float8 with scales of 128 x 128 blocks, or in MXFP4. Take the model's "
+            "own files, before they were quantized."
+        )
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
@@ -160,121 +165,127 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     return "float32" if name in ("float32", "float64") else "bfloat16"
 
 
-def _rope_config(raw: Mapping[str, Any]) -> RopeConfig:
-    """Rotation and YaRN from rope_theta and rope_scaling, or from rope_parameters, which holds both."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"rope_scaling = {scaling!r}: must be an object of settings, or null for plain rotation.")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    longest = raw.get("max_position_embeddings", 4096)
-    plain = {
-        "theta": scaling.get("rope_theta", raw.get("rope_theta", 10_000.0)),
-        "interleaved": raw.get("rope_interleave", True),
-    }
-    if kind == "default":
-        return RopeConfig(**plain, yarn_original_length=longest)
-    if kind != "yarn":
-        raise ConfigError(
-            f"rope type = {kind!r}: must be 'yarn' or 'default'. No released DeepSeek model uses another."
-        )
-    if not isinstance(scaling.get("factor"), int | float):
-        raise ConfigError(
-            f"rope_scaling.factor = {scaling.get('factor')!r}: YaRN needs the factor of stretching. Add it."
-        )
-    for key, value in FIXED_ROPE.items():
-        _require(scaling, key, value)
-    numerator, denominator = scaling.get("mscale") or 0.0, scaling.get("mscale_all_dim") or 0.0
-    if bool(numerator) != bool(denominator):
-        raise ConfigError(
-            f"rope_scaling has mscale = {numerator} and mscale_all_dim = {denominator}: DeepSeek's code and "
-            "transformers read this differently. Give both, as every released model does, or neither."
-        )
-    return RopeConfig(
-        **plain,
-        yarn_factor=scaling["factor"],
-        yarn_original_length=scaling.get("original_max_position_embeddings", longest),
-        yarn_beta_fast=scaling.get("beta_fast") or 32.0,
-        yarn_beta_slow=scaling.get("beta_slow") or 1.0,
-        yarn_mscale=numerator or 1.0,
-        yarn_mscale_all_dim=denominator,
-    )
+def _build(fields: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of dotted fields; the others have their defaults. Raises ConfigError where they cannot be."""
+    if not fields.get("attention.sliding_layers"):  # a family names its sliding layers' rotation even for none
+        fields = {name: value for name, value in fields.items() if name != "attention.sliding_rope_theta"}
+
+    def under(prefix: str) -> dict[str, Any]:
+        names = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+        return {name: value for name, value in names.items() if "." not in name}
+
+    attention = AttentionConfig(**under("attention."), rope=RopeConfig(**under("attention.rope.")))
+    moe = MoEConfig(**under("moe.")) if fields.get("moe.num_experts", 0) else MoEConfig()
+    return ModelConfig(**under(""), attention=attention, moe=moe, mtp=MTPConfig(**under("mtp.")))
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration's fields by their dotted names."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        fields |= flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return fields
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The hub's config.json for a model.
+    """The hub's config.json for a model: that of the first family which can say all of it.
 
     Raises:
-        ConfigError: no DeepSeek family describes the model (grouped-query attention, or routing that mixes V2 and V3).
+        ConfigError: no family describes the model; says what the nearest one would lose.
     """
-    moe = config.moe
-    if config.attention.kind != "mla":
-        raise ConfigError(
-            f"model.attention.kind = {config.attention.kind!r}: only 'mla' can be written in DeepSeek's format so far."
-        )
-    if config.norm_epsilon != FIXED["rms_norm_eps"]:
-        raise ConfigError(
-            f"model.norm_epsilon = {config.norm_epsilon}: must be {FIXED['rms_norm_eps']} in DeepSeek's format, whose "
-            "latent norms have that epsilon always. A model trained with another has no Hugging Face form."
-        )
-    model_type = _family_of(moe)
-    parts = {"": config, "attention": config.attention, "moe": moe}
-    raw: dict[str, Any] = {"architectures": [FAMILIES[model_type]["architecture"]], "model_type": model_type}
-    raw |= {key: getattr(parts[part], field) for key, (part, field) in FIELDS.items()}
-    raw |= FIXED
-    raw |= {
-        "num_key_value_heads": config.attention.num_heads,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": config.dtype,
-        "num_nextn_predict_layers": config.mtp.depth,
-        "q_lora_rank": config.attention.q_lora_rank or None,
-        "scoring_func": FAMILIES[model_type]["moe"]["scoring"],
-        "topk_method": FAMILIES[model_type]["topk_methods"][-1 if moe.num_groups > 1 else 0],
-    }
-    if not moe.num_experts:
-        raw = {key: value for key, value in raw.items() if key not in MOE_KEYS}
-        raw["first_k_dense_replace"] = config.num_layers + config.mtp.depth  # MTP modules count as layers here
-    return raw | _rope_to_hf(config.attention.rope)
+    return _written(config)[1]
 
 
-def _family_of(moe: MoEConfig) -> str:
-    """The family whose routing this is. A sigmoid router without bias is V3's with a bias of zero."""
-    one_group = moe.num_groups == 1
-    if not moe.num_experts or (moe.scoring == "sigmoid" and (one_group or moe.group_score == "top2_sum")):
-        return "deepseek_v3"
-    v2_router = moe.scoring == "softmax" and not moe.use_router_bias and not moe.normalize_weights
-    if v2_router and (one_group or moe.group_score == "max"):
-        return "deepseek_v2"
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model is written as. Raises ConfigError as `config_to_hf` does."""
+    return _written(config)[0]
+
+
+def _written(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    kind = config.attention.kind
+    problems = []
+    for family in FAMILIES:
+        if family.implied["attention.kind"] != kind:
+            continue
+        try:
+            raw = _write(family, config)
+            lost = differences(config, _model_config(raw))
+        except ConfigError as error:
+            problems.append((1, f"as {family.model_type}: {error}"))
+            continue
+        if not lost:
+            return family, raw
+        said = ", ".join(f"{name}={ours!r} (would be read as {theirs!r})" for name, ours, theirs in lost)
+        problems.append((len(lost), f"as {family.model_type} it would lose {said}"))
+    nearest = min(problems, key=lambda problem: problem[0])[1]
     raise ConfigError(
-        f"model.moe has scoring={moe.scoring!r}, group_score={moe.group_score!r}, "
-        f"use_router_bias={moe.use_router_bias}, normalize_weights={moe.normalize_weights}: DeepSeek's formats know "
-        "sigmoid scores with top2_sum (V3), or softmax scores with max, no bias and no normalisation (V2). "
-        "Such a model has no Hugging Face form."
+        f"model has no Hugging Face form: {nearest}. Change what differs, or keep the model in its own checkpoint."
     )
 
 
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    raw = {"rope_theta": rope.theta, "rope_interleave": rope.interleaved, "rope_scaling": None}
-    if rope.yarn_factor == 1:
-        return raw | {"max_position_embeddings": rope.yarn_original_length}
-    scaling = {
-        "type": "yarn",
-        "factor": rope.yarn_factor,
-        "original_max_position_embeddings": rope.yarn_original_length,
-        "beta_fast": rope.yarn_beta_fast,
-        "beta_slow": rope.yarn_beta_slow,
-        "mscale": rope.yarn_mscale,
-        "mscale_all_dim": rope.yarn_mscale_all_dim,
+def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
+    fields = flat(config)
+    return (
+        {"architectures": [family.architecture], "model_type": family.model_type}
+        | dict(family.fixed)
+        | {key: fields[field] for key, field in family.fields.items()}
+        | {"max_position_embeddings": config.max_length, "torch_dtype": config.dtype}
+        | family.write(config)
+    )
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """The fields, with both values, in which two configurations describe different models."""
+    left, right = _described(one), _described(other)
+    return [
+        (name, left.get(name), right.get(name))
+        for name in sorted(left.keys() | right.keys())
+        if not _same(left.get(name), right.get(name))
+    ]
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=1e-9)
+    return left == right
+
+
+def _described(config: ModelConfig) -> dict[str, Any]:
+    """What a model is, by fields: without settings of training, and those that its other settings switch off."""
+    attention, moe, rope = config.attention, config.moe, config.attention.rope
+    fields = {name: value for name, value in flat(config).items() if not name.startswith(NOT_WRITTEN)}
+    fields |= {
+        "context_length": config.max_length,
+        "num_dense_layers": config.num_leading_dense_layers,
+        "attention.query_scale": attention.query_scale or attention.qk_head_dim**-0.5,
+        "moe.use_router_bias": moe.use_router_bias or moe.scoring == "sigmoid",  # it is written as a bias of zero
     }
-    if bool(rope.yarn_mscale) != bool(rope.yarn_mscale_all_dim) and rope.yarn_mscale != 1:
-        raise ConfigError(
-            f"model.attention.rope has yarn_mscale={rope.yarn_mscale} and "
-            f"yarn_mscale_all_dim={rope.yarn_mscale_all_dim}: config.json is read in two ways unless both or neither "
-            "are set. Such a model has no Hugging Face form."
-        )
-    if not rope.yarn_mscale_all_dim:
-        del scaling["mscale"], scaling["mscale_all_dim"]
-    return raw | {
-        "max_position_embeddings": int(rope.yarn_factor * rope.yarn_original_length),
-        "rope_scaling": scaling,
-    }
+    unused: list[str] = []
+    if attention.kind == "mla":
+        unused += ["attention.num_kv_heads", "attention.head_dim"]
+    else:
+        latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        unused += [f"attention.{name}" for name in (*latent, "latent_norm_epsilon")]
+        fields["attention.rotary_dim"] = attention.rotary_dim or attention.head_dim
+        if fields["attention.rotary_dim"] == attention.head_dim and not attention.sliding_rope_theta:
+            # Where all of a head turns, a temperature in the softmax is one of the rotation.
+            fields["attention.rope.yarn_mscale_all_dim"] = 0.0
+    if not attention.sliding_layers:
+        unused += ["attention.window", "attention.sliding_rope_theta"]
+    if not moe.num_experts:
+        unused += [name for name in fields if name.startswith("moe.")]
+    elif moe.num_groups == 1:
+        unused += ["moe.group_score", "moe.groups_per_token"]
+    if not config.num_leading_dense_layers:
+        unused += ["mlp_size"]
+    if config.activation != "clamped_swiglu":
+        unused += ["swiglu_alpha", "swiglu_limit"]
+    for stretch in ("yarn", "llama3"):
+        if getattr(rope, f"{stretch}_factor") <= 1:
+            unused += [name for name in fields if name.startswith(f"attention.rope.{stretch}_")]
+    plain = max(rope.yarn_factor, rope.llama3_factor, rope.linear_factor) <= 1
+    if plain and attention.sliding_rope_theta == rope.theta:
+        fields["attention.sliding_rope_theta"] = 0.0
+    return {name: value for name, value in fields.items() if name not in unused}

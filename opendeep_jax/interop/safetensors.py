@@ -8,9 +8,10 @@ which is most of what DeepSeek publishes; the format is small enough to speak di
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +35,10 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+MAX_DIMENSIONS = 32
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CURE = "Download or write the file again."
 
 
@@ -45,6 +50,11 @@ class StoredTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """The tensor, as a read-only view that the system loads page by page."""
@@ -62,59 +72,107 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
             raise ConfigError(
-                f"{path} is not a whole safetensors file: its header does not fit in {size} bytes. {_CURE}"
+                f"{path} is not a whole safetensors file: its header does not fit in {size} bytes, or has more than "
+                f"{MAX_HEADER_BYTES}. {_CURE}"
             )
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
             header.pop("__metadata__", None)
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
+            _check_places(tensors, 8 + length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{path} has a header that is not safetensors ({error!r}). {_CURE}") from error
+            raise ConfigError(f"{path} has a header that is not safetensors ({error!r:.300}). {_CURE}") from error
     for name, tensor in tensors.items():
-        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        end = tensor.offset + tensor.nbytes
         if end > size:
             raise ConfigError(f"{path} is cut off: tensor {name} ends at byte {end}, the file at byte {size}. {_CURE}")
     return tensors
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose names must differ: of two tensors of one name, readers would take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
 def _stored(path: Path, start: int, entry: dict) -> StoredTensor:
     """A header's entry, checked; any ValueError, KeyError or TypeError means that it is malformed."""
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(size, int) and size >= 0 for size in (begin, *shape)):
+    if not all(type(size) is int and size >= 0 for size in (begin, end, *shape)) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"sizes {shape} at {begin}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes for shape {shape} of {dtype}")
     return StoredTensor(path, dtype, shape, start + begin)
 
 
+def _check_places(tensors: Mapping[str, StoredTensor], start: int) -> None:
+    """Raises ValueError unless the tensors lie one after the other: one that lies over another was not written so."""
+    place = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != place:
+            raise ValueError(f"tensor {name} begins at byte {tensor.offset}, the one before it ends at {place}")
+        place += tensor.nbytes
+
+
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a model directory by name: of the shards its index lists, or of its *.safetensors files.
 
     Raises:
-        ConfigError: no such files, a listed shard or tensor is missing, or a file is malformed.
+        ConfigError: no such files, a listed shard or tensor is missing, a tensor is in two files, or a file is
+            malformed.
     """
     index = directory / INDEX_NAME
     if not index.exists():
         paths = sorted(directory.glob("*.safetensors"))
         if not paths:
-            raise ConfigError(f"{directory} has no *.safetensors file. Convert the weights to safetensors first.")
-        return {name: tensor for path in paths for name, tensor in read_file(path).items()}
+            raise ConfigError(_no_weights(directory))
+        return _read_files(paths)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        if index.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has more than {MAX_HEADER_BYTES} bytes")
+        weight_map = json.loads(index.read_bytes())["weight_map"]
         shards = sorted({str(shard) for shard in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{index} is not an index of shards ({error!r}). {_CURE}") from error
+        raise ConfigError(f"{index} is not an index of shards ({error!r:.300}). {_CURE}") from error
     # A shard is named, not located: an index from elsewhere must not point out of its directory.
     absent = [shard for shard in shards if Path(shard).name != shard or not (directory / shard).is_file()]
     if absent:
-        raise ConfigError(f"{index} lists shards that are not in {directory}: {', '.join(absent)}. {_CURE}")
-    tensors = {name: tensor for shard in shards for name, tensor in read_file(directory / shard).items()}
+        raise ConfigError(f"{index} lists shards that are not in {directory}: {', '.join(absent[:20])}. {_CURE}")
+    tensors = _read_files([directory / shard for shard in shards])
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
         raise ConfigError(f"{index} lists tensors that are not in its shards: {', '.join(lost[:20])}. {_CURE}")
     return tensors
+
+
+def _read_files(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        found = read_file(path)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise ConfigError(
+                f"{path} holds tensors that {tensors[twice[0]].path.name} holds too: {', '.join(twice[:20])}. Remove "
+                "the file that is no part of the model."
+            )
+        tensors |= found
+    return tensors
+
+
+def _no_weights(directory: Path) -> str:
+    """What to do about a directory without safetensors; a pickle is never opened, for it can run any code."""
+    pickles = sorted(path.name for suffix in PICKLES for path in directory.glob(f"*{suffix}"))
+    if not pickles:
+        return f"{directory} has no *.safetensors file. Convert the weights to safetensors first."
+    return (
+        f"{directory} has no *.safetensors file, only {', '.join(pickles[:5])}, which can run any code when it is "
+        "opened and is left alone. Take a repository with safetensors, or, if you trust its author, convert it with "
+        "transformers: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(another)."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What surrounds the weights in a Hugging Face directory: tokenizer, chat template, generation config, licence."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.files import replacing, write_atomically
+from opendeep_jax.interop.hf_config import read_json
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+MAX_TOKENIZER_BYTES = 256 * 2**20
+FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Names that tokenizers give to what begins, ends and pads a text, for a tokenizer.json that comes alone.
+USUAL_NAMES = (
+    ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"),
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"),
+    ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    ("<|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    ("<bos>", "<eos>", "<pad>"),
+    ("<s>", "</s>", "<pad>"),
+)
+
+
+class TextFiles(NamedTuple):
+    """What to put beside a model's weights."""
+
+    copied: dict[str, Path]
+    """Files to copy, by their names in the model's directory."""
+    written: dict[str, str]
+    """Contents of files to write."""
+    ids: dict[str, Any]
+    """config.json's keys for what begins, ends and pads a text; None where nothing says so. They are always written:
+    transformers would take its own, which are another tokenizer's."""
+
+
+def text_files(source: str | Path | None) -> TextFiles:
+    """What to put beside a model's weights.
+
+    Args:
+        source: A directory with a tokenizer, or a tokenizer.json, which gets a tokenizer_config.json; or None.
+
+    Raises:
+        ConfigError: there is no tokenizer at `source`, or a file beside it cannot be read.
+    """
+    ids: dict[str, Any] = dict.fromkeys(IDS)
+    if source is None:
+        return TextFiles({}, {}, ids)
+    source = Path(source)
+    if source.is_dir():
+        copied = {name: source / name for name in FILES if (source / name).is_file()}
+    else:
+        copied = {"tokenizer.json": source} if source.is_file() else {}
+    if not any(name in copied for name in TOKENIZERS):
+        raise ConfigError(f"{source} has no tokenizer.json. Name a directory with a tokenizer, or its file.")
+    written = {}
+    if "tokenizer_config.json" not in copied and "tokenizer.json" in copied:
+        settings, ids = _settings(copied["tokenizer.json"])
+        written["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    for path in (source / "config.json", source / "generation_config.json"):
+        if path.is_file():
+            ids |= {key: value for key, value in read_json(path).items() if key in IDS and value is not None}
+    return TextFiles(copied, written, ids)
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tokenizer_config.json for a tokenizer.json that has none, and the ids of what begins, ends and pads a text."""
+    added = read_json(path, MAX_TOKENIZER_BYTES).get("added_tokens")
+    known: dict[str, int] = {}
+    if isinstance(added, list):
+        known = {t["content"]: t["id"] for t in added if isinstance(t, dict) and t.keys() >= {"content", "id"}}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    ids: dict[str, Any] = dict.fromkeys(IDS)
+    names = next((names for names in USUAL_NAMES if names[0] in known and names[1] in known), ())
+    for key, name in zip(IDS, names, strict=False):
+        if name in known:
+            settings[key.removesuffix("_id")] = name
+            ids[key] = known[name]
+    return settings, ids
+
+
+def put_beside(files: TextFiles, directory: Path) -> None:
+    """Copies and writes the files, each in one step."""
+    for name, path in files.copied.items():
+        with replacing(directory / name) as temporary:
+            shutil.copyfile(path, temporary)
+    for name, text in files.written.items():
+        write_atomically(directory / name, text)
