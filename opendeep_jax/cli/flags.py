@@ -34,7 +34,8 @@ def parse(
 ) -> flags.FlagValues:
     """Parses `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
     if {"-h", "--help"} & set(argv):
-        lines = "".join(f"  --{name:<14}{values[name].help}{_default(values[name])}\n" for name in values)
+        width = max(14, *(len(name) + 2 for name in values))
+        lines = "".join(f"  --{name:<{width}}{values[name].help}{_default(values[name])}\n" for name in values)
         print(f"{purpose}\n\nusage: {program} {usage}\n\n{lines}", end="")
         sys.exit(0)
     try:

@@ -15,8 +15,12 @@ from opendeep_jax.config.load import did_you_mean
 COMMANDS = {
     "train": "Train a recipe, or resume its run.",
     "data": "Make a tokenizer or a token store, and look up what a step trained on.",
-    "eval": "Measure a run's held-out bits per byte.",
-    "generate": "Continue a prompt with a run's model.",
+    "eval": "Measure a run's held-out bits per byte, or any model on tasks and texts.",
+    "generate": "Continue prompts with a model.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model over HTTP, as OpenAI's API has it; with a chat page.",
+    "import": "Make a run of somebody else's weights.",
+    "export": "Write a model for transformers, vLLM or llama.cpp.",
     "report": "Write a run's report again.",
     "watch": "Look at runs while they go: curves, events, where the time went.",
     "checkpoints": "List, verify, compare, thin out or average a run's checkpoints.",
@@ -24,7 +28,7 @@ COMMANDS = {
     "launch": "Start a recipe on several processes here, or write the job for a cluster.",
     "plan": "Say what a run would take on a cluster, without one: memory, time, cost.",
 }
-MODULES = {"eval": "evaluate"}  # a module named eval would read like the builtin
+MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something else in Python
 
 _SPACE = "What was saved before is intact: free some space, then give the same command to go on from it."
 _ACCESS = "Choose a place that you may read and write, or change its permissions."

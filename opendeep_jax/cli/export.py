@@ -1,0 +1,97 @@
+"""`opendeep export hf|gguf --workdir=DIRECTORY|--model=SOURCE --out=…`"""
+
+import tempfile
+from collections.abc import Sequence
+
+from opendeep_jax.cli.flags import make_flags, parse
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import did_you_mean
+
+HELP = """\
+Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
+
+usage: opendeep export hf   --workdir=RUN|--model=SOURCE --out=DIRECTORY [--dtype=bfloat16|float32]
+       opendeep export gguf --workdir=RUN|--model=SOURCE --out=FILE.gguf [--type=bf16|f32|q8_0] [--pre=NAME]
+
+`opendeep export FORMAT --help` shows all settings.
+"""
+SOURCE = {
+    "workdir": ("", "A run's work directory."),
+    "model": ("", "Instead: a Hugging Face directory, or a .gguf file."),
+    "step": (-1, "Step of the run's checkpoint; -1 takes the newest."),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    formats = {"hf": _hf, "gguf": _gguf}
+    if argv[0] not in formats:
+        raise ConfigError(
+            f"opendeep export {argv[0]}: no such format.{did_you_mean(argv[0], list(formats))} See --help."
+        )
+    formats[argv[0]](argv[1:])
+
+
+def _hf(argv: Sequence[str]) -> None:
+    flags = make_flags(
+        **SOURCE,
+        out=("", "Directory to write; refused if it holds a model."),
+        dtype=("bfloat16", "Of the weights: bfloat16 or float32."),
+    )
+    values = _parse(argv, flags, "hf", "Writes config.json, safetensors, tokenizer and a model card.")
+    model, codec = _open(values, values.dtype)
+
+    from opendeep_jax.data.text_codec import save_codec
+    from opendeep_jax.interop import save_hf
+    from opendeep_jax.serving.sources import source_kind
+
+    with tempfile.TemporaryDirectory() as directory:
+        source = values.workdir or values.model
+        if source_kind(source) != "hf":  # whose files are carried along as they are, licence and all
+            save_codec(codec, directory)
+            source = directory
+        save_hf(model, values.out, tokenizer=source)
+    print(f"exported: {values.out}")
+
+
+def _gguf(argv: Sequence[str]) -> None:
+    flags = make_flags(
+        **SOURCE,
+        out=("", "File to write."),
+        type=("bf16", "Of the matrices: f32, bf16 or q8_0 (8 bits)."),
+        pre=("", "llama.cpp's name for how the tokenizer splits text, where it knows no equal one."),
+        name=("", "The model's name in the file."),
+    )
+    values = _parse(argv, flags, "gguf", "Writes one file for llama.cpp.")
+    from opendeep_jax.interop.gguf_file import require_gguf
+
+    require_gguf()
+    model, codec = _open(values, "float32")
+
+    from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
+    from opendeep_jax.interop.gguf import save_gguf
+
+    tokenizer = gguf_fields_from_codec(codec, model.config.vocab_size, values.pre)
+    save_gguf(model, values.out, values.type, tokenizer, values.name)
+    print(f"exported: {values.out}")
+
+
+def _parse(argv, flags, kind: str, purpose: str):
+    usage = "--workdir=RUN|--model=SOURCE --out=PATH [--name=value ...]"
+    values = parse(flags, argv, f"opendeep export {kind}", purpose, usage)
+    if bool(values.workdir) == bool(values.model):
+        raise ConfigError("Give --workdir of a run, or --model of another source, one of the two.")
+    if not values.out:
+        raise ConfigError("--out is missing: say where to write, such as --out=exported.")
+    return values
+
+
+def _open(values, dtype: str):
+    """The model in a dtype, and its codec."""
+    from opendeep_jax.serving.sources import open_model
+
+    model, codec, _ = open_model(values.workdir or values.model, dtype, None if values.step < 0 else values.step)
+    return model, codec

@@ -1,0 +1,100 @@
+"""`opendeep import hf|gguf SOURCE --out=DIRECTORY`"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.config.checks import ConfigError, deferred
+from opendeep_jax.config.load import did_you_mean, load_recipe
+from opendeep_jax.config.schema import ModelConfig, RunConfig
+
+HELP = """\
+Makes a run of somebody else's weights: `generate`, `chat`, `serve` and `eval` work on it, and `train` goes on from it.
+
+usage: opendeep import hf   DIRECTORY|ORGANISATION/NAME --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
+       opendeep import gguf FILE.gguf --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
+
+  --out     Work directory of the new run.
+  --config  Recipe that all but the model and the tokenizer is taken from; settings after it change it. What is given
+            here is what `opendeep train --config=OUT/recipe.py --workdir=OUT` trains.
+
+ORGANISATION/NAME is fetched from the Hugging Face Hub.
+"""
+NOT_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "original/*", "*.onnx", "*.h5", "*.msgpack")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Imports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return
+    kind, *rest = argv
+    if kind not in ("hf", "gguf"):
+        raise ConfigError(f"opendeep import {kind}: no such format.{did_you_mean(kind, ['hf', 'gguf'])} See --help.")
+    if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"opendeep import {kind}: say what, as in `opendeep import {kind} SOURCE --out=runs/mine`.")
+    source, *rest = rest
+    flags = make_flags(out=("", ""), config=("", ""))
+    flags.set_gnu_getopt(True)
+    overrides = flags(["import", *rest], known_only=True)[1:]
+    if not flags.out:
+        raise ConfigError("--out is missing: give the work directory of the new run, such as --out=runs/mine.")
+    recipe = load_recipe(flags.config) if flags.config else RunConfig()
+
+    from opendeep_jax.config.overrides import apply
+    from opendeep_jax.train.imported_run import check_importable, import_run
+
+    check_importable(flags.out)
+    if kind == "gguf":
+        from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields
+        from opendeep_jax.interop.gguf import config_of, load_gguf, read_gguf
+
+        file = read_gguf(source)
+        model_config, codec = config_of(file), codec_from_gguf_fields(file.fields)
+    else:
+        from opendeep_jax.data.text_codec import codec_from_hf
+        from opendeep_jax.interop import config_from_hf, load_hf
+
+        source = _local(source)
+        model_config, codec = config_from_hf(source), codec_from_hf(source)
+    config = apply(_with_model(recipe, model_config), overrides)
+    model = load_gguf(source) if kind == "gguf" else load_hf(source)
+    mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)  # announced modules may not be there
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp=mtp))
+    import_run(model, codec, config, flags.out)
+    print(f"imported: {flags.out}\nTrain it with: opendeep train --config={flags.out}/recipe.py --workdir={flags.out}")
+
+
+def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:
+    """The recipe with a model's sizes; how it is computed stays the recipe's."""
+    own = {name: getattr(recipe.model, name) for name in ("dtype", "precision", "remat", "execution")}
+    with deferred():  # the overrides may bring length and vocabulary together
+        data = dataclasses.replace(recipe.data, tokenizer="tokenizer.json")
+        return dataclasses.replace(recipe, model=dataclasses.replace(model, **own), data=data)
+
+
+def _local(source: str) -> Path:
+    """The directory of a model; one of the Hub's is fetched first."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ConfigError(f"{source} is no directory. Give one, or a name of the Hugging Face Hub: ORGANISATION/NAME.")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError(
+            f"{source} is no directory here, and fetching it needs huggingface_hub. Install it: "
+            "pip install 'opendeep-jax[remote]'."
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(source, ignore_patterns=list(NOT_NEEDED)))
+    except (
+        Exception
+    ) as error:  # the network, the Hub and the name can fail in a hundred ways, and all are the same here
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{source} is no directory here, and could not be fetched from the Hugging Face Hub ({reason}). Check the "
+            "name and the network, and `hf auth login` for models that ask for it."
+        ) from error

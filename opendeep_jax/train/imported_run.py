@@ -1,0 +1,71 @@
+"""A run that begins with somebody else's weights: a work directory whose checkpoint is of step 0."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.files import write_atomically
+from opendeep_jax.config.load import CONFIG_FILE, save_run_config
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.text_codec import TextCodec, save_codec
+from opendeep_jax.data.tokenizer import load_tokenizer
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.parameters import split
+from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.health import new_health
+from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.run_directory import only_writer
+from opendeep_jax.train.state import TrainState
+
+RECIPE_FILE = "recipe.py"
+RECIPE = '''\
+"""The recipe of this imported run, as its config.json has it: `opendeep train --config={path} --workdir={workdir}`"""
+
+from pathlib import Path
+
+from opendeep_jax.config.load import from_json
+
+
+def get_config():
+    """The run's configuration."""
+    return from_json(Path(__file__).with_name("config.json").read_text("utf-8"))
+'''
+
+
+def check_importable(workdir: str | Path) -> None:
+    """Raises ConfigError where a run is in the way."""
+    if (Path(workdir) / CONFIG_FILE).exists():
+        raise ConfigError(f"--out={workdir}: holds a run or a model already. Choose another directory.")
+
+
+def import_run(model: Decoder, codec: TextCodec, config: RunConfig, workdir: str | Path) -> RunConfig:
+    """Writes a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
+
+    Args:
+        model: In float32, the dtype of master weights.
+        codec: Its tokenizer, which becomes the run's.
+        config: The run's; `model` is that of the weights, `data.tokenizer` is set here.
+
+    Returns:
+        The configuration as it was written.
+
+    Raises:
+        ConfigError: the directory holds a run, or the tokenizer's files name no token that ends a document.
+        OSError: the disk does not take it.
+    """
+    workdir = Path(workdir)
+    check_importable(workdir)
+    with only_writer(workdir):
+        path = save_codec(codec, workdir)
+        load_tokenizer(path)  # refuses what no run could train with
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path.resolve())))
+        bones, params, router_bias = split(model)
+        optimizer = make_optimizer(config, bones.axes())
+        state = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
+        with Checkpoints(workdir, config.checkpoint) as checkpoints:
+            checkpoints.save(state)
+        write_atomically(workdir / RECIPE_FILE, RECIPE.format(path=workdir / RECIPE_FILE, workdir=workdir))
+        save_run_config(config, config, workdir)  # last: what has a config.json is a whole run
+    return config

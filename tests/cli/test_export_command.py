@@ -1,0 +1,155 @@
+"""`opendeep import` and `opendeep export`: round trips, refusals, and every command and program of docs/weights.md."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import DENSE, random_model, write_text
+
+import opendeep_jax
+from opendeep_jax.cli import export, import_, train
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_run_config
+from opendeep_jax.config.schema import RopeConfig
+from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
+from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer
+from opendeep_jax.data.tokenizer import byte_tokenizer
+from opendeep_jax.interop import load_hf
+from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
+from opendeep_jax.models.parameters import split
+from opendeep_jax.train.checkpoint import load_model
+
+PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+CONFIG = dataclasses.replace(
+    DENSE,
+    vocab_size=264,
+    dtype="float32",
+    attention=dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False)),
+)
+
+
+def arrays(model) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in split(model)[1].items()}
+
+
+def same(one, other) -> bool:
+    one, other = arrays(one), arrays(other)
+    return set(one) == set(other) and all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small Llama that talks in bytes, and its GGUF."""
+    model = random_model(CONFIG)
+    codec = dataclasses.replace(codec_from_tokenizer(byte_tokenizer()), chat_template=TEMPLATE)
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    save_gguf(model, path, "f32", gguf_fields_from_codec(codec, 264))
+    return model, path
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_weights_go_through_every_format_unchanged(small):
+    model, path = small
+    import_.main(["gguf", str(path), "--out=run", "--model.dtype=float32"])
+    assert same(model, load_model("run")[0])
+    export.main(["hf", "--workdir=run", "--out=hub", "--dtype=float32"])
+    assert same(model, load_hf("hub"))
+    assert codec_from_hf("hub").apply_chat([{"content": "Hi"}]) == "Hi\n"
+    import_.main(["hf", "hub", "--out=again"])
+    assert same(model, load_model("again")[0])
+    export.main(["gguf", "--workdir=again", "--out=files/last.gguf", "--type=f32", "--name=Last"])
+    assert same(model, load_gguf("files/last.gguf"))
+    first, last = read_gguf(path).fields, dict(read_gguf("files/last.gguf").fields)
+    assert last.pop("general.name") == "Last"
+    assert first == last
+
+
+def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsys):
+    Path("corpus").mkdir()
+    write_text(Path("corpus"))
+    settings = (
+        "--model.dtype=float32 --train.steps=2 --train.batch_size=8 --train.loss_chunk=32 --train.sample_every=0 "
+        "--train.compilation_cache= --data.sequence_length=32 --data.directory=data --evaluation.every=0 "
+        "--optimizer.warmup_steps=1 --evaluation.final_batches=1 "
+        "--data.sources.0.path=corpus --data.held_out_fraction=0.3 --checkpoint.every=0"
+    )
+    import_.main(["gguf", str(small[1]), "--out=run", *shlex.split(settings)])
+    assert "opendeep train --config=run/recipe.py --workdir=run" in capsys.readouterr().out
+    train.main(["--config=run/recipe.py", "--workdir=run"])
+    assert "resuming from step 0" in capsys.readouterr().out
+    trained, config = load_model("run")
+    assert config == load_run_config("run") and config.train.steps == 2
+    assert not same(small[0], trained)
+    export.main(["gguf", "--workdir=run", "--out=before.gguf", "--step=0", "--type=f32"])
+    assert same(small[0], load_gguf("before.gguf"))
+
+
+@pytest.mark.parametrize(
+    "module, line, complaint",
+    [
+        (import_, "onnx x --out=a", "no such format"),
+        (import_, "hf --out=a", "say what"),
+        (import_, "gguf SMALL", "--out is missing"),
+        (import_, "gguf nowhere.gguf --out=a", "cannot be read"),
+        (import_, "hf ../nowhere --out=a", "is no directory"),
+        (import_, "gguf SMALL --out=a --train.stepps=3", "Did you mean --train.steps"),
+        (import_, "gguf SMALL --out=a --config=nonsense", "neither a recipe file nor the name"),
+        (import_, "gguf SMALL --out=taken", "holds a run or a model already"),
+        (export, "pt --workdir=a --out=b", "no such format"),
+        (export, "hf --out=b", "--workdir of a run, or --model"),
+        (export, "hf --workdir=a --model=b --out=c", "one of the two"),
+        (export, "gguf --model=a", "--out is missing"),
+        (export, "gguf --model=nowhere --out=b.gguf", "nowhere"),
+        (export, "gguf --model=SMALL --out=b.gguf --type=q3", "must be one of f32, bf16, q8_0"),
+        (export, "hf --model=SMALL --out=b --dtype=int8", "float32 or bfloat16"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_nothing_is_written(module, line, complaint, small):
+    Path("taken").mkdir()
+    Path("taken/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        module.main(shlex.split(line.replace("SMALL", str(small[1]))))
+    assert [path.name for path in Path().iterdir()] == ["taken"]
+
+
+def test_a_name_of_the_hub_that_cannot_be_fetched_is_explained(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(ConfigError, match=r"could not be fetched from the Hugging Face Hub \(no route to host\)"):
+        import_.main(["hf", "someone/something", "--out=a"])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_commands_and_programs_of_the_page_run(small, capsys):
+    model, path = small
+    Path("SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(path.read_bytes())
+    export.main(["hf", f"--model={path}", "--out=models/llama", "--dtype=float32"])
+    lines = [line.removeprefix("$ ") for block in blocks("bash") + blocks("console") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("opendeep ")]
+    modules = {"import": import_.main, "export": export.main}
+    # train: test_an_imported_run_trains_on_with_what_was_said_at_the_import does that with a small corpus
+    ran = [modules[name](rest) for _, name, *rest in commands if name in modules]
+    assert len(ran) == 7 and {command[1] for command in commands} == {"import", "export", "train"}
+    assert load_run_config("runs/tuned").optimizer.learning_rate == 1e-5
+    assert same(model, load_hf("exported32"))
+    assert read_gguf("smollm2.gguf").fields["general.file_type"] == 7
+    capsys.readouterr()
+    names: dict = {}
+    for program in blocks("python"):
+        exec(program, names)
+    assert capsys.readouterr().out == "What is the capital of France?\n\n"
