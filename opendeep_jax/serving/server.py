@@ -1,0 +1,326 @@
+"""The HTTP server: OpenAI's completions and chat, health, metrics and a chat page, on Starlette."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import prometheus_client
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.serving import requests
+from opendeep_jax.serving.answers import Piece
+from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
+from opendeep_jax.serving.metrics import Metrics
+from opendeep_jax.serving.page import page_response
+from opendeep_jax.serving.requests import Asked
+from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
+from opendeep_jax.serving.service import EngineService, Job, Unavailable
+
+log = logging.getLogger(__name__)
+
+KNOWN_PATHS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """What the server allows."""
+
+    api_key: str = ""
+    """What /v1 asks for as `Authorization: Bearer KEY`; none if empty."""
+    hosts: tuple[str, ...] = ()
+    """Names by which /v1 may be called, without ports; any if empty. A web page whose own name was made to point at
+    this machine still calls the server by that name."""
+    max_body_bytes: int = 2 << 20
+    """Longest body of a request."""
+    body_seconds: float = 30.0
+    """A body takes at most this long to arrive."""
+    request_seconds: float = 600.0
+    """An answer takes at most this long, its wait included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One served model, and all that the routes need."""
+
+    name: str
+    service: EngineService
+    codec: TextCodec
+    config: ServerConfig
+    metrics: Metrics
+    since: int
+
+
+def make_app(name: str, service: EngineService, codec: TextCodec, config: ServerConfig | None = None) -> Starlette:
+    """The ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
+
+    Args:
+        name: What clients call the model; only ever compared.
+        service: The engine's service, not started.
+        codec: Text to the model's tokens and back.
+    """
+    served = Served(name, service, codec, config or ServerConfig(), Metrics(service), int(time.time()))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.drain(0)
+
+    v1 = [
+        Route("/models", _models),
+        Route("/models/{model:path}", _model),
+        Route("/completions", _completions, methods=["POST"]),
+        Route("/chat/completions", _chat, methods=["POST"]),
+    ]
+    app = Starlette(
+        routes=[
+            Route("/", page_response),
+            Route("/health", _health),
+            Route("/ready", _ready),
+            Route("/metrics", _metrics),
+            Mount("/v1", routes=v1, middleware=[Middleware(_Guard, config=served.config)]),
+        ],
+        middleware=[Middleware(_Counted, metrics=served.metrics)],
+        exception_handlers={kind: error_response for kind in (*FORESEEN, Exception)},
+        lifespan=lifespan,
+    )
+    app.state.served = served
+    return app
+
+
+async def _health(request: Request) -> Response:
+    """Whether the process lives and its engine works; whoever supervises it restarts it if not."""
+    failure = _served(request).service.failure
+    body = {"status": "failed", "reason": failure} if failure else {"status": "ok"}
+    return JSONResponse(body, 503 if failure else 200)
+
+
+async def _ready(request: Request) -> Response:
+    """Whether requests are taken: not while the model is made ready, and not once the server is told to end."""
+    service = _served(request).service
+    status = "ready" if service.ready else "draining" if service.draining else "starting"
+    return JSONResponse({"status": status}, 200 if service.ready else 503)
+
+
+async def _metrics(request: Request) -> Response:
+    registry = _served(request).metrics.registry
+    return Response(
+        prometheus_client.generate_latest(registry), media_type=prometheus_client.exposition.CONTENT_TYPE_PLAIN_0_0_4
+    )
+
+
+async def _models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(_served(request))]})
+
+
+async def _model(request: Request) -> Response:
+    served = _served(request)
+    _check_model(served, request.path_params["model"])
+    return JSONResponse(_described(served))
+
+
+async def _completions(request: Request) -> Response:
+    return await _answer(request, CompletionRequest, requests.completion)
+
+
+async def _chat(request: Request) -> Response:
+    return await _answer(request, ChatRequest, requests.chat)
+
+
+async def _answer(request: Request, schema: type, read: Callable[..., Asked]) -> Response:
+    served = _served(request)
+    body = await _body(request, served.config)
+
+    def prepared() -> Asked:
+        parsed = schema.model_validate_json(body)
+        _check_model(served, parsed.model or served.name)
+        if served.service.limits is None:
+            raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
+        return read(parsed, served.codec, served.service.limits, served.name)
+
+    asked = await asyncio.to_thread(prepared)  # a body of megabytes takes a while to be read and tokenized
+    job = served.service.submit(asked.requests)
+    if asked.stream:
+        return _EventStream(job, _events(served, asked, job))
+    return JSONResponse(await _unless_gone(request, _whole(served, asked, job)))
+
+
+async def _whole(served: Served, asked: Asked, job: Job) -> dict[str, Any]:
+    async with job, asyncio.timeout(served.config.request_seconds):
+        scores = None
+        if asked.scores_prompts:
+            scores = await served.service.score(asked.prompts, [1] * len(asked.prompts))
+        async for _ in _pieces(served, asked, job):
+            pass
+    choices = [asked.choice(index, scores) for index in range(len(asked.answers))]
+    return asked.head | {"object": asked.kinds[0], "choices": choices, "usage": asked.usage()}
+
+
+async def _events(served: Served, asked: Asked, job: Job) -> AsyncIterator[str]:
+    """The chunks of a stream as server-sent events. An error that comes late is the stream's last event."""
+    head = asked.head | {"object": asked.kinds[1]} | ({"usage": None} if asked.stream_usage else {})
+    try:
+        async with asyncio.timeout(served.config.request_seconds):
+            for index in range(len(asked.answers)):
+                if (first := asked.opening(index)) is not None:
+                    yield _event(head | {"choices": [first]})
+            async for index, piece in _pieces(served, asked, job):
+                yield _event(head | {"choices": [asked.chunk(index, piece)]})
+        if asked.stream_usage:
+            yield _event(head | {"choices": [], "usage": asked.usage()})
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        if not isinstance(error, FORESEEN):
+            log.exception("a stream failed")
+        yield _event(as_api_error(error).body)
+
+
+async def _pieces(served: Served, asked: Asked, job: Job) -> AsyncIterator[tuple[int, Piece]]:
+    """What is new, and of which choice."""
+    async for index, progress in job:
+        answer = asked.answers[index]
+        piece = answer.push(progress)
+        if piece.finish:
+            job.abort(index)  # a stop string is nothing that the engine knows of
+            served.metrics.answered(answer.submitted, answer.first, answer.last, answer.tokens)
+        if piece:
+            yield index, piece
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of a job, which ends with the response however that ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, events: AsyncIterator[str]):
+        # Proxies that gather a response before they pass it on are told not to.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._job:
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _body(request: Request, config: ServerConfig) -> bytes:
+    """The body, counted as it comes: what Content-Length says is a claim. Raises ApiError for what is too long."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "The body must be JSON: send the header Content-Type: application/json.")
+    most, size, parts = config.max_body_bytes, 0, []
+    claimed = request.headers.get("content-length", "0")
+    too_long = ApiError(
+        413, f"The body is longer than the {most:,} bytes that this server takes.", code="body_too_long"
+    )
+    if claimed.isdecimal() and len(claimed) < 20 and int(claimed) > most:
+        raise too_long
+    try:
+        async with asyncio.timeout(config.body_seconds), contextlib.aclosing(request.stream()) as stream:
+            async for part in stream:
+                size += len(part)
+                if size > most:
+                    raise too_long
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {config.body_seconds:g} seconds.") from None
+    return b"".join(parts)
+
+
+def _served(request: Request) -> Served:
+    return request.app.state.served
+
+
+def _described(served: Served) -> dict[str, Any]:
+    limits = served.service.limits
+    about = {"id": served.name, "object": "model", "created": served.since, "owned_by": "opendeep"}
+    return about | ({"max_model_len": limits.max_length} if limits else {})
+
+
+def _check_model(served: Served, name: str) -> None:
+    if name != served.name:
+        shown = name if len(name) <= 100 else name[:100] + "…"
+        raise ApiError(404, f"There is no model {shown!r} here; this is {served.name!r}.", "model", "model_not_found")
+
+
+class _Guard:
+    """Lets a request through that asks for a host of ours, and brings the key, if there is one to bring."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig):
+        self._app, self._key, self._hosts = app, config.api_key.encode(), config.hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if self._hosts and host not in self._hosts:
+            raise ApiError(421, f"This server answers to {' and '.join(self._hosts)} alone, not to {host[:100]!r}.")
+        if self._key:
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # All of both is compared whatever they begin with, so that no time tells of it.
+            if not (hmac.compare_digest(given.strip(), self._key) and kind.lower() == b"bearer"):
+                raise ApiError(
+                    401,
+                    "The API key is missing or wrong: send the header Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        await self._app(scope, receive, send)
+
+
+class _Counted:
+    """Counts answered requests by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = CLIENT_GONE
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
