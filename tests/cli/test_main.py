@@ -88,7 +88,7 @@ def test_a_bug_is_not_hidden(command, error):
         main(["train"])
 
 
-@pytest.mark.parametrize("name", ["eval", "generate", "report"])
+@pytest.mark.parametrize("name", ["report"])
 def test_a_command_on_a_run_explains_itself_and_its_mistakes(name, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -102,23 +102,6 @@ def test_a_command_on_a_run_explains_itself_and_its_mistakes(name, capsys, tmp_p
     ]:
         assert main([name, *argv]) == 2
         assert answer in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "argument, answer",
-    [
-        ("--temperature=-1", "must be at least 0"),
-        ("--temperature=nan", "must be at least 0"),
-        ("--temperature=hot", "--temperature=hot"),
-        ("--max_tokens=0", "must be at least 1"),
-        ("--top_k=-1", "must be at least 0"),
-    ],
-)
-def test_senseless_sampling_is_refused(argument, answer, capsys, tmp_path):
-    recipe = load_recipe("quickstart")
-    save_run_config(recipe, recipe, tmp_path)
-    assert main(["generate", f"--workdir={tmp_path}", argument]) == 2
-    assert answer in capsys.readouterr().err
 
 
 def test_train_hands_the_resolved_configuration_and_the_recipe_to_the_loop(monkeypatch, tmp_path):
@@ -149,38 +132,6 @@ def test_train_refuses_rows_that_do_not_divide_over_the_devices(monkeypatch, tmp
     said = capsys.readouterr().err
     assert "must divide over the 13 devices of data x fsdp x expert, and 10 of 26 would be padding" in said
     assert list(tmp_path.iterdir()) == []
-
-
-def test_generate_hands_its_flags_over_and_prints_pieces_as_they_come(monkeypatch, tmp_path, capsys):
-    calls = []
-
-    def generate(*arguments, **named):
-        calls.append((arguments, named))
-        yield from (" main", "()")
-
-    module = types.SimpleNamespace(generate_from_workdir=generate)
-    monkeypatch.setitem(sys.modules, "opendeep_jax.train.generate", module)
-    recipe = load_recipe("quickstart")
-    save_run_config(recipe, recipe, tmp_path)
-    assert main(["generate", f"--workdir={tmp_path}", "--prompt=def", "--top_k=3", "--step=7"]) == 0
-    assert capsys.readouterr().out == "def main()\n"
-    assert calls == [
-        ((str(tmp_path), "def"), {"max_tokens": 200, "temperature": 0.8, "top_k": 3, "seed": 0, "step": 7})
-    ]
-
-
-def test_generate_prints_nothing_before_it_has_a_model(monkeypatch, tmp_path, capsys):
-    def generate(*_, **__):
-        raise ConfigError("no checkpoint")
-        yield
-
-    monkeypatch.setitem(
-        sys.modules, "opendeep_jax.train.generate", types.SimpleNamespace(generate_from_workdir=generate)
-    )
-    recipe = load_recipe("quickstart")
-    save_run_config(recipe, recipe, tmp_path)
-    assert main(["generate", f"--workdir={tmp_path}", "--prompt=def"]) == 2
-    assert capsys.readouterr() == ("", "opendeep: no checkpoint\n")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from opendeep_jax.config.schema import (
     TrainConfig,
 )
 from opendeep_jax.data.provenance import read_description
-from opendeep_jax.train import evaluate, generate, loop
+from opendeep_jax.train import evaluate, loop
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
 from opendeep_jax.train.metrics import read_jsonl
@@ -187,13 +187,12 @@ def test_an_evaluation_takes_no_more_rows_at_once_than_training_does():
     assert evaluation_batch_size(dataclasses.replace(config, evaluation=EvaluationConfig(batch_size=5))) == 5
 
 
-@pytest.mark.parametrize("module", [evaluate, generate])
-def test_commands_on_a_run_use_its_compiled_programs(module, copied_run, monkeypatch):
+def test_an_evaluation_of_a_run_uses_its_compiled_programs(copied_run, monkeypatch):
     used = []
-    monkeypatch.setattr(module, "use_compilation_cache", used.append)
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("asked for too late"))
+    monkeypatch.setattr(evaluate, "use_compilation_cache", used.append)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("asked for too late"))
     with pytest.raises(pytest.fail.Exception):
-        list(generate.generate_from_workdir(copied_run, "x") if module is generate else evaluate_workdir(copied_run))
+        evaluate_workdir(copied_run)
     assert used == [load_run_config(copied_run)]
 
 

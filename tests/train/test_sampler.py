@@ -10,7 +10,6 @@ from small_models import DENSE, random_arrays, random_model
 
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.parameters import skeleton
-from opendeep_jax.train.generate import generate_from_workdir
 
 LENGTH, VOCABULARY, NEVER = 12, 60, -1  # the model has 64 rows, of which the tokenizer uses 60
 PROMPTS = [[1, 7, 8, 9], [1, 5]]
@@ -91,11 +90,3 @@ def test_a_text_longer_than_the_context_goes_on(sample):
     # The context is the beginning mark and the latest tokens: what was forgotten doesn't matter.
     *_, (again,) = sample(prompts=[[1, *range(40, 50), *prompt[11:]]], max_tokens=20)
     assert text == again
-
-
-def test_a_trained_run_goes_on_writing(small_run):
-    text, again = (
-        "".join(generate_from_workdir(small_run, "import ", max_tokens=12, temperature=0.0, seed=seed))
-        for seed in (0, 7)
-    )
-    assert text == again and 0 < len(text) <= 12

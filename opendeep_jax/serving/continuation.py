@@ -1,0 +1,91 @@
+"""Texts that a model goes on with: many at a time, each piece as it comes."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.data.text_stream import TextStream
+from opendeep_jax.generation.params import SamplingParams
+
+if TYPE_CHECKING:
+    from opendeep_jax.generation.engine import Engine
+
+
+class TextPiece(NamedTuple):
+    """What came of one of the prompts."""
+
+    prompt: int
+    """Its place in the list."""
+    text: str
+    finish: str | None
+    """`stop`, `length` or `aborted` with its last piece."""
+
+
+def continued(
+    engine: "Engine",
+    codec: TextCodec,
+    prompts: Sequence[str],
+    params: Sequence[SamplingParams],
+    stop: Sequence[str] = (),
+) -> Iterator[TextPiece]:
+    """Goes on with each prompt until its end, a stop string or its longest length; yields pieces as they come.
+
+    Args:
+        engine: idle.
+        params: each prompt's; the codec's end tokens are added.
+        stop: texts that end an output, and are no part of it.
+    Raises:
+        ConfigError: a prompt is too long.
+    """
+    requests = {}
+    for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
+        requests[engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids))] = place, TextStream(codec, stop)
+    open_ = set(requests)
+    while open_:
+        for progress in engine.step():
+            if progress.request not in open_:
+                continue
+            place, stream = requests[progress.request]
+            text, finish = stream.push(progress.tokens), progress.finish
+            if stream.stopped and not finish:
+                engine.abort(progress.request)
+            if finish and not stream.stopped:
+                text += stream.finish()
+            if stream.stopped or finish:
+                open_.remove(progress.request)
+                yield TextPiece(place, text, "stop" if stream.stopped else finish)
+            elif text:
+                yield TextPiece(place, text, None)
+    while engine.busy:
+        engine.step()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: of its lines, or in a .jsonl file of their `prompt` fields.
+
+    Raises:
+        ConfigError: there is no such file, it holds none, or a line is not such an object.
+    """
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if path.suffix != ".jsonl":
+            prompts = lines
+        else:
+            prompts = [json.loads(line)["prompt"] for line in lines]
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise TypeError("a prompt that is no text")
+    except OSError as error:
+        raise ConfigError(f"--prompts={path}: cannot be read ({error.strerror}). Name a file of prompts.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f'--prompts={path}: must be UTF-8, and in a .jsonl file each line an object such as {{"prompt": "Once"}} '
+            f"({error})."
+        ) from error
+    if not prompts:
+        raise ConfigError(f"--prompts={path}: holds no prompt. Write one in each line.")
+    return prompts
