@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         max_length=values.max_length or min(model.config.max_length, DEFAULT_LENGTH),
         vocab_size=min(codec.vocab_size, model.config.vocab_size),
     )
-    engine = Engine(model, config)
+    engine = Engine(model, config, consume=True)
     del model
     conversation = Conversation(engine, codec, params, values.max_tokens, values.system)
     if question:

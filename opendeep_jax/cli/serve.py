@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
             cache_tokens=values.cache_tokens,
             speculate=values.speculate,
         )
-        return Engine(model, config)
+        return Engine(model, config, consume=True)
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     service = EngineService(make_engine, values.max_waiting)

@@ -43,17 +43,18 @@ class Engine:
     Args:
         model: its arrays are divided over `mesh`, or stay where they are without one.
         mesh: rows are divided over its data, fsdp and expert axes, heads over tensor.
+        consume: give the model's arrays up as the engine's are made of them; it cannot be used afterwards.
     Raises:
         ConfigError: for settings that cannot work.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None):  # noqa: B008
+    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None, consume: bool = False):  # noqa: B008
         self.max_length = config.max_length or min(model.config.max_length, DEFAULT_LENGTH)
         self.shards = 1 if mesh is None else row_shards(mesh)
         check_settings(config, self.max_length, model.config, mesh, self.shards)
         self.config, self.slots, self.mesh = config, config.slots, mesh
         self.vocab_size = config.vocab_size or model.config.vocab_size
-        self.bones, self.weights = take_apart(model, mesh)
+        self.bones, self.weights = take_apart(model, mesh, consume)
         self.table_width = -(-self.max_length // config.page_size)
         tokens = config.cache_tokens or config.slots * self.max_length
         pages = max(-(-tokens // (config.page_size * self.shards)), 1)

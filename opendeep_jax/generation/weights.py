@@ -71,11 +71,20 @@ def make_bones(config: ModelConfig) -> Bones:
     return Bones(config, tuple(kinds[layer >= dense] for layer in range(config.num_layers)), shared)
 
 
-def take_apart(model: Decoder, mesh=None) -> tuple[Bones, Weights]:
-    """A model's layers by themselves. The model's own arrays are not touched."""
+def take_apart(model: Decoder, mesh=None, consume: bool = False) -> tuple[Bones, Weights]:
+    """A model's layers by themselves, in the compute dtype.
+
+    Args:
+        mesh: devices to divide them over; None leaves them where they are.
+        consume: give each of the model's arrays up once its layers are there, so that there is never more than one of
+            them twice. The model is of no use afterwards.
+    """
     skeleton, params, router_bias = split(model)
-    bones = make_bones(model.config)
-    arrays = skeleton.in_compute_dtype(params, model.config.dtype) | router_bias
+    bones, arrays = make_bones(model.config), params | router_bias
+
+    def cast(name: str, x: jax.Array) -> jax.Array:
+        return skeleton.in_compute_dtype({name: x}, model.config.dtype)[name] if name in params else x
+
     layers: list[Arrays] = [{} for _ in range(model.config.num_layers)]
     for stack, first in zip(STACKS, (0, model.config.num_leading_dense_layers), strict=True):
         for name in [name for name in arrays if name.startswith(stack + ".")]:
@@ -87,7 +96,11 @@ def take_apart(model: Decoder, mesh=None) -> tuple[Bones, Weights]:
                     variable = bones.blocks[first + row].variables[inside]
                     axes = variable.get_metadata("logical_axes")
                     sharding = NamedSharding(mesh, partition_spec(axes, whole.shape[1:], mesh))
-                layers[first + row][inside] = _indexing(sharding)(whole, row)
+                layers[first + row][inside] = cast(name, _indexing(sharding)(whole, row))
+            if consume:
+                jax.block_until_ready([layer[inside] for layer in layers if inside in layer])
+                whole.delete()
+    arrays = {name: cast(name, x) for name, x in arrays.items()}
     if mesh is not None:
         axes = bones.shared.axes()
         arrays = {

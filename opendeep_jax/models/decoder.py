@@ -29,7 +29,7 @@ from opendeep_jax.models.layers import (
     weight,
 )
 from opendeep_jax.models.moe import MoE, RouterStats
-from opendeep_jax.ops.linear import project
+from opendeep_jax.ops.linear import matmul, project
 from opendeep_jax.ops.rope import rotations
 from opendeep_jax.parallel.axes import gather_weight
 from opendeep_jax.parallel.collectives import all_gather
@@ -167,7 +167,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of normalised outputs, by the whole head."""
-        logits = jnp.einsum("...d,dv->...v", hidden, self.head_kernel(), preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = matmul(flat, self.head_kernel().astype(hidden.dtype), jnp.float32).reshape(*hidden.shape[:-1], -1)
         cap = self.config.logit_softcap
         return jnp.tanh(logits / cap) * cap if cap else logits
 
@@ -236,7 +237,7 @@ def angles(attention: AttentionConfig, positions: Int[Array, "B L"]) -> tuple[Ar
     """Cosine and sine of each position, and those of the sliding layers where they are others: `Positions`' ends."""
     size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.rotary_dim or attention.head_dim
     sliding = None
-    if attention.sliding_rope_theta:
+    if attention.sliding_rope_theta and attention.sliding_layers:
         sliding = rotations(RopeConfig(theta=attention.sliding_rope_theta), positions, size)
     return *rotations(attention.rope, positions, size), sliding
 

@@ -206,3 +206,12 @@ def test_a_bfloat16_model_generates_in_bfloat16():
     engine = Engine(random_model(config), EngineConfig(**SETTINGS))
     assert {x.dtype.name for x in jax.tree.leaves(engine.cache)} == {"bfloat16"}
     assert len(engine.generate([[1, 2, 3]], GREEDY)[0].tokens) == 20
+
+
+def test_a_consumed_models_arrays_are_given_up_and_the_engine_has_all_it_needs():
+    config = dataclasses.replace(model_of("v3").config, tie_embeddings=True)
+    model = random_model(config)
+    want = Engine(model, EngineConfig(**SETTINGS)).generate([[1, 2, 3]], GREEDY)
+    engine = Engine(model, EngineConfig(**SETTINGS), consume=True)
+    assert engine.generate([[1, 2, 3]], GREEDY) == want
+    assert model.moe_layers.moe.gate.get_value().is_deleted()
