@@ -67,9 +67,8 @@ def main() -> None:
             steps = stats[count]["steps"] / max(stats[count]["generated_tokens"], 1)
             name = "greedy" if temperature == 0 else f"temperature {temperature}"
             stood = f"{accepted / drafted:.0%}" if drafted else ""
-            print(
-                f"{name:<18}{count:>8}{f'{same} of {len(prompts)}':>12}{stood:>8}{steps:>13.2f}{speed:>10.1f}{speed / plain:>15.2f}"
-            )
+            text = f"{same} of {len(prompts)}"
+            print(f"{name:<18}{count:>8}{text:>12}{stood:>8}{steps:>13.2f}{speed:>10.1f}{speed / plain:>15.2f}")
             results.append(
                 {
                     "temperature": temperature,

@@ -1,21 +1,179 @@
-"""`opendeep eval --workdir=DIRECTORY --step=STEP`"""
+"""`opendeep eval --model=SOURCE|--workdir=RUN [--tasks=NAMES|--text=FILE]`"""
 
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from opendeep_jax.cli.flags import parse, run_flags
+from opendeep_jax.cli.flags import make_flags, parse
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import load_run_config
+from opendeep_jax.serving.sources import check_choice, source_kind
+
+PURPOSE = """Measures a model: a run's, a Hugging Face directory, or a .gguf file.
+
+With --tasks by the tasks of lm-evaluation-harness, with --text by its perplexity on a file. With neither, a run is
+measured on the text that it held out."""
+USAGE = "--model=SOURCE|--workdir=RUN [--tasks=NAME,NAME|--text=FILE] [--out=FILE.json] [--name=value ...]"
+WIDTH = 120
+"""Columns of the table where there is no terminal to ask."""
+PROMPTS = ("plain", "chat")
+LEAST = {
+    "step": -1,
+    "limit": 0,
+    "num_fewshot": -1,
+    "max_tokens": 0,
+    "max_length": 0,
+    "slots": 1,
+    "stride": 0,
+    "seed": 0,
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the held-out measures of one of a run's checkpoints as a JSON object."""
-    flags = run_flags(step=(-1, "Step of the checkpoint; -1 takes the newest."))
-    values = parse(flags, argv, "opendeep eval", "Measures a run's held-out bits per byte.")
-    if values.step < -1:
-        raise ConfigError(f"--step={values.step}: must be at least -1.")
-    load_run_config(values.workdir)  # refuses a directory without a run before JAX is loaded
+    """Prints measures, and writes them with --out. Raises ConfigError for what is no model, no task or no text."""
+    flags = make_flags(
+        model=("", "A run's work directory, a Hugging Face directory, or a .gguf file."),
+        workdir=("", "The same as --model, for a run."),
+        step=(-1, "Step of a run's checkpoint; -1 takes the newest."),
+        tasks=("", "Tasks, groups or patterns of lm-evaluation-harness, with commas between."),
+        text=("", "File whose perplexity is measured: .txt, .md, .py, .jsonl or .parquet."),
+        out=("", "File that all results are written to, as JSON."),
+        include_path=("", "Directory with .yaml files of tasks of your own."),
+        limit=(0, "Examples of each task; 0 takes all."),
+        num_fewshot=(-1, "Solved examples in each prompt; -1 as the task says."),
+        prompts=("plain", "chat puts every prompt into the model's chat template."),
+        max_tokens=(0, "Longest answer; 0 as the task says."),
+        max_length=(0, "Longest prompt and answer, or window of a text; 0 takes the model's context, at most 4096."),
+        stride=(0, "Tokens of a text that each window scores; 0 takes half a window."),
+        slots=(8, "Answers that are written at a time."),
+        seed=(0, "Seed of examples, sampled answers and intervals."),
+        dtype=("", "float32 or bfloat16; by default what suits the machine."),
+    )
+    values = parse(flags, argv, "opendeep eval", PURPOSE, USAGE)
+    source, kind, step = _checked(values)
+    if values.tasks:
+        found = _on_tasks(values, source, step)
+    elif values.text:
+        found = _on_text(values, source, step)
+    elif kind == "run":
+        load_run_config(source)  # refuses a directory without a run before JAX is loaded
 
-    from opendeep_jax.train.evaluate import evaluate_workdir
+        from opendeep_jax.train.evaluate import evaluate_workdir
 
-    print(json.dumps(evaluate_workdir(values.workdir, step=None if values.step < 0 else values.step), indent=2))
+        found = evaluate_workdir(source, step=step)
+    else:
+        raise ConfigError(f"{source} is no run, so it held out no text. Say what to measure: --tasks=... or --text=...")
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    if not values.tasks:
+        print(text)
+    if values.out:
+        try:
+            write_atomically(values.out, text + "\n")
+        except OSError:
+            if values.tasks:
+                print(text)  # hours of work, perhaps, that the disk does not take
+            raise
+
+
+def _checked(values: Any) -> tuple[str, str, int | None]:
+    """The source, its kind and the step, where the settings can work together. Raises ConfigError elsewhere."""
+    for one, other in (("model", "workdir"), ("tasks", "text")):
+        if values[one].value and values[other].value:
+            raise ConfigError(f"--{one} and --{other} are both given. Leave one out.")
+    for name, least in LEAST.items():
+        if values[name].value < least:
+            raise ConfigError(f"--{name}={values[name].value}: must be at least {least}.")
+    if values.seed >= 2**32:
+        raise ConfigError(f"--seed={values.seed}: must be less than 2**32.")
+    if values.prompts not in PROMPTS:
+        raise ConfigError(f"--prompts={values.prompts}: must be plain or chat.")
+    if values.out and not Path(values.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out={values.out}: its directory is not there. Make it, or choose another place.")
+    source = values.model or values.workdir
+    if not source:
+        raise ConfigError("--model is missing: give a run, a Hugging Face directory or a .gguf file.")
+    if not values.model:
+        load_run_config(source)
+    kind, step = source_kind(source), None if values.step < 0 else values.step
+    check_choice(kind, source, values.dtype, step)
+    return source, kind, step
+
+
+def _on_tasks(values: Any, source: str, step: int | None) -> dict[str, Any]:
+    """Runs tasks, prints their table, and returns all results."""
+    names = [name.strip() for name in values.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks={values.tasks}: names no task. Give one, such as --tasks=hellaswag.")
+
+    from opendeep_jax.evaluation.harness import HarnessModel, find_tasks, run_tasks
+
+    known, names = find_tasks(names, values.include_path)  # before the weights are loaded, which takes longer
+
+    from rich.console import Console
+
+    from opendeep_jax.evaluation.results import table, task_results
+
+    engine, codec, about = _open(values, source, step)
+    if values.prompts == "chat":
+        codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
+    with _Bar() as bar:
+        model = HarnessModel(engine, codec, about["model"]["name"], values.prompts == "chat", values.seed, bar.show)
+        raw = run_tasks(model, known, names, values.limit, values.num_fewshot, values.max_tokens)
+    tasks = task_results(raw)
+    Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table(tasks))
+    if model.cut_prompts:
+        print(f"{model.cut_prompts} prompts were longer than {engine.max_length} tokens and lost their beginning.")
+    asked = {name: values[name].value for name in ("limit", "num_fewshot", "prompts", "max_tokens", "seed")}
+    settings = asked | {"max_length": engine.max_length, "cut_prompts": model.cut_prompts}
+    return about | {"settings": settings, "tasks": tasks}
+
+
+def _on_text(values: Any, source: str, step: int | None) -> dict[str, Any]:
+    from opendeep_jax.evaluation.perplexity import perplexity, read_documents
+
+    documents = read_documents(values.text)
+    engine, codec, about = _open(values, source, step)
+    with _Bar() as bar:
+        found = perplexity(engine, codec, documents, values.stride, values.seed, lambda *at: bar.show("windows", *at))
+    return about | {"text": values.text} | found
+
+
+def _open(values: Any, source: str, step: int | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The engine and the codec of a source, and what they are."""
+    from opendeep_jax.evaluation.results import describe_model, versions
+    from opendeep_jax.generation.engine import Engine, EngineConfig
+    from opendeep_jax.serving.sources import open_model
+
+    model, codec, name = open_model(source, values.dtype, step)
+    about = {"model": describe_model(model.config, name, source, step), "versions": versions()}
+    vocabulary = min(codec.vocab_size, model.config.vocab_size)
+    config = EngineConfig(slots=values.slots, max_length=values.max_length, vocab_size=vocabulary)
+    engine = Engine(model, config, consume=True)
+    return engine, codec, about
+
+
+class _Bar:
+    """A progress bar on standard error, for as long as there is something to wait for."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.progress = Progress(console=Console(stderr=True), transient=True)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` pieces of some kind of work are finished."""
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what)
+        self.progress.update(self.tasks[what], completed=done, total=total)

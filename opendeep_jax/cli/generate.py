@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         vocab_size=min(codec.vocab_size, model.config.vocab_size),
         speculate=values.speculate,
     )
-    engine = Engine(model, config)
+    engine = Engine(model, config, consume=True)
     del model
     texts = [prompt for prompt in prompts for _ in range(values.n)]
     each = [dataclasses.replace(params, seed=(params.seed + i % values.n) % 2**32) for i in range(len(texts))]

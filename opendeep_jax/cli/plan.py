@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     if values.save and plan.fits:
         best = next(one for one in found if one.plan is plan)
         write_atomically(values.save, flag_file(best.candidate, launch.recipe, launch.config_name, topology))
-        print(f"\nopendeep train --config={launch.config_name} --flagfile={values.save}")
+        print(f"\nopendeep train --config={launch.config} --flagfile={values.save}")
     if not plan.fits:
         raise ConfigError(plan.why_not())
 

@@ -69,22 +69,20 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str) -> RunConfig:
     """The configuration of a recipe: the name of one that ships with OpenDeep, or the path of a .py file.
 
-    Raises ConfigError for an unknown name, and for a file that fails or has no `get_config() -> RunConfig`.
+    A recipe of a family has a table SIZES, and get_config takes one of its keys: `llama3:70b`. Without one it takes its
+    own default.
+
+    Raises ConfigError for an unknown name or size, and for a file that fails or has no `get_config() -> RunConfig`.
     """
-    path = Path(name_or_path)
-    if name_or_path in recipe_names():
-        path = recipe_directory() / f"{name_or_path}.py"
-    elif path.suffix != ".py" or not path.is_file():
-        hint = did_you_mean(path.stem, recipe_names())
-        raise ConfigError(
-            f"--config={name_or_path}: neither a recipe file nor the name of a recipe.{hint} "
-            f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file with get_config()."
-        )
+    path, size = _recipe_file(name_or_path)
     try:
         spec = importlib.util.spec_from_file_location(f"opendeep_recipe_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config() if hasattr(module, "get_config") else None
+        sizes = getattr(module, "SIZES", {})
+        if size is not None and size not in sizes:
+            raise ConfigError(_no_such_size(size, list(sizes)))
+        config = module.get_config(*filter(None, (size,))) if hasattr(module, "get_config") else None
     except ConfigError as error:
         raise ConfigError(f"Recipe {path}: {error}") from error
     except Exception as error:  # a recipe is the user's own Python: whatever fails in it is theirs to read
@@ -97,6 +95,41 @@ def load_recipe(name_or_path: str) -> RunConfig:
             f"{recipe_directory() / 'quickstart.py'}."
         )
     return config
+
+
+def recipe_title(name_or_path: str) -> str:
+    """What a recipe's runs are called, fit for a directory: `llama3:8b` is `llama3-8b`, `mine/run.py` is `run`."""
+    path, colon, size = _parts(name_or_path)
+    return Path(path).name.removesuffix(".py") + colon.replace(":", "-") + size
+
+
+def _parts(name_or_path: str) -> tuple[str, str, str]:
+    """A recipe's name or path, a colon, and a size; the latter two empty where there are none."""
+    if Path(name_or_path).is_file() or ":" not in name_or_path:
+        return name_or_path, "", ""
+    name, colon, size = name_or_path.rpartition(":")
+    return name, colon, size.lower()
+
+
+def _recipe_file(name_or_path: str) -> tuple[Path, str | None]:
+    """The file of a recipe, and the size that is asked of it."""
+    name, colon, size = _parts(name_or_path)
+    if name in recipe_names():
+        return recipe_directory() / f"{name}.py", size if colon else None
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        hint = did_you_mean(path.stem, recipe_names())
+        raise ConfigError(
+            f"--config={name_or_path}: neither a recipe file nor the name of a recipe.{hint} "
+            f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file with get_config()."
+        )
+    return path, size if colon else None
+
+
+def _no_such_size(size: str, sizes: list[str]) -> str:
+    if not sizes:
+        return f"it has no sizes, and {size!r} is asked for. Leave out what follows the colon."
+    return f"it has no size {size!r}.{did_you_mean(size, sizes)} Sizes: {', '.join(sizes)}."
 
 
 def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:

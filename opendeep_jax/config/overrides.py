@@ -11,14 +11,13 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import tyro
 from absl import flags
 
 from opendeep_jax.config.checks import ConfigError, check_run, deferred, expected
-from opendeep_jax.config.load import did_you_mean, load_recipe, recipe_names
+from opendeep_jax.config.load import did_you_mean, load_recipe, recipe_names, recipe_title
 from opendeep_jax.config.schema import RunConfig
 
 TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -31,7 +30,7 @@ class Launch:
     """
 
     config_name: str
-    """Name of the recipe: its file's, without `.py`."""
+    """Title of the recipe: its file's name without `.py`, and its size where it has several."""
     workdir: str
     """Directory of the run."""
     verbosity: int
@@ -44,6 +43,8 @@ class Launch:
     """Processes of the job; 0 where the environment says."""
     process_id: int = -1
     """This process's number; -1 where the environment says."""
+    config: str = ""
+    """The recipe as it was named."""
 
 
 def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunConfig, Launch]:
@@ -63,9 +64,9 @@ def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunCo
     recipe = load_recipe(process.config) if process.config else RunConfig()
     if wants_help:
         print_help(recipe, process, program)
-    name = Path(process.config).stem
+    name = recipe_title(process.config)
     job = process.coordinator_address, process.num_processes, process.process_id
-    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job)
+    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job, process.config)
     return apply(recipe, rest), launch
 
 
@@ -109,7 +110,7 @@ def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> No
 def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagValues, list[str]]:
     """absl's flags, in a registry of their own so that nothing global remembers them, and the other arguments."""
     process = flags.FlagValues()
-    flags.DEFINE_string("config", None, "Recipe: a name or the path of a .py file.", flag_values=process)
+    flags.DEFINE_string("config", None, "Recipe: a name, NAME:SIZE, or the path of a .py file.", flag_values=process)
     flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
     flags.DEFINE_integer("verbosity", -1, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
     text = "Of a job of several processes that no environment describes: host:port of process 0."
@@ -154,7 +155,7 @@ def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[s
         elif name is not None and (get_origin(fields.get(name)) is tuple or not overrides[name]):
             overrides[name].append(argument)
         else:
-            hint = f" Did you mean --config={argument}?" if argument in recipe_names() else ""
+            hint = f" Did you mean --config={argument}?" if argument.partition(":")[0] in recipe_names() else ""
             problems.append(f"{argument}: settings are written --name=value.{hint}")
     problems += [
         f"--{name}: a value is missing; expected {expected(fields[name])}."

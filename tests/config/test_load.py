@@ -21,6 +21,7 @@ from opendeep_jax.config.load import (
     load_run_config,
     recipe_directory,
     recipe_names,
+    recipe_title,
     save_run_config,
     to_json,
 )
@@ -59,7 +60,8 @@ def test_a_recipe_says_what_it_is_in_a_lab_note(name):
     of_a_run, of_a_corpus = ("Paper", "Hardware", "Time", "Expected"), ("Size", "Licence", "Citation", "Where")
     parts = of_a_corpus if name.startswith("corpora/") else of_a_run
     assert all(f"\n{part}:" in note for part in ("Command", *parts))
-    assert f"--config={name}" in note.split("Command:")[1].split()
+    words = note.split("Command:")[1].split()
+    assert f"--config={name}" in [word.partition(":")[0] for word in words]
 
 
 def test_v3_learns_in_the_phases_of_the_report():
@@ -78,6 +80,39 @@ def test_v3_learns_in_the_phases_of_the_report():
 def test_an_unknown_recipe_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"quikstart: .*Did you mean quickstart\? Recipes: .*moe_1b"):
         load_recipe("quikstart")
+
+
+def test_a_recipe_of_a_family_takes_a_size():
+    assert load_recipe("llama3:70b").model.num_layers == 80
+    assert load_recipe("llama3:70B") == load_recipe("llama3:70b")
+    assert load_recipe(f"{recipe_directory() / 'llama3.py'}:70b") == load_recipe("llama3:70b")
+    assert load_recipe("llama3") == load_recipe("llama3:8b")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("llama3:9b", r"no size '9b'\. Did you mean 8b\? Sizes: 1b, 3b, 8b, 70b, 405b\."),
+        ("llama3:", "no size ''"),
+        ("llama3:8b:8b", "neither a recipe file nor the name of a recipe"),
+        ("lama3:8b", r"--config=lama3:8b: .*Did you mean llama3\?"),
+        ("quickstart:8b", "it has no sizes, and '8b' is asked for"),
+    ],
+)
+def test_a_size_that_is_not_there_is_answered_with_those_that_are(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(name)
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path):
+    path = tmp_path / "a:b.py"
+    shutil.copy(recipe_directory() / "quickstart.py", path)
+    assert load_recipe(str(path)) == load_recipe("quickstart")
+
+
+def test_a_recipe_has_a_title_that_is_a_directorys_name():
+    names = ["llama3:8b", "qwen2_5:0.5B", "quickstart", "mine/run.py", "corpora/dolma3"]
+    assert [recipe_title(name) for name in names] == ["llama3-8b", "qwen2_5-0.5b", "quickstart", "run", "dolma3"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_nothing_given_is_the_recipe_itself():
     config, launch = resolve(["--config=quickstart"])
     recipe = load_recipe("quickstart")
     assert config == recipe
-    assert launch == Launch("quickstart", "runs/quickstart", -1, recipe)
+    assert launch == Launch("quickstart", "runs/quickstart", -1, recipe, config="quickstart")
 
 
 def test_flags_of_the_process_are_found_anywhere_between_the_overrides():

@@ -1,0 +1,110 @@
+"""Perplexity and bits per byte of any text under any model, read in overlapping windows."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.schema import SourceConfig
+from opendeep_jax.data.sources import list_files, list_parts, read_part
+from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.evaluation.intervals import bootstrap
+from opendeep_jax.evaluation.windows import windows
+from opendeep_jax.generation.engine import Engine
+from opendeep_jax.generation.scoring import score
+
+ENOUGH_DOCUMENTS = 10
+"""Documents are independent, windows of one document are not: with this many or more it is documents that are drawn."""
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The texts of a file: a .txt, .md or .py file is one, a .jsonl or .parquet file has a field `text` in each record.
+
+    Raises ConfigError for a file that is not there, of another kind, damaged, not UTF-8, or without any text.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"--text={path}: there is no such file. Give a .txt, .jsonl or .parquet file.")
+    source = SourceConfig(name="text", path=str(Path(path).resolve()), license="not asked")
+    parts = list_parts(source, list_files(source))
+    documents = [document.text for part in parts for document in read_part(source, part, lambda reason, id: None)]
+    if not any(documents):
+        raise ConfigError(f"--text={path}: holds no text. Give a file with some.")
+    return documents
+
+
+def perplexity(
+    engine: Engine,
+    codec: TextCodec,
+    documents: Sequence[str],
+    stride: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """How well a model foretells texts.
+
+    Each document is read from its beginning, in windows of engine.max_length tokens. As nothing foretells a first
+    token, it is not counted, unless the model expects a token that begins texts: then it is foretold from that.
+
+    Args:
+        engine: With no request running.
+        documents: Texts.
+        stride: Tokens that a window scores; 0 takes half a window, so that all but a document's first tokens have half
+            a window of context or more.
+        seed: Of the bootstrap.
+        progress: Called with the number of windows that are done, and of all.
+
+    Returns:
+        perplexity (exp of nats per token) and bits_per_byte, each with its 95% interval (None for a single window);
+        nats, and the tokens and UTF-8 bytes that they are for; what was drawn for the intervals, and the settings.
+
+    Raises:
+        ConfigError: A stride that cannot be, or no token to score.
+    """
+    length = engine.max_length
+    stride = stride or length // 2
+    if not 1 <= stride < length:
+        raise ConfigError(f"--stride={stride}: must be at least 1 and less than the window of {length} tokens.")
+    pieces = [
+        (index, window)
+        for index, document in enumerate(documents)
+        for window in windows(codec.encode_prompt(document), length, stride)
+    ]
+    if not pieces:
+        raise ConfigError("The text has no token that another one foretells. Give a longer one.")
+    together = max(engine.shards, 1)
+    sums = []  # of each window: nats, tokens, bytes
+    for begin in range(0, len(pieces), together):
+        batch = [window for _, window in pieces[begin : begin + together]]
+        for window, scored in zip(
+            batch, score(engine, [w.tokens for w in batch], [w.first for w in batch]), strict=True
+        ):
+            size = sum(len(codec.piece(token, special=True)) for token in window.tokens[window.first :])
+            sums.append((-math.fsum(scored.logprobs), len(scored.logprobs), size))
+        progress(begin + len(batch), len(pieces))
+    rows, drawn = np.array(sums, np.float64), "windows"
+    if len(documents) >= ENOUGH_DOCUMENTS:
+        of = np.array([index for index, _ in pieces])
+        rows, drawn = np.stack([rows[of == index].sum(0) for index in np.unique(of)]), "documents"
+    nats, tokens, size = rows.sum(0)
+
+    def interval(value: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
+        return bootstrap(rows, value, seed=seed)
+
+    return {
+        "perplexity": math.exp(nats / tokens),
+        "perplexity_interval": interval(lambda sums: np.exp(sums[:, 0] / sums[:, 1])),
+        "bits_per_byte": nats / math.log(2) / size,
+        "bits_per_byte_interval": interval(lambda sums: sums[:, 0] / np.log(2) / sums[:, 2]),
+        "nats": nats,
+        "tokens": int(tokens),
+        "bytes": int(size),
+        "documents": len(documents),
+        "windows": len(pieces),
+        "window": length,
+        "stride": stride,
+        "drawn": drawn,
+        "seed": seed,
+    }
