@@ -16,6 +16,7 @@ from opendeep_jax.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    MambaConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
@@ -128,7 +129,18 @@ NEMOTRON = dataclasses.replace(
     gated_mlp=False,
     attention=dataclasses.replace(DENSE.attention, rotary_dim=2),
 )
-OTHERS = {"gemma": GEMMA, "gpt-oss": GPT_OSS, "olmo": OLMO, "nemotron": NEMOTRON}
+NEMOTRON_H = dataclasses.replace(
+    NEMOTRON,
+    norm="rms",
+    num_layers=7,
+    layer_pattern="ME*-MEM",
+    tie_embeddings=False,
+    mamba=MambaConfig(num_heads=6, head_dim=4, state_size=5, num_groups=3, conv_kernel=3, chunk_size=6),
+    moe=dataclasses.replace(MOE, shared_expert_size=12),
+)
+"""Nemotron-H's: layers of four kinds, experts without a gate. Here attention rotates, so that positions matter."""
+
+OTHERS = {"gemma": GEMMA, "gpt-oss": GPT_OSS, "olmo": OLMO, "nemotron": NEMOTRON, "nemotron-h": NEMOTRON_H}
 """What other families than DeepSeek's need of the decoder."""
 
 

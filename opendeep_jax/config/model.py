@@ -12,6 +12,9 @@ from opendeep_jax.config.model_rules import REMAT_NAMES
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "named"]
 
+HYBRID_STACKS = {"M": "mamba_layers", "*": "attention_layers", "-": "dense_layers", "E": "moe_layers"}
+"""Where the model has the layers of each letter of a hybrid's pattern."""
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -70,6 +73,8 @@ class AttentionConfig:
     """GQA: key/value heads, each shared by num_heads / num_kv_heads query heads."""
     head_dim: int = 32
     """GQA: size of a query, key or value head."""
+    rotated: bool = True
+    """GQA: rotate queries and keys; False where other layers know the order (Nemotron-H)."""
     rotary_dim: int = 0
     """GQA: dimensions of a head that are rotated, its first ones; 0 rotates all."""
     latent_norm_epsilon: float = 1e-6
@@ -115,7 +120,9 @@ class MoEConfig:
     experts_per_token: int = 2
     """Routed experts K chosen for each token."""
     num_shared_experts: int = 1
-    """Experts that every token passes through; realised as one SwiGLU of this many times expert_size."""
+    """Experts that every token passes through; realised as one feed-forward of this many times their width."""
+    shared_expert_size: int = 0
+    """Hidden width of one shared expert; 0 takes expert_size."""
     expert_size: int = 256
     """Hidden width F of one expert."""
     num_groups: int = 1
@@ -142,6 +149,43 @@ class MoEConfig:
     """Freeze the biases once this many tokens are trained; 0 never freezes them. V3: 14.3T."""
     balance_loss_weight: float = 1e-4
     """Weight of the sequence-wise balance loss (alpha in V3); 0 leaves it out."""
+
+    @property
+    def shared_size(self) -> int:
+        """Hidden width of the shared experts together."""
+        return self.num_shared_experts * (self.shared_expert_size or self.expert_size)
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-2 (Dao and Gu 2024), the `M` layers of a hybrid."""
+
+    num_heads: int = 8
+    """Heads, each with a state and a decay of its own."""
+    head_dim: int = 32
+    """Size of a head's input and output."""
+    state_size: int = 16
+    """Numbers that a state keeps for each of head_dim."""
+    num_groups: int = 1
+    """Groups of heads that share what writes to and reads from their states."""
+    conv_kernel: int = 4
+    """Positions that the convolution before the states sees, its own included."""
+    conv_bias: bool = True
+    """The convolution has a bias."""
+    time_step_min: float = 0.0
+    """No time step is shorter. Nemotron-H, as transformers computes it: 0.001."""
+    chunk_size: int = 128
+    """Positions that are computed at once, as attention would; the result does not depend on it."""
+
+    @property
+    def size(self) -> int:
+        """Width of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: the heads' inputs, and what writes to and reads from the states."""
+        return self.size + 2 * self.num_groups * self.state_size
 
 
 @dataclass(frozen=True)
@@ -199,7 +243,8 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head."""
+    """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head; or a hybrid, whose
+    layers are what `layer_pattern` says."""
 
     vocab_size: int = 8192
     """Rows V of the embedding and columns of the head; at least the tokenizer's vocabulary."""
@@ -208,7 +253,10 @@ class ModelConfig:
     num_layers: int = 4
     """All blocks, the leading dense ones included, MTP's not."""
     num_dense_layers: int = 1
-    """Leading blocks with a dense SwiGLU; all of them when moe.num_experts is 0."""
+    """Leading blocks with a dense SwiGLU; all of them when moe.num_experts is 0. Not of a hybrid."""
+    layer_pattern: str = ""
+    """A hybrid's layers in order, each one mixer with a norm before it: M is Mamba-2, * attention, - a feed-forward, E
+    a mixture of experts (Nemotron-H); empty for the usual blocks of attention and feed-forward."""
     mlp_size: int = 1024
     """Hidden width of the dense SwiGLU."""
     norm_epsilon: float = 1e-6
@@ -243,6 +291,8 @@ class ModelConfig:
     """Storage of the master weights; norm scales and routers are float32 in any case."""
     attention: AttentionConfig = AttentionConfig()
     """Attention."""
+    mamba: MambaConfig = MambaConfig()
+    """Mamba-2, for the layers M of layer_pattern."""
     moe: MoEConfig = MoEConfig()
     """Mixture of experts."""
     mtp: MTPConfig = MTPConfig()
@@ -263,10 +313,26 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """Blocks with routed experts, MTP's not counted."""
-        return self.num_layers - self.num_leading_dense_layers
+        """Layers with routed experts, MTP's not counted."""
+        if self.layer_pattern:
+            return self.layer_pattern.count("E")
+        return self.num_layers - self.num_dense_layers if self.moe.num_experts else 0
 
     @property
     def num_leading_dense_layers(self) -> int:
-        """Blocks with a dense SwiGLU."""
-        return self.num_dense_layers if self.moe.num_experts else self.num_layers
+        """Blocks with a dense SwiGLU; of a hybrid, all layers without routed experts."""
+        return self.num_layers - self.num_moe_layers
+
+    @property
+    def layer_stacks(self) -> dict[str, tuple[int, ...]]:
+        """Which layers' arrays lie stacked under which name in the model."""
+        if self.layer_pattern:
+            kinds = {name: kind for kind, name in HYBRID_STACKS.items()}
+            stacks = {
+                name: tuple(i for i, letter in enumerate(self.layer_pattern) if letter == kind)
+                for name, kind in kinds.items()
+            }
+        else:
+            dense, layers = self.num_leading_dense_layers, range(self.num_layers)
+            stacks = {"dense_layers": tuple(layers[:dense]), "moe_layers": tuple(layers[dense:])}
+        return {name: layers for name, layers in stacks.items() if layers}

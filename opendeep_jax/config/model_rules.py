@@ -22,6 +22,7 @@ REMAT_NAMES = (
     "mlp_up",
     "expert_gate",
     "expert_up",
+    "mamba_input",
 )
 """Activations that the blocks name, and that `model.remat.names` may list."""
 
@@ -38,7 +39,7 @@ def model_problems(model: Any) -> Iterator[str]:
     yield from at_least(0, "model", model, "swiglu_alpha")
     if model.activation == "clamped_swiglu" and not model.gated_mlp:
         yield problem("model.gated_mlp", False, "clamped_swiglu multiplies a gate by a projection", "Set it to True")
-    if model.num_dense_layers > model.num_layers:
+    if model.num_dense_layers > model.num_layers and not model.layer_pattern:
         yield problem(
             "model.num_dense_layers",
             model.num_dense_layers,
@@ -53,13 +54,18 @@ def model_problems(model: Any) -> Iterator[str]:
                 f"is the index of no layer; model.num_layers is {model.num_layers}",
                 f"Use indices from 0 to {model.num_layers - 1}",
             )
-    if model.num_leading_dense_layers > 0:
+    if "-" in model.layer_pattern or (not model.layer_pattern and model.num_leading_dense_layers > 0):
         yield from at_least(1, "model", model, "mlp_size")
+    if model.layer_pattern:
+        yield from _hybrid_problems(model)
     yield from _execution_problems(model.execution)
     yield from _attention_problems(model.attention)
+    yield from _mamba_problems(model.mamba)
     yield from at_least(0, "model.moe", model.moe, "num_experts")
     if model.moe.num_experts > 0:
         yield from _moe_problems(model.moe)
+        if model.moe.expert_bias and not model.gated_mlp:
+            yield problem("model.moe.expert_bias", True, "is for experts with a gate", "Set gated_mlp to True")
     yield from at_least(0, "model.mtp", model.mtp, "depth", "loss_weight", "final_loss_weight", "final_from_tokens")
     for name in model.remat.names:
         if name not in REMAT_NAMES:
@@ -68,6 +74,56 @@ def model_problems(model: Any) -> Iterator[str]:
         if name not in OFFLOAD_NAMES:
             known = ", ".join(OFFLOAD_NAMES)
             yield problem("model.remat.offload", name, "names no activation", f"Known names: {known}")
+
+
+LETTERS = {"M": "Mamba-2", "*": "attention", "-": "a feed-forward", "E": "a mixture of experts"}
+
+
+def _hybrid_problems(model: Any) -> Iterator[str]:
+    pattern, name = model.layer_pattern, "model.layer_pattern"
+    known = ", ".join(f"{letter} for {kind}" for letter, kind in LETTERS.items())
+    if odd := sorted(set(pattern) - set(LETTERS)):
+        yield problem(name, odd[0], "is the letter of no layer", f"Known letters: {known}")
+    if len(pattern) != model.num_layers:
+        rule = f"has {len(pattern)} letters for model.num_layers = {model.num_layers} layers"
+        yield problem(name, pattern[:100], rule, "Write one letter for each")
+    if ("E" in pattern) != (model.moe.num_experts > 0):
+        rule = f"model.moe.num_experts is {model.moe.num_experts}"
+        yield problem(name, pattern[:100], rule, "Layers E and experts need each other")
+    for field, only in (("norm_placement", "pre"), ("mtp.depth", 0), ("attention.sliding_layers", ())):
+        value = model
+        for part in field.split("."):
+            value = getattr(value, part)
+        if value != only:
+            yield problem(f"model.{field}", value, f"must be {only!r} where layer_pattern is given", "")
+
+
+def _mamba_problems(mamba: Any) -> Iterator[str]:
+    where = "model.mamba"
+    sizes = ("num_heads", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
+    yield from at_least(1, where, mamba, *sizes)
+    yield from at_least(0, where, mamba, "time_step_min")
+    if mamba.num_groups > 0 and mamba.num_heads % mamba.num_groups:
+        rule = f"must be a multiple of num_groups, which is {mamba.num_groups}"
+        yield problem(f"{where}.num_heads", mamba.num_heads, rule, "Heads are divided among the groups")
+
+
+HYBRID_MESH_AXES = ("stage", "context", "tensor")
+
+
+def hybrid_mesh_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
+    """Yields a sentence for each axis of a mesh that a hybrid, or experts without a gate, can't be divided over.
+
+    Args:
+        sizes: devices along each axis; -1 is not known yet.
+    """
+    for axis in HYBRID_MESH_AXES if model.layer_pattern else ():
+        if sizes.get(axis, 1) > 1:
+            rule = "a hybrid (model.layer_pattern) is divided over data and fsdp only: a state needs the whole row"
+            yield problem(f"parallel.{axis}", sizes[axis], rule, "Set it to 1")
+    if sizes.get("expert", 1) > 1 and model.moe.num_experts and not model.gated_mlp:
+        rule = "experts without a gate (model.gated_mlp=False) stay on one device"
+        yield problem("parallel.expert", sizes["expert"], rule, "Set it to 1")
 
 
 def _execution_problems(execution: Any) -> Iterator[str]:
@@ -113,7 +169,7 @@ def _attention_problems(attention: Any) -> Iterator[str]:
             )
     yield from at_least(0, where, attention, "query_scale")
     size = getattr(attention, rotated)
-    if size % 2:
+    if size % 2 and attention.rotated:
         yield problem(f"{where}.{rotated}", size, "must be even, as RoPE rotates pairs", f"Use {size + 1}")
     rope = attention.rope
     yield from above_zero(f"{where}.rope", rope, "theta", "yarn_beta_fast", "yarn_beta_slow", "llama3_low_frequency")
@@ -154,6 +210,7 @@ GQA_ONLY = {
     "sliding_layers": (),
     "sliding_rope_theta": 0,
     "rotary_dim": 0,
+    "rotated": True,
 }
 
 
@@ -172,7 +229,8 @@ def _moe_problems(moe: Any) -> Iterator[str]:
     where = "model.moe"
     counts = ("experts_per_token", "expert_size", "num_groups", "groups_per_token")
     yield from at_least(1, where, moe, *counts)
-    yield from at_least(0, where, moe, "num_shared_experts", "bias_update_speed", "bias_update_until_tokens")
+    yield from at_least(0, where, moe, "num_shared_experts", "shared_expert_size")
+    yield from at_least(0, where, moe, "bias_update_speed", "bias_update_until_tokens")
     yield from at_least(0, where, moe, "balance_loss_weight")
     yield from above_zero(where, moe, "routed_scaling_factor")
     if min(getattr(moe, field) for field in counts) < 1:

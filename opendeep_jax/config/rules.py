@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from opendeep_jax.config.model_rules import hybrid_mesh_problems
 from opendeep_jax.config.operations import DRILL_KINDS, DRILLS
 from opendeep_jax.config.schedule import micro_batches, padded_rows, total_steps
 from opendeep_jax.config.sentences import above_zero, at_least, fraction, problem
@@ -264,6 +265,7 @@ def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
     if -1 not in rows:
         yield from _row_problems(run, math.prod(rows))
     yield from width_problems(run.model, sizes)
+    yield from hybrid_mesh_problems(run.model, sizes)
     yield from _length_problems(run, sizes)
     model, stages, chunks = run.model, sizes["stage"], run.parallel.stage_chunks
     layers = model.num_moe_layers or model.num_layers
@@ -293,9 +295,9 @@ def width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
     if model.num_leading_dense_layers:
         divided.append(("tensor", "model.mlp_size", model.mlp_size))
     if moe.num_experts:
-        shared = moe.num_shared_experts * moe.expert_size
+        shared = moe.shared_size
         divided.append(("expert", "model.moe.num_experts", moe.num_experts))
-        divided.append(("tensor", "model.moe.num_shared_experts * model.moe.expert_size", shared))
+        divided.append(("tensor", "model.moe.shared_size", shared))
     elif sizes["expert"] > 1:
         yield problem("parallel.expert", sizes["expert"], "this model has no experts", "Set it to 1")
     for axis, name, size in divided:

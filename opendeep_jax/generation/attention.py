@@ -35,6 +35,8 @@ class Places(NamedTuple):
     """The rows' page tables, as far as this step looks."""
     lengths: Int[Array, "B"]
     """Positions of each row, the new ones included."""
+    first: bool = False
+    """Whether nothing was there before: new tokens then see each other alone, and the cache is written to, not read."""
 
 
 def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
@@ -64,6 +66,11 @@ def grouped_query(
     cache = written(cache, {"key": key, "value": value}, places)
     window = attention.config.window if sliding else None
     sinks = attention.sinks[...] if attention.config.sinks else None
+    if places.first:
+        own = places.present.astype(jnp.int32)
+        softcap = attention.config.logit_softcap
+        out = causal_attention(query, key, value, own, own, None, None, attention.scale, window, sinks, softcap)
+        return attention.project_out(out.reshape(1, -1, *out.shape[2:])), cache
     pages, first = _visible_pages(places, cache["key"].shape[1], window)
     keys, values = (_gathered(cache[name], pages) for name in ("key", "value"))
     at = first[:, None] + jnp.arange(keys.shape[1])
@@ -144,7 +151,7 @@ def latent(
     new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[2]))).reshape(*rows, width)
     cache = written(cache, {"latent": new}, places)
     up, heads = attention.kv_up[...], attention.kv_up.shape[1]
-    if rows[1] <= FEW:
+    if rows[1] <= FEW and not places.first:
         up_key, up_value = up[..., : attention.config.qk_nope_head_dim], up[..., attention.config.qk_nope_head_dim :]
         split = lambda y: y.reshape(-1, heads, y.shape[-1] // heads)  # noqa: E731
         absorbed = jnp.einsum("nhq,chq->nhc", *widened(split(nope), up_key.astype(nope.dtype)))
@@ -162,10 +169,13 @@ def latent(
         )
         out = jnp.einsum("nhc,chv->nhv", *widened(out, up_value.astype(out.dtype))).astype(x.dtype)
     else:
-        held = _gathered(cache["latent"], places.pages)
-        at = jnp.broadcast_to(jnp.arange(held.shape[1]), held.shape[:2])
-        inside = at < places.lengths[:, None]
-        held = jnp.where(inside[..., None], held, 0).astype(x.dtype)
+        if places.first:
+            held, inside, orders = new, places.present, (None, None)
+        else:
+            held = _gathered(cache["latent"], places.pages)
+            at = jnp.broadcast_to(jnp.arange(held.shape[1]), held.shape[:2])
+            inside, orders = at < places.lengths[:, None], (places.positions, at)
+            held = jnp.where(inside[..., None], held, 0).astype(x.dtype)
         up_key, up_value = attention.split_heads(up, rotated=False)
         out = flash_mla(
             nope.reshape(*rows, -1),
@@ -175,8 +185,7 @@ def latent(
             project(held[..., :rank], up_value, precision=attention.precision),
             places.present.astype(jnp.int32),
             inside.astype(jnp.int32),
-            places.positions,
-            at,
+            *orders,
             num_heads=heads,
             scale=attention.scale,
             implementation=attention.implementation,

@@ -1,9 +1,11 @@
 """The paged cache: what attention keeps of each position, in pages that requests hold and give back.
 
 Each layer has a pool of pages; a request's page table names its pages in order, the same ones in every layer. Page 0 is
-nobody's: what has no place is written there.
+nobody's: what has no place is written there. A layer of Mamba-2 keeps the same for a text of any length: it has a place
+for each slot, and a last one for what has no slot.
 
-P pages, G key/value heads, Q size of their heads, C latent, R rotated key.
+P pages, G key/value heads, Q size of their heads, C latent, R rotated key; S slots, H, P, N a state's heads, size and
+numbers.
 """
 
 import math
@@ -17,7 +19,8 @@ from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import ModelConfig
 
 LayerCache = dict[str, jax.Array]
-"""A layer's pages: `key` and `value` [P, page, G, Q], or `latent` [P, page, C + R] of latent attention."""
+"""A layer's pages: `key` and `value` [P, page, G, Q], or `latent` [P, page, C + R] of latent attention; or the slots'
+`convolution` [S + 1, K - 1, channels] and `state` [S + 1, H, P, N] of Mamba-2; empty for a layer without memory."""
 
 TPU_LANES = 128
 
@@ -34,20 +37,47 @@ def position_shapes(config: ModelConfig, platform: str = "cpu") -> dict[str, tup
     return dict.fromkeys(("key", "value"), (attention.num_kv_heads, attention.head_dim))
 
 
+def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What a layer of Mamba-2 keeps of a text, by name."""
+    mamba = config.mamba
+    return {
+        "convolution": (mamba.conv_kernel - 1, mamba.conv_size),
+        "state": (mamba.num_heads, mamba.head_dim, mamba.state_size),
+    }
+
+
+def layer_kinds(config: ModelConfig, mtp: bool = False) -> str:
+    """What each layer of the cache belongs to: * attention, M Mamba-2, other letters what keeps nothing."""
+    return (config.layer_pattern or "*" * config.num_layers) + "*" * (config.mtp.depth if mtp else 0)
+
+
+def cache_names(config: ModelConfig, kind: str) -> tuple[str, ...]:
+    """The names of what a layer of a kind keeps."""
+    return tuple({"*": position_shapes, "M": slot_shapes}[kind](config)) if kind in "*M" else ()
+
+
+def bytes_per_slot(config: ModelConfig) -> int:
+    """Bytes that one request takes in all layers of Mamba-2, however long it is; 0 for other models."""
+    shapes = slot_shapes(config)
+    sizes = {"convolution": jnp.dtype(config.dtype).itemsize, "state": 4}
+    return config.layer_pattern.count("M") * sum(math.prod(shapes[name]) * size for name, size in sizes.items())
+
+
 def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu") -> int:
     """Bytes that one position takes in all layers. V3 in bfloat16: 2 x (512 + 64) x 61 = 70,272.
 
     Args:
         mtp: count the MTP modules' layers too, which speculation needs.
     """
-    layers = config.num_layers + (config.mtp.depth if mtp else 0)
+    layers = layer_kinds(config, mtp).count("*")
     numbers = sum(math.prod(shape) for shape in position_shapes(config, platform).values())
     return layers * numbers * jnp.dtype(config.dtype).itemsize
 
 
 def cache_spec(name: str) -> PartitionSpec:
     """How a layer's pages lie on a mesh: each group of rows has its own pages, heads lie where their weights do."""
-    return PartitionSpec(ROW_AXES) if name == "latent" else PartitionSpec(ROW_AXES, None, "tensor")
+    heads = name in ("key", "value")
+    return PartitionSpec(ROW_AXES, None, "tensor") if heads else PartitionSpec(ROW_AXES)
 
 
 class Pages:

@@ -61,7 +61,9 @@ class Engine:
         if not config.cache_tokens:
             pages = config.slots // self.shards * self.table_width
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
-        self.cache = make_cache(self.bones, pages + 1, config.page_size, mesh, mtp=config.speculate > 0)
+        self.cache = make_cache(
+            self.bones, pages + 1, config.page_size, config.slots // self.shards, mesh, mtp=config.speculate > 0
+        )
         self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
         self.waiting: deque[Request] = deque()
@@ -69,9 +71,11 @@ class Engine:
         self._counts = dict.fromkeys(
             ("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0
         )
-        compiled = partial(on_mesh, bones=self.bones, mesh=mesh, layers=len(self.cache))
-        self._advance = compiled(partial(advance, self.bones), extra=1)
-        self._take_in_both = compiled(partial(speculation.take_in, self.bones), extra=2)
+        compiled = partial(on_mesh, bones=self.bones, mesh=mesh, mtp=config.speculate > 0)
+        self._advance = {first: compiled(partial(advance, self.bones, first), extra=1) for first in (False, True)}
+        self._take_in_both = {
+            first: compiled(partial(speculation.take_in, self.bones, first), extra=2) for first in (False, True)
+        }
         self._verify = compiled(partial(speculation.verify, self.bones, self.vocab_size, config.speculate), extra=4)
         self._pick = {top: jax.jit(partial(pick, self.vocab_size, top)) for top in (False, True)}
         self._score = compiled(partial(score, self.bones), extra=2)
@@ -200,10 +204,12 @@ class Engine:
                     after = request.prompt[first + 1 : first + count + 1]
                     following[row, : len(after)] = after
             rows = self._rows(chosen, tokens, [request.taken_in if request else 0 for request in chosen], chunks)
+            # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
+            first = not any(request.taken_in for request in chosen if request)
             if self.config.speculate:
-                _, self.cache = self._take_in_both(self.weights, self.cache, rows, following)
+                _, self.cache = self._take_in_both[first](self.weights, self.cache, rows, following)
             else:
-                logits, self.cache = self._advance(self.weights, self.cache, rows)
+                logits, self.cache = self._advance[first](self.weights, self.cache, rows)
             for request, count in zip(chosen, chunks, strict=True):
                 if request:
                     request.taken_in += count
@@ -236,7 +242,7 @@ class Engine:
             return
         tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
         rows = self._rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
-        logits, self.cache = self._advance(self.weights, self.cache, rows)
+        logits, self.cache = self._advance[False](self.weights, self.cache, rows)
         self._accept_all(ready, logits, progress)
 
     def _speculate(self, progress: list[Progress]) -> None:
@@ -297,7 +303,10 @@ class Engine:
             if request:
                 held = request.pages[:width]
                 row[: len(held)] = held
-        return Rows(tokens, np.array(starts, np.int32), np.array(present, np.int32), pages)
+        # What has no slot, an idle row or a text that is scored, takes the place behind all of them.
+        per_shard = self.slots // self.shards
+        slots = [request.slot % per_shard if request and request.slot >= 0 else per_shard for request in requests]
+        return Rows(tokens, np.array(starts, np.int32), np.array(present, np.int32), pages, np.array(slots, np.int32))
 
     def _accept(self, request: Request, tokens: np.ndarray, given: Chosen | None) -> Progress:
         """Gives a request the tokens that were chosen for it, up to its end.

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from opendeep_jax.generation.attention import Places, grouped_query, latent
 from opendeep_jax.generation.cache import LayerCache
 from opendeep_jax.generation.weights import Bones, Weights
-from opendeep_jax.models.decoder import angles
+from opendeep_jax.models.decoder import MixerBlock, angles
 from opendeep_jax.models.layers import Context, Positions
+from opendeep_jax.models.mamba2 import Mamba2, Memory
 from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size
 
 
@@ -29,13 +30,15 @@ class Rows(NamedTuple):
     """0 for a row that idles."""
     pages: Int[Array, "B N"]
     """Its page table, as far as its positions reach; any pages behind them."""
+    slots: Int[Array, "B"] | None = None
+    """Where its states are, for a hybrid; rows that idle may share a place."""
 
 
-def places(rows: Rows) -> Places:
+def places(rows: Rows, first: bool = False) -> Places:
     """Where the new tokens stand."""
     steps = jnp.arange(rows.tokens.shape[1])
     lengths = jnp.where(rows.counts > 0, rows.start + rows.counts, 0)
-    return Places(rows.start[:, None] + steps, steps < rows.counts[:, None], rows.pages, lengths)
+    return Places(rows.start[:, None] + steps, steps < rows.counts[:, None], rows.pages, lengths, first)
 
 
 def context_of(bones: Bones, at: Places) -> Context:
@@ -57,16 +60,24 @@ def own_tokens(x: Array) -> Array:
 
 
 def forward(
-    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
+    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows, first: bool = False
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-    """The final norm's output for each new token, and the cache with them in it. B T must divide over `tensor`."""
-    at, layers = places(rows), []
+    """The final norm's output for each new token, and the cache with them in it.
+
+    Args:
+        rows: B T must divide over `tensor`.
+        first: every row starts at 0, so that the cache need not be read.
+    """
+    at, layers = places(rows, first), []
     context, outside = context_of(bones, at), bones.outside(weights)
     # Embedded as rows of one token: a device's columns or rows of the table are told to others as in training.
     x = outside.embedding(own_tokens(rows.tokens.reshape(1, -1)))
     for layer, held in enumerate(cache[: bones.config.num_layers]):
         block = bones.block(layer, weights)
-        x, held = through_block(block, x, context, held, at, layer in bones.config.attention.sliding_layers)
+        if bones.config.layer_pattern:
+            x, held = through_mixer(block, x, context, held, at, rows)
+        else:
+            x, held = through_block(block, x, context, held, at, layer in bones.config.attention.sliding_layers)
         layers.append(held)
     hidden = all_gather(outside.final_norm(x), "tensor", 1)
     return hidden.reshape(*rows.tokens.shape, -1), (*layers, *cache[len(layers) :])
@@ -77,12 +88,38 @@ def through_block(block, x, context: Context, cache: LayerCache, at: Places, sli
     kept = []
 
     def attend(x):
-        if block.attention.config.kind == "mla":
-            out, held = latent(block.attention, x, context, cache, at)
-        else:
-            out, held = grouped_query(block.attention, x, context, cache, at, sliding)
+        out, held = through_attention(block.attention, x, context, cache, at, sliding)
         kept.append(held)
         return out
 
     x, _ = block.feed_forward(block.add_attention(x, attend), context)
     return x, kept[0]
+
+
+def through_attention(attention, x, context: Context, cache: LayerCache, at: Places, sliding: bool):
+    """What attention gives for x [1, n, D], and its cache."""
+    if attention.config.kind == "mla":
+        return latent(attention, x, context, cache, at)
+    return grouped_query(attention, x, context, cache, at, sliding)
+
+
+def through_mixer(block: MixerBlock, x, context: Context, cache: LayerCache, at: Places, rows: Rows):
+    """x [1, n, D] after a hybrid's layer, and the layer's cache."""
+    if block.kind == "*":
+        out, cache = through_attention(block.attention, block.norm(x), context, cache, at, sliding=False)
+    elif block.kind == "M":
+        out, cache = recurrent(block.mamba, block.norm(x), cache, at, rows)
+    else:
+        return block(x, context)[0], cache
+    return x + out, cache
+
+
+def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: Places, rows: Rows):
+    """What Mamba-2 gives for x, and its cache with the rows' states after their new tokens."""
+    begins = (rows.start == 0) & (rows.counts > 0)
+    held = Memory(cache["convolution"][rows.slots], cache["state"][rows.slots])
+    held = Memory(*(jnp.where(begins.reshape(-1, *[1] * (y.ndim - 1)), 0, y) for y in held))
+    # A row's tokens are of one document.
+    out, after = mamba.continued(x.reshape(*at.present.shape, -1), jnp.zeros_like(at.positions), at.present, held)
+    kept = zip(cache.items(), after, strict=True)
+    return out.reshape(x.shape), {name: pool.at[rows.slots].set(new.astype(pool.dtype)) for (name, pool), new in kept}

@@ -11,7 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.config.rules import ROW_AXES
-from opendeep_jax.generation.cache import LayerCache, cache_spec, position_shapes
+from opendeep_jax.generation.cache import (
+    LayerCache,
+    cache_names,
+    cache_spec,
+    layer_kinds,
+    position_shapes,
+    slot_shapes,
+)
 from opendeep_jax.generation.forward import Rows, forward
 from opendeep_jax.generation.params import MOST_LOGPROBS
 from opendeep_jax.generation.sampling import RowSampling, choose
@@ -28,31 +35,36 @@ class Chosen(NamedTuple):
     top_logprobs: Float[Array, "B 20"] | None = None
 
 
-def make_cache(bones: Bones, pages: int, page_size: int, mesh=None, mtp: bool = False) -> tuple[LayerCache, ...]:
-    """Empty pools of pages, one for each layer, with `pages` in each of the mesh's groups of rows."""
+def make_cache(
+    bones: Bones, pages: int, page_size: int, slots: int, mesh=None, mtp: bool = False
+) -> tuple[LayerCache, ...]:
+    """Empty pools, one for each layer, with `pages` and one more than `slots` in each of the mesh's groups of rows."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    shapes = position_shapes(bones.config, "gpu" if platform in ("cuda", "rocm") else platform)
-    layers = bones.config.num_layers + (bones.config.mtp.depth if mtp else 0)
+    of_position = position_shapes(bones.config, "gpu" if platform in ("cuda", "rocm") else platform)
     shards = 1 if mesh is None else row_shards(mesh)
+    shapes = {name: (pages * shards, page_size, *shape) for name, shape in of_position.items()}
+    shapes |= {name: ((slots + 1) * shards, *shape) for name, shape in slot_shapes(bones.config).items()}
 
-    def zeros(name, shape):
+    def zeros(name):
         sharding = None if mesh is None else NamedSharding(mesh, cache_spec(name))
-        return jnp.zeros((pages * shards, page_size, *shape), bones.config.dtype, device=sharding)
+        return jnp.zeros(shapes[name], "float32" if name == "state" else bones.config.dtype, device=sharding)
 
-    return tuple({name: zeros(name, shape) for name, shape in shapes.items()} for _ in range(layers))
+    kinds = layer_kinds(bones.config, mtp)
+    return tuple({name: zeros(name) for name in cache_names(bones.config, kind)} for kind in kinds)
 
 
-def on_mesh(function, bones: Bones, mesh, extra: int, layers: int):
+def on_mesh(function, bones: Bones, mesh, extra: int, mtp: bool):
     """A function (weights, cache, *rows) -> (rows, cache) compiled as each device's program; the cache is donated.
 
     Args:
         extra: how many arguments of rows there are.
-        layers: how many the cache has.
+        mtp: whether the cache is for the MTP modules' layers too.
     """
     if mesh is None:
         return jax.jit(function, donate_argnums=1)
     rows = PartitionSpec(ROW_AXES)
-    cache = ({name: cache_spec(name) for name in position_shapes(bones.config)},) * layers
+    kinds = layer_kinds(bones.config, mtp)
+    cache = tuple({name: cache_spec(name) for name in cache_names(bones.config, kind)} for kind in kinds)
     mapped = jax.shard_map(
         function,
         mesh=mesh,
@@ -65,10 +77,14 @@ def on_mesh(function, bones: Bones, mesh, extra: int, layers: int):
 
 
 def advance(
-    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
+    bones: Bones, first: bool, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
 ) -> tuple[Float[Array, "B V"], tuple[LayerCache, ...]]:
-    """Takes the rows' new tokens in; the float32 logits after each row's last one, and the cache."""
-    hidden, cache = forward(bones, weights, cache, rows)
+    """Takes the rows' new tokens in; the float32 logits after each row's last one, and the cache.
+
+    Args:
+        first: as for `forward`.
+    """
+    hidden, cache = forward(bones, weights, cache, rows, first)
     last = jnp.maximum(rows.counts - 1, 0)[:, None, None]
     return bones.outside(weights).logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 

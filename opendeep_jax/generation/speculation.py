@@ -37,15 +37,21 @@ class Verified(NamedTuple):
 
 
 def take_in(
-    bones: Bones, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows, following: Int[Array, "B T"]
+    bones: Bones,
+    first: bool,
+    weights: Weights,
+    cache: tuple[LayerCache, ...],
+    rows: Rows,
+    following: Int[Array, "B T"],
 ) -> tuple[tuple, tuple[LayerCache, ...]]:
     """Takes a prompt in, all but its last token: the model's cache and the module's.
 
     Args:
+        first: as for `forward`.
         following: the token after each new one.
     """
-    hidden, cache = forward(bones, weights, cache, rows)
-    return (), (*cache[:-1], _module(bones, weights, hidden, following, cache[-1], rows)[1])
+    hidden, cache = forward(bones, weights, cache, rows, first)
+    return (), (*cache[:-1], _module(bones, weights, hidden, following, cache[-1], rows, first)[1])
 
 
 def verify(
@@ -90,9 +96,9 @@ def verify(
     return Verified(tokens, accepted, jnp.concatenate(proposed, axis=1), logits), (*cache[:-1], held)
 
 
-def _module(bones, weights, hidden, following, cache, rows):
+def _module(bones, weights, hidden, following, cache, rows, first=False):
     """The first MTP module's outputs [B, T, D] for positions whose model outputs and following tokens these are."""
-    at, outside, module = places(rows), bones.outside(weights), bones.mtp(weights, 0)
+    at, outside, module = places(rows, first), bones.outside(weights), bones.mtp(weights, 0)
     flat = own_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
     x = module.combined(flat, outside.embedding(own_tokens(following.reshape(1, -1))))
     x, cache = through_block(module.block, x, context_of(bones, at), cache, at, sliding=False)

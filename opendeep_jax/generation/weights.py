@@ -11,13 +11,13 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.model_rules import hybrid_mesh_problems
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.models.decoder import Block, Decoder
+from opendeep_jax.models.decoder import Block, Decoder, MixerBlock, make_block
 from opendeep_jax.models.layers import gathered
 from opendeep_jax.models.parameters import Arrays, Skeleton, named_variables, split
 from opendeep_jax.parallel.axes import partition_spec
-
-STACKS = "dense_layers", "moe_layers"
 
 
 class Weights(NamedTuple):
@@ -38,7 +38,7 @@ class Bones(NamedTuple):
     shared: Skeleton
     """The model without its layers."""
 
-    def block(self, layer: int, weights: Weights) -> Block:
+    def block(self, layer: int, weights: Weights) -> Block | MixerBlock:
         """A layer, its divided weights put together as the device computes with them."""
         return self._whole(self.blocks[layer], weights.layers[layer])
 
@@ -59,16 +59,14 @@ class Bones(NamedTuple):
 def make_bones(config: ModelConfig) -> Bones:
     """The modules of a model's layers and of what is around them; no array is made."""
 
-    def block(is_moe: bool) -> Skeleton:
-        module = nnx.eval_shape(lambda: Block(config, is_moe, rngs=nnx.Rngs(0)))
-        return Skeleton(*named_variables(module, config))
-
-    kinds = {is_moe: block(is_moe) for is_moe in {False} | ({True} if config.num_moe_layers else set())}
-    dense = config.num_leading_dense_layers
+    blocks: dict[int, Skeleton] = {}
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    model.dense_layers, model.moe_layers = nnx.data(None), nnx.data(None)
+    for stack, layers in config.layer_stacks.items():
+        module = nnx.eval_shape(lambda stack=stack: make_block(config, stack, nnx.Rngs(0)))
+        blocks |= dict.fromkeys(layers, Skeleton(*named_variables(module, config)))
+        setattr(model, stack, nnx.data(None))
     shared = Skeleton(*named_variables(model, config))
-    return Bones(config, tuple(kinds[layer >= dense] for layer in range(config.num_layers)), shared)
+    return Bones(config, tuple(blocks[layer] for layer in range(config.num_layers)), shared)
 
 
 def take_apart(model: Decoder, mesh=None, consume: bool = False) -> tuple[Bones, Weights]:
@@ -78,7 +76,11 @@ def take_apart(model: Decoder, mesh=None, consume: bool = False) -> tuple[Bones,
         mesh: devices to divide them over; None leaves them where they are.
         consume: give each of the model's arrays up once its layers are there, so that there is never more than one of
             them twice. The model is of no use afterwards.
+    Raises:
+        ConfigError: the mesh divides what of this model can't be divided.
     """
+    for sentence in hybrid_mesh_problems(model.config, mesh.shape if mesh is not None else {}):
+        raise ConfigError(sentence)
     skeleton, params, router_bias = split(model)
     bones, arrays = make_bones(model.config), params | router_bias
 
@@ -86,17 +88,17 @@ def take_apart(model: Decoder, mesh=None, consume: bool = False) -> tuple[Bones,
         return skeleton.in_compute_dtype({name: x}, model.config.dtype)[name] if name in params else x
 
     layers: list[Arrays] = [{} for _ in range(model.config.num_layers)]
-    for stack, first in zip(STACKS, (0, model.config.num_leading_dense_layers), strict=True):
+    for stack, numbers in model.config.layer_stacks.items():
         for name in [name for name in arrays if name.startswith(stack + ".")]:
             whole = arrays.pop(name)
             inside = name.removeprefix(stack + ".")
-            for row in range(whole.shape[0]):
+            for row, layer in enumerate(numbers):
                 sharding = None
                 if mesh is not None:
-                    variable = bones.blocks[first + row].variables[inside]
+                    variable = bones.blocks[layer].variables[inside]
                     axes = variable.get_metadata("logical_axes")
                     sharding = NamedSharding(mesh, partition_spec(axes, whole.shape[1:], mesh))
-                layers[first + row][inside] = cast(name, _indexing(sharding)(whole, row))
+                layers[layer][inside] = cast(name, _indexing(sharding)(whole, row))
             if consume:
                 jax.block_until_ready([layer[inside] for layer in layers if inside in layer])
                 whole.delete()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
+from opendeep_jax.config.schema import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
 from opendeep_jax.interop.families import BY_MODEL_TYPE, FAMILIES
 from opendeep_jax.interop.hf_family import Family, require, whole
 
@@ -176,7 +176,8 @@ def _build(fields: Mapping[str, Any]) -> ModelConfig:
 
     attention = AttentionConfig(**under("attention."), rope=RopeConfig(**under("attention.rope.")))
     moe = MoEConfig(**under("moe.")) if fields.get("moe.num_experts", 0) else MoEConfig()
-    return ModelConfig(**under(""), attention=attention, moe=moe, mtp=MTPConfig(**under("mtp.")))
+    parts = {"moe": moe, "mamba": MambaConfig(**under("mamba.")), "mtp": MTPConfig(**under("mtp."))}
+    return ModelConfig(**under(""), attention=attention, **parts)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -278,7 +279,13 @@ def _described(config: ModelConfig) -> dict[str, Any]:
         unused += [name for name in fields if name.startswith("moe.")]
     elif moe.num_groups == 1:
         unused += ["moe.group_score", "moe.groups_per_token"]
-    if not config.num_leading_dense_layers:
+    if config.layer_pattern:  # of shared experts only the width of all counts
+        fields |= {"moe.num_shared_experts": min(moe.num_shared_experts, 1), "moe.shared_expert_size": moe.shared_size}
+    if not attention.rotated:
+        unused += [name for name in fields if name.startswith("attention.rope.")] + ["attention.rotary_dim"]
+    if "M" not in config.layer_pattern:
+        unused += [name for name in fields if name.startswith("mamba.")]
+    if not config.num_leading_dense_layers or (config.layer_pattern and "-" not in config.layer_pattern):
         unused += ["mlp_size"]
     if config.activation != "clamped_swiglu":
         unused += ["swiglu_alpha", "swiglu_limit"]

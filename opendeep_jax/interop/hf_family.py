@@ -26,6 +26,15 @@ class Fused(NamedTuple):
     """From one of them to the next."""
 
 
+TOP = {
+    "embedding.embedding": "model.embed_tokens.weight",
+    "final_norm.scale": "model.norm.weight",
+    "final_norm.bias": "model.norm.bias",
+    "head.kernel": "lm_head.weight",
+}
+"""What most families call the arrays outside the blocks."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family; see the module. Keys are config.json's, fields are ModelConfig's with dots (`attention.num_heads`)."""
@@ -41,17 +50,13 @@ class Family:
     implied: Mapping[str, Any] = field(default_factory=dict)
     understood: tuple[str, ...] = ()
     """Further keys that `read` looks at, or that change nothing."""
+    top: Mapping[str, str] = field(default_factory=lambda: TOP)
+    """Where the files hold the arrays outside the blocks."""
+    layers: str = "model.layers."
+    """What a block's tensors begin with, before its number."""
     names_in_files: Callable[[str], str | None] = lambda name: name
     """A tensor's name in the files as the tables have it; None for one that is no part of the language model."""
 
-
-TOP = {
-    "embedding.embedding": "model.embed_tokens.weight",
-    "final_norm.scale": "model.norm.weight",
-    "final_norm.bias": "model.norm.bias",
-    "head.kernel": "lm_head.weight",
-}
-"""What all families call the arrays outside the blocks."""
 
 GROUPED_QUERY_ATTENTION = {
     "attention.query": "self_attn.q_proj.weight",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.interop.hf_family import TOP, Family, Fused
+from opendeep_jax.interop.hf_family import Family, Fused
 
 # MTP module k is the hub's layer num_layers + k: a block and these.
 MTP = {
@@ -83,19 +83,21 @@ def layout(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, family: F
         config: The model's configuration, for the numbers of its layers.
         family: Whose names they are.
     """
+    stacks = config.layer_stacks
     for path, shape in shapes.items():
         group, _, inside = path.partition(".")
-        if group in ("dense_layers", "moe_layers"):
-            first = 0 if group == "dense_layers" else config.num_leading_dense_layers
-            for row in range(shape[0]):
-                yield from _in_block(family.block[inside], f"model.layers.{first + row}.", path, (row,), shape[1:])
+        if group in stacks:
+            for row, layer in enumerate(stacks[group]):
+                yield from _in_block(family.block[inside], f"{family.layers}{layer}.", path, (row,), shape[1:])
         elif group == "mtp":
             module, _, inside = inside.partition(".")
-            prefix = f"model.layers.{config.num_layers + int(module)}."
+            prefix = f"{family.layers}{config.num_layers + int(module)}."
             entry = family.block[inside.removeprefix("block.")] if inside.startswith("block.") else MTP[inside]
             yield from _in_block(entry, prefix, path, (), shape)
         else:
-            yield HubTensor(TOP[path], path, (), shape, 0 if path == "embedding.embedding" else _inputs(path, shape))
+            yield HubTensor(
+                family.top[path], path, (), shape, 0 if path == "embedding.embedding" else _inputs(path, shape)
+            )
 
 
 def _in_block(entry: str | Fused, prefix: str, path: str, index: tuple, shape: tuple) -> Iterator[HubTensor]:

@@ -32,18 +32,61 @@ def attention_matmul_parameters(config: ModelConfig) -> int:
 
 def _block_parameters(config: ModelConfig, is_moe: bool, experts: int) -> int:
     """One block's parameters with so many routed experts counted."""
-    a, moe, D = config.attention, config.moe, config.hidden_size
-    norms = (4 if config.norm_placement == "both" else 2) * _norm_parameters(config, D)
-    norms += a.kv_lora_rank + a.q_lora_rank if a.kind == "mla" else _gqa_vectors(config)
+    norms = (4 if config.norm_placement == "both" else 2) * _norm_parameters(config, config.hidden_size)
+    feed_forward = _experts_parameters(config, experts) if is_moe else feed_forward_matmul_parameters(config)
+    return _attention_parameters(config) + norms + feed_forward
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    a = config.attention
+    vectors = a.kv_lora_rank + a.q_lora_rank if a.kind == "mla" else _gqa_vectors(config)
+    return attention_matmul_parameters(config) + vectors
+
+
+def _experts_parameters(config: ModelConfig, experts: int) -> int:
+    """Of a mixture with so many routed experts counted."""
+    moe, D = config.moe, config.hidden_size
+    vectors = moe.num_experts * moe.router_linear_bias + experts * (2 * moe.expert_size + D) * moe.expert_bias
+    return experts_matmul_parameters(config, experts) + vectors
+
+
+def feed_forward_matmul_parameters(config: ModelConfig) -> int:
+    """Weights of a dense feed-forward."""
+    return (3 if config.gated_mlp else 2) * config.hidden_size * config.mlp_size
+
+
+def experts_matmul_parameters(config: ModelConfig, experts: int) -> int:
+    """Weights of a mixture's router, shared experts and so many routed ones."""
+    moe, D = config.moe, config.hidden_size
     projections = 3 if config.gated_mlp else 2
-    if is_moe:
-        feed_forward = D * moe.num_experts + 3 * D * moe.expert_size * experts
-        feed_forward += projections * D * moe.expert_size * moe.num_shared_experts
-        feed_forward += moe.num_experts * moe.router_linear_bias
-        feed_forward += experts * (2 * moe.expert_size + D) * moe.expert_bias
-    else:
-        feed_forward = projections * D * config.mlp_size
-    return attention_matmul_parameters(config) + norms + feed_forward
+    return D * moe.num_experts + projections * D * (moe.shared_size + moe.expert_size * experts)
+
+
+def mamba_matmul_parameters(config: ModelConfig) -> int:
+    """Weights of a Mamba-2 mixer's two projections."""
+    mamba = config.mamba
+    return config.hidden_size * (2 * mamba.size + mamba.conv_size + mamba.num_heads)
+
+
+def _mamba_parameters(config: ModelConfig) -> int:
+    mamba = config.mamba
+    convolution = mamba.conv_size * (mamba.conv_kernel + mamba.conv_bias)
+    return mamba_matmul_parameters(config) + convolution + 3 * mamba.num_heads + mamba.size
+
+
+def _layers_parameters(config: ModelConfig, experts: int) -> int:
+    """All layers with so many of each mixture's routed experts counted."""
+    if not config.layer_pattern:
+        dense = config.num_leading_dense_layers * _block_parameters(config, False, 0)
+        return dense + config.num_moe_layers * _block_parameters(config, True, experts)
+    mixers = {
+        "M": _mamba_parameters(config),
+        "*": _attention_parameters(config),
+        "-": feed_forward_matmul_parameters(config),
+        "E": _experts_parameters(config, experts),
+    }
+    norms = config.num_layers * _norm_parameters(config, config.hidden_size)
+    return norms + sum(mixers[kind] for kind in config.layer_pattern)
 
 
 def _norm_parameters(config: ModelConfig, size: int) -> int:
@@ -64,8 +107,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     outside = config.vocab_size * D * (1 if config.tie_embeddings else 2) + _norm_parameters(config, D)
 
     def main_model(experts: int) -> int:
-        dense = config.num_leading_dense_layers * _block_parameters(config, False, 0)
-        return outside + dense + config.num_moe_layers * _block_parameters(config, True, experts)
+        return outside + _layers_parameters(config, experts)
 
     module = (
         2 * D * D + 3 * _norm_parameters(config, D) + _block_parameters(config, moe.num_experts > 0, moe.num_experts)
@@ -83,7 +125,7 @@ class Flops(NamedTuple):
     weights: float
     """Tokens against weights: routed experts only as chosen, head included, embedding look-up free."""
     attention: float
-    """Queries against keys and probabilities against values."""
+    """Queries against keys and probabilities against values, and Mamba-2's positions against positions and states."""
 
     @property
     def total(self) -> float:
@@ -100,22 +142,32 @@ def flops_per_token(config: ModelConfig, length: int, backward: bool = True, cau
         causal: count the (length + 1) / 2 keys that a query sees on average; False counts all `length` keys.
     """
     D, moe, a = config.hidden_size, config.moe, config.attention
-    attention, projections = attention_matmul_parameters(config), 3 if config.gated_mlp else 2
-    experts = 3 * moe.experts_per_token + projections * moe.num_shared_experts
-    moe_feed_forward = D * moe.num_experts + D * moe.expert_size * experts
-    dense_block = attention + projections * D * config.mlp_size
-    moe_block = attention + moe_feed_forward
+    matmuls = {
+        "M": mamba_matmul_parameters(config),
+        "*": attention_matmul_parameters(config),
+        "-": feed_forward_matmul_parameters(config),
+        "E": experts_matmul_parameters(config, moe.experts_per_token),
+    }
     head = D * config.vocab_size
-    module = 2 * D * D + (moe_block if moe.num_experts else dense_block) + head
-    weights = config.num_leading_dense_layers * dense_block + config.num_moe_layers * moe_block + head
-    weights += config.mtp.depth * module
+    mtp = "*E" if moe.num_experts else "*-"
+    usual = "*-" * config.num_leading_dense_layers + "*E" * config.num_moe_layers
+    mixers = (config.layer_pattern or usual) + mtp * config.mtp.depth
+    weights = sum(matmuls[kind] * mixers.count(kind) for kind in matmuls)
+    weights += head + config.mtp.depth * (2 * D * D + head)
     keys = (length + 1) / 2 if causal else length
-    layers = config.num_layers + config.mtp.depth
     sliding = len(a.sliding_layers)
     if a.window:  # of a row's queries the first ones see fewer
         seen = min(a.window, length)
         windowed = (seen * (seen + 1) / 2 + (length - seen) * seen) / length if causal else seen
-    seen_by_all = (layers - sliding) * keys + (sliding * windowed if sliding else 0)
+    seen_by_all = (mixers.count("*") - sliding) * keys + (sliding * windowed if sliding else 0)
     core = seen_by_all * a.num_heads * (a.qk_head_dim + a.value_head_dim)
+    core += mixers.count("M") * _state_space_products(config, length)
     times = 3 if backward else 1
     return Flops(weights=2.0 * weights * times, attention=2.0 * core * times)
+
+
+def _state_space_products(config: ModelConfig, length: int) -> float:
+    """Multiply-adds per token of Mamba-2's matmuls: a chunk's positions against each other, and the states."""
+    mamba = config.mamba
+    positions = min(mamba.chunk_size, length)
+    return positions * (mamba.num_groups * mamba.state_size + mamba.size) + 2 * mamba.size * mamba.state_size

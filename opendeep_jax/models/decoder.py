@@ -5,16 +5,19 @@ time does not grow with depth). Written for one device: inside a per-device prog
 part of their length, and a layer's weights are gathered when it begins (`layers.gathered`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.target import platform
+from opendeep_jax.config.model import HYBRID_STACKS
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RopeConfig
 from opendeep_jax.models.attention import make_attention
 from opendeep_jax.models.layers import (
@@ -28,6 +31,7 @@ from opendeep_jax.models.layers import (
     stacked,
     weight,
 )
+from opendeep_jax.models.mamba2 import Mamba2
 from opendeep_jax.models.moe import MoE, RouterStats
 from opendeep_jax.ops.linear import matmul, project
 from opendeep_jax.ops.rope import rotations
@@ -94,6 +98,43 @@ def _rows(tree, part: int, parts: int):
     return jax.tree.map(lambda x: x[len(x) * part // parts : len(x) * (part + 1) // parts], tree)
 
 
+class MixerBlock(nnx.Module):
+    """A hybrid's layer: one mixer of the kind of a letter of `layer_pattern`, with a norm before it."""
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        self.norm = make_norm(config, config.hidden_size)
+        if kind == "M":
+            self.mamba = Mamba2(config, rngs=rngs)
+        elif kind == "*":
+            self.attention = make_attention(config, rngs)
+        elif kind == "-":
+            self.mlp = FeedForward(config, config.mlp_size, rngs=rngs)
+        else:
+            self.moe = MoE(config, rngs=rngs)
+        self.kind, self.is_moe = kind, kind == "E"
+
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """The residual stream after this layer, and what its router did if it has one."""
+        x, stats = checkpoint_name(x, "block_input"), None
+        inner = self.norm(x)
+        if self.kind == "M":
+            out = self.mamba(inner, context)
+        elif self.kind == "*":
+            out = self.attention(inner, context, None)
+        elif self.kind == "-":
+            out = self.mlp(inner)
+        else:
+            out, stats = self.moe(inner, context)
+        return x + out, stats
+
+
+def make_block(config: ModelConfig, stack: str, rngs: nnx.Rngs) -> Block | MixerBlock:
+    """A layer of one of `config.layer_stacks`."""
+    if not config.layer_pattern:
+        return Block(config, stack == "moe_layers", rngs=rngs)
+    return MixerBlock(config, next(kind for kind, name in HYBRID_STACKS.items() if name == stack), rngs=rngs)
+
+
 class MTPModule(nnx.Module):
     """Predicts one token further than the module before it (V3 report, section 2.2).
 
@@ -143,12 +184,10 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        def block(is_moe):
-            return lambda rngs: Block(config, is_moe, rngs=rngs)
-
         self.embedding = Embedding(config, rngs=rngs)
-        self.dense_layers = nnx.data(stacked(block(False), config.num_leading_dense_layers, rngs))
-        self.moe_layers = nnx.data(stacked(block(True), config.num_moe_layers, rngs))
+        stacks = dict.fromkeys(("dense_layers", "moe_layers"), ()) | config.layer_stacks
+        for stack, layers in stacks.items():
+            setattr(self, stack, nnx.data(stacked(functools.partial(make_block, config, stack), len(layers), rngs)))
         self.final_norm = make_norm(config, config.hidden_size)
         if not config.tie_embeddings:
             self.head = Head(config, rngs=rngs)
@@ -195,9 +234,13 @@ class Decoder(nnx.Module):
             order: each position's index in its row, where devices have parts of it.
         """
         context = self.context(tokens, segment_ids, positions, order)
-        dense = self.config.num_leading_dense_layers
-        x, _ = scan_layers(self.dense_layers, self.embedding(tokens), context, self.config)
-        x, stats = scan_layers(self.moe_layers, x, context, self.config, first=dense)
+        x, dense = self.embedding(tokens), self.config.num_leading_dense_layers
+        if self.config.layer_pattern:
+            stacks = {name: getattr(self, name) for name in self.config.layer_stacks}
+            x, stats = run_layers(stacks, x, context, self.config)
+        else:
+            x, _ = scan_layers(self.dense_layers, x, context, self.config)
+            x, stats = scan_layers(self.moe_layers, x, context, self.config, first=dense)
         return self.outputs(x, context, mtp_tokens)._replace(moe_layers=stats)
 
     def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
@@ -235,6 +278,9 @@ class Decoder(nnx.Module):
 
 def angles(attention: AttentionConfig, positions: Int[Array, "B L"]) -> tuple[Array, Array, tuple | None]:
     """Cosine and sine of each position, and those of the sliding layers where they are others: `Positions`' ends."""
+    if not attention.rotated:  # none of a head is
+        none = jnp.zeros((*positions.shape, 1, 0), jnp.float32)
+        return none, none, None
     size = attention.qk_rope_head_dim if attention.kind == "mla" else attention.rotary_dim or attention.head_dim
     sliding = None
     if attention.sliding_rope_theta and attention.sliding_layers:
@@ -290,3 +336,25 @@ def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelCon
         count = jax.tree.leaves(state)[0].shape[0]
         arrays = state, jnp.array([number in sliding for number in range(first, first + count)])
     return jax.lax.scan(lambda x, arrays: layer(x, *arrays), x, arrays)
+
+
+def run_layers(stacks: dict[str, nnx.Module], x, context: Context, config: ModelConfig):
+    """Runs a hybrid's layers in their order, each by itself; returns x and the routers' stats, stacked."""
+    layers, left, stats = {}, {}, []
+    for name, stack in stacks.items():
+        layers[name], state = one_layer(stack, context, config, scanned=False)
+        left[name] = iter(unstacked(state))
+    for kind in config.layer_pattern:
+        name = HYBRID_STACKS[kind]
+        x, router = layers[name](x, next(left[name]))
+        if router is not None:
+            stats.append(router)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *stats) if stats else None
+
+
+def unstacked(state) -> list:
+    """Each layer's arrays of stacked ones. Their gradients are put together at once, not added up one by one."""
+    leaves, tree = jax.tree.flatten(state)
+    count = leaves[0].shape[0]
+    parts = [[part[0] for part in lax.split(leaf, [1] * count)] for leaf in leaves]
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*parts, strict=True)]

@@ -41,8 +41,9 @@ class MoE(nnx.Module):
         self.router = weight(rngs, (D, E), ("embed", "router"), std)
         if moe.use_router_bias:
             self.router_bias = RouterBias(jnp.zeros((E,), jnp.float32), logical_axes=("router",))
-        self.gate = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
-        self.up = weight(rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype)
+        into = rngs, (E, D, F), ("experts", "expert_embed", "expert_mlp"), std, dtype
+        self.gate = weight(*into) if config.gated_mlp else None
+        self.up = weight(*into)
         self.down = weight(rngs, (E, F, D), ("experts", "expert_mlp", "expert_embed"), std, dtype)
         if moe.router_linear_bias:
             self.router_linear_bias = bias((E,), ("router",))
@@ -51,7 +52,7 @@ class MoE(nnx.Module):
             self.up_bias = bias((E, F), ("experts", "expert_mlp"))
             self.down_bias = bias((E, D), ("experts", "expert_embed"))
         if moe.num_shared_experts:
-            self.shared = FeedForward(config, moe.num_shared_experts * F, rngs=rngs)
+            self.shared = FeedForward(config, moe.shared_size, rngs=rngs)
         self.config = moe
         self.execution = config.execution
         self.kind = ExpertKind(
@@ -80,7 +81,7 @@ class MoE(nnx.Module):
 
     def routed(self, x, indices, weights, context: Context) -> Float[Array, "B L D"]:
         """The routed experts' output, wherever the experts are."""
-        kernels = [kernel[...].astype(x.dtype) for kernel in (self.gate, self.up, self.down)]
+        kernels = [k if k is None else k[...].astype(x.dtype) for k in (self.gate, self.up, self.down)]
         rows, chosen, shares = (array.reshape(-1, array.shape[-1]) for array in (x, indices, weights))
         if self.config.expert_bias:
             # A bias is one more row of its matrix, for a 1 at the end of what is multiplied: nothing else has to know.

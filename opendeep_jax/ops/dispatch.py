@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.fp8_matmul import fp8_grouped_matmul
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from opendeep_jax.config.schema import ExecutionConfig
-from opendeep_jax.ops.activation import gated
+from opendeep_jax.ops.activation import activated, gated
 from opendeep_jax.ops.exchange_rows import Slots, copies, sums
 
 
@@ -36,7 +36,7 @@ def routed_experts(
     x: Float[Array, "T D"],
     indices: Int[Array, "T K"],
     weights: Float[Array, "T K"],
-    gate: Float[Array, "E D F"],
+    gate: Float[Array, "E D F"] | None,
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     execution: ExecutionConfig | None = None,
@@ -48,10 +48,11 @@ def routed_experts(
     `ops.exchange.exchanged_experts` is the same where the experts lie on several devices.
 
     Args:
+        gate: None for experts without a gate, `activation(x U_k) D_k`.
         execution: `grouped_matmul` names the kernels' implementation; None for the platform's own.
         kind: precision, biases and activation.
     """
-    order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, gate.shape[0]), "routing")
+    order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, down.shape[0]), "routing")
     places = Slots(order // indices.shape[1], inverse.T)
     row_weights = weights.reshape(-1).at[order].get(unique_indices=True, mode="promise_in_bounds")
     rows = grouped_experts(copies(x, places), row_weights, gate, up, down, group_sizes, execution, kind)
@@ -61,7 +62,7 @@ def routed_experts(
 def grouped_experts(
     rows: Float[Array, "M D"],
     row_weights: Float[Array, "M"],
-    gate: Float[Array, "E D F"],
+    gate: Float[Array, "E D F"] | None,
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     group_sizes: Int[Array, "E"],
@@ -73,7 +74,7 @@ def grouped_experts(
 
     Args:
         row_weights: of any float dtype.
-        execution, kind: as for `routed_experts`.
+        gate, execution, kind: as for `routed_experts`.
         expected_rows: how many of the M rows are there when experts are balanced, for the kernels' cost; None for all.
     """
     implementation = (execution and execution.grouped_matmul) or None
@@ -83,6 +84,9 @@ def grouped_experts(
             return fp8_grouped_matmul(lhs, rhs, group_sizes)
         return grouped_matmul(lhs, rhs, group_sizes, implementation, expected_rows)
 
+    if gate is None:
+        up = checkpoint_name(multiply(rows, up), "expert_up")
+        return multiply(activated(kind.activation, up) * row_weights[:, None].astype(rows.dtype), down)
     if kind == SWIGLU:  # what the kernels have in one piece
         hidden = grouped_swiglu(rows, gate, up, group_sizes, row_weights, implementation, expected_rows)
         return multiply(hidden, down)

@@ -80,7 +80,7 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     in_flight = min(axes["stage"], micros_of(config, stage, axes))
     blocks = [layer_weights(model, kind == "moe") for kind, layers in _layers(model) if layers]
     gathered = max(block.rest + block.experts / axes["expert"] for block in blocks) / axes["tensor"]
-    widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.expert_size * moe.num_shared_experts)
+    widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.shared_size)
     heads = 4 * model.attention.num_heads * model.attention.qk_head_dim
     rows = tokens * moe.experts_per_token if moe.num_experts else 0
     padded = model.execution.exchange_buffer if axes["expert"] > 1 else 1.0

@@ -120,7 +120,7 @@ def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:
     }
     if kind == "dense":
         return widths | {"mlp_gate": model.mlp_size, "mlp_up": model.mlp_size}
-    shared, routed = moe.num_shared_experts * moe.expert_size, moe.experts_per_token * moe.expert_size
+    shared, routed = moe.shared_size, moe.experts_per_token * moe.expert_size
     experts = {"mlp_gate": shared, "mlp_up": shared, "expert_gate": routed, "expert_up": routed}
     return widths | experts | {"router_logits": moe.num_experts, "routing": 3 * moe.experts_per_token}
 

@@ -18,7 +18,7 @@ from opendeep_jax.parallel.mesh import make_mesh
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-@pytest.mark.parametrize("family", ["v3", "v2", "gqa", "gemma", "gpt-oss", "olmo", "nemotron"])
+@pytest.mark.parametrize("family", ["v3", "v2", "gqa", "gemma", "gpt-oss", "olmo", "nemotron", "nemotron-h"])
 def test_greedy_output_is_that_of_the_model_without_a_cache(family):
     prompts = [list(range(1, 1 + length)) for length in (1, 7, 45)]  # within a chunk, and over several
     out = engine_of(family).generate(prompts, GREEDY)

@@ -176,6 +176,43 @@ NEMOTRON = {key: value for key, value in BASE.items() if key != "rms_norm_eps"} 
     "norm_eps": 1e-5,
     "partial_rotary_factor": 0.5,
 }
+NEMOTRON_H = {key: value for key, value in BASE.items() if key not in ("hidden_act", "rms_norm_eps")} | {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "attention_bias": False,
+    "chunk_size": 16,
+    "conv_kernel": 4,
+    "expand": 2,
+    "head_dim": 7,
+    "hybrid_override_pattern": "ME*-M",
+    "layer_norm_epsilon": 1e-5,
+    "mamba_head_dim": 5,
+    "mamba_hidden_act": "silu",
+    "mamba_num_heads": 6,
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "moe_intermediate_size": 14,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": 18,
+    "n_group": 1,
+    "n_groups": 3,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 5,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.5,
+    "ssm_state_size": 9,
+    "time_step_limit": [0.0, math.inf],
+    "time_step_min": 0.001,
+    "topk_group": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+for key in ("rope_scaling", "rope_theta"):
+    del NEMOTRON_H[key]
 DEEPSEEK = BASE | {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -258,6 +295,17 @@ CASES = {
         },
     },
     "nemotron": NEMOTRON,
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_dense": NEMOTRON_H
+    | {
+        "conv_kernel": 3,
+        "head_dim": 8,
+        "hybrid_override_pattern": "M-MM-*",
+        "num_hidden_layers": 6,
+        "n_groups": 2,
+        "time_step_min": 0.05,  # so that it bounds some
+        "use_conv_bias": False,
+    },
     "moonlight": DEEPSEEK,
     "kimi_k2": DEEPSEEK
     | {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jaxprs import matmul_flops
-from small_models import DENSE, FAMILIES, GQA, OTHERS, V2, V3, dense_attention
+from small_models import DENSE, FAMILIES, GQA, NEMOTRON_H, OTHERS, V2, V3, dense_attention
 
 from kernels_pallas.cross_entropy import fused_cross_entropy
 from opendeep_jax.config.load import load_recipe
@@ -23,6 +23,10 @@ MORE = OTHERS | {
     "v3 without q compression": dataclasses.replace(V3, attention=dataclasses.replace(V3.attention, q_lora_rank=0)),
     "all layers MoE": dataclasses.replace(V2, num_dense_layers=0),
     "no shared experts": dataclasses.replace(V3, moe=dataclasses.replace(V3.moe, num_shared_experts=0)),
+    # In one chunk nothing is computed twice; small states, as none comes before the first chunk and none is used after.
+    "nemotron-h in one chunk": dataclasses.replace(
+        NEMOTRON_H, mamba=dataclasses.replace(NEMOTRON_H.mamba, chunk_size=32, state_size=2)
+    ),
     "tied MoE": dataclasses.replace(GQA, tie_embeddings=True),
     "dense, untied, with MTP": dataclasses.replace(DENSE, tie_embeddings=False, mtp=MTPConfig(depth=1)),
 }
@@ -41,7 +45,7 @@ def test_parameters_are_those_of_the_built_model(name):
     count = count_parameters(config)
     assert (count.total, count.mtp) == built_sizes(config)
     unused = config.moe.num_experts - config.moe.experts_per_token if config.moe.num_experts else 0
-    expert = 3 * config.hidden_size * config.moe.expert_size
+    expert = (3 if config.gated_mlp else 2) * config.hidden_size * config.moe.expert_size
     if config.moe.expert_bias:
         expert += 2 * config.moe.expert_size + config.hidden_size
     assert count.total - count.active == config.num_moe_layers * unused * expert
@@ -105,7 +109,10 @@ def counted_flops(config, backward: bool) -> float:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize("name", [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP", "nemotron"])
+@pytest.mark.parametrize(
+    "name",
+    [*FAMILIES, "v3 with two MTP modules", "dense, untied, with MTP", "nemotron", "nemotron-h in one chunk"],
+)
 def test_flops_are_those_that_the_jaxpr_counts(name, backward, monkeypatch):
     # What is computed twice to save memory is no work of the model: no remat, and attention as autodiff has it.
     # XLA's own ragged matmul is one operation, whose work can be read off its shapes.

@@ -5,6 +5,7 @@ from opendeep_jax.interop.families.gemma import GEMMA3
 from opendeep_jax.interop.families.gpt_oss import GPT_OSS
 from opendeep_jax.interop.families.llama import LLAMA
 from opendeep_jax.interop.families.nemotron import NEMOTRON
+from opendeep_jax.interop.families.nemotron_h import NEMOTRON_H
 from opendeep_jax.interop.families.olmo import OLMO2, OLMO3
 from opendeep_jax.interop.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
@@ -20,6 +21,7 @@ FAMILIES = (
     GEMMA3,
     GPT_OSS,
     NEMOTRON,
+    NEMOTRON_H,
 )
 """In the order in which a model looks for its family: where two fit, it is written as the first."""
 
