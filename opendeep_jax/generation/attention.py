@@ -41,7 +41,13 @@ class Places(NamedTuple):
 
 def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
     """The cache with the new tokens' values [B, T, ...] in their places."""
-    size = next(iter(cache.values())).shape[1]
+    size, new = next(iter(cache.values())).shape[1], places.positions.shape[1]
+    if places.first and new % size == 0:  # whole pages, which may hold anything behind a row's last token
+        table = jnp.pad(places.pages, ((0, 0), (0, max(new // size - places.pages.shape[1], 0))))[:, : new // size]
+        begun = jnp.arange(new // size) * size < places.lengths[:, None]
+        paged = {name: x.reshape(*table.shape, size, *x.shape[2:]) for name, x in values.items()}
+        table = jnp.where(begun, table, 0)
+        return {name: pool.at[table].set(paged[name].astype(pool.dtype)) for name, pool in cache.items()}
     number = places.positions // size
     page = jnp.take_along_axis(places.pages, number, axis=1, mode="clip")
     page = jnp.where(places.present & (number < places.pages.shape[1]), page, 0)
