@@ -1,5 +1,6 @@
 """Tests run on a CPU that JAX divides into 8 devices; what XLA compiles is kept for the next time."""
 
+import gc
 import os
 import signal
 
@@ -51,3 +52,18 @@ def small_run(tmp_path_factory, text_corpus) -> Path:
     check_workdir(config, directory / "run")
     train(config, directory / "run")
     return directory / "run"
+
+
+MOST_MAPPINGS = 12_000
+"""Mappings of memory, of which Linux gives a process 65,530: a compiled program takes a handful, and a test file of the
+generator makes thousands of them."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_given_up():
+    """Compiled programs do not pile up over the test files until the process is out of mappings, and crashes."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opendeep_jax.config import checks
-from opendeep_jax.config.model import (
+from opendeep_jax.config.model import (  # noqa: F401  # a recipe takes all from here
     AttentionConfig,
     DType,
     ExecutionConfig,
@@ -24,18 +24,6 @@ from opendeep_jax.config.model import (
     RopeConfig,
 )
 from opendeep_jax.config.operations import CheckpointConfig, FaultsConfig, HardwareConfig, TrackingConfig
-
-__all__ = [
-    "AttentionConfig",
-    "DType",
-    "ExecutionConfig",
-    "MambaConfig",
-    "ModelConfig",
-    "MoEConfig",
-    "MTPConfig",
-    "RematConfig",
-    "RopeConfig",
-]
 
 
 @dataclass(frozen=True)
