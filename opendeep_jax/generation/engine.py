@@ -120,8 +120,7 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Ends a request; the next step frees its pages and reports it."""
-        if request.finish is None and not request.aborted:
-            request.aborted = True
+        if request.finish is None and request not in self._doomed:
             self._doomed.append(request)
 
     def step(self) -> list[Progress]:

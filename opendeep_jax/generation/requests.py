@@ -48,7 +48,6 @@ class Request:
     """Tokens of the prompt that are in the cache."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, by the MTP module."""
-    aborted: bool = False
 
     @property
     def length(self) -> int:

@@ -29,7 +29,7 @@ def make_next_tokens(skeleton: Skeleton, vocab_size: int, temperature: float, to
         segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
         hidden = model.forward(tokens, segment_ids).hidden
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        logits = jnp.einsum("bd,dv->bv", last, model.head_kernel(), preferred_element_type=jnp.float32)
+        logits = model.logits(last)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         if not jax.sharding.get_abstract_mesh().empty:  # every process sees every row's token
             logits = jax.lax.with_sharding_constraint(logits, jax.sharding.PartitionSpec())
