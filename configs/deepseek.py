@@ -78,7 +78,14 @@ V3 = Size(
     18_432,
     128,
     1536,
-    MoEConfig(256, 8, 1, 2048, num_groups=8, groups_per_token=4, routed_scaling_factor=2.5),
+    MoEConfig(
+        num_experts=256,
+        experts_per_token=8,
+        expert_size=2048,
+        num_groups=8,
+        groups_per_token=4,
+        routed_scaling_factor=2.5,
+    ),
     RopeConfig(yarn_factor=40.0),
     mtp_depth=1,
 )
@@ -95,7 +102,9 @@ SIZES = {
         11_264,
         16,
         0,
-        MoEConfig(64, 6, 2, 1408, routed_scaling_factor=2.446),
+        MoEConfig(
+            num_experts=64, experts_per_token=6, num_shared_experts=2, expert_size=1408, routed_scaling_factor=2.446
+        ),
         RopeConfig(theta=50_000.0),
         norm_epsilon=1e-5,
         context_length=8192,
@@ -108,7 +117,7 @@ SIZES = {
         18_432,
         64,
         1536,
-        MoEConfig(384, 8, 1, 2048, routed_scaling_factor=2.827),
+        MoEConfig(num_experts=384, experts_per_token=8, expert_size=2048, routed_scaling_factor=2.827),
         RopeConfig(theta=50_000.0, yarn_factor=32.0, yarn_beta_fast=1.0),
         context_length=131_072,
     ),

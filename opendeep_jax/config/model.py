@@ -16,7 +16,7 @@ HYBRID_STACKS = {"M": "mamba_layers", "*": "attention_layers", "-": "dense_layer
 """Where the model has the layers of each letter of a hybrid's pattern."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021), with a stretch for long contexts: YaRN (Peng et al. 2023), Llama 3's,
     or linear interpolation (Chen et al. 2023)."""
@@ -51,7 +51,7 @@ class RopeConfig:
     """All dimensions turn this many times slower; 1 switches it off. Gemma 3: 8."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Multi-head latent attention (DeepSeek-V2, section 2.1) or grouped-query attention."""
 
@@ -111,7 +111,7 @@ class AttentionConfig:
         return self.v_head_dim if self.kind == "mla" else self.head_dim
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Mixture of experts (DeepSeekMoE; V3 section 2.1.2). `num_experts=0` makes every layer dense."""
 
@@ -156,7 +156,7 @@ class MoEConfig:
         return self.num_shared_experts * (self.shared_expert_size or self.expert_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MambaConfig:
     """Mamba-2 (Dao and Gu 2024), the `M` layers of a hybrid."""
 
@@ -188,7 +188,7 @@ class MambaConfig:
         return self.size + 2 * self.num_groups * self.state_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MTPConfig:
     """Multi-token prediction (V3 section 2.2): modules after the main model, sharing its embedding and head."""
 
@@ -202,7 +202,7 @@ class MTPConfig:
     """When the final weight takes over, in tokens; 0 never. V3: 10T."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RematConfig:
     """What the backward pass recomputes, per kind of block."""
 
@@ -218,7 +218,7 @@ class RematConfig:
     what a block always keeps."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
     """How the model's mathematics is carried out. Nothing here changes a result beyond rounding."""
 
@@ -241,7 +241,7 @@ class ExecutionConfig:
     """Implementation of the head and its loss; empty takes the platform's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head; or a hybrid, whose
     layers are what `layer_pattern` says."""
