@@ -18,19 +18,16 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
+from opendeep_jax.config.fine_tuning import fine_tuning
 from opendeep_jax.config.schema import (
     AttentionConfig,
-    DataConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
-    OptimizerConfig,
     ParallelConfig,
     RematConfig,
     RopeConfig,
     RunConfig,
-    SourceConfig,
-    TrainConfig,
 )
 
 
@@ -40,12 +37,12 @@ class Size(NamedTuple):
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_dense_layers: int
     mlp_size: int
     num_heads: int
-    q_lora_rank: int
     moe: MoEConfig
     rope: RopeConfig
+    num_dense_layers: int = 1
+    q_lora_rank: int = 0
     norm_epsilon: float = 1e-6
     context_length: int = 163_840
     mtp_depth: int = 0
@@ -71,14 +68,14 @@ def v2_experts(count: int, groups: int, groups_per_token: int, size: int, scale:
 
 V2_ROPE = RopeConfig(yarn_factor=40.0, yarn_mscale=0.707, yarn_mscale_all_dim=0.707)
 V3 = Size(
-    129_280,
-    7168,
-    61,
-    3,
-    18_432,
-    128,
-    1536,
-    MoEConfig(
+    vocab_size=129_280,
+    hidden_size=7168,
+    num_layers=61,
+    num_dense_layers=3,
+    mlp_size=18_432,
+    num_heads=128,
+    q_lora_rank=1536,
+    moe=MoEConfig(
         num_experts=256,
         experts_per_token=8,
         expert_size=2048,
@@ -86,39 +83,53 @@ V3 = Size(
         groups_per_token=4,
         routed_scaling_factor=2.5,
     ),
-    RopeConfig(yarn_factor=40.0),
+    rope=RopeConfig(yarn_factor=40.0),
     mtp_depth=1,
 )
 SIZES = {
-    "v2-lite": Size(102_400, 2048, 27, 1, 10_944, 16, 0, v2_experts(64, 1, 1, 1408, 1.0), V2_ROPE),
-    "v2": Size(102_400, 5120, 60, 1, 12_288, 128, 1536, v2_experts(160, 8, 3, 1536, 16.0), V2_ROPE),
+    "v2-lite": Size(
+        vocab_size=102_400,
+        hidden_size=2048,
+        num_layers=27,
+        mlp_size=10_944,
+        num_heads=16,
+        moe=v2_experts(count=64, groups=1, groups_per_token=1, size=1408, scale=1.0),
+        rope=V2_ROPE,
+    ),
+    "v2": Size(
+        vocab_size=102_400,
+        hidden_size=5120,
+        num_layers=60,
+        mlp_size=12_288,
+        num_heads=128,
+        q_lora_rank=1536,
+        moe=v2_experts(count=160, groups=8, groups_per_token=3, size=1536, scale=16.0),
+        rope=V2_ROPE,
+    ),
     "v3": V3,
     "r1": V3,
     "moonlight": Size(
-        163_840,
-        2048,
-        27,
-        1,
-        11_264,
-        16,
-        0,
-        MoEConfig(
+        vocab_size=163_840,
+        hidden_size=2048,
+        num_layers=27,
+        mlp_size=11_264,
+        num_heads=16,
+        moe=MoEConfig(
             num_experts=64, experts_per_token=6, num_shared_experts=2, expert_size=1408, routed_scaling_factor=2.446
         ),
-        RopeConfig(theta=50_000.0),
+        rope=RopeConfig(theta=50_000.0),
         norm_epsilon=1e-5,
         context_length=8192,
     ),
     "kimi-k2": Size(
-        163_840,
-        7168,
-        61,
-        1,
-        18_432,
-        64,
-        1536,
-        MoEConfig(num_experts=384, experts_per_token=8, expert_size=2048, routed_scaling_factor=2.827),
-        RopeConfig(theta=50_000.0, yarn_factor=32.0, yarn_beta_fast=1.0),
+        vocab_size=163_840,
+        hidden_size=7168,
+        num_layers=61,
+        mlp_size=18_432,
+        num_heads=64,
+        q_lora_rank=1536,
+        moe=MoEConfig(num_experts=384, experts_per_token=8, expert_size=2048, routed_scaling_factor=2.827),
+        rope=RopeConfig(theta=50_000.0, yarn_factor=32.0, yarn_beta_fast=1.0),
         context_length=131_072,
     ),
 }
@@ -127,38 +138,25 @@ SIZES = {
 def get_config(size: str = "moonlight") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"deepseek-{size}",
-        model=ModelConfig(
-            vocab_size=s.vocab_size,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            num_dense_layers=s.num_dense_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=s.norm_epsilon,
-            context_length=s.context_length,
-            attention=AttentionConfig(
-                num_heads=s.num_heads,
-                q_lora_rank=s.q_lora_rank,
-                kv_lora_rank=512,
-                qk_nope_head_dim=128,
-                qk_rope_head_dim=64,
-                v_head_dim=128,
-                rope=s.rope,
-            ),
-            moe=s.moe,
-            mtp=MTPConfig(depth=s.mtp_depth),
-            remat=RematConfig(dense="full", moe="full"),
+    model = ModelConfig(
+        vocab_size=s.vocab_size,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        num_dense_layers=s.num_dense_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=s.norm_epsilon,
+        context_length=s.context_length,
+        attention=AttentionConfig(
+            num_heads=s.num_heads,
+            q_lora_rank=s.q_lora_rank,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            rope=s.rope,
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-5, warmup_steps=50, first_moment_dtype="bfloat16", second_moment_dtype="bfloat16"
-        ),
-        parallel=ParallelConfig(fsdp=-1, expert=8),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        moe=s.moe,
+        mtp=MTPConfig(depth=s.mtp_depth),
+        remat=RematConfig(dense="full", moe="full"),
     )
+    return fine_tuning(f"deepseek-{size}", model, parallel=ParallelConfig(fsdp=-1, expert=8), moments="bfloat16")

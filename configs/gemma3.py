@@ -18,82 +18,85 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
     """What differs between the models; query_scalar ** -0.5 is the factor on the scores."""
 
-    vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
     mlp_size: int
-    window: int
+    vocab_size: int = 262_208
+    head_dim: int = 256
+    window: int = 1024
     query_scalar: int = 256
     rope_factor: float = 8.0
     context_length: int = 131_072
 
 
 SIZES = {
-    "270m": Size(262_144, 640, 18, 4, 1, 256, 2048, 512, rope_factor=1.0, context_length=32_768),
-    "1b": Size(262_144, 1152, 26, 4, 1, 256, 6912, 512, rope_factor=1.0, context_length=32_768),
-    "4b": Size(262_208, 2560, 34, 8, 4, 256, 10_240, 1024),
-    "12b": Size(262_208, 3840, 48, 16, 8, 256, 15_360, 1024),
-    "27b": Size(262_208, 5376, 62, 32, 16, 128, 21_504, 1024, query_scalar=168),
+    "270m": Size(
+        vocab_size=262_144,
+        hidden_size=640,
+        num_layers=18,
+        num_heads=4,
+        num_kv_heads=1,
+        mlp_size=2048,
+        window=512,
+        rope_factor=1.0,
+        context_length=32_768,
+    ),
+    "1b": Size(
+        vocab_size=262_144,
+        hidden_size=1152,
+        num_layers=26,
+        num_heads=4,
+        num_kv_heads=1,
+        mlp_size=6912,
+        window=512,
+        rope_factor=1.0,
+        context_length=32_768,
+    ),
+    "4b": Size(hidden_size=2560, num_layers=34, num_heads=8, num_kv_heads=4, mlp_size=10_240),
+    "12b": Size(hidden_size=3840, num_layers=48, num_heads=16, num_kv_heads=8, mlp_size=15_360),
+    "27b": Size(
+        hidden_size=5376, num_layers=62, num_heads=32, num_kv_heads=16, head_dim=128, mlp_size=21_504, query_scalar=168
+    ),
 }
 
 
 def get_config(size: str = "1b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"gemma3-{size}",
-        model=ModelConfig(
-            vocab_size=s.vocab_size,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-6,
-            norm="rms_zero_centered",
-            norm_placement="both",
-            activation="gelu_tanh",
-            embedding_scale=s.hidden_size**0.5,
-            context_length=s.context_length,
-            init_std=0.02,
-            tie_embeddings=True,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=s.head_dim,
-                qk_norm="head",
-                query_scale=s.query_scalar**-0.5,
-                window=s.window,
-                sliding_layers=tuple(layer for layer in range(s.num_layers) if layer % 6 != 5),
-                sliding_rope_theta=10_000.0,
-                rope=RopeConfig(theta=1_000_000.0, interleaved=False, linear_factor=s.rope_factor),
-            ),
-            remat=RematConfig(dense="full"),
+    model = ModelConfig(
+        vocab_size=s.vocab_size,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-6,
+        norm="rms_zero_centered",
+        norm_placement="both",
+        activation="gelu_tanh",
+        embedding_scale=s.hidden_size**0.5,
+        context_length=s.context_length,
+        init_std=0.02,
+        tie_embeddings=True,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=s.head_dim,
+            qk_norm="head",
+            query_scale=s.query_scalar**-0.5,
+            window=s.window,
+            sliding_layers=tuple(layer for layer in range(s.num_layers) if layer % 6 != 5),
+            sliding_rope_theta=10_000.0,
+            rope=RopeConfig(theta=1_000_000.0, interleaved=False, linear_factor=s.rope_factor),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"gemma3-{size}", model)

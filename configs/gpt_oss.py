@@ -17,18 +17,15 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
+from opendeep_jax.config.fine_tuning import fine_tuning
 from opendeep_jax.config.schema import (
     AttentionConfig,
-    DataConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     ParallelConfig,
     RematConfig,
     RopeConfig,
     RunConfig,
-    SourceConfig,
-    TrainConfig,
 )
 
 
@@ -40,65 +37,54 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "20b": Size(24, 32),
-    "120b": Size(36, 128),
+    "20b": Size(num_layers=24, num_experts=32),
+    "120b": Size(num_layers=36, num_experts=128),
 }
 
 
 def get_config(size: str = "20b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"gpt_oss-{size}",
-        model=ModelConfig(
-            vocab_size=201_088,
-            hidden_size=2880,
-            num_layers=s.num_layers,
-            num_dense_layers=0,
-            mlp_size=2880,
-            norm_epsilon=1e-5,
-            activation="clamped_swiglu",
-            context_length=131_072,
-            init_std=0.02,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=64,
-                num_kv_heads=8,
-                head_dim=64,
-                qkv_bias=True,
-                out_bias=True,
-                sinks=True,
-                window=128,
-                sliding_layers=tuple(range(0, s.num_layers, 2)),
-                rope=RopeConfig(
-                    theta=150_000.0,
-                    interleaved=False,
-                    yarn_factor=32.0,
-                    yarn_original_length=4096,
-                    yarn_mscale=1.0,
-                    yarn_mscale_all_dim=0.0,
-                    yarn_truncate=False,
-                ),
+    model = ModelConfig(
+        vocab_size=201_088,
+        hidden_size=2880,
+        num_layers=s.num_layers,
+        num_dense_layers=0,
+        mlp_size=2880,
+        norm_epsilon=1e-5,
+        activation="clamped_swiglu",
+        context_length=131_072,
+        init_std=0.02,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            qkv_bias=True,
+            out_bias=True,
+            sinks=True,
+            window=128,
+            sliding_layers=tuple(range(0, s.num_layers, 2)),
+            rope=RopeConfig(
+                theta=150_000.0,
+                interleaved=False,
+                yarn_factor=32.0,
+                yarn_original_length=4096,
+                yarn_mscale=1.0,
+                yarn_mscale_all_dim=0.0,
+                yarn_truncate=False,
             ),
-            moe=MoEConfig(
-                num_experts=s.num_experts,
-                experts_per_token=4,
-                num_shared_experts=0,
-                expert_size=2880,
-                scoring="softmax",
-                use_router_bias=False,
-                router_linear_bias=True,
-                expert_bias=True,
-            ),
-            remat=RematConfig(moe="full"),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
+        moe=MoEConfig(
+            num_experts=s.num_experts,
+            experts_per_token=4,
+            num_shared_experts=0,
+            expert_size=2880,
+            scoring="softmax",
+            use_router_bias=False,
+            router_linear_bias=True,
+            expert_bias=True,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        parallel=ParallelConfig(fsdp=-1, expert=8),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(moe="full"),
     )
+    return fine_tuning(f"gpt_oss-{size}", model, parallel=ParallelConfig(fsdp=-1, expert=8))

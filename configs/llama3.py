@@ -18,17 +18,8 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
@@ -37,57 +28,47 @@ class Size(NamedTuple):
     hidden_size: int
     num_layers: int
     num_heads: int
-    head_dim: int
     mlp_size: int
-    rope_factor: float
-    tied: bool
+    head_dim: int = 128
+    rope_factor: float = 8.0
+    tied: bool = False
 
 
 SIZES = {
-    "1b": Size(2048, 16, 32, 64, 8192, 32.0, True),
-    "3b": Size(3072, 28, 24, 128, 8192, 32.0, True),
-    "8b": Size(4096, 32, 32, 128, 14_336, 8.0, False),
-    "70b": Size(8192, 80, 64, 128, 28_672, 8.0, False),
-    "405b": Size(16_384, 126, 128, 128, 53_248, 8.0, False),
+    "1b": Size(hidden_size=2048, num_layers=16, num_heads=32, head_dim=64, mlp_size=8192, rope_factor=32.0, tied=True),
+    "3b": Size(hidden_size=3072, num_layers=28, num_heads=24, mlp_size=8192, rope_factor=32.0, tied=True),
+    "8b": Size(hidden_size=4096, num_layers=32, num_heads=32, mlp_size=14_336),
+    "70b": Size(hidden_size=8192, num_layers=80, num_heads=64, mlp_size=28_672),
+    "405b": Size(hidden_size=16_384, num_layers=126, num_heads=128, mlp_size=53_248),
 }
 
 
 def get_config(size: str = "8b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"llama3-{size}",
-        model=ModelConfig(
-            vocab_size=128_256,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-5,
-            context_length=131_072,
-            init_std=0.02,
-            tie_embeddings=s.tied,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=8,
-                head_dim=s.head_dim,
-                rope=RopeConfig(
-                    theta=500_000.0,
-                    interleaved=False,
-                    llama3_factor=s.rope_factor,
-                    llama3_low_frequency=1.0,
-                    llama3_high_frequency=4.0,
-                    llama3_original_length=8192,
-                ),
+    model = ModelConfig(
+        vocab_size=128_256,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-5,
+        context_length=131_072,
+        init_std=0.02,
+        tie_embeddings=s.tied,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=8,
+            head_dim=s.head_dim,
+            rope=RopeConfig(
+                theta=500_000.0,
+                interleaved=False,
+                llama3_factor=s.rope_factor,
+                llama3_low_frequency=1.0,
+                llama3_high_frequency=4.0,
+                llama3_original_length=8192,
             ),
-            remat=RematConfig(dense="full"),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"llama3-{size}", model)

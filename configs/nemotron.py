@@ -19,17 +19,8 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
@@ -38,50 +29,40 @@ class Size(NamedTuple):
     hidden_size: int
     num_layers: int
     num_heads: int
-    head_dim: int
     mlp_size: int
+    head_dim: int = 128
 
 
 SIZES = {
-    "4b": Size(3072, 32, 24, 128, 9216),
-    "8b": Size(4096, 32, 48, 128, 16_384),
-    "15b": Size(6144, 32, 48, 128, 24_576),
-    "340b": Size(18_432, 96, 96, 192, 73_728),
+    "4b": Size(hidden_size=3072, num_layers=32, num_heads=24, mlp_size=9216),
+    "8b": Size(hidden_size=4096, num_layers=32, num_heads=48, mlp_size=16_384),
+    "15b": Size(hidden_size=6144, num_layers=32, num_heads=48, mlp_size=24_576),
+    "340b": Size(hidden_size=18_432, num_layers=96, num_heads=96, head_dim=192, mlp_size=73_728),
 }
 
 
 def get_config(size: str = "4b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"nemotron-{size}",
-        model=ModelConfig(
-            vocab_size=256_000,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-5,
-            norm="layer_zero_centered",
-            activation="relu2",
-            gated_mlp=False,
-            context_length=4096,
-            init_std=0.0134,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=8,
-                head_dim=s.head_dim,
-                rotary_dim=s.head_dim // 2,
-                rope=RopeConfig(theta=10_000.0, interleaved=False),
-            ),
-            remat=RematConfig(dense="full"),
+    model = ModelConfig(
+        vocab_size=256_000,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-5,
+        norm="layer_zero_centered",
+        activation="relu2",
+        gated_mlp=False,
+        context_length=4096,
+        init_std=0.0134,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=8,
+            head_dim=s.head_dim,
+            rotary_dim=s.head_dim // 2,
+            rope=RopeConfig(theta=10_000.0, interleaved=False),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"nemotron-{size}", model)

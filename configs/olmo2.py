@@ -16,17 +16,8 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
@@ -40,43 +31,33 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "1b": Size(2048, 16, 16, 16, 8192),
-    "7b": Size(4096, 32, 32, 32, 11_008),
-    "13b": Size(5120, 40, 40, 40, 13_824),
-    "32b": Size(5120, 64, 40, 8, 27_648),
+    "1b": Size(hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16, mlp_size=8192),
+    "7b": Size(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_size=11_008),
+    "13b": Size(hidden_size=5120, num_layers=40, num_heads=40, num_kv_heads=40, mlp_size=13_824),
+    "32b": Size(hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8, mlp_size=27_648),
 }
 
 
 def get_config(size: str = "7b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"olmo2-{size}",
-        model=ModelConfig(
-            vocab_size=100_352,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-6,
-            norm_placement="post",
-            context_length=4096,
-            init_std=0.02,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=128,
-                qk_norm="all_heads",
-                rope=RopeConfig(theta=500_000.0, interleaved=False),
-            ),
-            remat=RematConfig(dense="full"),
+    model = ModelConfig(
+        vocab_size=100_352,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-6,
+        norm_placement="post",
+        context_length=4096,
+        init_std=0.02,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=128,
+            qk_norm="all_heads",
+            rope=RopeConfig(theta=500_000.0, interleaved=False),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"olmo2-{size}", model)

@@ -18,17 +18,8 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
@@ -42,51 +33,41 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "7b": Size(4096, 32, 32, 32, 11_008),
-    "32b": Size(5120, 64, 40, 8, 27_648),
+    "7b": Size(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_size=11_008),
+    "32b": Size(hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8, mlp_size=27_648),
 }
 
 
 def get_config(size: str = "7b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"olmo3-{size}",
-        model=ModelConfig(
-            vocab_size=100_278,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-6,
-            norm_placement="post",
-            context_length=65_536,
-            init_std=0.02,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=128,
-                qk_norm="all_heads",
-                window=4096,
-                sliding_layers=tuple(layer for layer in range(s.num_layers) if layer % 4 != 3),
-                sliding_rope_theta=500_000.0,
-                rope=RopeConfig(
-                    theta=500_000.0,
-                    interleaved=False,
-                    yarn_factor=8.0,
-                    yarn_original_length=8192,
-                    yarn_mscale=1.0,
-                    yarn_mscale_all_dim=0.0,
-                ),
+    model = ModelConfig(
+        vocab_size=100_278,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-6,
+        norm_placement="post",
+        context_length=65_536,
+        init_std=0.02,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=128,
+            qk_norm="all_heads",
+            window=4096,
+            sliding_layers=tuple(layer for layer in range(s.num_layers) if layer % 4 != 3),
+            sliding_rope_theta=500_000.0,
+            rope=RopeConfig(
+                theta=500_000.0,
+                interleaved=False,
+                yarn_factor=8.0,
+                yarn_original_length=8192,
+                yarn_mscale=1.0,
+                yarn_mscale_all_dim=0.0,
             ),
-            remat=RematConfig(dense="full"),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"olmo3-{size}", model)

@@ -19,75 +19,77 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
     """What differs between the models."""
 
-    vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
     mlp_size: int
-    norm_epsilon: float
-    context_length: int
-    tied: bool
+    vocab_size: int = 152_064
+    head_dim: int = 128
+    norm_epsilon: float = 1e-6
+    context_length: int = 131_072
+    tied: bool = False
 
 
 SIZES = {
-    "0.5b": Size(151_936, 896, 24, 14, 2, 64, 4864, 1e-6, 32_768, True),
-    "1.5b": Size(151_936, 1536, 28, 12, 2, 128, 8960, 1e-6, 131_072, True),
-    "3b": Size(151_936, 2048, 36, 16, 2, 128, 11_008, 1e-6, 32_768, True),
-    "7b": Size(152_064, 3584, 28, 28, 4, 128, 18_944, 1e-6, 131_072, False),
-    "14b": Size(152_064, 5120, 48, 40, 8, 128, 13_824, 1e-5, 131_072, False),
-    "32b": Size(152_064, 5120, 64, 40, 8, 128, 27_648, 1e-5, 131_072, False),
-    "72b": Size(152_064, 8192, 80, 64, 8, 128, 29_568, 1e-5, 131_072, False),
+    "0.5b": Size(
+        vocab_size=151_936,
+        hidden_size=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_size=4864,
+        context_length=32_768,
+        tied=True,
+    ),
+    "1.5b": Size(
+        vocab_size=151_936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, mlp_size=8960, tied=True
+    ),
+    "3b": Size(
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=2,
+        mlp_size=11_008,
+        context_length=32_768,
+        tied=True,
+    ),
+    "7b": Size(hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, mlp_size=18_944),
+    "14b": Size(hidden_size=5120, num_layers=48, num_heads=40, num_kv_heads=8, mlp_size=13_824, norm_epsilon=1e-5),
+    "32b": Size(hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8, mlp_size=27_648, norm_epsilon=1e-5),
+    "72b": Size(hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, mlp_size=29_568, norm_epsilon=1e-5),
 }
 
 
 def get_config(size: str = "7b") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"qwen2_5-{size}",
-        model=ModelConfig(
-            vocab_size=s.vocab_size,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=s.norm_epsilon,
-            context_length=s.context_length,
-            init_std=0.02,
-            tie_embeddings=s.tied,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=s.head_dim,
-                qkv_bias=True,
-                rope=RopeConfig(theta=1_000_000.0, interleaved=False),
-            ),
-            remat=RematConfig(dense="full"),
+    model = ModelConfig(
+        vocab_size=s.vocab_size,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=s.norm_epsilon,
+        context_length=s.context_length,
+        init_std=0.02,
+        tie_embeddings=s.tied,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=s.head_dim,
+            qkv_bias=True,
+            rope=RopeConfig(theta=1_000_000.0, interleaved=False),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"qwen2_5-{size}", model)

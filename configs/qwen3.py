@@ -19,18 +19,15 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
+from opendeep_jax.config.fine_tuning import fine_tuning
 from opendeep_jax.config.schema import (
     AttentionConfig,
-    DataConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     ParallelConfig,
     RematConfig,
     RopeConfig,
     RunConfig,
-    SourceConfig,
-    TrainConfig,
 )
 
 
@@ -47,14 +44,14 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "0.6b": Size(1024, 28, 16, 8, 3072, tied=True),
-    "1.7b": Size(2048, 28, 16, 8, 6144, tied=True),
-    "4b": Size(2560, 36, 32, 8, 9728, tied=True),
-    "8b": Size(4096, 36, 32, 8, 12_288),
-    "14b": Size(5120, 40, 40, 8, 17_408),
-    "32b": Size(5120, 64, 64, 8, 25_600),
-    "30b-a3b": Size(2048, 48, 32, 4, 768, num_experts=128),
-    "235b-a22b": Size(4096, 94, 64, 4, 1536, num_experts=128),
+    "0.6b": Size(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, mlp_size=3072, tied=True),
+    "1.7b": Size(hidden_size=2048, num_layers=28, num_heads=16, num_kv_heads=8, mlp_size=6144, tied=True),
+    "4b": Size(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, mlp_size=9728, tied=True),
+    "8b": Size(hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8, mlp_size=12_288),
+    "14b": Size(hidden_size=5120, num_layers=40, num_heads=40, num_kv_heads=8, mlp_size=17_408),
+    "32b": Size(hidden_size=5120, num_layers=64, num_heads=64, num_kv_heads=8, mlp_size=25_600),
+    "30b-a3b": Size(hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, mlp_size=768, num_experts=128),
+    "235b-a22b": Size(hidden_size=4096, num_layers=94, num_heads=64, num_kv_heads=4, mlp_size=1536, num_experts=128),
 }
 
 
@@ -70,36 +67,25 @@ def get_config(size: str = "8b") -> RunConfig:
         use_router_bias=False,
         balance_loss_weight=0.001,
     )
-    return RunConfig(
-        name=f"qwen3-{size}",
-        model=ModelConfig(
-            vocab_size=151_936,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            num_dense_layers=0 if s.num_experts else s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-6,
-            context_length=40_960,
-            init_std=0.02,
-            tie_embeddings=s.tied,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=128,
-                qk_norm="head",
-                rope=RopeConfig(theta=1_000_000.0, interleaved=False),
-            ),
-            moe=experts if s.num_experts else MoEConfig(),
-            remat=RematConfig(dense="full", moe="full"),
+    model = ModelConfig(
+        vocab_size=151_936,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        num_dense_layers=0 if s.num_experts else s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-6,
+        context_length=40_960,
+        init_std=0.02,
+        tie_embeddings=s.tied,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=128,
+            qk_norm="head",
+            rope=RopeConfig(theta=1_000_000.0, interleaved=False),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        parallel=ParallelConfig(fsdp=-1, expert=8 if s.num_experts else 1),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        moe=experts if s.num_experts else MoEConfig(),
+        remat=RematConfig(dense="full", moe="full"),
     )
+    return fine_tuning(f"qwen3-{size}", model, parallel=ParallelConfig(fsdp=-1, expert=8 if s.num_experts else 1))

@@ -16,17 +16,8 @@ with a short warm-up, 1000 steps of 64 rows.
 
 from typing import NamedTuple
 
-from opendeep_jax.config.schema import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RematConfig,
-    RopeConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from opendeep_jax.config.fine_tuning import fine_tuning
+from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig, RopeConfig, RunConfig
 
 
 class Size(NamedTuple):
@@ -37,45 +28,35 @@ class Size(NamedTuple):
     num_heads: int
     num_kv_heads: int
     mlp_size: int
-    rope_theta: float
+    rope_theta: float = 100_000.0
 
 
 SIZES = {
-    "135m": Size(576, 30, 9, 3, 1536, 100_000.0),
-    "360m": Size(960, 32, 15, 5, 2560, 100_000.0),
-    "1.7b": Size(2048, 24, 32, 32, 8192, 130_000.0),
+    "135m": Size(hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, mlp_size=1536),
+    "360m": Size(hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, mlp_size=2560),
+    "1.7b": Size(hidden_size=2048, num_layers=24, num_heads=32, num_kv_heads=32, mlp_size=8192, rope_theta=130_000.0),
 }
 
 
 def get_config(size: str = "135m") -> RunConfig:
     """Fine-tuning of one of SIZES."""
     s = SIZES[size]
-    return RunConfig(
-        name=f"smollm2-{size}",
-        model=ModelConfig(
-            vocab_size=49_152,
-            hidden_size=s.hidden_size,
-            num_layers=s.num_layers,
-            mlp_size=s.mlp_size,
-            norm_epsilon=1e-5,
-            context_length=8192,
-            init_std=0.02,
-            tie_embeddings=True,
-            attention=AttentionConfig(
-                kind="gqa",
-                num_heads=s.num_heads,
-                num_kv_heads=s.num_kv_heads,
-                head_dim=64,
-                rope=RopeConfig(theta=s.rope_theta, interleaved=False),
-            ),
-            remat=RematConfig(dense="full"),
+    model = ModelConfig(
+        vocab_size=49_152,
+        hidden_size=s.hidden_size,
+        num_layers=s.num_layers,
+        mlp_size=s.mlp_size,
+        norm_epsilon=1e-5,
+        context_length=8192,
+        init_std=0.02,
+        tie_embeddings=True,
+        attention=AttentionConfig(
+            kind="gqa",
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=64,
+            rope=RopeConfig(theta=s.rope_theta, interleaved=False),
         ),
-        data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
-            tokenizer="corpus/tokenizer.json",
-            sequence_length=4096,
-            held_out_fraction=0.01,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-5, warmup_steps=50),
-        train=TrainConfig(steps=1000, batch_size=64, rows_per_device=1),
+        remat=RematConfig(dense="full"),
     )
+    return fine_tuning(f"smollm2-{size}", model)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opendeep_jax.cli.flags import make_flags, parse
+from opendeep_jax.cli.engine_flags import read_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.load import load_run_config
-from opendeep_jax.serving.sources import check_choice, source_kind
+from opendeep_jax.serving.engines import ONE_DEVICE, Choice
+from opendeep_jax.serving.sources import source_kind
 
 PURPOSE = """Measures a model: a run's, a Hugging Face directory, or a .gguf file.
 
@@ -20,8 +20,21 @@ USAGE = "--model=SOURCE|--workdir=RUN [--tasks=NAME,NAME|--text=FILE] [--out=FIL
 WIDTH = 120
 """Columns of the table where there is no terminal to ask."""
 PROMPTS = ("plain", "chat")
+FLAGS = {
+    "tasks": ("", "Tasks, groups or patterns of lm-evaluation-harness, with commas between."),
+    "text": ("", "File whose perplexity is measured: .txt, .md, .py, .jsonl or .parquet."),
+    "out": ("", "File that all results are written to, as JSON."),
+    "include_path": ("", "Directory with .yaml files of tasks of your own."),
+    "limit": (0, "Examples of each task; 0 takes all."),
+    "num_fewshot": (-1, "Solved examples in each prompt; -1 as the task says."),
+    "prompts": ("plain", "chat puts every prompt into the model's chat template."),
+    "max_tokens": (0, "Longest answer; 0 as the task says."),
+    "max_length": (0, "Longest prompt and answer, or window of a text; 0 takes the model's context, at most 4096."),
+    "stride": (0, "Tokens of a text that each window scores; 0 takes half a window."),
+    "slots": (8, "Answers that are written at a time."),
+    "seed": (0, "Seed of examples, sampled answers and intervals."),
+}
 LEAST = {
-    "step": -1,
     "limit": 0,
     "num_fewshot": -1,
     "max_tokens": 0,
@@ -34,38 +47,14 @@ LEAST = {
 
 def main(argv: Sequence[str]) -> None:
     """Prints measures, and writes them with --out. Raises ConfigError for what is no model, no task or no text."""
-    flags = make_flags(
-        model=("", "A run's work directory, a Hugging Face directory, or a .gguf file."),
-        workdir=("", "The same as --model, for a run."),
-        step=(-1, "Step of a run's checkpoint; -1 takes the newest."),
-        tasks=("", "Tasks, groups or patterns of lm-evaluation-harness, with commas between."),
-        text=("", "File whose perplexity is measured: .txt, .md, .py, .jsonl or .parquet."),
-        out=("", "File that all results are written to, as JSON."),
-        include_path=("", "Directory with .yaml files of tasks of your own."),
-        limit=(0, "Examples of each task; 0 takes all."),
-        num_fewshot=(-1, "Solved examples in each prompt; -1 as the task says."),
-        prompts=("plain", "chat puts every prompt into the model's chat template."),
-        max_tokens=(0, "Longest answer; 0 as the task says."),
-        max_length=(0, "Longest prompt and answer, or window of a text; 0 takes the model's context, at most 4096."),
-        stride=(0, "Tokens of a text that each window scores; 0 takes half a window."),
-        slots=(8, "Answers that are written at a time."),
-        seed=(0, "Seed of examples, sampled answers and intervals."),
-        dtype=("", "float32 or bfloat16; by default what suits the machine."),
-    )
-    values = parse(flags, argv, "opendeep eval", PURPOSE, USAGE)
-    source, kind, step = _checked(values)
+    values, choice = read_flags(FLAGS, argv, "opendeep eval", PURPOSE, USAGE, LEAST)
+    _check(values)
     if values.tasks:
-        found = _on_tasks(values, source, step)
+        found = _on_tasks(values, choice)
     elif values.text:
-        found = _on_text(values, source, step)
-    elif kind == "run":
-        load_run_config(source)  # refuses a directory without a run before JAX is loaded
-
-        from opendeep_jax.train.evaluate import evaluate_workdir
-
-        found = evaluate_workdir(source, step=step)
+        found = _on_text(values, choice)
     else:
-        raise ConfigError(f"{source} is no run, so it held out no text. Say what to measure: --tasks=... or --text=...")
+        found = _held_out(choice)
     text = json.dumps(found, indent=2, ensure_ascii=False)
     if not values.tasks:
         print(text)
@@ -78,31 +67,32 @@ def main(argv: Sequence[str]) -> None:
             raise
 
 
-def _checked(values: Any) -> tuple[str, str, int | None]:
-    """The source, its kind and the step, where the settings can work together. Raises ConfigError elsewhere."""
-    for one, other in (("model", "workdir"), ("tasks", "text")):
-        if values[one].value and values[other].value:
-            raise ConfigError(f"--{one} and --{other} are both given. Leave one out.")
-    for name, least in LEAST.items():
-        if values[name].value < least:
-            raise ConfigError(f"--{name}={values[name].value}: must be at least {least}.")
+def _check(values: Any) -> None:
+    """Raises ConfigError where the settings cannot work together."""
+    if values.tasks and values.text:
+        raise ConfigError("--tasks and --text are both given. Leave one out.")
     if values.seed >= 2**32:
         raise ConfigError(f"--seed={values.seed}: must be less than 2**32.")
     if values.prompts not in PROMPTS:
         raise ConfigError(f"--prompts={values.prompts}: must be plain or chat.")
     if values.out and not Path(values.out).absolute().parent.is_dir():
         raise ConfigError(f"--out={values.out}: its directory is not there. Make it, or choose another place.")
-    source = values.model or values.workdir
-    if not source:
-        raise ConfigError("--model is missing: give a run, a Hugging Face directory or a .gguf file.")
-    if not values.model:
-        load_run_config(source)
-    kind, step = source_kind(source), None if values.step < 0 else values.step
-    check_choice(kind, source, values.dtype, step)
-    return source, kind, step
 
 
-def _on_tasks(values: Any, source: str, step: int | None) -> dict[str, Any]:
+def _held_out(choice: Choice) -> dict[str, Any]:
+    """A run's own measure, on the text that it held out."""
+    source = choice.source
+    if source_kind(source) != "run":
+        raise ConfigError(f"{source} is no run, so it held out no text. Say what to measure: --tasks=... or --text=...")
+    if choice.parallel != ONE_DEVICE:
+        raise ConfigError("--parallel: a run's held-out text is measured on all devices anyway. Leave it out.")
+
+    from opendeep_jax.train.evaluate import evaluate_workdir
+
+    return evaluate_workdir(source, step=choice.step)
+
+
+def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
     """Runs tasks, prints their table, and returns all results."""
     names = [name.strip() for name in values.tasks.split(",") if name.strip()]
     if not names:
@@ -116,7 +106,7 @@ def _on_tasks(values: Any, source: str, step: int | None) -> dict[str, Any]:
 
     from opendeep_jax.evaluation.results import table, task_results
 
-    engine, codec, about = _open(values, source, step)
+    engine, codec, about = _open(values, choice)
     if values.prompts == "chat":
         codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
     with _Bar() as bar:
@@ -131,27 +121,26 @@ def _on_tasks(values: Any, source: str, step: int | None) -> dict[str, Any]:
     return about | {"settings": settings, "tasks": tasks}
 
 
-def _on_text(values: Any, source: str, step: int | None) -> dict[str, Any]:
+def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
     from opendeep_jax.evaluation.perplexity import perplexity, read_documents
 
     documents = read_documents(values.text)
-    engine, codec, about = _open(values, source, step)
+    engine, codec, about = _open(values, choice)
     with _Bar() as bar:
         found = perplexity(engine, codec, documents, values.stride, values.seed, lambda *at: bar.show("windows", *at))
     return about | {"text": values.text} | found
 
 
-def _open(values: Any, source: str, step: int | None) -> tuple[Any, Any, dict[str, Any]]:
+def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
     """The engine and the codec of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
-    from opendeep_jax.generation.engine import Engine, EngineConfig
-    from opendeep_jax.serving.sources import open_model
+    from opendeep_jax.generation.requests import EngineConfig
+    from opendeep_jax.serving.engines import open_engine
+    from opendeep_jax.serving.sources import open_codec
 
-    model, codec, name = open_model(source, values.dtype, step)
-    about = {"model": describe_model(model.config, name, source, step), "versions": versions()}
-    vocabulary = min(codec.vocab_size, model.config.vocab_size)
-    config = EngineConfig(slots=values.slots, max_length=values.max_length, vocab_size=vocabulary)
-    engine = Engine(model, config, consume=True)
+    codec, name = open_codec(choice.source)
+    engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length))
+    about = {"model": describe_model(engine.model, name, choice.source, choice.step), "versions": versions()}
     return engine, codec, about
 
 

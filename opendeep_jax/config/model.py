@@ -273,6 +273,8 @@ class ModelConfig:
     """clamped_swiglu: bound of gate and up."""
     gated_mlp: bool = True
     """Multiply the activated gate by a second projection; without, the feed-forward is `activation(x U) D`."""
+    mlp_bias: bool = False
+    """The projections of the dense feed-forward and of the shared experts have biases (an option of Llama's)."""
     embedding_scale: float = 1.0
     """Factor on the embeddings, rounded to dtype. Gemma: hidden_size ** 0.5."""
     logit_softcap: float = 0.0

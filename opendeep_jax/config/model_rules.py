@@ -190,7 +190,7 @@ def _attention_problems(attention: Any) -> Iterator[str]:
             f"must exceed llama3_low_frequency, which is {rope.llama3_low_frequency}",
             "The usual values are 4 and 1",
         )
-    yield from at_least(0, f"{where}.rope", rope, "yarn_mscale", "yarn_mscale_all_dim")
+    yield from at_least(0, f"{where}.rope", rope, "yarn_mscale_all_dim")
     if rope.yarn_beta_fast < rope.yarn_beta_slow:
         yield problem(
             f"{where}.rope.yarn_beta_fast",

@@ -20,6 +20,7 @@ from opendeep_jax.evaluation.windows import windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.scoring import Scored, score
+from opendeep_jax.generation.text_pieces import text_pieces
 
 try:
     import lm_eval
@@ -97,9 +98,9 @@ class HarnessModel(LM):
         """The text that each request's context goes on with, up to one of its stop strings."""
         asked = [request.args for request in requests]
         settings = [_settings(arguments, self.engine.max_length) for _, arguments in asked]
-        streams, running = [], {}
+        running, streams = [], []
         seen: Counter[str] = Counter()
-        for index, ((context, _), (stop, params)) in enumerate(zip(asked, settings, strict=True)):
+        for (context, _), (stop, params) in zip(asked, settings, strict=True):
             tokens = self._prompt(context) or [self._prefix()]
             room = self.engine.max_length - params["max_tokens"]
             self.cut_prompts += len(tokens) > room
@@ -107,24 +108,14 @@ class HarnessModel(LM):
             seen[context] += 1
             sampling = SamplingParams(**params, seed=seed, end_ids=self.codec.end_ids)
             streams.append(TextStream(self.codec, stop))
-            running[self.engine.submit(tokens[-room:], sampling)] = index
-        texts, total = [""] * len(requests), len(requests)
-        self.progress("answers", 0, total)
-        while running:
-            for progress in self.engine.step():
-                index = running.get(progress.request)
-                if index is None:
-                    continue
-                texts[index] += streams[index].push(progress.tokens)
-                if progress.finish is None and not streams[index].stopped:
-                    continue
-                if progress.finish is None:
-                    self.engine.abort(progress.request)
-                texts[index] += streams[index].finish()
-                del running[progress.request]
-                self.progress("answers", total - len(running), total)
-        while self.engine.busy:  # what was stopped gives its pages back
-            self.engine.step()
+            running.append(self.engine.submit(tokens[-room:], sampling))
+        texts, done, total = [""] * len(requests), 0, len(requests)
+        self.progress("answers", done, total)
+        for piece in text_pieces(self.engine, running, streams):
+            texts[piece.place] += piece.text
+            if piece.finish:
+                done += 1
+                self.progress("answers", done, total)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Attention over the paged cache: what a layer computes for new tokens, given what it kept of the earlier ones.
 
-B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table, S = N page positions,
+B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table of p positions, S = N p,
 D model width, H heads, G key/value heads, Q size of a head, C latent, R rotated key.
 """
 
@@ -13,7 +13,7 @@ from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import widened
-from opendeep_jax.generation.cache import LayerCache
+from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache
 from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from opendeep_jax.models.layers import Context
 from opendeep_jax.ops.linear import project
@@ -41,20 +41,33 @@ class Places(NamedTuple):
 
 def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
     """The cache with the new tokens' values [B, T, ...] in their places."""
-    size, new = next(iter(cache.values())).shape[1], places.positions.shape[1]
+    size, new = page_size(cache), places.positions.shape[1]
     if places.first and new % size == 0:  # whole pages, which may hold anything behind a row's last token
         table = jnp.pad(places.pages, ((0, 0), (0, max(new // size - places.pages.shape[1], 0))))[:, : new // size]
         begun = jnp.arange(new // size) * size < places.lengths[:, None]
-        paged = {name: x.reshape(*table.shape, size, *x.shape[2:]) for name, x in values.items()}
         table = jnp.where(begun, table, 0)
-        return {name: pool.at[table].set(paged[name].astype(pool.dtype)) for name, pool in cache.items()}
+
+        def paged(name: str, pool: Array) -> Array:
+            x = values[name].reshape(*table.shape, size, *values[name].shape[2:])
+            return jnp.moveaxis(x, 2, 1 + PAGE_AXIS[name]).astype(pool.dtype)
+
+        return {name: pool.at[table].set(paged(name, pool)) for name, pool in cache.items()}
     number = places.positions // size
     page = jnp.take_along_axis(places.pages, number, axis=1, mode="clip")
     page = jnp.where(places.present & (number < places.pages.shape[1]), page, 0)
+
+    def in_pages(name: str) -> tuple:
+        return page, *[slice(None)] * (PAGE_AXIS[name] - 1), places.positions % size
+
     return {
-        name: pool.at[page, places.positions % size].set(values[name].astype(pool.dtype), mode="drop")
-        for name, pool in cache.items()
+        name: pool.at[in_pages(name)].set(values[name].astype(pool.dtype), mode="drop") for name, pool in cache.items()
     }
+
+
+def page_size(cache: LayerCache) -> int:
+    """How many positions a page of an attention's cache holds."""
+    name, pool = next(iter(cache.items()))
+    return pool.shape[PAGE_AXIS[name]]
 
 
 def grouped_query(
@@ -77,13 +90,17 @@ def grouped_query(
         softcap = attention.config.logit_softcap
         out = causal_attention(query, key, value, own, own, None, None, attention.scale, window, sinks, softcap)
         return attention.project_out(out.reshape(1, -1, *out.shape[2:])), cache
-    pages, first = _visible_pages(places, cache["key"].shape[1], window)
+    size = page_size(cache)
+    pages, first = _visible_pages(places, size, window)
     keys, values = (_gathered(cache[name], pages) for name in ("key", "value"))
-    at = first[:, None] + jnp.arange(keys.shape[1])
-    inside = at < places.lengths[:, None]
-    values = jnp.where(inside[..., None, None], values, 0)  # what lies behind a row's positions may be anything
+    at = first[:, None, None] + jnp.arange(pages.shape[1] * size).reshape(-1, size)
+    inside = at < places.lengths[:, None, None]
+    # What lies behind a row's positions may be anything.
+    values = jnp.where(inside[:, :, None, :, None], values, 0)
     if rows[1] > FEW:
-        marks = places.present.astype(jnp.int32), inside.astype(jnp.int32), places.positions, at
+        flat = lambda y: y.reshape(rows[0], -1, *y.shape[3:])  # noqa: E731
+        marks = places.present.astype(jnp.int32), flat(inside).astype(jnp.int32), places.positions, flat(at)
+        keys, values = flat(keys.transpose(0, 1, 4, 2, 3)), flat(values.transpose(0, 1, 3, 2, 4))
         out = causal_attention(
             query, keys, values, *marks, attention.scale, window, sinks, attention.config.logit_softcap
         )
@@ -104,34 +121,39 @@ def _visible_pages(places: Places, size: int, window: int | None) -> tuple[Int[A
     return jnp.take_along_axis(places.pages, first[:, None] + jnp.arange(needed), axis=1), first * size
 
 
-def _gathered(pool: Float[Array, "P page *rest"], pages: Int[Array, "B N"]) -> Float[Array, "B S *rest"]:
-    rows = pool[pages]
-    return rows.reshape(len(pages), -1, *rows.shape[3:])
+def _gathered(pool: Float[Array, "P *rest"], pages: Int[Array, "B N"]) -> Float[Array, "B N *rest"]:
+    return pool.at[pages].get(mode="promise_in_bounds")
 
 
 def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> Float[Array, "B T H Q"]:
-    """Attention of a few queries [B, T, H, Q] to keys and values [B, S, G, Q] at positions [B, S]; in float32."""
+    """Attention of a few queries [B, T, H, Q] to keys [B, N, G, Q, p] and values [B, N, G, p, Q]; in float32.
+
+    Each page is multiplied by itself, as it lies: no key is moved but out of the pool.
+
+    Args:
+        at: positions of the keys, [B, N, p]; `positions` of the queries, [B, T].
+    """
     rows, new, heads, size = query.shape
-    groups = keys.shape[2]
-    query = query.reshape(rows, new, groups, heads // groups, size)
+    count, groups = keys.shape[1:3]
+    query = query.reshape(rows, 1, new, groups, -1, size).transpose(0, 1, 3, 4, 2, 5)
+    query = jnp.broadcast_to(query, (rows, count, *query.shape[2:]))
     query, keys, values = widened(query, keys, values)
-    scores = jnp.einsum("btgrq,bsgq->bgrts", query, keys, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bngrtq,bngqp->bngrtp", query, keys, preferred_element_type=jnp.float32) * scale
     scores = jnp.tanh(scores / softcap) * softcap if softcap else scores
-    seen = positions[:, :, None] >= at[:, None]
-    if window is not None:
-        seen &= positions[:, :, None] - at[:, None] < window
-    seen = seen[:, None, None]
+    distance = positions[:, None, :, None] - at[:, :, None]
+    seen = (distance >= 0) & (distance < window) if window is not None else distance >= 0
+    seen = seen[:, :, None, None]
     scores = jnp.where(seen, scores, -1e30)
-    largest = jnp.max(scores, axis=-1, keepdims=True)
+    largest = jnp.max(scores, axis=(1, 5), keepdims=True)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
         largest = jnp.maximum(largest, sinks)
     weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=(1, 5), keepdims=True)
     total = total if sinks is None else total + jnp.exp(sinks - largest)
     weights = jnp.where(seen, weights / total, 0).astype(values.dtype)
-    out = jnp.einsum("bgrts,bsgq->btgrq", weights, values, preferred_element_type=jnp.float32)
-    return out.reshape(rows, new, heads, size)
+    out = jnp.einsum("bngrtp,bngpq->bngrtq", weights, values, preferred_element_type=jnp.float32)
+    return jnp.sum(out, axis=1).transpose(0, 3, 1, 2, 4).reshape(rows, new, heads, size)
 
 
 def latent(
@@ -178,7 +200,7 @@ def latent(
         if places.first:
             held, inside, orders = new, places.present, (None, None)
         else:
-            held = _gathered(cache["latent"], places.pages)
+            held = _gathered(cache["latent"], places.pages).reshape(rows[0], -1, width)
             at = jnp.broadcast_to(jnp.arange(held.shape[1]), held.shape[:2])
             inside, orders = at < places.lengths[:, None], (places.positions, at)
             held = jnp.where(inside[..., None], held, 0).astype(x.dtype)

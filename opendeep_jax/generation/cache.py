@@ -19,22 +19,28 @@ from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import ModelConfig
 
 LayerCache = dict[str, jax.Array]
-"""A layer's pages: `key` and `value` [P, page, G, Q], or `latent` [P, page, C + R] of latent attention; or the slots'
+"""A layer's pages: `key` [P, G, Q, page] and `value` [P, G, page, Q], each as a product with a few rows reads it
+fastest, or `latent` [P, page, C + R] of latent attention; or the slots'
 `convolution` [S + 1, K - 1, channels] and `state` [S + 1, H, P, N] of Mamba-2; empty for a layer without memory."""
 
 TPU_LANES = 128
 
 
-def position_shapes(config: ModelConfig, platform: str = "cpu") -> dict[str, tuple[int, ...]]:
-    """What a layer keeps of one position, by name.
+def page_shapes(config: ModelConfig, page_size: int, platform: str = "cpu") -> dict[str, tuple[int, ...]]:
+    """What a layer keeps of a page's positions, by name.
 
     Latents are filled up to whole lanes on a TPU, which would copy the cache at each step otherwise (V3: 576 to 640).
     """
     attention = config.attention
     if attention.kind == "mla":
         width = attention.kv_lora_rank + attention.qk_rope_head_dim
-        return {"latent": (-(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width,)}
-    return dict.fromkeys(("key", "value"), (attention.num_kv_heads, attention.head_dim))
+        return {"latent": (page_size, -(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width)}
+    heads, size = attention.num_kv_heads, attention.head_dim
+    return {"key": (heads, size, page_size), "value": (heads, page_size, size)}
+
+
+PAGE_AXIS = {"key": 3, "value": 2, "latent": 1}
+"""Which axis of a pool counts a page's positions."""
 
 
 def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -53,7 +59,7 @@ def layer_kinds(config: ModelConfig, mtp: bool = False) -> str:
 
 def cache_names(config: ModelConfig, kind: str) -> tuple[str, ...]:
     """The names of what a layer of a kind keeps."""
-    return tuple({"*": position_shapes, "M": slot_shapes}[kind](config)) if kind in "*M" else ()
+    return tuple(page_shapes(config, 1) if kind == "*" else slot_shapes(config)) if kind in "*M" else ()
 
 
 def bytes_per_slot(config: ModelConfig) -> int:
@@ -70,14 +76,14 @@ def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu
         mtp: count the MTP modules' layers too, which speculation needs.
     """
     layers = layer_kinds(config, mtp).count("*")
-    numbers = sum(math.prod(shape) for shape in position_shapes(config, platform).values())
+    numbers = sum(math.prod(shape) for shape in page_shapes(config, 1, platform).values())
     return layers * numbers * jnp.dtype(config.dtype).itemsize
 
 
 def cache_spec(name: str) -> PartitionSpec:
     """How a layer's pages lie on a mesh: each group of rows has its own pages, heads lie where their weights do."""
     heads = name in ("key", "value")
-    return PartitionSpec(ROW_AXES, None, "tensor") if heads else PartitionSpec(ROW_AXES)
+    return PartitionSpec(ROW_AXES, "tensor") if heads else PartitionSpec(ROW_AXES)
 
 
 class Pages:

@@ -7,8 +7,9 @@ by its own length alone. Pages for a request's longest output are set aside when
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,14 +21,15 @@ from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
 from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score, with_logprobs
 from opendeep_jax.generation.requests import (
-    DEFAULT_LENGTH,
-    SMALLEST_CHUNK,
     EngineConfig,
     EngineStats,
     Progress,
     Request,
     bucket,
     check_settings,
+    chunk_size,
+    cut_out,
+    longest,
 )
 from opendeep_jax.generation.weights import take_apart
 from opendeep_jax.models.decoder import Decoder
@@ -35,6 +37,20 @@ from opendeep_jax.parallel.axes import row_shards
 
 LEAST_PAGES = 4
 """Pages of the narrowest table: few widths are few programs to compile."""
+
+
+class Programs(NamedTuple):
+    """What an engine runs, compiled for each number of new tokens and pages that occurs."""
+
+    advance: dict[bool, Callable]
+    """`programs.advance`, by whether every row begins."""
+    take_in_both: dict[bool, Callable]
+    """`speculation.take_in`, likewise."""
+    verify: Callable
+    pick: dict[bool, Callable]
+    """`programs.pick`, by whether log-probabilities are wanted."""
+    with_logprobs: Callable
+    score: Callable
 
 
 class Engine:
@@ -49,20 +65,23 @@ class Engine:
     """
 
     def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None, consume: bool = False):  # noqa: B008
-        self.max_length = config.max_length or min(model.config.max_length, DEFAULT_LENGTH)
+        check_settings(config, model.config, {} if mesh is None else mesh.shape)
+        self.config, self.model, self.mesh = config, model.config, mesh
+        self.slots, self.max_length = config.slots, longest(config, model.config)
         self.shards = 1 if mesh is None else row_shards(mesh)
-        check_settings(config, self.max_length, model.config, mesh, self.shards)
-        self.config, self.slots, self.mesh = config, config.slots, mesh
+        self.slots_per_shard = config.slots // self.shards
+        self.left_to_decode = int(config.speculate > 0)
+        """Tokens of a prompt that are not taken in but decoded: a speculating step wants the last one itself."""
         self.vocab_size = config.vocab_size or model.config.vocab_size
         self.bones, self.weights = take_apart(model, mesh, consume)
         self.table_width = -(-self.max_length // config.page_size)
         tokens = config.cache_tokens or config.slots * self.max_length
         pages = max(-(-tokens // (config.page_size * self.shards)), 1)
         if not config.cache_tokens:
-            pages = config.slots // self.shards * self.table_width
+            pages = self.slots_per_shard * self.table_width
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
         self.cache = make_cache(
-            self.bones, pages + 1, config.page_size, config.slots // self.shards, mesh, mtp=config.speculate > 0
+            self.bones, pages + 1, config.page_size, self.slots_per_shard, mesh, mtp=config.speculate > 0
         )
         self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
@@ -72,13 +91,16 @@ class Engine:
             ("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0
         )
         compiled = partial(on_mesh, bones=self.bones, mesh=mesh, mtp=config.speculate > 0)
-        self._advance = {first: compiled(partial(advance, self.bones, first), extra=1) for first in (False, True)}
-        self._take_in_both = {
-            first: compiled(partial(speculation.take_in, self.bones, first), extra=2) for first in (False, True)
-        }
-        self._verify = compiled(partial(speculation.verify, self.bones, self.vocab_size, config.speculate), extra=4)
-        self._pick = {top: jax.jit(partial(pick, self.vocab_size, top)) for top in (False, True)}
-        self._score = compiled(partial(score, self.bones), extra=2)
+        both = (False, True)
+        self.programs = Programs(
+            advance={first: compiled(partial(advance, self.bones, first), extra=1) for first in both},
+            take_in_both={first: compiled(partial(speculation.take_in, self.bones, first), extra=2) for first in both},
+            verify=compiled(partial(speculation.verify, self.bones, self.vocab_size, config.speculate), extra=4),
+            pick={top: jax.jit(partial(pick, self.vocab_size, top)) for top in both},
+            # A function of its own: what is compiled for it goes with the engine.
+            with_logprobs=jax.jit(partial(with_logprobs)),
+            score=compiled(partial(score, self.bones), extra=2),
+        )
 
     @property
     def busy(self) -> bool:
@@ -129,10 +151,9 @@ class Engine:
         self._doomed = []
         self._admit()
         self._take_in(progress)
-        if self.config.speculate:
-            self._speculate(progress)
-        else:
-            self._decode(progress)
+        ready = [request if request and not self._left(request) else None for request in self.running]
+        if any(ready):
+            (self._speculate if self.config.speculate else self._decode)(ready, progress)
         self._counts["steps"] += 1
         return progress
 
@@ -150,65 +171,56 @@ class Engine:
         """Log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
         return scoring.score(self, texts, first)
 
-    def scored(self, requests: list[Request | None], tokens, starts, counts, targets) -> list[tuple]:
-        """`programs.score` of some tokens of requests that hold pages, for each row."""
-        counts = counts + [0] * (len(requests) - len(counts))
-        starts = starts + [0] * (len(requests) - len(starts))
+    def scored(self, requests: list[Request | None], tokens, starts, counts, targets) -> tuple[np.ndarray, np.ndarray]:
+        """`programs.score` of some tokens of requests that hold pages, one or None of each group of devices."""
         rows = self._rows(requests, tokens, starts, counts)
-        out, self.cache = self._score(self.weights, self.cache, rows, targets)
-        logprobs, greedy = jax.device_get(out)
-        return list(zip(logprobs, greedy, strict=True))[: sum(request is not None for request in requests)]
+        out, self.cache = self.programs.score(self.weights, self.cache, rows, targets)
+        return jax.device_get(out)
 
     def _pages_of(self, request: Request) -> int:
         return -(-self._limit(request) // self.config.page_size)
 
     def _admit(self) -> None:
         """Gives waiting requests slots and pages, first come first served."""
-        per_shard = self.slots // self.shards
         while self.waiting:
             request = self.waiting[0]
             needed = self._pages_of(request)
-            free = [
-                slot
-                for slot, held in enumerate(self.running)
-                if held is None and self.pools[slot // per_shard].free >= needed
-            ]
+            idle = (slot for slot, held in enumerate(self.running) if held is None)
+            free = [slot for slot in idle if self._pool(slot).free >= needed]
             if not free:
                 return
             self.waiting.popleft()
             # The group with most pages left: they fill up evenly.
-            request.slot = max(free, key=lambda slot: self.pools[slot // per_shard].free)
-            request.pages = self.pools[request.slot // per_shard].take(needed)
+            request.slot = max(free, key=lambda slot: self._pool(slot).free)
+            request.pages = self._pool(request.slot).take(needed)
             self.running[request.slot] = request
+
+    def _pool(self, slot: int) -> Pages:
+        """The pages of a slot's group of devices."""
+        return self.pools[slot // self.slots_per_shard]
 
     def _take_in(self, progress: list[Progress]) -> None:
         """Takes prompts into the cache, a chunk after another, until the step's share is used up."""
-        budget = self.config.prefill_tokens
-        per_shard = self.slots // self.shards
+        budget = most = self.config.prefill_tokens
         while budget > 0:
-            chosen = []
-            for shard in range(self.shards):
-                own = self.running[shard * per_shard : (shard + 1) * per_shard]
-                unfinished = [request for request in own if request and self._left(request)]
-                chosen.append(min(unfinished, key=lambda request: request.taken_in == 0) if unfinished else None)
+            chosen = [None] * self.shards
+            for slot, request in enumerate(self.running):
+                # A prompt that is begun comes before the others of its group.
+                shard = slot // self.slots_per_shard
+                if request and self._left(request) and (not chosen[shard] or request.taken_in):
+                    chosen[shard] = request
             if not any(chosen):
                 return
-            chunks = [self._chunk(request) if request else 0 for request in chosen]
-            width = bucket(max(chunks), SMALLEST_CHUNK)
-            tokens, following = np.zeros((2, self.shards, width), np.int32)
-            for row, (request, count) in enumerate(zip(chosen, chunks, strict=True)):
-                if request:
-                    first = request.taken_in
-                    tokens[row, :count] = request.prompt[first : first + count]
-                    after = request.prompt[first + 1 : first + count + 1]
-                    following[row, : len(after)] = after
-            rows = self._rows(chosen, tokens, [request.taken_in if request else 0 for request in chosen], chunks)
+            starts = [request.taken_in if request else 0 for request in chosen]
+            chunks = [chunk_size(self._left(request), most) if request else 0 for request in chosen]
+            tokens, following = cut_out([request.prompt if request else () for request in chosen], starts, chunks)
+            rows = self._rows(chosen, tokens, starts, chunks)
             # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
-            first = not any(request.taken_in for request in chosen if request)
+            first = not any(starts)
             if self.config.speculate:
-                _, self.cache = self._take_in_both[first](self.weights, self.cache, rows, following)
+                _, self.cache = self.programs.take_in_both[first](self.weights, self.cache, rows, following)
             else:
-                logits, self.cache = self._advance[first](self.weights, self.cache, rows)
+                logits, self.cache = self.programs.advance[first](self.weights, self.cache, rows)
             for request, count in zip(chosen, chunks, strict=True):
                 if request:
                     request.taken_in += count
@@ -216,39 +228,21 @@ class Engine:
             done = [request if request and not self._left(request) else None for request in chosen]
             if any(done) and not self.config.speculate:
                 self._accept_all(done, logits, progress)
-            budget -= width
+            budget -= tokens.shape[1]
 
     def _left(self, request: Request) -> int:
-        """Tokens of the prompt to be taken in before decoding; a speculating step wants the last one itself."""
-        return len(request.prompt) - (self.config.speculate > 0) - request.taken_in
+        """Tokens of the prompt to be taken in before decoding."""
+        return len(request.prompt) - self.left_to_decode - request.taken_in
 
-    def _chunk(self, request: Request) -> int:
-        """Tokens of the prompt to take in next: by its own length alone, so that its numbers depend on nothing else."""
-        left = self._left(request)
-        whole = bucket(left, SMALLEST_CHUNK)
-        if whole > self.config.prefill_tokens:
-            return self.config.prefill_tokens
-        return left if whole - left <= whole // 4 or whole == SMALLEST_CHUNK else whole // 2
-
-    def _ready(self) -> list[Request | None]:
-        """The requests that can decode, in their slots."""
-        return [request if request and not self._left(request) else None for request in self.running]
-
-    def _decode(self, progress: list[Progress]) -> None:
-        """One token of each request whose prompt is in the cache."""
-        ready = self._ready()
-        if not any(ready):
-            return
+    def _decode(self, ready: list[Request | None], progress: list[Progress]) -> None:
+        """One token of each request whose prompt is in the cache, given in their slots."""
         tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
         rows = self._rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
-        logits, self.cache = self._advance[False](self.weights, self.cache, rows)
+        logits, self.cache = self.programs.advance[False](self.weights, self.cache, rows)
         self._accept_all(ready, logits, progress)
 
-    def _speculate(self, progress: list[Progress]) -> None:
+    def _speculate(self, ready: list[Request | None], progress: list[Progress]) -> None:
         """One token of each request whose prompt is in the cache, and as many more as drafts stand."""
-        ready = self._ready()
-        if not any(ready):
-            return
         tokens = np.zeros((self.slots, 1 + self.config.speculate), np.int32)
         limits, starts, counts = np.zeros((3, self.slots), np.int32)
         for row, request in enumerate(ready):
@@ -259,9 +253,9 @@ class Engine:
                 tokens[row, : len(new)], counts[row] = new, len(new)
         rows = self._rows(ready, tokens, starts, counts, ahead=self.config.speculate)
         settings, index, top = self._settings(ready)
-        out, self.cache = self._verify(self.weights, self.cache, rows, limits, settings, index)
+        out, self.cache = self.programs.verify(self.weights, self.cache, rows, limits, settings, index)
         chosen, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
-        given = jax.device_get(_with_logprobs(out.tokens, out.logits)) if top else None
+        given = jax.device_get(self.programs.with_logprobs(out.tokens, out.logits)) if top else None
         for row, request in enumerate(ready):
             if request:
                 request.drafts = drafts[row].tolist()
@@ -274,7 +268,7 @@ class Engine:
     def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
         """Chooses after the rows of some requests, None for those that idle."""
         settings, index, top = self._settings(requests)
-        out = jax.device_get(self._pick[top](logits, settings, index))
+        out = jax.device_get(self.programs.pick[top](logits, settings, index))
         for row, request in enumerate(requests):
             if request:
                 one = Chosen(*(None if array is None else array[row : row + 1] for array in out))
@@ -296,16 +290,19 @@ class Engine:
         """The step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
         present = [count if request else 0 for request, count in zip(requests, counts, strict=True)]
         furthest = int(max(start + count for start, count in zip(starts, present, strict=True))) + ahead
-        width = min(bucket(-(-furthest // self.config.page_size), LEAST_PAGES), self.table_width)
-        pages = np.zeros((len(requests), width), np.int32)
+        pages = np.zeros((len(requests), self.pages_seen(furthest)), np.int32)
         for row, request in zip(pages, requests, strict=True):
             if request:
-                held = request.pages[:width]
+                held = request.pages[: len(row)]
                 row[: len(held)] = held
         # What has no slot, an idle row or a text that is scored, takes the place behind all of them.
-        per_shard = self.slots // self.shards
-        slots = [request.slot % per_shard if request and request.slot >= 0 else per_shard for request in requests]
+        last = self.slots_per_shard
+        slots = [request.slot % last if request and request.slot >= 0 else last for request in requests]
         return Rows(tokens, np.array(starts, np.int32), np.array(present, np.int32), pages, np.array(slots, np.int32))
+
+    def pages_seen(self, positions: int) -> int:
+        """Pages in the tables of a step that reaches so many positions."""
+        return min(bucket(-(-positions // self.config.page_size), LEAST_PAGES), self.table_width)
 
     def _accept(self, request: Request, tokens: np.ndarray, given: Chosen | None) -> Progress:
         """Gives a request the tokens that were chosen for it, up to its end.
@@ -340,15 +337,9 @@ class Engine:
         """Frees what a request holds."""
         request.finish = why
         if request.slot >= 0:
-            self.pools[request.slot * self.shards // self.slots].give_back(request.pages)
+            self._pool(request.slot).give_back(request.pages)
             self.running[request.slot] = None
             request.pages = []
         elif request in self.waiting:
             self.waiting.remove(request)
         return Progress(request, [], [], why)
-
-
-@jax.jit
-def _with_logprobs(tokens: jax.Array, logits: jax.Array) -> Chosen:
-    """`with_logprobs` of each row's tokens [B, T]."""
-    return jax.vmap(with_logprobs)(tokens, logits)

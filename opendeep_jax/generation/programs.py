@@ -16,7 +16,7 @@ from opendeep_jax.generation.cache import (
     cache_names,
     cache_spec,
     layer_kinds,
-    position_shapes,
+    page_shapes,
     slot_shapes,
 )
 from opendeep_jax.generation.forward import Rows, forward
@@ -27,12 +27,12 @@ from opendeep_jax.parallel.axes import row_shards
 
 
 class Chosen(NamedTuple):
-    """What a step gives for each row; log-probabilities where they were asked for."""
+    """What a step gives for each row, or for each of a row's places; log-probabilities where they were asked for."""
 
-    tokens: Int[Array, "B"]
-    logprobs: Float[Array, "B"] | None = None
-    top_tokens: Int[Array, "B 20"] | None = None
-    top_logprobs: Float[Array, "B 20"] | None = None
+    tokens: Int[Array, "*B"]
+    logprobs: Float[Array, "*B"] | None = None
+    top_tokens: Int[Array, "*B 20"] | None = None
+    top_logprobs: Float[Array, "*B 20"] | None = None
 
 
 def make_cache(
@@ -40,9 +40,9 @@ def make_cache(
 ) -> tuple[LayerCache, ...]:
     """Empty pools, one for each layer, with `pages` and one more than `slots` in each of the mesh's groups of rows."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    of_position = position_shapes(bones.config, "gpu" if platform in ("cuda", "rocm") else platform)
+    of_page = page_shapes(bones.config, page_size, "gpu" if platform in ("cuda", "rocm") else platform)
     shards = 1 if mesh is None else row_shards(mesh)
-    shapes = {name: (pages * shards, page_size, *shape) for name, shape in of_position.items()}
+    shapes = {name: (pages * shards, *shape) for name, shape in of_page.items()}
     shapes |= {name: ((slots + 1) * shards, *shape) for name, shape in slot_shapes(bones.config).items()}
 
     def zeros(name):
@@ -111,11 +111,11 @@ def limited(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "...
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
-def with_logprobs(tokens: Int[Array, "B"], logits: Float[Array, "B V"]) -> Chosen:
+def with_logprobs(tokens: Int[Array, "*B"], logits: Float[Array, "*B V"]) -> Chosen:
     """The tokens with their log-probabilities and those of the most likely ones."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top, top_tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
-    own = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    own = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     return Chosen(tokens, own, top_tokens, top)
 
 

@@ -1,10 +1,16 @@
 """A request on its way, what the engine reports of it, and the engine's settings."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.rules import MESH_AXES, width_problems
+from opendeep_jax.config.model_rules import hybrid_mesh_problems
+from opendeep_jax.config.rules import MESH_AXES, ROW_AXES, width_problems
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.generation.attention import FEW
 from opendeep_jax.generation.params import SamplingParams, TokenLogprob
@@ -84,8 +90,47 @@ def bucket(count: int, least: int) -> int:
     return max(1 << max(count - 1, 0).bit_length(), least)
 
 
-def check_settings(config: EngineConfig, max_length: int, model: ModelConfig, mesh, shards: int) -> None:
-    """Raises ConfigError for settings that cannot work."""
+def chunk_size(left: int, most: int) -> int:
+    """Tokens of a prompt to take in next, of those that are left: by its own length alone, so that its numbers depend
+    on nothing else. At most a quarter of what is computed is for nothing, but for the smallest chunks.
+
+    Args:
+        most: a power of two.
+    """
+    whole = bucket(left, SMALLEST_CHUNK)
+    if whole > most:
+        return most
+    return left if whole - left <= whole // 4 or whole == SMALLEST_CHUNK else whole // 2
+
+
+def cut_out(
+    texts: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """So many tokens of each text from its start on, and the token after each of them; 0 where there is none.
+
+    T is the smallest bucket for the longest.
+    """
+    tokens, following = np.zeros((2, len(texts), bucket(max(counts), SMALLEST_CHUNK)), np.int32)
+    for row, (text, start, count) in enumerate(zip(texts, starts, counts, strict=True)):
+        tokens[row, :count] = text[start : start + count]
+        after = text[start + 1 : start + count + 1]
+        following[row, : len(after)] = after
+    return tokens, following
+
+
+def longest(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens that prompt and output together may have."""
+    return config.max_length or min(model.max_length, DEFAULT_LENGTH)
+
+
+def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError for settings that cannot work.
+
+    Args:
+        mesh_sizes: devices along each axis of the mesh; axes that are left out have one.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh_sizes)
+    max_length, shards = longest(config, model), math.prod(sizes[axis] for axis in ROW_AXES)
     for name in ("slots", "page_size", "prefill_tokens"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 1.")
@@ -107,8 +152,7 @@ def check_settings(config: EngineConfig, max_length: int, model: ModelConfig, me
         raise ConfigError(f"speculate = {config.speculate}: must be at most {FEW - 1}.")
     if config.slots % shards:
         raise ConfigError(f"slots = {config.slots}: must be a multiple of the mesh's {shards} groups of rows.")
-    sizes = dict.fromkeys(MESH_AXES, 1) | (dict(mesh.shape) if mesh is not None else {})
-    for problem in width_problems(model, sizes):
+    for problem in (*hybrid_mesh_problems(model, sizes), *width_problems(model, sizes)):
         raise ConfigError(problem)
     for axis in ("context", "stage"):
         if sizes[axis] > 1:

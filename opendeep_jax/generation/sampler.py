@@ -1,5 +1,8 @@
 """Plain sampling: the whole context again for every token, nothing cached. Simple, and fast enough for small models.
 
+For samples in the middle of training. The engine would hold the weights a second time, each layer by itself, and it
+works neither over several processes nor over a mesh that divides rows or the stack of layers, as training does.
+
 B prompts, L context length, V vocabulary.
 """
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.requests import SMALLEST_CHUNK, Request, bucket
+from opendeep_jax.generation.requests import Request, cut_out
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
@@ -49,35 +47,33 @@ def score(engine: "Engine", texts: Sequence[Sequence[int]], first: Sequence[int]
 
 def _together(engine: "Engine", texts, first) -> list[Scored]:
     """One text of each group of devices."""
-    requests: list[Request | None] = [None] * engine.shards
     needed = [-(-len(text) // engine.config.page_size) for text in texts]
     if any(count > pool.free for count, pool in zip(needed, engine.pools, strict=False)):
         raise ConfigError(
             f"Scoring {max(map(len, texts))} tokens takes {max(needed)} pages of the cache, and running requests leave "
             f"{min(pool.free for pool in engine.pools)}. Ask again later, or start with greater cache_tokens."
         )
-    for shard, text in enumerate(texts):
-        requests[shard] = Request(list(map(int, text)), SamplingParams(max_tokens=1))
-        requests[shard].pages = engine.pools[shard].take(needed[shard])
+    idle = engine.shards - len(texts)
+    requests = [Request(list(map(int, text)), SamplingParams(max_tokens=1)) for text in texts] + [None] * idle
+    texts, first = [*texts, *[()] * idle], [*first, *[1] * idle]
+    for request, pool, count in zip(requests, engine.pools, [*needed, *[0] * idle], strict=True):
+        if request:
+            request.pages = pool.take(count)
+    most, found = engine.config.prefill_tokens, [Scored([], []) for _ in needed]
     try:
-        found = [([], []) for _ in texts]
-        for start in range(0, max(map(len, texts)), engine.config.prefill_tokens):
-            counts = [max(min(len(text) - start, engine.config.prefill_tokens), 0) for text in texts]
-            width = bucket(max(counts), SMALLEST_CHUNK)
-            tokens, targets = np.zeros((2, engine.shards, width), np.int32)
-            for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
-                tokens[row, :count] = text[start : start + count]
-                after = text[start + 1 : start + count + 1]
-                targets[row, : len(after)] = after
+        for start in range(0, max(map(len, texts)), most):
+            counts = [max(min(len(text) - start, most), 0) for text in texts]
             starts = [start if count else 0 for count in counts]
-            for row, (logprobs, greedy) in enumerate(engine.scored(requests, tokens, starts, counts, targets)):
+            tokens, targets = cut_out(texts, starts, counts)
+            logprobs, greedy = engine.scored(requests, tokens, starts, counts, targets)
+            for row, scored in enumerate(found):
                 # The model's output at place i is of the token at i + 1.
                 wanted = slice(max(first[row] - 1 - start, 0), min(counts[row], len(texts[row]) - 1 - start))
                 if wanted.stop > wanted.start:
-                    found[row][0].extend(logprobs[wanted].tolist())
-                    found[row][1].extend(greedy[wanted].tolist())
+                    scored.logprobs.extend(logprobs[row, wanted].tolist())
+                    scored.greedy.extend(greedy[row, wanted].tolist())
     finally:
-        for shard, request in enumerate(requests):
+        for request, pool in zip(requests, engine.pools, strict=True):
             if request:
-                engine.pools[shard].give_back(request.pages)
-    return [Scored(*one) for one in found]
+                pool.give_back(request.pages)
+    return found

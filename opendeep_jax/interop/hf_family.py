@@ -74,6 +74,9 @@ FEED_FORWARD = {
     "mlp.gate": "mlp.gate_proj.weight",
     "mlp.up": "mlp.up_proj.weight",
     "mlp.down": "mlp.down_proj.weight",
+    "mlp.gate_bias": "mlp.gate_proj.bias",
+    "mlp.up_bias": "mlp.up_proj.bias",
+    "mlp.down_bias": "mlp.down_proj.bias",
 }
 EXPERTS = {
     "moe.router": "mlp.gate.weight",
@@ -126,6 +129,14 @@ def number(raw: Raw, key: str, default: float | None = None) -> float:
     return value
 
 
+def truth(raw: Raw, key: str) -> bool:
+    """Whether a key is there and true. Raises ConfigError for anything but true and false."""
+    value = raw.get(key, False)
+    if type(value) is not bool:
+        raise ConfigError(f"{key} = {value!r}: must be true or false. Correct the key.")
+    return value
+
+
 def read_heads(raw: Raw, head_dim: int = 0) -> dict[str, Any]:
     """Key/value heads and the size of a head, where a config.json may leave both to the others.
 
@@ -153,9 +164,7 @@ def write_heads(config: ModelConfig) -> dict[str, Any]:
 
 def read_biases(raw: Raw) -> dict[str, Any]:
     """attention_bias, which stands for all four projections."""
-    bias = raw.get("attention_bias", False)
-    if type(bias) is not bool:
-        raise ConfigError(f"attention_bias = {bias!r}: must be true or false. Correct the key.")
+    bias = truth(raw, "attention_bias")
     return {"attention.qkv_bias": bias, "attention.out_bias": bias}
 
 
@@ -191,7 +200,7 @@ def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, A
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_layer_types` reads."""
+    """The keys that `read_layer_types` reads; without a window, transformers needs its own default rather than none."""
     attention = config.attention
     types = [SLIDING if layer in attention.sliding_layers else FULL for layer in range(config.num_layers)]
-    return {"layer_types": types, "sliding_window": attention.window or None}
+    return {"layer_types": types} | ({"sliding_window": attention.window} if attention.window else {})

@@ -71,6 +71,11 @@ def read_ropes(raw: Raw, theta: float, sliding_theta: float) -> dict[str, Any]:
     Raises:
         ConfigError: the sliding layers' rotation is stretched, and not as the others' is.
     """
+    if raw.get("rope_parameters") and not _by_layer_type(raw):
+        raise ConfigError(
+            f"rope_parameters = {raw['rope_parameters']!r}: must have a set for {FULL!r} and one for {SLIDING!r}; "
+            "transformers passes over any other. Write one for each, or the keys rope_theta and rope_scaling."
+        )
     fields = read_rope(raw, theta)
     full = parameters(raw)
     sliding = parameters(raw, SLIDING) if _by_layer_type(raw) else {"rope_type": "default"}

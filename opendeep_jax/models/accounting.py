@@ -33,7 +33,7 @@ def attention_matmul_parameters(config: ModelConfig) -> int:
 def _block_parameters(config: ModelConfig, is_moe: bool, experts: int) -> int:
     """One block's parameters with so many routed experts counted."""
     norms = (4 if config.norm_placement == "both" else 2) * _norm_parameters(config, config.hidden_size)
-    feed_forward = _experts_parameters(config, experts) if is_moe else feed_forward_matmul_parameters(config)
+    feed_forward = _experts_parameters(config, experts) if is_moe else _feed_forward_parameters(config)
     return _attention_parameters(config) + norms + feed_forward
 
 
@@ -47,7 +47,16 @@ def _experts_parameters(config: ModelConfig, experts: int) -> int:
     """Of a mixture with so many routed experts counted."""
     moe, D = config.moe, config.hidden_size
     vectors = moe.num_experts * moe.router_linear_bias + experts * (2 * moe.expert_size + D) * moe.expert_bias
-    return experts_matmul_parameters(config, experts) + vectors
+    shared = _feed_forward_biases(config, moe.shared_size) if moe.num_shared_experts else 0
+    return experts_matmul_parameters(config, experts) + vectors + shared
+
+
+def _feed_forward_parameters(config: ModelConfig) -> int:
+    return feed_forward_matmul_parameters(config) + _feed_forward_biases(config, config.mlp_size)
+
+
+def _feed_forward_biases(config: ModelConfig, size: int) -> int:
+    return ((1 + config.gated_mlp) * size + config.hidden_size) * config.mlp_bias
 
 
 def feed_forward_matmul_parameters(config: ModelConfig) -> int:
@@ -82,7 +91,7 @@ def _layers_parameters(config: ModelConfig, experts: int) -> int:
     mixers = {
         "M": _mamba_parameters(config),
         "*": _attention_parameters(config),
-        "-": feed_forward_matmul_parameters(config),
+        "-": _feed_forward_parameters(config),
         "E": _experts_parameters(config, experts),
     }
     norms = config.num_layers * _norm_parameters(config, config.hidden_size)

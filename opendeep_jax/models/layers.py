@@ -113,7 +113,7 @@ def make_norm(config: ModelConfig, size: int) -> RMSNorm | ZeroCenteredNorm:
 class FeedForward(nnx.Module):
     """`(silu(x G) * (x U)) D`, SwiGLU (Shazeer 2020), or with another activation; without a gate `activation(x U) D`.
 
-    The dense feed-forward and the shared expert.
+    The dense feed-forward and the shared expert. Each projection may have a bias.
     """
 
     def __init__(self, config: ModelConfig, hidden_size: int, *, rngs: nnx.Rngs):
@@ -122,20 +122,31 @@ class FeedForward(nnx.Module):
             self.gate = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
         self.up = weight(rngs, (D, M), ("embed", "mlp"), std, dtype)
         self.down = weight(rngs, (M, D), ("mlp", "embed"), std, dtype)
-        self.precision, self.has_gate = config.precision, config.gated_mlp
+        if config.mlp_bias:
+            self.gate_bias = bias((M,), ("mlp",)) if config.gated_mlp else None
+            self.up_bias = bias((M,), ("mlp",))
+            self.down_bias = bias((D,), ("norm",))
+        self.precision, self.has_gate, self.has_bias = config.precision, config.gated_mlp, config.mlp_bias
         self.activation, self.bounds = config.activation, (config.swiglu_alpha, config.swiglu_limit)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the feed-forward to each position."""
         x = all_gather(x, "tensor", 1)
         if self.has_gate:
-            gate = checkpoint_name(project(x, self.gate[...], precision=self.precision), "mlp_gate")
-        up = checkpoint_name(project(x, self.up[...], precision=self.precision), "mlp_up")
+            gate = project(x, self.gate[...], precision=self.precision)
+            gate = checkpoint_name(self.shifted(gate, "gate_bias"), "mlp_gate")
+        up = project(x, self.up[...], precision=self.precision)
+        up = checkpoint_name(self.shifted(up, "up_bias"), "mlp_up")
         if self.has_gate:
             hidden = gated(self.activation, gate, up, *self.bounds)
         else:
             hidden = activated(self.activation, up)
-        return psum_scatter(project(hidden, self.down[...], precision=self.precision), "tensor", 1)
+        out = psum_scatter(project(hidden, self.down[...], precision=self.precision), "tensor", 1)
+        return self.shifted(out, "down_bias")
+
+    def shifted(self, x: Float[Array, "B L M"], name: str) -> Float[Array, "B L M"]:
+        """With the bias of this name, where the projections have any."""
+        return x + getattr(self, name)[...].astype(x.dtype) if self.has_bias else x
 
 
 class Embedding(nnx.Module):

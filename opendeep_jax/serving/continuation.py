@@ -4,25 +4,16 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.data.text_stream import TextStream
 from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.text_pieces import TextPiece, text_pieces
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
-
-
-class TextPiece(NamedTuple):
-    """What came of one of the prompts."""
-
-    prompt: int
-    """Its place in the list."""
-    text: str
-    finish: str | None
-    """`stop`, `length` or `aborted` with its last piece."""
 
 
 def continued(
@@ -32,37 +23,20 @@ def continued(
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),
 ) -> Iterator[TextPiece]:
-    """Goes on with each prompt until its end, a stop string or its longest length; yields pieces as they come.
+    """Goes on with each prompt until its end, a stop string or its longest length; gives pieces as they come.
 
     Args:
         engine: idle.
         params: each prompt's; the codec's end tokens are added.
         stop: texts that end an output, and are no part of it.
     Raises:
-        ConfigError: a prompt is too long.
+        ConfigError: a prompt is too long; said at once, before the first piece is asked for.
     """
-    requests = {}
-    for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+    requests = []
+    for prompt, one in zip(prompts, params, strict=True):
         ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
-        requests[engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids))] = place, TextStream(codec, stop)
-    open_ = set(requests)
-    while open_:
-        for progress in engine.step():
-            if progress.request not in open_:
-                continue
-            place, stream = requests[progress.request]
-            text, finish = stream.push(progress.tokens), progress.finish
-            if stream.stopped and not finish:
-                engine.abort(progress.request)
-            if finish and not stream.stopped:
-                text += stream.finish()
-            if stream.stopped or finish:
-                open_.remove(progress.request)
-                yield TextPiece(place, text, "stop" if stream.stopped else finish)
-            elif text:
-                yield TextPiece(place, text, None)
-    while engine.busy:
-        engine.step()
+        requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids)))
+    return text_pieces(engine, requests, [TextStream(codec, stop) for _ in requests])
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -112,7 +112,8 @@ async def _ready(request: Request) -> Response:
     """Whether requests are taken: not while the model is made ready, and not once the server is told to end."""
     service = _served(request).service
     status = "ready" if service.ready else "draining" if service.draining else "starting"
-    return JSONResponse({"status": status}, 200 if service.ready else 503)
+    body = {"status": status} | ({"progress": service.progress} if status == "starting" and service.progress else {})
+    return JSONResponse(body, 200 if service.ready else 503)
 
 
 async def _metrics(request: Request) -> Response:

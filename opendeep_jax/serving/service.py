@@ -119,6 +119,8 @@ class EngineService:
         """What the engine failed with; empty once it works again."""
         self.refusal: Exception | None = None
         """Why the engine could not be made in the first place."""
+        self.progress = ""
+        """What is being done while the engine is made, for whoever waits for it; `make_engine` may say."""
         self.draining = False
         self._tickets: set[Ticket] = set()
         self._scoring = 0

@@ -1,6 +1,6 @@
 """Where a model to generate with comes from: a run, a Hugging Face directory, or a GGUF file.
 
-JAX is loaded by `open_model` only, so that a source that is none is refused at once.
+JAX is loaded with the weights only, so that a source that is none is refused at once.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from opendeep_jax.data.text_codec import TextCodec
     from opendeep_jax.models.decoder import Decoder
 
@@ -70,13 +72,14 @@ def open_codec(source: str | Path) -> tuple["TextCodec", str]:
             return text_codec.codec_from_tokenizer(run_tokenizer(path)), load_run_config(path).name or path.name
 
 
-def open_weights(source: str | Path, dtype: str = "", step: int | None = None) -> "Decoder":
+def open_weights(source: str | Path, dtype: str = "", step: int | None = None, mesh: "Mesh | None" = None) -> "Decoder":
     """The model of a source.
 
     Args:
         source: A run's work directory, a Hugging Face directory, or a .gguf file.
         dtype: Of the weights and the computation, float32 or bfloat16; by default float32 on CPUs, else bfloat16.
         step: Checkpoint of a run; the newest by default.
+        mesh: Devices that each array is divided over as it is read; by default all go to the first device.
 
     Raises:
         ConfigError: there is no such model, or its files are not sound.
@@ -86,22 +89,30 @@ def open_weights(source: str | Path, dtype: str = "", step: int | None = None) -
     check_choice(kind, source, dtype, step)
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # a second start then compiles nothing
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opendeep", "xla")
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_programs()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     match kind:
         case "gguf":
             from opendeep_jax.interop.gguf import load_gguf
 
-            return load_gguf(path, dtype=dtype)
+            return load_gguf(path, dtype=dtype) if mesh is None else _divided_gguf(path, dtype, mesh)
         case "hf":
             from opendeep_jax.interop import load_hf
 
-            return load_hf(path, dtype=dtype)
+            return load_hf(path, dtype=dtype, mesh=mesh)
         case "run":
-            return _run_weights(path, dtype, step)
+            return _run_weights(path, dtype, step, mesh)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's cache directory, so that a second start compiles nothing; where JAX was
+    told another place already, there."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "opendeep", "xla")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> tuple["Decoder", "TextCodec", str]:
@@ -119,13 +130,33 @@ def check_choice(kind: str, source: str | Path, dtype: str, step: int | None) ->
         raise ConfigError(f"--step={step}: only a run has steps, and {source} is none. Leave --step out.")
 
 
-def _run_weights(workdir: Path, dtype: str, step: int | None) -> "Decoder":
+def _run_weights(workdir: Path, dtype: str, step: int | None, mesh: "Mesh | None") -> "Decoder":
     from opendeep_jax.models.parameters import skeleton, split
     from opendeep_jax.train.checkpoint import load_model
 
-    model, config = load_model(workdir, step)
+    model, config = load_model(workdir, step, mesh)
     _, params, router_bias = split(model)
     del model
     for name in list(params):  # one after the other, so that the masters go as their copies come
         params[name] = params[name].astype(dtype)
     return skeleton(dataclasses.replace(config.model, dtype=dtype)).model(params, router_bias)
+
+
+def _divided_gguf(path: Path, dtype: str, mesh: "Mesh") -> "Decoder":
+    """The model of a file, read into the host's memory and from there divided over a mesh."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from opendeep_jax.interop.gguf import load_gguf
+    from opendeep_jax.models.parameters import split
+    from opendeep_jax.parallel.axes import weight_specs
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = load_gguf(path, dtype=dtype)
+    frame, params, router_bias = split(model)
+    del model
+    specs = weight_specs(frame, mesh)
+    for arrays in (params, router_bias):
+        for name in list(arrays):  # one after the other, so that the host's copies go as the devices' come
+            arrays[name] = jax.device_put(arrays[name], NamedSharding(mesh, specs[name]))
+    return frame.model(params, router_bias)

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -314,9 +315,18 @@ def remove_partial(directory: Path) -> None:
 
 def quieten_orbax() -> None:
     """Keeps Orbax from printing the frames of failures that it raises anyway, unless the log level is info or more."""
-    if not logging.getLogger("absl").isEnabledFor(logging.INFO):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").addFilter(_is_no_disk_failure)
+    if logging.getLogger("absl").isEnabledFor(logging.INFO):
+        return
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_no_disk_failure)
+    before = sys.unraisablehook
+    if getattr(before, "__module__", "") != __name__:
+        # After a write has failed, those beside it end too, and find nobody who waits for them: once for each array.
+        def unless_late(unraisable: Any) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":
+                before(unraisable)
+
+        sys.unraisablehook = unless_late
 
 
 def _is_no_disk_failure(record: logging.LogRecord) -> bool:

@@ -1,5 +1,6 @@
 """The compiled training step, for each shape of batch that a run has."""
 
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from opendeep_jax.config.schedule import Stage, stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.parallel.chips import CHIPS, GB
+from opendeep_jax.parallel.distributed import share, words
 from opendeep_jax.parallel.mesh import batch_sharding, global_rows
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
@@ -107,8 +109,18 @@ class Programs:
         if shape not in self.compiled:
             batch = abstract_batch(self.config, stage_at(self.config, step), self.mesh)
             self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.options)
+            _meet(f"compiled/{len(self.compiled)}")
         return self.compiled[shape]
 
     def _shape(self, step: int) -> tuple[int, int]:
         stage = stage_at(self.config, step)
         return stage.batch_size, stage.length
+
+
+def _meet(name: str) -> None:
+    """Returns when all processes of the job are here. A first collective does not wait long for a peer: half a minute
+    on a CPU, which on busy cores another one may take longer to compile. The watchdog ends a wait for one that is gone.
+    """
+    share(f"{name}/{jax.process_index()}", "")
+    while len(words(name)) < jax.process_count():
+        time.sleep(0.05)

@@ -10,6 +10,7 @@ taken on this process's monotonic clock from when news arrived, so clocks that j
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -23,12 +24,15 @@ from jax._src import distributed
 from opendeep_jax.config.exits import RESUME, Resume
 from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.parallel.distributed import host_of, share, words
+from opendeep_jax.train.checkpoint_files import short
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.last_words import leave_last_words
 
 STACKS = "stacks"
 SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "replay": 10.0, "restore": 10.0}
 """What may take so many times faults.hang_seconds."""
+OUT_OF_TOUCH = "DEADLINE_EXCEEDED|UNAVAILABLE|timed out|timeout|connection (closed|reset|refused)|broken pipe"
+"""What collectives say where a peer does not answer."""
 
 
 class Watchdog:
@@ -93,7 +97,8 @@ class Watchdog:
     def lost_peer(self, error: BaseException) -> Resume | None:
         """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
 
-        A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was.
+        A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was. Where all
+        are still heard of, it was the network between them, or one that came too late.
         """
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError):
             return None
@@ -106,7 +111,17 @@ class Watchdog:
                 self._leave_traces(text, missing)
                 return Resume(text)
             time.sleep(self._interval)
-        return None
+        if not re.search(OUT_OF_TOUCH, str(error), re.IGNORECASE):
+            return None
+        traceback.print_exception(error, file=self._file)
+        text = (
+            f"process {jax.process_index()} could not exchange arrays with the others ({short(error)}), and all of them "
+            "are still heard of: one of them came too late, or the network between them broke. The stacks are in "
+            f"{self._stacks}. Nothing that was saved is lost: start the same command again. If it comes again, look for "
+            "a machine that is much busier than the others, and at their network."
+        )
+        self._leave_traces(text, [])
+        return Resume(text)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):

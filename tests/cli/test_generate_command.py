@@ -1,6 +1,7 @@
 """`opendeep generate` continues prompts with any model, one as it comes or many as JSON lines."""
 
 import json
+import re
 
 import pytest
 
@@ -47,7 +48,16 @@ def test_many_prompts_give_json_lines_in_their_order_that_are_what_each_gives_al
 
 def test_drafts_change_no_text(generate, capsys):
     settings = ["--prompt=def f(", "--max_tokens=30", "--temperature=0"]
-    assert generate(capsys, *settings, "--speculate=2")[1] == generate(capsys, *settings)[1]
+    _, drafted, errors = generate(capsys, *settings, "--speculate=2")
+    assert drafted == generate(capsys, *settings)[1]
+    assert re.fullmatch(r"\d+ of \d+ drafted tokens stood\.\n", errors)
+
+
+def test_a_mesh_writes_what_one_device_writes(generate, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("import \ndef main(\nx\n")
+    settings = [f"--prompts={tmp_path / 'prompts.txt'}", "--max_tokens=12", "--temperature=0"]
+    status, divided, errors = generate(capsys, *settings, "--parallel.tensor=2", "--parallel.expert=2")
+    assert (status, divided) == (0, generate(capsys, *settings)[1]), errors
 
 
 def test_a_stop_text_ends_the_continuation_before_itself(generate, capsys):
@@ -70,6 +80,11 @@ def test_a_stop_text_ends_the_continuation_before_itself(generate, capsys):
         (["--model=elsewhere"], "are both given"),
         (["--prompt=x", "--prompts=y"], "are both given"),
         (["--prompts=nowhere.txt"], "cannot be read"),
+        (["--parallel.context=2"], "--parallel.context: generation divides neither a text nor"),
+        (["--parallel.tensor=3"], "--parallel.tensor=3: 3 does not divide the 8 devices that are found here"),
+        (["--parallel.data=-1", "--parallel.fsdp=-1"], "one may be -1"),
+        (["--parallel.tensor=0"], "--parallel.tensor=0: each must be at least 1"),
+        (["--parallel.tensor=8"], "must divide over parallel.tensor = 8"),
         (["--workdr=x"], "Did you mean --workdir?"),
         (["--speculate=16"], "speculate = 16"),
         (["--prompt=" + "word " * 200], "prompt and output together may have 64"),
@@ -88,5 +103,5 @@ def test_files_without_prompts_are_refused(text, generate, capsys, tmp_path):
 
 
 def test_a_model_must_be_named_and_be_there(capsys, tmp_path):
-    assert main(["generate"]) == 2 and "--workdir is missing" in capsys.readouterr().err
+    assert main(["generate"]) == 2 and "--model is missing" in capsys.readouterr().err
     assert main(["generate", f"--workdir={tmp_path}"]) == 2 and "holds no model" in capsys.readouterr().err

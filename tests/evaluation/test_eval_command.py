@@ -62,6 +62,18 @@ def test_a_text_is_measured(tiny_directory, tmp_path, capsys):
     assert found["model"]["source"] == str(tiny_directory)
 
 
+def test_a_mesh_measures_what_one_device_measures(tiny_directory, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text to foretell, again and again. " * 5, "utf-8")
+    command = ["eval", f"--model={tiny_directory}", f"--text={tmp_path / 'a.txt'}"]
+    one, divided = (
+        json.loads(capsys.readouterr().out)
+        for more in ([], ["--parallel.data=2", "--parallel.tensor=2"])
+        if main([*command, *more]) == 0
+    )
+    assert divided.pop("nats") == pytest.approx(one.pop("nats"), rel=1e-5)
+    assert divided["model"] == one["model"] and divided["windows"] == one["windows"]
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -72,6 +84,7 @@ def test_a_text_is_measured(tiny_directory, tmp_path, capsys):
         (["--tasks=colours", "--limit=-1"], "--limit=-1: must be at least 0"),
         (["--tasks=colours", "--out=/nowhere/a.json"], "its directory is not there"),
         (["--tasks=colours", "--step=3"], "only a run has steps"),
+        (["--tasks=colours", "--parallel.stage=2"], "--parallel.stage: generation divides neither"),
         (["--text=nowhere.txt"], "there is no such file"),
         (["--tasks=colours", "--include_path=/nowhere"], "is no directory"),
         (["--tasks=,"], "names no task"),
@@ -88,7 +101,7 @@ def test_no_source_and_no_run_are_refused(tmp_path, capsys):
     assert main(["eval"]) == 2
     assert "--model is missing" in capsys.readouterr().err
     assert main(["eval", f"--workdir={tmp_path}"]) == 2
-    assert "no run can be read there" in capsys.readouterr().err
+    assert "holds no model" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the harness reads its thousands of tasks

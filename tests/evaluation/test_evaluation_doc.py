@@ -29,7 +29,6 @@ def test_the_commands_run(tiny_directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "opendeep_jax.train.evaluate.evaluate_workdir", lambda workdir, step: {"held_out_bits_per_byte": 1.0}
     )
-    monkeypatch.setattr("opendeep_jax.cli.evaluate.load_run_config", lambda workdir: None)
     shutil.copytree(tiny_directory, tmp_path / "models/SmolLM2")
     for directory in ("texts", "tasks", "runs/quickstart"):
         Path(directory).mkdir(parents=True)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, ParallelConfig
-from opendeep_jax.generation.cache import cache_spec, position_shapes
+from opendeep_jax.generation.cache import cache_spec, page_shapes
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.programs import advance, on_mesh
 from opendeep_jax.generation.weights import Weights, make_bones, weight_specs
@@ -57,8 +57,8 @@ def compiled():
         arrays(bones.shared, specs.shared),
     )
     pools = {
-        name: abstract((4 * PAGES, PAGE, *shape), jnp.bfloat16, cache_spec(name))
-        for name, shape in position_shapes(MODEL, "tpu").items()
+        name: abstract((4 * PAGES, *shape), jnp.bfloat16, cache_spec(name))
+        for name, shape in page_shapes(MODEL, PAGE, "tpu").items()
     }
 
     def compiled(first: bool, rows: int, new: int):

@@ -7,7 +7,7 @@ from generators import LENGTH, SETTINGS, engine_of, logits_of, model_of
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import ParallelConfig
-from opendeep_jax.generation.cache import bytes_per_token, position_shapes
+from opendeep_jax.generation.cache import bytes_per_token, page_shapes
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.scoring import score
@@ -69,4 +69,4 @@ def test_the_cache_of_deepseek_v3_takes_what_its_report_says():
     v3 = load_recipe("deepseek_v3").model
     assert bytes_per_token(v3) == 2 * (512 + 64) * 61
     assert bytes_per_token(v3, mtp=True) == 2 * (512 + 64) * 62
-    assert position_shapes(v3, "tpu") == {"latent": (640,)}
+    assert page_shapes(v3, 64, "tpu") == {"latent": (64, 640)}

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from live_server import TEMPLATE, live
 from small_models import V3, random_model
 
 import opendeep_jax
-from opendeep_jax.cli import chat
+from opendeep_jax.cli import chat, serve
 from opendeep_jax.data.text_codec import codec_from_tokenizer
 from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.generation.engine import Engine, EngineConfig
@@ -86,7 +87,7 @@ def test_the_command_serves_and_drains_on_sigterm(tiny):
     finally:
         process.kill()
         out, err = process.communicate()
-    assert "Traceback" not in err
+    assert "Traceback" not in err and re.search(r"^compiled \d+ programs in \d+ s$", err, flags=re.MULTILINE)
 
 
 def test_an_engine_that_cannot_be_ends_the_command_with_the_reason(tiny):
@@ -156,3 +157,34 @@ def test_chat_says_what_the_server_says(tiny, server, capsys):
     ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
     message = server.post("/v1/chat/completions", ask).json()["choices"][0]["message"]
     assert message["content"] and capsys.readouterr().out == message["content"] + "\n"
+
+
+def test_a_mesh_says_what_one_device_says(tiny, capsys):
+    ask = [f"--model={tiny}", "--prompt=hello", "--max_tokens=12", "--temperature=0", "--max_length=256"]
+    chat.main(ask)
+    alone = capsys.readouterr().out
+    chat.main([*ask, "--parallel.tensor=2", "--parallel.fsdp=2"])
+    assert capsys.readouterr().out == alone != ""
+
+
+class Waiting:
+    """Of a service, what `serve` writes to and asks while it compiles."""
+
+    progress, draining = "", False
+
+
+def test_what_is_compiled_is_said_and_a_server_that_is_told_to_end_stops_it(monkeypatch, capsys):
+    service, seen = Waiting(), []
+
+    def warm_up(engine, longest):
+        for done in range(3):
+            yield done, 2
+            seen.append(service.progress)
+
+    monkeypatch.setattr("opendeep_jax.generation.warm_up.warm_up", warm_up)
+    serve._compile(None, 64, service)
+    assert [line.rpartition(",")[0] for line in seen] == ["compiling 1 of 2 programs", "compiling 2 of 2 programs", ""]
+    assert re.fullmatch(r"compiled 2 programs in \d+ s\n", capsys.readouterr().err)
+    service.draining = True
+    serve._compile(None, 64, service)
+    assert len(seen) == 3 and capsys.readouterr().err == ""

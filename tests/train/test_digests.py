@@ -59,8 +59,14 @@ def test_only_sums_travel_between_devices():
         jax.device_put(np.ones((8, 16), np.float32), NamedSharding(place, spec))
         for spec in (PartitionSpec("a", "b"), PartitionSpec("b"), PartitionSpec())
     ]
-    text = module._lanes_program(place).lower(tree).compile().as_text()
+    text = module._lanes_program(*module._placement(tree)).lower(tree).compile().as_text()
     assert set(re.findall(r"\b(all-\w+|collective-\w+|reduce-scatter)[\w-]*\(", text)) == {"all-reduce"}
+
+
+def test_a_digest_is_one_pass_over_the_array_and_takes_no_memory_of_its_size():
+    leaves = [jax.ShapeDtypeStruct((529, 1024), jnp.float32)] * 2
+    used = module._lanes_program(None, ()).lower(leaves).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 65536
 
 
 def test_a_program_compiled_ahead_gives_the_same_and_takes_others_too():

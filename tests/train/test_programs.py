@@ -1,6 +1,8 @@
 """What a step is compiled with: kernels that the platform has, and the options of its chip."""
 
 import dataclasses
+import threading
+import time
 
 import jax
 import pytest
@@ -11,6 +13,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ExecutionConfig
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.train import programs
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import check_implementations, compiler_options
 from opendeep_jax.train.state import abstract_state, bytes_on_each_device
@@ -70,3 +73,14 @@ def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
     assert "xla_tpu_enable_sparse_core_collective_offload_all_gather" in v5p
     assert "xla_tpu_enable_async_ragged_all_to_all" in v5p
     assert compiler_options(config, "h100", "gpu", state) == {"xla_gpu_two": "2", "xla_three": "a=b"}
+
+
+def test_no_process_begins_its_first_step_before_all_have_compiled_it(monkeypatch):
+    here = {"0": ""}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(programs, "words", lambda name: dict(here))
+    late = threading.Timer(0.4, lambda: here.update({"1": ""}))
+    begun = time.monotonic()
+    late.start()
+    programs._meet("compiled/1")
+    assert time.monotonic() - begun >= 0.4

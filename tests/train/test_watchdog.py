@@ -8,10 +8,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import opendeep_jax
-from opendeep_jax.config.exits import RESUME
+from opendeep_jax.config.exits import RESUME, Resume
 from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.train.events import read_events
 from opendeep_jax.train.watchdog import SLOWER, STACKS, Watchdog
@@ -107,6 +108,33 @@ def test_a_process_alone_has_no_peer_to_lose(error, end, tmp_path):
     with Watchdog(tmp_path, FaultsConfig(peer_seconds=30), end) as watchdog:
         assert watchdog.lost_peer(error) is None
     assert time.monotonic() - begun < 5
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """This process takes itself for the first of two, the other of which is heard of."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(Watchdog, "_missing", lambda self: [])
+
+
+GLOO = "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: x [type.googl"
+
+
+def test_a_peer_that_comes_too_late_to_a_collective_asks_for_another_start(end, first_of_two, tmp_path):
+    with Watchdog(tmp_path, FaultsConfig(peer_seconds=0.5), end) as watchdog:
+        watchdog.doing("step", 3)
+        found = watchdog.lost_peer(jax.errors.JaxRuntimeError(GLOO))
+    assert isinstance(found, Resume) and "\n" not in str(found)
+    for words in ("GetKeyValue() timed out", "one of them came too late", "start the same command again"):
+        assert words in str(found)
+    assert read_events(tmp_path, "hang")[0]["text"] == str(found)
+    assert GLOO in (tmp_path / STACKS / "process_0.txt").read_text()
+
+
+def test_a_bug_of_this_process_stays_one_where_no_peer_is_missing(end, first_of_two, tmp_path):
+    with Watchdog(tmp_path, FaultsConfig(peer_seconds=0.5), end) as watchdog:
+        assert watchdog.lost_peer(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ")) is None
+    assert not read_events(tmp_path)
 
 
 LAST_WORDS = """

@@ -8,8 +8,19 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ModelConfig, RopeConfig
-from opendeep_jax.interop.hf_family import EXPERTS, FEED_FORWARD, FIELDS, PRE_NORMS, Family, Raw, number, require, whole
-from opendeep_jax.interop.hf_rope import KEYS, parameters
+from opendeep_jax.interop.hf_family import (
+    EXPERTS,
+    FEED_FORWARD,
+    FIELDS,
+    PRE_NORMS,
+    Family,
+    Raw,
+    number,
+    require,
+    truth,
+    whole,
+)
+from opendeep_jax.interop.hf_rope import KEYS, parameters, read_rope, write_scaling
 
 MOE_FIELDS = {
     "num_experts_per_tok": "moe.experts_per_token",
@@ -47,6 +58,9 @@ BLOCK = (
         "moe.shared.gate": "mlp.shared_experts.gate_proj.weight",
         "moe.shared.up": "mlp.shared_experts.up_proj.weight",
         "moe.shared.down": "mlp.shared_experts.down_proj.weight",
+        "moe.shared.gate_bias": "mlp.shared_experts.gate_proj.bias",
+        "moe.shared.up_bias": "mlp.shared_experts.up_proj.bias",
+        "moe.shared.down_bias": "mlp.shared_experts.down_proj.bias",
     }
 )
 
@@ -59,7 +73,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
             f"of the num_attention_heads = {raw['num_attention_heads']} query heads. Make the two equal."
         )
     depth = {"mtp.depth": raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0}
-    return _read_routing(raw) | depth | _read_rope(raw)
+    return _read_routing(raw) | depth | _read_rope(raw) | {"mlp_bias": truth(raw, "mlp_bias")}
 
 
 def _read_routing(raw: Raw) -> dict[str, Any]:
@@ -98,17 +112,14 @@ def _read_routing(raw: Raw) -> dict[str, Any]:
 def _read_rope(raw: Raw) -> dict[str, Any]:
     """Rotation and YaRN. DeepSeek's temperature is in the softmax too, which no other family's is."""
     found = parameters(raw)
-    fields: dict[str, Any] = {
-        "theta": number(found, "rope_theta", raw.get("rope_theta", 10_000.0)),
-        "interleaved": raw.get("rope_interleave", True),
-    }
-    if found["rope_type"] == "yarn":
-        fields |= _read_yarn(raw, found)
-    elif found["rope_type"] != "default":
-        raise ConfigError(
-            f"rope type = {found['rope_type']!r}: must be 'yarn' or 'default'. No released DeepSeek model uses another."
-        )
-    return {f"attention.rope.{name}": value for name, value in fields.items()}
+    if raw["model_type"] == "deepseek_v2":
+        require(raw, "rope_interleave", True)
+    interleaved = {"attention.rope.interleaved": raw.get("rope_interleave", True)}
+    if found["rope_type"] != "yarn":
+        require(found, "mscale_all_dim", 0)  # transformers would have it in the softmax for these kinds, too
+        return interleaved | read_rope(raw)
+    fields = {"theta": number(found, "rope_theta", raw.get("rope_theta", 10_000.0)), **_read_yarn(raw, found)}
+    return interleaved | {f"attention.rope.{name}": value for name, value in fields.items()}
 
 
 def _read_yarn(raw: Raw, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +150,7 @@ def config_to(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "num_key_value_heads": config.attention.num_heads,
         "num_nextn_predict_layers": config.mtp.depth,
         "q_lora_rank": config.attention.q_lora_rank or None,
+        "mlp_bias": config.mlp_bias,
         "scoring_func": ROUTING[model_type]["fields"]["moe.scoring"],
         "topk_method": ROUTING[model_type]["topk_methods"][-1 if moe.num_groups > 1 else 0],
     }
@@ -156,7 +168,7 @@ def config_to(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any]:
-    raw = {"rope_theta": rope.theta, "rope_interleave": rope.interleaved, "rope_scaling": None}
+    raw = {"rope_theta": rope.theta, "rope_interleave": rope.interleaved, "rope_scaling": write_scaling(rope)}
     if rope.yarn_factor == 1:
         return raw
     scaling = {
@@ -226,10 +238,10 @@ DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     fields=DEEPSEEK_V3.fields,
     defaults=DEEPSEEK_V3.defaults,
-    fixed=DEEPSEEK_V3.fixed,
+    fixed={key: value for key, value in DEEPSEEK_V3.fixed.items() if key != "mlp_bias"},
     implied=DEEPSEEK_V3.implied,
     block=BLOCK,
     read=config_from,
     write=lambda config: config_to(config, "deepseek_v2"),
-    understood=DEEPSEEK_V3.understood,
+    understood=(*DEEPSEEK_V3.understood, "mlp_bias"),
 )

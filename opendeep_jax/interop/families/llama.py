@@ -14,6 +14,7 @@ from opendeep_jax.interop.hf_family import (
     Raw,
     read_biases,
     read_heads,
+    truth,
     write_biases,
     write_heads,
 )
@@ -22,12 +23,13 @@ from opendeep_jax.interop.hf_rope import KEYS, read_rope, write_rope
 
 def config_from(raw: Raw) -> dict[str, Any]:
     """Heads, biases and rotation."""
-    return read_heads(raw) | read_biases(raw) | read_rope(raw)
+    return read_heads(raw) | read_biases(raw) | read_rope(raw) | {"mlp_bias": truth(raw, "mlp_bias")}
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The keys that `config_from` reads."""
-    return write_heads(config) | write_biases(config) | write_rope(config.attention.rope)
+    rope = write_rope(config.attention.rope)
+    return write_heads(config) | write_biases(config) | rope | {"mlp_bias": config.mlp_bias}
 
 
 LLAMA = Family(
@@ -35,10 +37,10 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     fields=FIELDS,
     defaults=DEFAULTS | {"max_position_embeddings": 2048},
-    fixed={"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False, "partial_rotary_factor": 1.0},
+    fixed={"hidden_act": "silu", "rope_interleaved": False, "partial_rotary_factor": 1.0},
     implied=IMPLIED,
     block=PRE_NORMS | GROUPED_QUERY_ATTENTION | FEED_FORWARD,
     read=config_from,
     write=config_to,
-    understood=("num_key_value_heads", "head_dim", "attention_bias", "is_llama_config", *KEYS),
+    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "is_llama_config", *KEYS),
 )

@@ -15,6 +15,7 @@ from opendeep_jax.interop.hf_family import (
     number,
     read_biases,
     read_heads,
+    truth,
     write_biases,
     write_heads,
 )
@@ -27,14 +28,16 @@ def config_from(raw: Raw) -> dict[str, Any]:
     part = number(parameters(raw), "partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
     if not 0 < part <= 1:
         raise ConfigError(f"partial_rotary_factor = {part}: must be above 0 and at most 1. Correct the key.")
-    return heads | read_biases(raw) | read_rope(raw) | {"attention.rotary_dim": int(heads["attention.head_dim"] * part)}
+    own = {"attention.rotary_dim": int(heads["attention.head_dim"] * part), "mlp_bias": truth(raw, "mlp_bias")}
+    return heads | read_biases(raw) | read_rope(raw) | own
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
     """The keys that `config_from` reads."""
     attention = config.attention
     part = (attention.rotary_dim or attention.head_dim) / attention.head_dim
-    return write_heads(config) | write_biases(config) | write_rope(attention.rope) | {"partial_rotary_factor": part}
+    own = {"partial_rotary_factor": part, "mlp_bias": config.mlp_bias}
+    return write_heads(config) | write_biases(config) | write_rope(attention.rope) | own
 
 
 NEMOTRON = Family(
@@ -42,7 +45,7 @@ NEMOTRON = Family(
     architecture="NemotronForCausalLM",
     fields={key: field for key, field in FIELDS.items() if key != "rms_norm_eps"} | {"norm_eps": "norm_epsilon"},
     defaults=DEFAULTS | {"max_position_embeddings": 4096, "initializer_range": 0.0134, "norm_eps": 1e-5},
-    fixed={"hidden_act": "relu2", "mlp_bias": False},
+    fixed={"hidden_act": "relu2"},
     implied=IMPLIED | {"norm": "layer_zero_centered", "activation": "relu2", "gated_mlp": False},
     block=GROUPED_QUERY_ATTENTION
     | FEED_FORWARD
@@ -54,5 +57,5 @@ NEMOTRON = Family(
     },
     read=config_from,
     write=config_to,
-    understood=("num_key_value_heads", "head_dim", "attention_bias", "rms_norm_eps", "rope_percent", *KEYS),
+    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_percent", *KEYS),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, read_heads, whole, write_heads
+from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, read_heads, truth, whole, write_heads
 
 HEAD_DIM = 128
 LETTERS = {
@@ -82,7 +82,8 @@ def config_from(raw: Raw) -> dict[str, Any]:
         )
     if "head_dim" not in raw and "attention_head_dim" in raw:
         raw = {**raw, "head_dim": raw["attention_head_dim"]}
-    fields = {"layer_pattern": pattern, "num_layers": len(pattern), **read_heads(raw, HEAD_DIM)}
+    fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": truth(raw, "mlp_bias")}
+    fields |= read_heads(raw, HEAD_DIM)
     fields |= {field: raw[key] for key, field in OLDER_NAMES.items() if key in raw}
     return fields | (_experts_from(raw) if "E" in pattern else {})
 
@@ -112,6 +113,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "hybrid_override_pattern": config.layer_pattern or "*" * config.num_layers,  # not what other models are
         "num_hidden_layers": config.num_layers,
         "tie_word_embeddings": False,
+        "mlp_bias": config.mlp_bias,
     } | write_heads(config)
     if "E" in config.layer_pattern:
         moe = {"moe." + name: getattr(config.moe, name) for name in config.moe.__dataclass_fields__}
@@ -151,7 +153,6 @@ NEMOTRON_H = Family(
         "mlp_hidden_act": "relu2",
         "mamba_hidden_act": "silu",
         "use_bias": False,
-        "mlp_bias": False,
         "attention_bias": False,
         "mamba_proj_bias": False,
     },
@@ -179,12 +180,16 @@ NEMOTRON_H = Family(
         "attention.out": "mixer.o_proj.weight",
         "mlp.up": "mixer.up_proj.weight",
         "mlp.down": "mixer.down_proj.weight",
+        "mlp.up_bias": "mixer.up_proj.bias",
+        "mlp.down_bias": "mixer.down_proj.bias",
         "moe.router": "mixer.gate.weight",
         "moe.router_bias": "mixer.gate.e_score_correction_bias",
         "moe.up": "mixer.experts.{expert}.up_proj.weight",
         "moe.down": "mixer.experts.{expert}.down_proj.weight",
         "moe.shared.up": "mixer.shared_experts.up_proj.weight",
         "moe.shared.down": "mixer.shared_experts.down_proj.weight",
+        "moe.shared.up_bias": "mixer.shared_experts.up_proj.bias",
+        "moe.shared.down_bias": "mixer.shared_experts.down_proj.bias",
     },
     top={
         "embedding.embedding": "backbone.embeddings.weight",
@@ -204,6 +209,7 @@ NEMOTRON_H = Family(
         "num_hidden_layers",
         "num_key_value_heads",
         "head_dim",
+        "mlp_bias",
         "attention_head_dim",
         "num_local_experts",
         "n_shared_experts",
