@@ -13,7 +13,7 @@ from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import widened
-from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache
+from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache, as_numbers, as_stored
 from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from opendeep_jax.models.layers import Context
 from opendeep_jax.ops.linear import project
@@ -49,7 +49,7 @@ def written(cache: LayerCache, values: dict[str, Array], places: Places) -> Laye
 
         def paged(name: str, pool: Array) -> Array:
             x = values[name].reshape(*table.shape, size, *values[name].shape[2:])
-            return jnp.moveaxis(x, 2, 1 + PAGE_AXIS[name]).astype(pool.dtype)
+            return as_stored(jnp.moveaxis(x, 2, 1 + PAGE_AXIS[name]), pool.dtype)
 
         return {name: pool.at[table].set(paged(name, pool)) for name, pool in cache.items()}
     number = places.positions // size
@@ -60,7 +60,8 @@ def written(cache: LayerCache, values: dict[str, Array], places: Places) -> Laye
         return page, *[slice(None)] * (PAGE_AXIS[name] - 1), places.positions % size
 
     return {
-        name: pool.at[in_pages(name)].set(values[name].astype(pool.dtype), mode="drop") for name, pool in cache.items()
+        name: pool.at[in_pages(name)].set(as_stored(values[name], pool.dtype), mode="drop")
+        for name, pool in cache.items()
     }
 
 
@@ -122,7 +123,7 @@ def _visible_pages(places: Places, size: int, window: int | None) -> tuple[Int[A
 
 
 def _gathered(pool: Float[Array, "P *rest"], pages: Int[Array, "B N"]) -> Float[Array, "B N *rest"]:
-    return pool.at[pages].get(mode="promise_in_bounds")
+    return as_numbers(pool.at[pages].get(mode="promise_in_bounds"))
 
 
 def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> Float[Array, "B T H Q"]:
@@ -185,11 +186,14 @@ def latent(
         absorbed = jnp.einsum("nhq,chq->nhc", *widened(split(nope), up_key.astype(nope.dtype)))
         # Each new token is a row of its own that sees its own positions.
         lengths = jnp.where(places.present, places.positions + 1, 0).reshape(-1)
-        pages = jnp.repeat(places.pages, rows[1], axis=0)
+        pool, pages = cache["latent"], jnp.repeat(places.pages, rows[1], axis=0)
+        if pool.dtype != new.dtype:  # stored as integers: only what is looked at is turned into numbers
+            pool = _gathered(pool, places.pages).reshape(-1, *pool.shape[1:])
+            pages = jnp.repeat(jnp.arange(len(pool)).reshape(places.pages.shape), rows[1], axis=0)
         out = mla_decode(
             absorbed.astype(x.dtype),
             split(rope),
-            cache["latent"],
+            pool,
             pages,
             lengths,
             attention.scale,

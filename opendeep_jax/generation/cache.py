@@ -39,6 +39,23 @@ def page_shapes(config: ModelConfig, page_size: int, platform: str = "cpu") -> d
     return {"key": (heads, size, page_size), "value": (heads, page_size, size)}
 
 
+def stored_dtype(config: ModelConfig, platform: str) -> str:
+    """How numbers lie in the pages. A CPU's XLA makes a float32 copy of a whole bfloat16 pool to write a row of it; the
+    same bits as integers it writes in place.
+    """
+    return "uint16" if platform == "cpu" and config.dtype == "bfloat16" else config.dtype
+
+
+def as_stored(x: jax.Array, dtype) -> jax.Array:
+    """Numbers as pages of this dtype keep them."""
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype) if dtype == jnp.uint16 else x.astype(dtype)
+
+
+def as_numbers(x: jax.Array) -> jax.Array:
+    """The numbers that pages keep."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
 PAGE_AXIS = {"key": 3, "value": 2, "latent": 1}
 """Which axis of a pool counts a page's positions."""
 
@@ -50,6 +67,11 @@ def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "convolution": (mamba.conv_kernel - 1, mamba.conv_size),
         "state": (mamba.num_heads, mamba.head_dim, mamba.state_size),
     }
+
+
+def slot_dtype(config: ModelConfig, name: str) -> str:
+    """The dtype of what a layer of Mamba-2 keeps under this name."""
+    return "float32" if name == "state" else config.dtype
 
 
 def layer_kinds(config: ModelConfig, mtp: bool = False) -> str:
@@ -65,8 +87,8 @@ def cache_names(config: ModelConfig, kind: str) -> tuple[str, ...]:
 def bytes_per_slot(config: ModelConfig) -> int:
     """Bytes that one request takes in all layers of Mamba-2, however long it is; 0 for other models."""
     shapes = slot_shapes(config)
-    sizes = {"convolution": jnp.dtype(config.dtype).itemsize, "state": 4}
-    return config.layer_pattern.count("M") * sum(math.prod(shapes[name]) * size for name, size in sizes.items())
+    sizes = [math.prod(shape) * jnp.dtype(slot_dtype(config, name)).itemsize for name, shape in shapes.items()]
+    return config.layer_pattern.count("M") * sum(sizes)
 
 
 def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu") -> int:

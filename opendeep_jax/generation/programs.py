@@ -17,7 +17,9 @@ from opendeep_jax.generation.cache import (
     cache_spec,
     layer_kinds,
     page_shapes,
+    slot_dtype,
     slot_shapes,
+    stored_dtype,
 )
 from opendeep_jax.generation.forward import Rows, forward
 from opendeep_jax.generation.params import MOST_LOGPROBS
@@ -47,7 +49,8 @@ def make_cache(
 
     def zeros(name):
         sharding = None if mesh is None else NamedSharding(mesh, cache_spec(name))
-        return jnp.zeros(shapes[name], "float32" if name == "state" else bones.config.dtype, device=sharding)
+        dtype = stored_dtype(bones.config, platform) if name in of_page else slot_dtype(bones.config, name)
+        return jnp.zeros(shapes[name], dtype, device=sharding)
 
     kinds = layer_kinds(bones.config, mtp)
     return tuple({name: zeros(name) for name in cache_names(bones.config, kind)} for kind in kinds)
@@ -72,8 +75,9 @@ def on_mesh(function, bones: Bones, mesh, extra: int, mtp: bool):
         out_specs=(rows, cache),
         check_vma=False,
     )
-
-    return jax.jit(mapped, donate_argnums=1)
+    # Said, lest XLA write the cache's sharding in other words, and each program be compiled for both.
+    kept = tuple({name: NamedSharding(mesh, spec) for name, spec in layer.items()} for layer in cache)
+    return jax.jit(mapped, donate_argnums=1, out_shardings=(None, kept))
 
 
 def advance(

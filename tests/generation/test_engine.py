@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from generators import LENGTH, SETTINGS, engine_of, greedy, logits_of, mixed_requests, model_of
@@ -201,11 +202,16 @@ def test_meshes_that_do_not_divide_the_model_are_refused(sizes, message):
         Engine(model_of("v3"), EngineConfig(**SETTINGS), make_mesh(ParallelConfig(**sizes)))
 
 
-def test_a_bfloat16_model_generates_in_bfloat16():
-    config = dataclasses.replace(model_of("v3").config, dtype="bfloat16")
-    engine = Engine(random_model(config), EngineConfig(**SETTINGS))
-    assert {x.dtype.name for x in jax.tree.leaves(engine.cache)} == {"bfloat16"}
-    assert len(engine.generate([[1, 2, 3]], GREEDY)[0].tokens) == 20
+@pytest.mark.parametrize("family", ["v3", "gemma", "olmo"])
+def test_a_bfloat16_model_generates_in_bfloat16_with_its_own_probabilities(family):
+    model = random_model(dataclasses.replace(model_of(family).config, dtype="bfloat16"))
+    engine = Engine(model, EngineConfig(**SETTINGS))
+    assert {x.dtype.itemsize for x in jax.tree.leaves(engine.cache)} == {2}
+    prompt = list(range(1, 8))
+    (out,) = engine.generate([prompt], SamplingParams(max_tokens=20, temperature=0, logprobs=0))
+    logits = model(jnp.asarray([prompt + out.tokens]))[0, len(prompt) - 1 : -1]
+    want = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(out.tokens)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose([given.logprob for given in out.logprobs], want, atol=0.02)
 
 
 def test_a_consumed_models_arrays_are_given_up_and_the_engine_has_all_it_needs():
