@@ -1,0 +1,85 @@
+"""The programs that requests will need, compiled before the first request comes."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from opendeep_jax.generation import sampling
+from opendeep_jax.generation.engine import Engine
+from opendeep_jax.generation.forward import Rows
+from opendeep_jax.generation.requests import SMALLEST_CHUNK, bucket, chunk_size
+
+
+def warm_up(engine: Engine, longest: int = 0) -> Iterator[tuple[int, int]]:
+    """Compiles by running each program once without a request; yields how many are done, and of how many.
+
+    What is left out is compiled when it is first needed: scores, and prompts that are taken in by several groups of
+    devices at once and are at different places.
+
+    Args:
+        engine: idle.
+        longest: prompt and output together for which nothing shall be left to compile; 0 takes the engine's length.
+    """
+    longest = min(longest or engine.max_length, engine.max_length)
+    chunks, tables = prompt_shapes(engine, longest), table_sizes(engine, longest)
+    total = len(chunks) + len(tables)
+    for done, (first, new, pages) in enumerate(chunks):
+        yield done, total
+        _take_in(engine, first, idle_rows(engine, engine.shards, new, pages))
+    for done, pages in enumerate(tables, len(chunks)):
+        yield done, total
+        _decode(engine, idle_rows(engine, engine.slots, 1 + engine.config.speculate, pages))
+    jax.block_until_ready(engine.cache)
+    yield total, total
+
+
+def prompt_shapes(engine: Engine, longest: int) -> list[tuple[bool, int, int]]:
+    """(whether it is the prompt's first, new tokens, pages) of all chunks that prompts are taken in by, small first."""
+    most, shapes = engine.config.prefill_tokens, set()
+    for begin in range(0, longest, most):  # a prompt has whole chunks, and then at most one more's tokens
+        for left in range(1, min(most, longest - 1 - begin - engine.left_to_decode) + 1):
+            start = begin
+            while left:
+                count = chunk_size(left, most)
+                shapes.add((start == 0, bucket(count, SMALLEST_CHUNK), engine.pages_seen(start + count)))
+                start, left = start + count, left - count
+    return sorted(shapes, key=lambda shape: (shape[2], shape[1]))
+
+
+def table_sizes(engine: Engine, longest: int) -> list[int]:
+    """Pages in the tables of all decoding steps, small first."""
+    furthest = longest + engine.config.speculate
+    return sorted({engine.pages_seen(min(at, furthest)) for at in range(1, furthest + engine.config.page_size)})
+
+
+def idle_rows(engine: Engine, rows: int, new: int, pages: int) -> Rows:
+    """A step's rows without a request among them."""
+    zeros = np.zeros(rows, np.int32)
+    table, slots = np.zeros((rows, pages), np.int32), np.full(rows, engine.slots_per_shard, np.int32)
+    return Rows(np.zeros((rows, new), np.int32), zeros, zeros, table, slots)
+
+
+def _take_in(engine: Engine, first: bool, rows: Rows) -> None:
+    programs = engine.programs
+    if engine.config.speculate:
+        _, engine.cache = programs.take_in_both[first](engine.weights, engine.cache, rows, rows.tokens)
+    else:
+        logits, engine.cache = programs.advance[first](engine.weights, engine.cache, rows)
+        _pick(engine, logits)
+
+
+def _decode(engine: Engine, rows: Rows) -> None:
+    programs, zeros = engine.programs, rows.start
+    if engine.config.speculate:
+        settings = sampling.idle(len(zeros))
+        out, engine.cache = programs.verify(engine.weights, engine.cache, rows, zeros, settings, zeros)
+        programs.with_logprobs(out.tokens, out.logits)
+    else:
+        logits, engine.cache = programs.advance[False](engine.weights, engine.cache, rows)
+        _pick(engine, logits)
+
+
+def _pick(engine: Engine, logits: jax.Array) -> None:
+    for choose in engine.programs.pick.values():
+        choose(logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32))
