@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from opendeep_jax.cli.large_pages import restart_with_large_pages
 from opendeep_jax.config.schema import CheckpointConfig
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.checkpoint_files import quieten_orbax, to_items
@@ -133,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()  # as `opendeep train` does
     main()

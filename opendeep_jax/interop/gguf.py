@@ -23,6 +23,7 @@ from opendeep_jax.interop.gguf_config import config_from_gguf, rope_factors
 from opendeep_jax.interop.gguf_fields import config_to_gguf
 from opendeep_jax.interop.gguf_file import GGUFFile, read_gguf, require_gguf
 from opendeep_jax.interop.gguf_tensors import FileTensor, layout
+from opendeep_jax.interop.reading import complaint, compute_dtype, empty
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
@@ -36,7 +37,6 @@ WITH_OUTPUT = ("gpt-oss", "nemotron", "olmo2")
 BLOCK = 32
 """Weights that share a scale in Q8_0."""
 ELEMENTS_AT_ONCE = 1 << 24
-MAX_NAMED = 20
 
 
 def load_gguf(path: str | Path, dtype=jnp.float32) -> Decoder:
@@ -46,26 +46,24 @@ def load_gguf(path: str | Path, dtype=jnp.float32) -> Decoder:
     left out. The file's tokenizer is in its fields: data/gguf_tokenizer.py.
 
     Args:
-        path: A file in one part.
+        path: A file, or one of the parts that a model is split into; the others lie beside it.
         dtype: float32 or bfloat16: of the parameters (router biases stay float32) and of the computation.
 
     Raises:
         ConfigError: the file is missing, damaged or hostile, of another architecture, or its tensors are not those that
             its metadata describes.
     """
-    name = jnp.dtype(dtype).name
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype = {name}: a model computes in float32 or bfloat16. Choose one of the two.")
+    dtype = compute_dtype(dtype)
     file = read_gguf(path)
-    config = replace(config_of(file), dtype=name)
+    config = replace(config_of(file), dtype=dtype.name)
     frame = skeleton(config)
     shapes, params = frame.shapes(), frame.shapes(nnx.Param)
     arrays: Arrays = {}
     for variable, parts in _matched(file, config, frame).items():
-        value = np.empty(shapes[variable].shape, dtype if variable in params else shapes[variable].dtype)
+        value = empty(shapes[variable].shape, dtype if variable in params else shapes[variable].dtype)
         for part in parts:
             _fill(value, part, file)
-        arrays[variable] = jnp.asarray(value)
+        arrays[variable] = jax.device_put(value)
     return frame.model(arrays, {})
 
 
@@ -108,12 +106,9 @@ def _matched(file: GGUFFile, config: ModelConfig, frame: Skeleton) -> dict[str, 
             if name in file.tensors and file.tensors[name].shape != shape
         ],
     }
-    found = [
-        f"{len(names)} {kind}: {', '.join(sorted(names)[:MAX_NAMED])}" for kind, names in problems.items() if names
-    ]
-    if found:
+    if found := complaint(problems):
         raise ConfigError(
-            f"The tensors in {file.path} are not those of a {architecture} model. {'; '.join(found)}. "
+            f"The tensors in {file.path} are not those of a {architecture} model. {found}. "
             "Download the file again, or convert the model again."
         )
     by_variable: dict[str, list[FileTensor]] = {}
@@ -123,11 +118,16 @@ def _matched(file: GGUFFile, config: ModelConfig, frame: Skeleton) -> dict[str, 
 
 
 def _fill(value: np.ndarray, tensor: FileTensor, file: GGUFFile) -> None:
-    """Puts one of the file's tensors into our array; of a layer's experts, one after the other."""
+    """Puts one of the file's tensors into our array, the large ones in pieces: experts, embedding, head."""
     place, stored = value[tensor.index], file.tensors[tensor.name]
     if tensor.how == "experts":
         for expert in range(len(place)):
-            place[expert] = stored.part(expert).read().T
+            place[expert] = stored.part(expert, expert + 1).read()[0].T
+    elif not tensor.index and place.ndim == 2:
+        rows = place.T if tensor.how == "matrix" else place
+        step = max(1, ELEMENTS_AT_ONCE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            rows[start : start + step] = stored.part(start, min(start + step, len(rows))).read()
     else:
         place[..., tensor.section] = tensor.from_file(stored.read())
 

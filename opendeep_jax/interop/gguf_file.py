@@ -7,9 +7,10 @@ block formats; its own reader follows a hostile length for hours, so the few lin
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
 MOST_ENTRIES = 1 << 22
+MOST_PARTS = 99_999  # their names have five digits
+SPLIT_COUNT = "split.count"
+PART = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _CURE = "Download or write the file again."
 
 
@@ -46,24 +50,43 @@ class GGUFTensor:
     """A gguf.GGMLQuantizationType."""
     shape: tuple[int, ...]
     """Row-major: the file's own dimensions reversed."""
-    data: np.ndarray
-    """uint8 [rows, bytes]: a read-only view that the system loads page by page; one row is the last axis of shape."""
+    path: Path
+    """The file that it is in."""
+    offset: int
+    """The byte of the file that it begins at."""
+
+    @property
+    def rows(self) -> int:
+        """Of the last axis of shape."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row is stored in."""
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.kind)]
+        return self.shape[-1] // block * size
 
     def read(self) -> np.ndarray:
-        """The tensor as float32, or in its own dtype where that is float32, float16 or bfloat16."""
+        """The tensor as float32, or in its own dtype where that is float32, float16 or bfloat16.
+
+        A plain one is the file's own memory, loaded page by page, and given up with the array.
+        """
         import gguf
         import ml_dtypes
 
         kinds = gguf.GGMLQuantizationType
         plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.F64: np.float64, kinds.BF16: ml_dtypes.bfloat16}
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.rows, self.row_bytes)).view(np.ndarray)
         if self.kind in plain:
-            return self.data.view(plain[self.kind]).reshape(self.shape)
-        return gguf.dequantize(self.data, kinds(self.kind)).reshape(self.shape)
+            return data.view(plain[self.kind]).reshape(self.shape)
+        return gguf.dequantize(data, kinds(self.kind)).reshape(self.shape)
 
-    def part(self, index: int) -> "GGUFTensor":
-        """The tensor at an index of the first axis."""
-        rows = math.prod(self.shape[1:-1])
-        return GGUFTensor(self.name, self.kind, self.shape[1:], self.data[index * rows : (index + 1) * rows])
+    def part(self, start: int, stop: int) -> "GGUFTensor":
+        """The tensor's entries from start to stop on its first axis, of which it has two or more."""
+        offset = self.offset + start * math.prod(self.shape[1:-1]) * self.row_bytes
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
 
 @dataclass(frozen=True)
@@ -77,22 +100,46 @@ class GGUFFile:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """The metadata and tensors of a GGUF file; tensors are read when they are asked for.
+    """The metadata and tensors of a GGUF file, or of all the parts that a model is split into.
+
+    Tensors are read when they are asked for.
+
+    Args:
+        path: The file, or any one of the parts, `NAME-00001-of-00003.gguf`; the others lie beside it.
 
     Raises:
-        ConfigError: there is no such file, the `gguf` extra is missing, or the file is cut off, damaged or hostile.
+        ConfigError: there is no such file, the `gguf` extra is missing, or a file is cut off, damaged or hostile.
     """
     require_gguf()
     path = Path(path)
+    named = _read_file(path)
+    count = named.fields.get(SPLIT_COUNT, 1)
+    if count == 1:
+        return named
+    place = PART.fullmatch(path.name)
+    if place is None or place["count"] != f"{count:05}":
+        raise ConfigError(
+            f"{path} is one of {count} parts of a model, and its name does not say which. Name it "
+            f"NAME-00001-of-{count:05}.gguf as llama.cpp does, beside the others."
+        )
+    files = [_read_file(path.with_name(f"{place['name']}-{k + 1:05}-of-{count:05}.gguf")) for k in range(count)]
+    for k, file in enumerate(files):
+        if (file.fields.get("split.no"), file.fields.get(SPLIT_COUNT)) != (k, count):
+            raise ConfigError(f"{file.path} is not part {k + 1} of {count} by its own fields. {_CURE}")
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    if len(tensors) != sum(len(file.tensors) for file in files):
+        raise ConfigError(f"Two of the {count} parts of {path} have tensors of one name. {_CURE}")
+    return GGUFFile(path, files[0].fields, tensors)
+
+
+def _read_file(path: Path) -> GGUFFile:
     try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(path, data)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        if isinstance(error, _Malformed):
+            raise ConfigError(f"{path} is not a whole GGUF file: {error}. {_CURE}") from error
         raise ConfigError(f"{path} cannot be read ({error}). Name a .gguf file.") from error
-    try:
-        return _read(path, data)
-    except _Malformed as error:
-        raise ConfigError(f"{path} is not a whole GGUF file: {error}. {_CURE}") from error
 
 
 def require_gguf() -> None:
@@ -166,17 +213,18 @@ def _read(path: Path, data: mmap.mmap) -> GGUFFile:
         if key in fields:
             raise _Malformed(f"the field {key} is there twice")
         fields[key] = cursor.value(cursor.number("I"))
-    if fields.get("split.count", 1) != 1:
-        raise _Malformed("it is one of several parts; put them together with `llama-gguf-split --merge`")
+    parts = fields.get(SPLIT_COUNT, 1)
+    if not isinstance(parts, int) or not 1 <= parts <= MOST_PARTS:
+        raise _Malformed(f"it says that it is one of {parts!r} parts")
     entries = [_entry(cursor) for _ in range(tensor_count)]
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise _Malformed(f"general.alignment is {alignment}, and must be a power of two")
     start = cursor.place + -cursor.place % alignment
-    tensors = {name: _tensor(data, start, name, *entry) for name, *entry in entries}
+    tensors = {name: _tensor(path, len(data), start, name, *entry) for name, *entry in entries}
     if len(tensors) != len(entries):
         raise _Malformed("two tensors have one name")
-    places = sorted((offset, offset + tensors[name].data.nbytes, name) for name, _, _, offset in entries)
+    places = sorted((t.offset, t.offset + t.rows * t.row_bytes, name) for name, t in tensors.items())
     for (_, end, first), (begin, _, second) in zip(places, places[1:], strict=False):
         if begin < end:
             raise _Malformed(f"the tensors {first} and {second} overlap")
@@ -192,17 +240,22 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.number("I"), cursor.number("Q")
 
 
-def _tensor(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GGUFTensor:
+def _tensor(
+    path: Path, length: int, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> GGUFTensor:
+    """A tensor of a file of this length, whose tensors begin at `start`."""
     import gguf
 
     try:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
         raise _Malformed(f"tensor {name} is stored in the unknown type {kind}") from error
     if shape[-1] % block:
         raise _Malformed(f"tensor {name} has rows of {shape[-1]}, which blocks of {block} do not divide")
-    rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size
-    if start + offset + rows * row_bytes > len(data):
-        raise _Malformed(f"tensor {name} ends at byte {start + offset + rows * row_bytes} of {len(data)}")
-    view = np.frombuffer(data, np.uint8, rows * row_bytes, start + offset)
-    return GGUFTensor(name, kind, shape, view.reshape(rows, row_bytes))
+    if min(shape) < 1:
+        raise _Malformed(f"tensor {name} has the shape {list(shape)}")
+    tensor = GGUFTensor(name, kind, shape, path, start + offset)
+    end = tensor.offset + tensor.rows * tensor.row_bytes
+    if end > length:
+        raise _Malformed(f"tensor {name} ends at byte {end} of {length}")
+    return tensor

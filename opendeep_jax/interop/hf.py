@@ -4,7 +4,6 @@ Memory: reading takes the model's own and a part of one array; writing takes one
 """
 
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
 from opendeep_jax.interop.hf_text import put_beside, text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
+from opendeep_jax.interop.reading import complaint, compute_dtype, empty
 from opendeep_jax.interop.safetensors import TensorSpec, read_directory, write_directory
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
@@ -36,11 +36,8 @@ from opendeep_jax.parallel.axes import partition_spec
 
 __all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
 
-MAX_NAMED = 20
 MAX_READERS = 8
 """Threads that read tensors at a time; each may hold one, multiplied out, besides the array that it fills."""
-ALIGNMENT = 64
-"""Bytes; JAX takes a host array that begins at a multiple of this without copying it."""
 
 
 def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> Decoder:
@@ -59,14 +56,8 @@ def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) 
             misshapen or not of numbers with a fraction; the message names them. No array is made before.
     """
     directory = Path(directory)
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype = {name}: a model computes in float32 or bfloat16. Choose one of the two.")
-    dtype = jnp.dtype(name)
-    config = replace(config_from_hf(directory), dtype=name)
+    dtype = compute_dtype(dtype)
+    config = replace(config_from_hf(directory), dtype=dtype.name)
     family = family_of_directory(directory)
     stored = {family.names_in_files(name): tensor for name, tensor in read_directory(directory).items()}
     stored.pop(None, None)
@@ -106,33 +97,26 @@ def _check_tensors(directory: Path, stored: Stored, tensors: list[HubTensor], co
     if config.tie_embeddings:
         ignored.add("lm_head.weight")
     unexpected = [name for name in stored if name not in expected and name not in ignored]
-    found = {name: form for name, form in expected.items() if name in stored}
+    present = {name: form for name, form in expected.items() if name in stored}
     problems = {
         "missing": [name for name in expected if name not in stored],
         "unexpected": [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")],
         "misshapen": [
             f"{name} (is {list(stored[name].shape)}, must be {list(shape)})"
-            for name, (shape, _) in found.items()
+            for name, (shape, _) in present.items()
             if stored[name].shape != shape
         ],
         "of the wrong type": [
             f"{name} (is {stored[name].dtype}, must be {' or '.join(str(dtype) for dtype in dtypes)})"
-            for name, (_, dtypes) in found.items()
+            for name, (_, dtypes) in present.items()
             if stored[name].dtype not in dtypes
         ],
     }
-    sentences = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
-    if sentences:
+    if found := complaint(problems):
         raise ConfigError(
-            f"The tensors in {directory} are not those of its config.json. {'; '.join(sentences)}. "
+            f"The tensors in {directory} are not those of its config.json. {found}. "
             "Download the directory again, or correct the config.json."
         )
-
-
-def _some(names: list[str]) -> str:
-    """The names, cut after the first few: one missing expert layer is hundreds of tensors."""
-    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(sorted(names)[:MAX_NAMED]) + more
 
 
 def _read_array(
@@ -156,7 +140,7 @@ def _read_array(
 
 def _read_part(tensors: list[HubTensor], stored: Stored, ranges, dtype) -> np.ndarray:
     """The elements of an array whose indices lie in these ranges, one for each dimension."""
-    value = _empty([len(r) for r in ranges], dtype)
+    value = empty([len(r) for r in ranges], dtype)
 
     def read(tensor: HubTensor) -> None:
         inside = ranges[len(tensor.index) :]
@@ -167,14 +151,6 @@ def _read_part(tensors: list[HubTensor], stored: Stored, ranges, dtype) -> np.nd
     with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers:
         list(readers.map(read, here))  # raises what a reader raised
     return value
-
-
-def _empty(shape: list[int], dtype) -> np.ndarray:
-    """An uninitialised array that begins where JAX can take it as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def save_hf(

@@ -78,6 +78,7 @@ def read_ropes(raw: Raw, theta: float, sliding_theta: float) -> dict[str, Any]:
         )
     fields = read_rope(raw, theta)
     full = parameters(raw)
+    require(full, "truncate", True)  # transformers does not find it where each type of layer has a set
     sliding = parameters(raw, SLIDING) if _by_layer_type(raw) else {"rope_type": "default"}
     own = number(sliding, "rope_theta", sliding_theta)
     same_theta = own == fields["attention.rope.theta"]
@@ -112,8 +113,6 @@ def _read_yarn(raw: Raw, found: Raw) -> dict[str, Any]:
         "yarn_truncate": found.get("truncate", True),
         "yarn_mscale_all_dim": 0.0,
     }
-    if _by_layer_type(raw):
-        require(found, "truncate", True)  # transformers does not find it there
     if factor <= 1:
         return fields
     slope = 0.1 * math.log(factor)

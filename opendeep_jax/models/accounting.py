@@ -3,6 +3,7 @@
 Counts are exact for parameters; FLOPs count the matmuls (2 per multiply-add), which is what MFU is measured with.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 from opendeep_jax.config.schema import ModelConfig
@@ -17,6 +18,29 @@ class ParameterCount(NamedTuple):
     """Those that one token passes through: all but the routed experts that it did not choose. V3: 37.55B."""
     mtp: int
     """The MTP modules' own, beside the shared embedding and head."""
+
+
+def layer_kinds(config: ModelConfig) -> tuple[tuple[str, int], ...]:
+    """Kinds of layers with their number, MTP's included: the letters of `layer_pattern` that a layer consists of.
+
+    A usual block is of two, attention and a feed-forward: DeepSeek-V3 has (("*-", 3), ("*E", 59)).
+    """
+    if config.layer_pattern:
+        return tuple(Counter(config.layer_pattern).items())
+    mtp = config.mtp.depth
+    dense, moe = config.num_leading_dense_layers, config.num_moe_layers
+    kinds = (("*-", dense), ("*E", moe + mtp)) if config.moe.num_experts else (("*-", dense + mtp),)
+    return tuple((kind, count) for kind, count in kinds if count)
+
+
+def mixer_matmul_parameters(config: ModelConfig, mixer: str, experts: int) -> int:
+    """Weights of the matrices of the mixer with this letter, so many of a mixture's routed experts counted."""
+    return {
+        "M": lambda: mamba_matmul_parameters(config),
+        "*": lambda: attention_matmul_parameters(config),
+        "-": lambda: feed_forward_matmul_parameters(config),
+        "E": lambda: experts_matmul_parameters(config, experts),
+    }[mixer]()
 
 
 def attention_matmul_parameters(config: ModelConfig) -> int:
@@ -151,17 +175,11 @@ def flops_per_token(config: ModelConfig, length: int, backward: bool = True, cau
         causal: count the (length + 1) / 2 keys that a query sees on average; False counts all `length` keys.
     """
     D, moe, a = config.hidden_size, config.moe, config.attention
-    matmuls = {
-        "M": mamba_matmul_parameters(config),
-        "*": attention_matmul_parameters(config),
-        "-": feed_forward_matmul_parameters(config),
-        "E": experts_matmul_parameters(config, moe.experts_per_token),
-    }
     head = D * config.vocab_size
-    mtp = "*E" if moe.num_experts else "*-"
-    usual = "*-" * config.num_leading_dense_layers + "*E" * config.num_moe_layers
-    mixers = (config.layer_pattern or usual) + mtp * config.mtp.depth
-    weights = sum(matmuls[kind] * mixers.count(kind) for kind in matmuls)
+    mixers = "".join(kind * count for kind, count in layer_kinds(config))
+    weights = sum(
+        mixer_matmul_parameters(config, mixer, moe.experts_per_token) * mixers.count(mixer) for mixer in set(mixers)
+    )
     weights += head + config.mtp.depth * (2 * D * D + head)
     keys = (length + 1) / 2 if causal else length
     sliding = len(a.sliding_layers)

@@ -16,7 +16,7 @@ from opendeep_jax.plan.memory import (
     local_tokens,
     memory_by_component,
     micros_of,
-    num_layers,
+    num_blocks,
     recomputed_share,
     routed_parameters,
 )
@@ -70,7 +70,7 @@ def estimate(config: RunConfig, stage: Stage, topology: Topology, axes: dict[str
     heads = axes["tensor"] * axes["context"]
     step_tokens = stage.batch_size * stage.length / (math.prod(axes.values()))
     again = 1 + recomputed_share(model) / 3
-    layers = num_layers(model) / axes["stage"]
+    layers = num_blocks(model) / axes["stage"]
 
     compute = flops.total * again * step_tokens / chip.flops
 

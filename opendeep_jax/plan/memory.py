@@ -10,16 +10,16 @@ from typing import NamedTuple
 from opendeep_jax.config.rules import MESH_AXES, ROW_AXES
 from opendeep_jax.config.schedule import Stage, micro_batches
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.models.accounting import attention_matmul_parameters, count_parameters
+from opendeep_jax.models.accounting import count_parameters, layer_kinds, mixer_matmul_parameters
 
 SIZES = {"float32": 4, "bfloat16": 2}
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of one block, norms not counted."""
+    """Parameters of one layer, norms not counted."""
 
     rest: int
-    """Attention, shared experts or dense feed-forward, router."""
+    """Attention or Mamba-2, shared experts or dense feed-forward, router."""
     experts: int
     """All routed experts."""
 
@@ -31,20 +31,17 @@ def axis_sizes(config: RunConfig, devices: int) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def layer_weights(model: ModelConfig, is_moe: bool) -> LayerWeights:
-    """Parameters of a dense or a MoE block."""
-    D, moe = model.hidden_size, model.moe
-    attention = attention_matmul_parameters(model)
-    if not is_moe:
-        return LayerWeights(attention + 3 * D * model.mlp_size, 0)
-    expert = 3 * D * moe.expert_size
-    return LayerWeights(attention + D * moe.num_experts + moe.num_shared_experts * expert, moe.num_experts * expert)
+def layer_weights(model: ModelConfig, kind: str) -> LayerWeights:
+    """Parameters of a layer of one of `layer_kinds`."""
+    rest, whole = (
+        sum(mixer_matmul_parameters(model, mixer, experts) for mixer in kind) for experts in (0, model.moe.num_experts)
+    )
+    return LayerWeights(rest, whole - rest)
 
 
 def routed_parameters(model: ModelConfig) -> int:
     """Parameters of all routed experts, MTP's included."""
-    layers = model.num_moe_layers + (model.mtp.depth if model.moe.num_experts else 0)
-    return layers * layer_weights(model, True).experts if model.moe.num_experts else 0
+    return sum(count * layer_weights(model, kind).experts for kind, count in layer_kinds(model))
 
 
 def micros_of(config: RunConfig, stage: Stage, axes: dict[str, int]) -> int:
@@ -78,9 +75,9 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     tokens = local_tokens(config, stage, axes)
     # Micro-batches of a pipeline that wait.
     in_flight = min(axes["stage"], micros_of(config, stage, axes))
-    blocks = [layer_weights(model, kind == "moe") for kind, layers in _layers(model) if layers]
+    blocks = [layer_weights(model, kind) for kind, _ in layer_kinds(model)]
     gathered = max(block.rest + block.experts / axes["expert"] for block in blocks) / axes["tensor"]
-    widest = 3 * max(model.mlp_size if model.num_leading_dense_layers else 0, moe.shared_size)
+    widest = max(_widest(model, kind) for kind, _ in layer_kinds(model))
     heads = 4 * model.attention.num_heads * model.attention.qk_head_dim
     rows = tokens * moe.experts_per_token if moe.num_experts else 0
     padded = model.execution.exchange_buffer if axes["expert"] > 1 else 1.0
@@ -96,12 +93,15 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     }
 
 
-def _layers(model: ModelConfig) -> tuple[tuple[str, int], ...]:
-    """Kinds of blocks with their number, MTP's included."""
-    return (
-        ("dense", model.num_leading_dense_layers + (0 if model.moe.num_experts else model.mtp.depth)),
-        ("moe", model.num_moe_layers + (model.mtp.depth if model.moe.num_experts else 0)),
-    )
+def _widest(model: ModelConfig, kind: str) -> int:
+    """Values per token inside a layer's feed-forward or Mamba-2: what goes in, what comes out and what is between."""
+    mamba = model.mamba.size + model.mamba.conv_size if "M" in kind else 0
+    return 3 * max(model.mlp_size if "-" in kind else 0, model.moe.shared_size if "E" in kind else 0, mamba)
+
+
+def _policy(kind: str) -> str:
+    """The field of RematConfig that a kind of layer goes by."""
+    return "moe" if "E" in kind else "dense"
 
 
 def _kept(model: ModelConfig, axes: dict[str, int]) -> float:
@@ -109,30 +109,27 @@ def _kept(model: ModelConfig, axes: dict[str, int]) -> float:
     from opendeep_jax.train.summary import activation_widths
 
     total = 0.0
-    for kind, layers in _layers(model):
-        if not layers:
-            continue
-        widths, policy = activation_widths(model, kind), getattr(model.remat, kind)
+    for kind, layers in layer_kinds(model):
+        widths, policy = activation_widths(model, kind), getattr(model.remat, _policy(kind))
         names = model.remat.names if policy == "named" else () if policy == "full" else tuple(widths)
         kept = model.hidden_size + sum(widths.get(name, 0) for name in names)
         total += layers * kept * (2.5 if policy == "none" else 1)
     return total / axes["stage"]
 
 
-def num_layers(model: ModelConfig) -> int:
-    """All blocks, MTP's included."""
-    return sum(layers for _, layers in _layers(model))
+def num_blocks(model: ModelConfig) -> float:
+    """All blocks, MTP's included; a hybrid's layer, of one mixer, is half a block."""
+    return sum(layers * len(kind) / 2 for kind, layers in layer_kinds(model))
 
 
 def recomputed_share(model: ModelConfig) -> float:
     """Matmuls of the forward pass that the backward pass repeats, as a share of them."""
     shares = {"none": 0.0, "full": 1.0}
+    named = 1 - min(1.0, sum(name in model.remat.names for name in _MATMUL_NAMES) / len(_MATMUL_NAMES))
     total = 0.0
-    for kind, layers in _layers(model):
-        policy = getattr(model.remat, kind)
-        named = 1 - min(1.0, sum(name in model.remat.names for name in _MATMUL_NAMES) / len(_MATMUL_NAMES))
-        total += layers * shares.get(policy, named)
-    return total / num_layers(model)
+    for kind, layers in layer_kinds(model):
+        total += layers * len(kind) / 2 * shares.get(getattr(model.remat, _policy(kind)), named)
+    return total / num_blocks(model)
 
 
 _MATMUL_NAMES = ("query", "key_value", "attention_output", "mlp_gate", "expert_gate", "expert_up")
@@ -160,8 +157,8 @@ def cures(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[Cure]:
     if rows % 2 == 0 and rows > 1:
         steps = 2 * config.train.accumulation_steps
         change(f"--train.accumulation_steps={steps}", "train", accumulation_steps=steps)
-    for kind, layers in _layers(config.model):
-        if layers and getattr(config.model.remat, kind) != "full":
+    for kind in sorted({_policy(kind) for kind, _ in layer_kinds(config.model)}):
+        if getattr(config.model.remat, kind) != "full":
             change(f"--model.remat.{kind}=full", "model.remat", **{kind: "full"})
     for field in ("first_moment_dtype", "second_moment_dtype"):
         if getattr(config.optimizer, field) == "float32":

@@ -73,6 +73,10 @@ class SaveReport(NamedTuple):
     """A paragraph for each failure of the local tier since the last save; the run goes on without it."""
 
 
+class NoneSound(ConfigError):
+    """A run has checkpoints, and none that it could go on from."""
+
+
 class Checkpoints:
     """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save.
 
@@ -204,7 +208,8 @@ class Checkpoints:
         Returns:
             The state, and a paragraph on each checkpoint that was passed over.
         Raises:
-            ConfigError: where there are checkpoints and none is sound, or they are of another configuration.
+            NoneSound: where there are checkpoints and none is sound.
+            ConfigError: where they are of another configuration.
         """
         self.wait()
         items, notes, elsewhere = to_items(abstract), [], None
@@ -231,7 +236,7 @@ class Checkpoints:
             if elsewhere:
                 what, cure = "can be read here", f"Start as many processes as it had, or remove {elsewhere}"
             said = " ".join([*notes, f"{cure} to start anew."])
-            raise ConfigError(f"{self.workdir}: none of its checkpoints {what}. {said}")
+            raise NoneSound(f"{self.workdir}: none of its checkpoints {what}. {said}")
         self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is
             arrays = {name: array for item in items.values() for name, array in item.items()}

@@ -23,7 +23,7 @@ from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.train import drill
-from opendeep_jax.train.checkpoint import Checkpoints, remove_partial_saves
+from opendeep_jax.train.checkpoint import Checkpoints, NoneSound, remove_partial_saves
 from opendeep_jax.train.corruption import Replay, compare_copies
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.goodput import Clock, read_goodput
@@ -52,7 +52,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
         recipe: what the configuration was made from, for `config_diff.txt`.
         begun: when the program was started, on the clock of `time.perf_counter`; None says now.
     Raises:
-        ConfigError: for data or a directory that the run cannot start from.
+        ConfigError: for data or a directory that the run cannot start from, and for a directory that has gone.
         KeyboardInterrupt: after Ctrl-C; the step at hand is finished and saved before.
         Resume: after SIGTERM, likewise, and when another process of the job is lost.
         Stopped: with a diagnosis, where going on would not help.
@@ -290,8 +290,13 @@ def _newest(
 ) -> tuple[TrainState, int]:
     """The state to go on from, and its step: of the newest sound checkpoint before step `before`, or the first one."""
     watchdog.doing("restore")
-    with clock.counting("restore"):
-        restored = checkpoints.restore(template, before)
+    try:
+        with clock.counting("restore"):
+            restored = checkpoints.restore(template, before)
+    except NoneSound as error:
+        if is_primary():
+            record_event(workdir, "unsound_checkpoint", 0, str(error))
+        raise
     if restored is None:
         return beginning(), 0
     state, notes = restored

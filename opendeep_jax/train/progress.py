@@ -186,9 +186,11 @@ def _human(number: float, base: float, units: tuple[str, ...], plain_below: floa
 
 
 def human_time(seconds: float) -> str:
-    """A duration in its two largest units: `8.7 s`, `3 min 20 s`, `2 h 05 min`, `54 d 3 h`."""
+    """A duration in its two largest units: `40 ms`, `8.7 s`, `3 min 20 s`, `2 h 05 min`, `54 d 3 h`."""
     if not math.isfinite(seconds):
         return str(seconds)
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     total = round(seconds)

@@ -29,7 +29,8 @@ def only_writer(workdir: str | Path) -> Iterator[None]:
     """Keeps other processes from training in `workdir`, which is made if it is missing, until the block ends.
 
     Raises:
-        ConfigError: where another process trains there.
+        ConfigError: where another process trains there; or in place of what the block raises, where its directory has
+            gone meanwhile.
     """
     Path(workdir).mkdir(parents=True, exist_ok=True)
     directory = os.open(workdir, os.O_RDONLY)
@@ -43,9 +44,25 @@ def only_writer(workdir: str | Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # some network file systems have no locks: better to train without one than not at all
-        yield
+        try:
+            yield
+        except Exception as error:
+            if _is_there(workdir, directory):
+                raise
+            raise ConfigError(
+                f"--workdir={workdir}: is gone: it was deleted or moved, or its disk was taken away, while it was in "
+                "use. Bring it back and give the same command, which goes on from the newest checkpoint in it."
+            ) from error
     finally:
         os.close(directory)  # which gives the lock back, as does the process's death
+
+
+def _is_there(workdir: str | Path, directory: int) -> bool:
+    """Whether a path still leads to an open directory, and not to nothing, or to one that was made in its place."""
+    try:
+        return os.path.samestat(os.stat(workdir), os.fstat(directory))
+    except OSError:
+        return False
 
 
 def finished_summary(workdir: str | Path, steps: int) -> dict | None:

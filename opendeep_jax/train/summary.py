@@ -14,7 +14,7 @@ from kernels_pallas.target import chip
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import length_at, micro_batches, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.models.accounting import count_parameters, flops_per_token
+from opendeep_jax.models.accounting import count_parameters, flops_per_token, layer_kinds
 from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
@@ -62,12 +62,8 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     shards = max(devices // (parallel.stage * parallel.context * parallel.tensor), 1)
     tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size, shards) for s in stages(config)) / devices
     kept = 0.0
-    for kind, layers in (
-        ("dense", model.num_leading_dense_layers),
-        ("moe", model.num_moe_layers),
-        ("moe" if model.moe.num_experts else "dense", model.mtp.depth),
-    ):
-        widths, policy = activation_widths(model, kind), getattr(model.remat, kind)
+    for kind, layers in layer_kinds(model):
+        widths, policy = activation_widths(model, kind), model.remat.moe if "E" in kind else model.remat.dense
         names = model.remat.names if policy == "named" else () if policy == "full" else widths
         width = model.hidden_size + sum(widths.get(name, 0) for name in names)
         kept += layers * width * (2.5 if policy == "none" else 1)
@@ -103,26 +99,34 @@ def device_memory_bytes() -> int:
 
 
 def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:
-    """Values per token of each activation that a `dense` or `moe` block names for remat."""
+    """Values per token of each activation that a layer names for remat.
+
+    Args:
+        kind: of the layer, by the letters of `models.accounting.layer_kinds`.
+    """
     a, moe = model.attention, model.moe
-    if a.kind == "mla":
-        widths = {
+    widths = {}
+    if "M" in kind:
+        widths["mamba_input"] = model.mamba.size + model.mamba.conv_size + model.mamba.num_heads
+    if "*" in kind and a.kind == "mla":
+        widths |= {
             "q_latent": a.q_lora_rank,
             "kv_latent": a.kv_lora_rank + a.qk_rope_head_dim,
             "key_value": a.num_heads * (a.qk_nope_head_dim + a.v_head_dim),
         }
-    else:
-        widths = {"key_value": 2 * a.num_kv_heads * a.head_dim}
-    widths |= {
-        "query": a.num_heads * a.qk_head_dim,
-        "attention_output": a.num_heads * (a.value_head_dim + 1),
-        "residual": model.hidden_size,
-    }
-    if kind == "dense":
-        return widths | {"mlp_gate": model.mlp_size, "mlp_up": model.mlp_size}
-    shared, routed = moe.shared_size, moe.experts_per_token * moe.expert_size
-    experts = {"mlp_gate": shared, "mlp_up": shared, "expert_gate": routed, "expert_up": routed}
-    return widths | experts | {"router_logits": moe.num_experts, "routing": 3 * moe.experts_per_token}
+    elif "*" in kind:
+        widths["key_value"] = 2 * a.num_kv_heads * a.head_dim
+    if "*" in kind:
+        widths |= {"query": a.num_heads * a.qk_head_dim, "attention_output": a.num_heads * (a.value_head_dim + 1)}
+    if len(kind) > 1:  # between attention and feed-forward
+        widths["residual"] = model.hidden_size
+    if "-" in kind:
+        widths |= {"mlp_gate": model.mlp_size, "mlp_up": model.mlp_size}
+    if "E" in kind:
+        shared, routed = moe.shared_size, moe.experts_per_token * moe.expert_size
+        widths |= {"mlp_gate": shared, "mlp_up": shared, "expert_gate": routed, "expert_up": routed}
+        widths |= {"router_logits": moe.num_experts, "routing": 3 * moe.experts_per_token}
+    return widths if model.gated_mlp else {name: size for name, size in widths.items() if not name.endswith("gate")}
 
 
 def model_rows(
@@ -150,7 +154,7 @@ def model_rows(
         ("peak", f"{peak * mesh.size / 1e12:.3g} TFLOP/s" if peak else "unknown: set hardware.peak_tflops for MFU"),
         ("memory per device", f"about {human_bytes(sum(memory.values()))}: {parts}"),
         ("training", f"{steps:,} steps, {human_count(tokens_before(config, steps))} tokens"),
-        ("checkpoints", f"resuming from step {found[-1]:,}" if found else "none found, starting anew"),
+        ("checkpoints", f"resuming from step {found[-1]:,}" if found else "none found"),
     ]
 
 

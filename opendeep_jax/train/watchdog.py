@@ -50,6 +50,7 @@ class Watchdog:
         self._doing, self._step, self._since = "start", 0, time.monotonic()
         self._news: dict[int, tuple[str, float]] = {}  # of each peer: its last word, and when it came
         self._hosts: dict[str, str] = {}
+        self._looking = False  # for the peer whose loss a failure may be
         self._answered = time.monotonic()  # when the coordination service last did
         self._ended = threading.Event()
         limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
@@ -85,9 +86,9 @@ class Watchdog:
         else:
             faulthandler.disable()
         self._file.close()
-        if not self._stacks.stat().st_size:
-            self._stacks.unlink()
-            with contextlib.suppress(OSError):  # others' stacks may be there
+        with contextlib.suppress(OSError):  # others' stacks may be there, or the directory is gone
+            if not self._stacks.stat().st_size:
+                self._stacks.unlink()
                 self._stacks.parent.rmdir()
 
     def doing(self, what: str, step: int | None = None) -> None:
@@ -102,7 +103,7 @@ class Watchdog:
         """
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError):
             return None
-        self.doing("looking for a lost peer")
+        self._looking = True
         end = time.monotonic() + self.faults.peer_seconds + 2 * self._interval
         while time.monotonic() < end:
             if missing := self._missing():
@@ -115,10 +116,10 @@ class Watchdog:
             return None
         traceback.print_exception(error, file=self._file)
         text = (
-            f"process {jax.process_index()} could not exchange arrays with the others ({short(error)}), and all of them "
-            "are still heard of: one of them came too late, or the network between them broke. The stacks are in "
-            f"{self._stacks}. Nothing that was saved is lost: start the same command again. If it comes again, look for "
-            "a machine that is much busier than the others, and at their network."
+            f"process {jax.process_index()} could not exchange arrays with the others ({short(error)}), and all are "
+            "still heard of: one of them came too late, or the network between them broke. The stacks are in "
+            f"{self._stacks}. Nothing that was saved is lost: start the same command again. If it comes again, look "
+            "for a machine that is much busier than the others, and at their network."
         )
         self._leave_traces(text, [])
         return Resume(text)
@@ -126,7 +127,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
             missing = self._missing()
-            if self._doing == "looking for a lost peer":
+            if self._looking:
                 continue
             patience = self.faults.hang_seconds * SLOWER.get(self._doing, 1.0)
             if missing:

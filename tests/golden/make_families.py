@@ -256,6 +256,8 @@ CASES = {
     "llama3": LLAMA | {"rope_scaling": LLAMA3_SCALING},
     "llama_tied": LLAMA
     | {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}, "tie_word_embeddings": True},
+    "llama_biases": LLAMA
+    | {"attention_bias": True, "head_dim": 4, "mlp_bias": True, "num_hidden_layers": 2, "num_key_value_heads": 1},
     "smollm2": LLAMA
     | {"is_llama_config": True, "num_key_value_heads": 3, "rope_interleaved": False, "tie_word_embeddings": True},
     "qwen2": QWEN2,
@@ -282,6 +284,20 @@ CASES = {
     },
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "olmo3_bases": OLMO3
+    | {
+        "attention_bias": True,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 6,
+        "rope_scaling": {
+            "attention_factor": 0.7,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 50.0,  # of the layer that does not slide alone
+    },
     "gpt_oss": GPT_OSS,
     "gpt_oss_mxfp4": GPT_OSS
     | {
@@ -296,6 +312,8 @@ CASES = {
     },
     "nemotron": NEMOTRON,
     "nemotron_h": NEMOTRON_H,
+    "nemotron_h_biases": NEMOTRON_H
+    | {"hybrid_override_pattern": "-ME", "mlp_bias": True, "n_groups": 1, "num_hidden_layers": 3},
     "nemotron_h_dense": NEMOTRON_H
     | {
         "conv_kernel": 3,

@@ -248,6 +248,7 @@ def test_a_model_in_bfloat16_is_read_and_written_in_it(tmp_path):
         (dataclasses.replace(FAMILIES["gpt-oss"], swiglu_limit=5.0), "swiglu_limit"),
         (like(norm_epsilon=1e-5, norm_placement="post"), "norm_placement"),
         (like(activation="relu2"), "activation"),
+        (like(mlp_bias=True), "mlp_bias"),
         (dataclasses.replace(FAMILIES["gemma3"], embedding_scale=1.0), "embedding_scale"),
         (
             dataclasses.replace(FAMILIES["olmo2"], attention=attention(qk_norm="all_heads", head_dim=6)),

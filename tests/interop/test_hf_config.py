@@ -197,7 +197,10 @@ def test_greedy_choice_looks_at_no_groups():
         ({"num_experts_per_tok": 9}, "experts_per_token = 9"),
         ({"n_group": 3}, "num_groups, which is 3"),
         ({"hidden_size": "wide"}, "hidden_size = 'wide'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type = 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type = 'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        (V2_LITE | {"rope_interleave": False}, "rope_interleave = False"),
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "factor"),
         ({"rope_scaling": YARN | {"mscale_all_dim": 0}}, "mscale_all_dim = 0"),
@@ -238,7 +241,7 @@ LAYERS = ["sliding_attention", "full_attention"]
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama3", {"mlp_bias": True}, "mlp_bias = True"),
+        ("llama3", {"mlp_bias": "yes"}, "mlp_bias = 'yes'"),
         ("llama3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama3", {"rope_scaling": {"rope_type": "longrope"}}, "rope type = 'longrope'"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
@@ -333,13 +336,6 @@ def test_a_temperature_of_yarn_that_is_not_the_usual_one_survives():
     config = config_from_hf(raw)
     assert config.attention.rope.yarn_mscale == pytest.approx(0.25 / (0.1 * 1.3862943611))
     assert config_to_hf(config)["rope_scaling"]["attention_factor"] == pytest.approx(1.25)
-
-
-def test_olmo_3_of_another_base_is_written_so_that_transformers_finds_it_for_both_kinds_of_layers():
-    written = config_to_hf(config_from_hf(raw_config(family("olmo3"), rope_theta=10_000.0)))
-    assert "rope_theta" not in written
-    assert written["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 10_000.0}
-    assert written["rope_parameters"]["full_attention"]["rope_theta"] == 10_000.0
 
 
 PLAIN = ModelConfig(

@@ -5,13 +5,14 @@ import math
 
 import jax
 import pytest
-from small_models import FAMILIES, V3, run_config
+from small_models import FAMILIES, NEMOTRON_H, V3, run_config
 
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, RematConfig
+from opendeep_jax.models.accounting import layer_kinds
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.plan.batch import largest_stage, with_batch
-from opendeep_jax.plan.memory import axis_sizes, cures, memory_by_component, recomputed_share
+from opendeep_jax.plan.memory import axis_sizes, cures, layer_weights, memory_by_component, recomputed_share
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import init_state
 
@@ -22,9 +23,12 @@ def estimate(config, devices: int) -> dict[str, float]:
     return memory_by_component(config, largest_stage(config), axis_sizes(config, devices))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+MODELS = FAMILIES | {"nemotron_h": NEMOTRON_H}
+
+
+@pytest.mark.parametrize("family", MODELS)
 def test_weights_and_moments_are_those_of_the_state(family):
-    config = dataclasses.replace(run_config(FAMILIES[family]), optimizer=ADAMW)
+    config = dataclasses.replace(run_config(MODELS[family]), optimizer=ADAMW)
     optimizer = make_optimizer(config, skeleton(config.model).axes())
     state = jax.eval_shape(lambda: init_state(config, optimizer))
 
@@ -41,6 +45,32 @@ def test_experts_are_divided_over_both_axes_and_the_rest_over_fsdp():
     whole = estimate(dataclasses.replace(config, parallel=ParallelConfig()), 1)["weights"]
     experts = 3 * 8 * 3 * 16 * 8 * 4  # three MoE blocks, MTP's included
     assert estimate(config, 8)["weights"] == pytest.approx((whole - experts) / 2 + experts / 8)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_matrices_of_all_layers_are_counted_once(family):
+    model = MODELS[family]
+    layers = [layer_weights(model, kind) for kind, count in layer_kinds(model) for _ in range(count)]
+    shapes = skeleton(model).shapes()
+    inside = [name for name in shapes if "_layers." in name or name.startswith("mtp.")]
+    experts = [name for name in inside if name.endswith(("moe.gate", "moe.up", "moe.down"))]
+    assert sum(layer.experts for layer in layers) == sum(shapes[name].size for name in experts)
+    small = ("norm.scale", "norm.bias", "router_bias", "decay_log", "step_bias", "skip", "conv", "conv_bias")
+    matrices = [name for name in inside if not name.endswith(small + ("mtp.0.projection",))]
+    assert sum(sum(layer) for layer in layers) == sum(shapes[name].size for name in matrices)
+
+
+def test_a_hybrids_layers_keep_what_their_one_mixer_names():
+    def kept(model) -> float:
+        return estimate(run_config(model), 1)["activations"]
+
+    alone = {letter: NEMOTRON_H.layer_pattern.count(letter) for letter in "M*-E"}
+    assert all(alone.values())
+    model = dataclasses.replace(NEMOTRON_H, remat=RematConfig(dense="named", moe="named", names=("mamba_input",)))
+    without = dataclasses.replace(model, remat=RematConfig(names=()))
+    mamba = model.mamba
+    tokens = kept(without) / (len(model.layer_pattern) * model.hidden_size)
+    assert kept(model) - kept(without) == tokens * alone["M"] * (mamba.size + mamba.conv_size + mamba.num_heads)
 
 
 def test_less_is_kept_the_more_is_recomputed():

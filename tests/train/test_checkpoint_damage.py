@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -289,3 +291,28 @@ def test_the_record_says_what_there_is(tmp_path):
     assert (record["step"], record["measure"]) == (2, 1.5)
     assert record["arrays"][".opt_state[0]['mu']['embed']"]["dtype"] == "bfloat16"
     assert record["arrays"]["params.head.weight"]["shape"] == [40, 9]
+
+
+CUT_SHORT = """
+import resource, sys, time
+import jax.numpy as jnp
+from opendeep_jax.config.schema import CheckpointConfig
+from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.health import new_health
+from opendeep_jax.train.state import TrainState
+
+weights = {f"w{i}": jnp.ones((64, 64)) for i in range(80)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (300 * 1024, -1))
+try:
+    with Checkpoints(sys.argv[1], CheckpointConfig()) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(1), weights, (), {}, new_health()))
+except OSError as error:
+    time.sleep(1)  # for what ends late
+    sys.exit(error.strerror)
+"""
+
+
+def test_a_write_that_fails_half_way_says_nothing_but_its_error(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT, tmp_path], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (1, os.strerror(errno.EFBIG)), done.stderr[:2000]
+    assert list((tmp_path / "checkpoints").iterdir()) == []

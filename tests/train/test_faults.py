@@ -220,6 +220,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_anew(calm, capsys, tmp_pa
         (run.workdir / "checkpoints" / str(step) / "digests" / "metadata").write_text("{}")
     lines = (run.workdir / "metrics.jsonl").read_bytes()
     assert run.train() == MEND and "none of its checkpoints is sound" in capsys.readouterr().err
+    assert "none of its checkpoints is sound" in read_events(run.workdir, "unsound_checkpoint")[-1]["text"]
     assert run.train() == MEND
     assert (run.workdir / "metrics.jsonl").read_bytes() == lines
     assert len(list((run.workdir / "unsound").iterdir())) == STEPS // SAVED

@@ -102,7 +102,7 @@ def test_the_summary_aligns_its_columns():
         (human_count, float("nan"), "nan"), (human_bytes, 2**31, "2.00 GiB"), (human_bytes, 512, "512 B"),
         (human_bytes, 2**20 - 1, "1.00 MiB"), (human_time, 8.7, "8.7 s"), (human_time, 59.99, "1 min 00 s"),
         (human_time, 200, "3 min 20 s"), (human_time, 7500, "2 h 05 min"), (human_time, 4_676_400, "54 d 3 h"),
-        (human_time, float("inf"), "inf"),
+        (human_time, float("inf"), "inf"), (human_time, 0.0123, "12 ms"), (human_time, 0, "0.0 s"),
     ],
 )  # fmt: skip
 def test_numbers_read_well(form, number, text):

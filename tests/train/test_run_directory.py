@@ -140,3 +140,20 @@ def test_a_thread_that_gets_no_signals_can_train_as_well():
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_directory_that_goes_away_under_a_run_is_said_in_a_paragraph(made_again, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(ConfigError, match="is gone: .* Bring it back and give the same command") as raised:
+        with only_writer(workdir):
+            workdir.rename(tmp_path / "moved")
+            if made_again:
+                workdir.mkdir()
+            raise FileNotFoundError("metrics.jsonl")
+    assert isinstance(raised.value.__cause__, FileNotFoundError) and "\n" not in str(raised.value)
+
+
+def test_other_failures_in_a_directory_that_is_there_stay_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="metrics"), only_writer(tmp_path):
+        raise FileNotFoundError("metrics.jsonl")

@@ -131,6 +131,15 @@ def test_a_peer_that_comes_too_late_to_a_collective_asks_for_another_start(end, 
     assert GLOO in (tmp_path / STACKS / "process_0.txt").read_text()
 
 
+def test_a_lost_peer_is_told_with_what_this_process_did_when_it_failed(end, first_of_two, monkeypatch, tmp_path):
+    monkeypatch.setattr(Watchdog, "_missing", lambda self: [1])
+    with Watchdog(tmp_path, FaultsConfig(peer_seconds=0.5), end) as watchdog:
+        watchdog.doing("step", 3)
+        found = watchdog.lost_peer(jax.errors.JaxRuntimeError("Connection closed by peer"))
+    assert "Process 0 was at step 3 (step) and ends" in str(found)
+    assert read_events(tmp_path, "lost_peer")[0]["processes"] == [1]
+
+
 def test_a_bug_of_this_process_stays_one_where_no_peer_is_missing(end, first_of_two, tmp_path):
     with Watchdog(tmp_path, FaultsConfig(peer_seconds=0.5), end) as watchdog:
         assert watchdog.lost_peer(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ")) is None

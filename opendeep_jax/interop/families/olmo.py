@@ -13,7 +13,6 @@ from opendeep_jax.interop.hf_family import (
     SLIDING,
     Family,
     Raw,
-    number,
     read_biases,
     read_heads,
     read_layer_types,
@@ -37,20 +36,23 @@ def olmo2_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def olmo3_from(raw: Raw) -> dict[str, Any]:
-    """Heads, biases, sliding layers and the two rotations."""
+    """Heads, biases, sliding layers and the two rotations.
+
+    Sliding layers have the family's own base unless rope_parameters says another, as in transformers 5: rope_theta is
+    of the others.
+    """
     return (
         read_heads(raw)
         | read_biases(raw)
         | read_layer_types(raw, lambda layer: (layer + 1) % 4 != 0)
-        | read_ropes(raw, THETA_OF_OLMO3, number(raw, "rope_theta", THETA_OF_OLMO3))
+        | read_ropes(raw, THETA_OF_OLMO3, THETA_OF_OLMO3)
     )
 
 
 def olmo3_to(config: ModelConfig) -> dict[str, Any]:
     """The keys that `olmo3_from` reads.
 
-    Transformers 5 gives sliding layers its own default base where the hub's keys have another; then only
-    rope_parameters says it clearly.
+    Where a base is not the family's own, rope_parameters says of which layers.
     """
     attention = config.attention
     rope = write_rope(attention.rope)

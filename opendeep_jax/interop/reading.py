@@ -1,0 +1,45 @@
+"""What the readers of every format share: the dtype to compute in, arrays that JAX takes uncopied, names in errors."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from opendeep_jax.config.checks import ConfigError
+
+MAX_NAMED = 20
+ALIGNMENT = 64
+"""Bytes; JAX takes a host array that begins at a multiple of this without copying it."""
+
+
+def compute_dtype(dtype) -> np.dtype:
+    """The dtype as such. Raises ConfigError for any but float32 and bfloat16."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype = {name}: a model computes in float32 or bfloat16. Choose one of the two.")
+    return jnp.dtype(name)
+
+
+def empty(shape: Sequence[int], dtype) -> np.ndarray:
+    """An uninitialised array that begins where JAX can take it as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def complaint(problems: Mapping[str, Sequence[str]]) -> str:
+    """`2 missing: a, b; 1 unexpected: c` of names by what is wrong with them; empty where there are none.
+
+    Only the first few are named: one missing expert layer is hundreds of tensors.
+    """
+    parts = []
+    for kind, names in problems.items():
+        more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        if names:
+            parts.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:MAX_NAMED])}{more}")
+    return "; ".join(parts)
