@@ -31,10 +31,16 @@ COMMANDS = {
 MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something else in Python
 
 _SPACE = "What was saved before is intact: free some space, then give the same command to go on from it."
+_DISK = "The disk, or the network to it, failed. What was saved before is intact: mend it, then give the same command."
 _ACCESS = "Choose a place that you may read and write, or change its permissions."
 MENDABLE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
+    errno.EFBIG: "No file may be so large here. What was saved before is intact: raise the limit (`ulimit -f`), or take "
+    "another place, then give the same command.",
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+    errno.ETIMEDOUT: _DISK,
     errno.EACCES: _ACCESS,
     errno.EPERM: _ACCESS,
     errno.EROFS: _ACCESS,
@@ -90,7 +96,8 @@ def explained(command: str, error: BaseException) -> int | None:
         print(f"\nopendeep {command}: interrupted.{cure}", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, Resume):
-        print(f"\nopendeep {command}: {error} Give the same command to go on (exit status {RESUME}).", file=sys.stderr)
+        cure = "" if "the same command" in str(error) else " Give the same command to go on"
+        print(f"\nopendeep {command}: {error}{cure} (exit status {RESUME}).", file=sys.stderr)
         return RESUME
     if isinstance(error, Stopped):
         print(f"\nopendeep {command}: {error}", file=sys.stderr)

@@ -19,7 +19,16 @@ from opendeep_jax.generation import sampling, scoring, speculation
 from opendeep_jax.generation.cache import Pages, bytes_per_token
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
-from opendeep_jax.generation.programs import Chosen, advance, make_cache, on_mesh, pick, score, with_logprobs
+from opendeep_jax.generation.programs import (
+    Chosen,
+    advance,
+    make_cache,
+    on_mesh,
+    pick,
+    platform_of,
+    score,
+    with_logprobs,
+)
 from opendeep_jax.generation.requests import (
     EngineConfig,
     EngineStats,
@@ -35,7 +44,7 @@ from opendeep_jax.generation.weights import take_apart
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.parallel.axes import row_shards
 
-LEAST_PAGES = 4
+LEAST_PAGES = 2
 """Pages of the narrowest table: few widths are few programs to compile."""
 
 
@@ -67,6 +76,7 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None, consume: bool = False):  # noqa: B008
         check_settings(config, model.config, {} if mesh is None else mesh.shape)
         self.config, self.model, self.mesh = config, model.config, mesh
+        self.page_size = config.page_size or (128 if platform_of(mesh) == "tpu" else 64)
         self.slots, self.max_length = config.slots, longest(config, model.config)
         self.shards = 1 if mesh is None else row_shards(mesh)
         self.slots_per_shard = config.slots // self.shards
@@ -74,14 +84,14 @@ class Engine:
         """Tokens of a prompt that are not taken in but decoded: a speculating step wants the last one itself."""
         self.vocab_size = config.vocab_size or model.config.vocab_size
         self.bones, self.weights = take_apart(model, mesh, consume)
-        self.table_width = -(-self.max_length // config.page_size)
+        self.table_width = -(-self.max_length // self.page_size)
         tokens = config.cache_tokens or config.slots * self.max_length
-        pages = max(-(-tokens // (config.page_size * self.shards)), 1)
+        pages = max(-(-tokens // (self.page_size * self.shards)), 1)
         if not config.cache_tokens:
             pages = self.slots_per_shard * self.table_width
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
         self.cache = make_cache(
-            self.bones, pages + 1, config.page_size, self.slots_per_shard, mesh, mtp=config.speculate > 0
+            self.bones, pages + 1, self.page_size, self.slots_per_shard, mesh, mtp=config.speculate > 0
         )
         self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
@@ -178,7 +188,7 @@ class Engine:
         return jax.device_get(out)
 
     def _pages_of(self, request: Request) -> int:
-        return -(-self._limit(request) // self.config.page_size)
+        return -(-self._limit(request) // self.page_size)
 
     def _admit(self) -> None:
         """Gives waiting requests slots and pages, first come first served."""
@@ -302,7 +312,7 @@ class Engine:
 
     def pages_seen(self, positions: int) -> int:
         """Pages in the tables of a step that reaches so many positions."""
-        return min(bucket(-(-positions // self.config.page_size), LEAST_PAGES), self.table_width)
+        return min(bucket(-(-positions // self.page_size), LEAST_PAGES), self.table_width)
 
     def _accept(self, request: Request, tokens: np.ndarray, given: Chosen | None) -> Progress:
         """Gives a request the tokens that were chosen for it, up to its end.

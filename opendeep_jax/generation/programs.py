@@ -37,12 +37,18 @@ class Chosen(NamedTuple):
     top_logprobs: Float[Array, "*B 20"] | None = None
 
 
+def platform_of(mesh) -> str:
+    """`cpu`, `gpu` or `tpu`: of a mesh's devices, or of the default ones without a mesh."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def make_cache(
     bones: Bones, pages: int, page_size: int, slots: int, mesh=None, mtp: bool = False
 ) -> tuple[LayerCache, ...]:
     """Empty pools, one for each layer, with `pages` and one more than `slots` in each of the mesh's groups of rows."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    of_page = page_shapes(bones.config, page_size, "gpu" if platform in ("cuda", "rocm") else platform)
+    platform = platform_of(mesh)
+    of_page = page_shapes(bones.config, page_size, platform)
     shards = 1 if mesh is None else row_shards(mesh)
     shapes = {name: (pages * shards, *shape) for name, shape in of_page.items()}
     shapes |= {name: ((slots + 1) * shards, *shape) for name, shape in slot_shapes(bones.config).items()}

@@ -27,8 +27,8 @@ class EngineConfig:
     """Requests that run at a time. Each step computes all of them."""
     max_length: int = 0
     """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most."""
-    page_size: int = 32
-    """Positions of a page."""
+    page_size: int = 0
+    """Positions of a page; 0 takes 64, and on a TPU 128, as many as its lanes."""
     cache_tokens: int = 0
     """Positions that the cache holds for all requests; 0 takes slots x max_length: none ever waits for pages."""
     prefill_tokens: int = 512
@@ -131,10 +131,10 @@ def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping
     """
     sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh_sizes)
     max_length, shards = longest(config, model), math.prod(sizes[axis] for axis in ROW_AXES)
-    for name in ("slots", "page_size", "prefill_tokens"):
+    for name in ("slots", "prefill_tokens"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 1.")
-    for name in ("max_length", "cache_tokens", "vocab_size", "speculate"):
+    for name in ("max_length", "page_size", "cache_tokens", "vocab_size", "speculate"):
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 0.")
     if max_length > model.max_length:

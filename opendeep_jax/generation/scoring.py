@@ -47,7 +47,7 @@ def score(engine: "Engine", texts: Sequence[Sequence[int]], first: Sequence[int]
 
 def _together(engine: "Engine", texts, first) -> list[Scored]:
     """One text of each group of devices."""
-    needed = [-(-len(text) // engine.config.page_size) for text in texts]
+    needed = [-(-len(text) // engine.page_size) for text in texts]
     if any(count > pool.free for count, pool in zip(needed, engine.pools, strict=False)):
         raise ConfigError(
             f"Scoring {max(map(len, texts))} tokens takes {max(needed)} pages of the cache, and running requests leave "

@@ -50,7 +50,7 @@ def prompt_shapes(engine: Engine, longest: int) -> list[tuple[bool, int, int]]:
 def table_sizes(engine: Engine, longest: int) -> list[int]:
     """Pages in the tables of all decoding steps, small first."""
     furthest = longest + engine.config.speculate
-    return sorted({engine.pages_seen(min(at, furthest)) for at in range(1, furthest + engine.config.page_size)})
+    return sorted({engine.pages_seen(min(at, furthest)) for at in range(1, furthest + engine.page_size)})
 
 
 def idle_rows(engine: Engine, rows: int, new: int, pages: int) -> Rows:

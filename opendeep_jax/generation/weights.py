@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.model_rules import hybrid_mesh_problems
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.decoder import Block, Decoder, MixerBlock, make_block
 from opendeep_jax.models.layers import gathered
@@ -78,11 +76,7 @@ def take_apart(model: Decoder, mesh=None, consume: bool = False) -> tuple[Bones,
         mesh: devices to divide them over; None leaves them where they are.
         consume: give each of the model's arrays up once its layers are there, so that there is never more than one of
             them twice. The model is of no use afterwards.
-    Raises:
-        ConfigError: the mesh divides what of this model can't be divided.
     """
-    for sentence in hybrid_mesh_problems(model.config, mesh.shape if mesh is not None else {}):
-        raise ConfigError(sentence)
     skeleton, params, router_bias = split(model)
     config, arrays = model.config, params | router_bias
     if config.tie_embeddings and mesh is None and jax.default_backend() == "cpu":

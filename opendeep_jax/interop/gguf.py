@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
@@ -23,7 +24,7 @@ from opendeep_jax.interop.gguf_config import config_from_gguf, rope_factors
 from opendeep_jax.interop.gguf_fields import config_to_gguf
 from opendeep_jax.interop.gguf_file import GGUFFile, read_gguf, require_gguf
 from opendeep_jax.interop.gguf_tensors import FileTensor, layout
-from opendeep_jax.interop.reading import complaint, compute_dtype, empty
+from opendeep_jax.interop.reading import complaint, compute_dtype, empty, lying
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
@@ -39,7 +40,7 @@ BLOCK = 32
 ELEMENTS_AT_ONCE = 1 << 24
 
 
-def load_gguf(path: str | Path, dtype=jnp.float32) -> Decoder:
+def load_gguf(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> Decoder:
     """The model of a GGUF file, of any type that the `gguf` package can multiply out (Q4_K, Q8_0, MXFP4, BF16, ...).
 
     Its layout is that of Hugging Face's files: heads that `llama` interleaves are put back in halves. MTP modules are
@@ -48,6 +49,7 @@ def load_gguf(path: str | Path, dtype=jnp.float32) -> Decoder:
     Args:
         path: A file, or one of the parts that a model is split into; the others lie beside it.
         dtype: float32 or bfloat16: of the parameters (router biases stay float32) and of the computation.
+        mesh: Devices to lay the model on, as training does, array after array. None takes the default device.
 
     Raises:
         ConfigError: the file is missing, damaged or hostile, of another architecture, or its tensors are not those that
@@ -63,7 +65,8 @@ def load_gguf(path: str | Path, dtype=jnp.float32) -> Decoder:
         value = empty(shapes[variable].shape, dtype if variable in params else shapes[variable].dtype)
         for part in parts:
             _fill(value, part, file)
-        arrays[variable] = jax.device_put(value)
+        # Waited for, so that the host holds one array at a time.
+        arrays[variable] = jax.block_until_ready(jax.device_put(value, lying(frame, variable, mesh)))
     return frame.model(arrays, {})
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
@@ -27,12 +27,11 @@ from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
 from opendeep_jax.interop.hf_text import put_beside, text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
-from opendeep_jax.interop.reading import complaint, compute_dtype, empty
+from opendeep_jax.interop.reading import complaint, compute_dtype, empty, lying
 from opendeep_jax.interop.safetensors import TensorSpec, read_directory, write_directory
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
-from opendeep_jax.parallel.axes import partition_spec
 
 __all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
 
@@ -126,7 +125,7 @@ def _read_array(
     shape = frame.shapes()[path].shape
     if mesh is None:
         return jax.device_put(_read_part(tensors, stored, [range(size) for size in shape], dtype))
-    sharding = NamedSharding(mesh, partition_spec(frame.axes()[path], shape, mesh, at_rest=True))
+    sharding = lying(frame, path, mesh)
     devices = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices[tuple(range(size)[part] for size, part in zip(shape, index, strict=True))].append(device)

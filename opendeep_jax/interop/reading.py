@@ -1,12 +1,15 @@
-"""What the readers of every format share: the dtype to compute in, arrays that JAX takes uncopied, names in errors."""
+"""What the readers of every format share: the dtype to compute in, arrays that JAX takes uncopied and where they go."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.models.parameters import Skeleton
+from opendeep_jax.parallel.axes import partition_spec
 
 MAX_NAMED = 20
 ALIGNMENT = 64
@@ -30,6 +33,13 @@ def empty(shape: Sequence[int], dtype) -> np.ndarray:
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def lying(frame: Skeleton, name: str, mesh: Mesh | None) -> NamedSharding | None:
+    """How training lays one of a model's arrays on a mesh; None, the default device, without one."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, partition_spec(frame.axes()[name], frame.shapes()[name].shape, mesh, at_rest=True))
 
 
 def complaint(problems: Mapping[str, Sequence[str]]) -> str:

@@ -95,7 +95,7 @@ def open_weights(source: str | Path, dtype: str = "", step: int | None = None, m
         case "gguf":
             from opendeep_jax.interop.gguf import load_gguf
 
-            return load_gguf(path, dtype=dtype) if mesh is None else _divided_gguf(path, dtype, mesh)
+            return load_gguf(path, dtype=dtype, mesh=mesh)
         case "hf":
             from opendeep_jax.interop import load_hf
 
@@ -140,23 +140,3 @@ def _run_weights(workdir: Path, dtype: str, step: int | None, mesh: "Mesh | None
     for name in list(params):  # one after the other, so that the masters go as their copies come
         params[name] = params[name].astype(dtype)
     return skeleton(dataclasses.replace(config.model, dtype=dtype)).model(params, router_bias)
-
-
-def _divided_gguf(path: Path, dtype: str, mesh: "Mesh") -> "Decoder":
-    """The model of a file, read into the host's memory and from there divided over a mesh."""
-    import jax
-    from jax.sharding import NamedSharding
-
-    from opendeep_jax.interop.gguf import load_gguf
-    from opendeep_jax.models.parameters import split
-    from opendeep_jax.parallel.axes import weight_specs
-
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = load_gguf(path, dtype=dtype)
-    frame, params, router_bias = split(model)
-    del model
-    specs = weight_specs(frame, mesh)
-    for arrays in (params, router_bias):
-        for name in list(arrays):  # one after the other, so that the host's copies go as the devices' come
-            arrays[name] = jax.device_put(arrays[name], NamedSharding(mesh, specs[name]))
-    return frame.model(params, router_bias)

@@ -70,6 +70,8 @@ def test_an_interrupt_is_one_line_and_status_130(command, capsys):
     "number, reason, cure",
     [
         (errno.ENOSPC, "No space left on device", "free some space"),
+        (errno.EFBIG, "File too large", "ulimit"),
+        (errno.EIO, "Input/output error", "The disk"),
         (errno.EACCES, "Permission denied", "permissions"),
         (errno.EROFS, "Read-only file system", "permissions"),
     ],
@@ -81,7 +83,9 @@ def test_a_disk_that_does_not_take_a_file_is_explained(command, capsys, number, 
     assert err.startswith(f"opendeep: {reason} (runs/a/state). ") and cure in err
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), RuntimeError("a bug"), ValueError("a bug")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EINVAL, "Invalid argument"), RuntimeError("a bug"), ValueError("a bug")]
+)
 def test_a_bug_is_not_hidden(command, error):
     command(raises(error))
     with pytest.raises(type(error)):
