@@ -36,8 +36,8 @@ _ACCESS = "Choose a place that you may read and write, or change its permissions
 MENDABLE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
-    errno.EFBIG: "No file may be so large here. What was saved before is intact: raise the limit (`ulimit -f`), or take "
-    "another place, then give the same command.",
+    errno.EFBIG: "No file may be so large here. What was saved before is intact: raise the limit (`ulimit -f`), then "
+    "give the same command.",
     errno.EIO: _DISK,
     errno.ESTALE: _DISK,
     errno.ETIMEDOUT: _DISK,

@@ -5,7 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.engine_flags import read_flags
@@ -13,7 +14,6 @@ from opendeep_jax.config.checks import ConfigError
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
-    from opendeep_jax.serving.service import EngineService
 
 PURPOSE = """Serves a model over HTTP as OpenAI's API has it: completions, chat, streaming; and a chat page at /.
 
@@ -29,7 +29,7 @@ FLAGS = {
     "max_length": (0, "Longest prompt and answer together, in tokens; 0 takes the model's context, at most 4096."),
     "cache_tokens": (0, "Tokens that the cache holds, of all slots together; 0 takes slots times max_length."),
     "speculate": (0, "Tokens to guess ahead with a multi-token prediction module."),
-    "warm_up": (512, "Prompts and answers of up to so many tokens find all compiled; 0 compiles as requests come."),
+    "warm_up": (512, "Between requests, compiles what those of up to so many tokens need; 0 leaves it to them."),
     "max_waiting": (256, "Prompts that may wait for a slot; more are told to come back."),
     "max_body": (2 << 20, "Longest body of a request, in bytes."),
     "timeout": (600.0, "An answer takes at most so many seconds, its wait included."),
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     from opendeep_jax.serving.engines import open_engine
     from opendeep_jax.serving.run import listen, run
     from opendeep_jax.serving.server import ServerConfig, make_app
-    from opendeep_jax.serving.service import EngineService
+    from opendeep_jax.serving.service import EngineService, no_warm_up
     from opendeep_jax.serving.sources import open_codec
 
     listening = listen(values.host, values.port)  # a port that is taken is said before the model is read
@@ -64,13 +64,11 @@ def main(argv: Sequence[str]) -> None:
         from opendeep_jax.generation.requests import EngineConfig
 
         settings = {name: values[name].value for name in ("slots", "max_length", "cache_tokens", "speculate")}
-        engine = open_engine(choice, codec, EngineConfig(**settings))
-        if values.warm_up:
-            _compile(engine, values.warm_up, service)
-        return engine
+        return open_engine(choice, codec, EngineConfig(**settings))
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    service = EngineService(make_engine, values.max_waiting)
+    warm_up = partial(compiling, longest=values.warm_up) if values.warm_up else no_warm_up
+    service = EngineService(make_engine, values.max_waiting, warm_up)
     hosts = LOCAL if values.host in LOCAL and not key else ()
     config = ServerConfig(api_key=key, hosts=hosts, max_body_bytes=values.max_body, request_seconds=values.timeout)
     app = make_app(name, service, codec, config)
@@ -85,21 +83,21 @@ def main(argv: Sequence[str]) -> None:
     run(app, service, listening, values.drain_seconds, started)
 
 
-def _compile(engine: "Engine", longest: int, service: "EngineService") -> None:
-    """Compiles what requests of up to so many tokens need; standard error and /ready say how far it is.
-
-    It ends early where the server is told to end.
+def compiling(engine: "Engine", longest: int) -> Iterator[str]:
+    """Compiles what requests of up to so many tokens need, a program with each step of this iterator, which says what
+    comes next. Standard error says it too.
     """
     from opendeep_jax.generation.warm_up import warm_up
 
     begun = time.perf_counter()
     for done, total in warm_up(engine, longest):
-        if service.draining:
-            return
         seconds = time.perf_counter() - begun
-        service.progress = f"compiling {done + 1} of {total} programs, {seconds:.0f} s" if done < total else ""
-        said = service.progress or f"compiled {total} programs in {seconds:.0f} s"
+        said = f"compiling {done + 1} of {total} programs, {seconds:.0f} s"
+        if done == total:
+            said = f"compiled {total} programs in {seconds:.0f} s"
         if sys.stderr.isatty():  # one line that is written over
             print(f"\r{said:<60}", end="\n" * (done == total), file=sys.stderr, flush=True)
         elif done == total:
-            print(said, file=sys.stderr)
+            print(said, file=sys.stderr, flush=True)
+        if done < total:
+            yield said

@@ -109,11 +109,14 @@ async def _health(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    """Whether requests are taken: not while the model is made ready, and not once the server is told to end."""
+    """Whether it is time to send requests: not while the model is read or programs are compiled, though requests are
+    taken between those already; and not once the server is told to end.
+    """
     service = _served(request).service
-    status = "ready" if service.ready else "draining" if service.draining else "starting"
-    body = {"status": status} | ({"progress": service.progress} if status == "starting" and service.progress else {})
-    return JSONResponse(body, 200 if service.ready else 503)
+    ready = service.ready and not service.preparing
+    status = "ready" if ready else "draining" if service.draining else "starting"
+    body = {"status": status} | ({"progress": service.preparing} if status == "starting" and service.preparing else {})
+    return JSONResponse(body, 200 if ready else 503)
 
 
 async def _metrics(request: Request) -> Response:

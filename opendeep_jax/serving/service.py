@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
@@ -100,16 +100,29 @@ class Job:
             self._service.abort(ticket)
 
 
+def no_warm_up(engine: "Engine") -> Iterable[str]:
+    """Nothing."""
+    return ()
+
+
 class EngineService:
     """Owns an engine in one thread.
 
     Args:
         make_engine: Makes the engine; called in the thread, and again after the engine failed.
         max_waiting: Prompts that may wait for a slot; more are refused with `Full`.
+        warm_up: What to do with a new engine while it has no requests: does some more each time that it is asked for
+            its next item, which says what comes next.
     """
 
-    def __init__(self, make_engine: Callable[[], "Engine"], max_waiting: int = 256):
-        self._make_engine = make_engine
+    def __init__(
+        self,
+        make_engine: Callable[[], "Engine"],
+        max_waiting: int = 256,
+        warm_up: Callable[["Engine"], Iterable[str]] = no_warm_up,
+    ):
+        self._make_engine, self._warm_up = make_engine, warm_up
+        self._to_prepare: Iterator[str] = iter(())
         self._max_waiting = max_waiting
         self.engine: Engine | None = None
         """None until it is made, and after a failure until it is made again."""
@@ -119,8 +132,8 @@ class EngineService:
         """What the engine failed with; empty once it works again."""
         self.refusal: Exception | None = None
         """Why the engine could not be made in the first place."""
-        self.progress = ""
-        """What is being done while the engine is made, for whoever waits for it; `make_engine` may say."""
+        self.preparing = ""
+        """What `warm_up` is at; empty before, and when all is done."""
         self.draining = False
         self._tickets: set[Ticket] = set()
         self._scoring = 0
@@ -254,7 +267,7 @@ class EngineService:
         self._make()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._inbox or self._closing or self._busy())
+                self._wake.wait_for(lambda: self._inbox or self._closing or self._busy() or self.preparing)
                 actions = [self._inbox.popleft() for _ in range(len(self._inbox))]
                 if self._closing and not actions:
                     return
@@ -271,6 +284,8 @@ class EngineService:
     def _make(self) -> None:
         try:
             engine = self._make_engine()
+            self._to_prepare = iter(self._warm_up(engine))
+            self.preparing = next(self._to_prepare, "")
             self.limits = Limits(engine.slots, engine.max_length, engine.vocab_size)
             self.engine = engine
         except Exception as error:
@@ -282,8 +297,12 @@ class EngineService:
         self._tell(self._made.set)
 
     def _step(self) -> None:
+        progress = []
         try:
-            progress = self.engine.step()
+            if self.preparing and not self.engine.busy:
+                self._prepare()
+            else:
+                progress = self.engine.step()
         except Exception as error:
             log.exception("the engine failed; its requests fail, and it is made again")
             self._give_up(_said(error))
@@ -294,9 +313,17 @@ class EngineService:
         if self.engine is None:  # made again only here, where nothing holds on to the memory of the one that failed
             self._make()
 
+    def _prepare(self) -> None:
+        """Some more of the warm-up. If it fails, the engine is made again without."""
+        try:
+            self.preparing = next(self._to_prepare, "")
+        except Exception:
+            self._warm_up = no_warm_up
+            raise
+
     def _give_up(self, reason: str) -> None:
         """All that runs fails, and the engine goes: what a failed step leaves behind is not to be trusted."""
-        self.failure, self.engine = reason, None
+        self.failure, self.engine, self.preparing = reason, None, ""
         failed = [(ticket, Failed(f"The engine failed: {reason}")) for ticket in self._running.values()]
         self._running.clear()
         self._tell(self._deliver, failed)

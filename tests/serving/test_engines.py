@@ -88,6 +88,6 @@ def test_while_an_engine_is_made_ready_says_what_is_done(tiny):
     service = EngineService(lambda: None)
     client = TestClient(make_app("tiny", service, open_codec(tiny["hf"])[0]))  # nothing is started
     assert client.get("/ready").json() == {"status": "starting"}
-    service.progress = "compiling 3 of 7 programs, 12 s"
+    service.preparing = "compiling 3 of 7 programs, 12 s"
     answer = client.get("/ready")
-    assert answer.json() == {"status": "starting", "progress": service.progress} and answer.status_code == 503
+    assert answer.json() == {"status": "starting", "progress": service.preparing} and answer.status_code == 503

@@ -65,6 +65,9 @@ def test_the_command_serves_and_drains_on_sigterm(tiny):
         said = process.stdout.readline()
         assert said.startswith("tiny answers at http://127.0.0.1:"), process.stderr.read()
         address = said.split()[3]
+        with httpx.Client(base_url=address) as http:  # all is compiled ahead, and then it says that it is ready
+            while http.get("/ready").status_code == 503:
+                time.sleep(0.1)
         with openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
@@ -167,24 +170,8 @@ def test_a_mesh_says_what_one_device_says(tiny, capsys):
     assert capsys.readouterr().out == alone != ""
 
 
-class Waiting:
-    """Of a service, what `serve` writes to and asks while it compiles."""
-
-    progress, draining = "", False
-
-
-def test_what_is_compiled_is_said_and_a_server_that_is_told_to_end_stops_it(monkeypatch, capsys):
-    service, seen = Waiting(), []
-
-    def warm_up(engine, longest):
-        for done in range(3):
-            yield done, 2
-            seen.append(service.progress)
-
-    monkeypatch.setattr("opendeep_jax.generation.warm_up.warm_up", warm_up)
-    serve._compile(None, 64, service)
-    assert [line.rpartition(",")[0] for line in seen] == ["compiling 1 of 2 programs", "compiling 2 of 2 programs", ""]
+def test_what_is_compiled_is_said_before_and_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr("opendeep_jax.generation.warm_up.warm_up", lambda engine, longest: ((n, 2) for n in range(3)))
+    seen = [line.rpartition(",")[0] for line in serve.compiling(None, 64)]
+    assert seen == ["compiling 1 of 2 programs", "compiling 2 of 2 programs"]
     assert re.fullmatch(r"compiled 2 programs in \d+ s\n", capsys.readouterr().err)
-    service.draining = True
-    serve._compile(None, 64, service)
-    assert len(seen) == 3 and capsys.readouterr().err == ""

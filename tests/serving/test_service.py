@@ -276,3 +276,40 @@ def test_scores_count_as_work_that_waits():
         assert await scoring == [[-1.0]] * 3
 
     run(scenario, lambda: Slow(slots=1), max_waiting=3)
+
+
+def test_an_engine_is_warmed_up_between_requests_which_go_first():
+    submitted, steps = threading.Event(), []
+
+    def warm_up(engine):
+        yield "one of two"
+        submitted.wait(5)  # a request comes while this one is at work
+        yield "two of two"
+        steps.append(engine.stats.steps)
+
+    async def scenario(service):
+        assert service.ready and service.preparing == "one of two"
+        job = service.submit([([7], params(3))])
+        submitted.set()
+        found = await tokens(job)
+        await until(lambda: not service.preparing)
+        return found
+
+    assert run(scenario, warm_up=warm_up) == {0: [7, 7, 7]}
+    assert steps[0] >= 3
+
+
+def test_an_engine_whose_warm_up_fails_is_made_again_without():
+    tries = []
+
+    def warm_up(engine):
+        tries.append(engine)
+        yield "one of one"
+        raise RuntimeError("no memory")
+
+    async def scenario(service):
+        await until(lambda: service.ready and not service.preparing)
+        return service.engine, await tokens(service.submit([([7], params(2))]))
+
+    engine, found = run(scenario, warm_up=warm_up)
+    assert found == {0: [7, 7]} and len(tries) == 1 and engine is not tries[0]
