@@ -120,8 +120,10 @@ OLMO = dataclasses.replace(
     DENSE,
     tie_embeddings=False,
     norm_placement="post",
+    mlp_bias=True,
     attention=dataclasses.replace(DENSE.attention, qk_norm="all_heads", window=4, sliding_layers=(1,)),
 )
+"""OLMo's, and biases in the feed-forwards, which Llama's may have."""
 NEMOTRON = dataclasses.replace(
     DENSE,
     norm="layer_zero_centered",

@@ -191,6 +191,15 @@ def _attention_problems(attention: Any) -> Iterator[str]:
             "The usual values are 4 and 1",
         )
     yield from at_least(0, f"{where}.rope", rope, "yarn_mscale_all_dim")
+    if rope.yarn_mscale < 0 and not (
+        rope.yarn_factor > 1 and 1 + 0.1 * rope.yarn_mscale * math.log(rope.yarn_factor) > 0
+    ):
+        yield problem(
+            f"{where}.rope.yarn_mscale",
+            rope.yarn_mscale,
+            "must be at least 0, or leave the temperature 1 + 0.1 yarn_mscale ln(yarn_factor) positive",
+            "The usual value is 1",
+        )
     if rope.yarn_beta_fast < rope.yarn_beta_slow:
         yield problem(
             f"{where}.rope.yarn_beta_fast",
