@@ -211,7 +211,8 @@ def test_a_bfloat16_model_generates_in_bfloat16_with_its_own_probabilities(famil
     (out,) = engine.generate([prompt], SamplingParams(max_tokens=20, temperature=0, logprobs=0))
     logits = model(jnp.asarray([prompt + out.tokens]))[0, len(prompt) - 1 : -1]
     want = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(out.tokens)[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose([given.logprob for given in out.logprobs], want, atol=0.02)
+    distance = np.abs(np.array([given.logprob for given in out.logprobs]) - want)
+    assert distance.mean() < 0.015 and distance.max() < 0.06  # rounding; another text's are 0.6 away on average
 
 
 def test_a_consumed_models_arrays_are_given_up_and_the_engine_has_all_it_needs():
