@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.engine_flags import read_flags
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.exits import INTERRUPTED, OK
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
@@ -40,8 +41,11 @@ LEAST = {"slots": 1, "port": 0, "max_body": 1, "timeout": 1e-3, "drain_seconds":
 )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Serves until it is told to end. Raises ConfigError for a source that is none and settings that can't be."""
+def main(argv: Sequence[str]) -> int:
+    """Serves until it is told to end; returns the exit status, 130 where a second signal cut answers off.
+
+    Raises ConfigError for a source that is none and settings that can't be.
+    """
     values, choice = read_flags(FLAGS, argv, "opendeep serve", PURPOSE, USAGE, LEAST)
     if values.port > 65535:
         raise ConfigError(f"--port={values.port}: must be at most 65535.")
@@ -80,7 +84,11 @@ def main(argv: Sequence[str]) -> None:
     def started(_) -> None:
         print(f"{name} answers at http://{shown}:{port} (API: http://{shown}:{port}/v1)", flush=True)
 
-    run(app, service, listening, values.drain_seconds, started)
+    status = OK if run(app, service, listening, values.drain_seconds, started) else INTERRUPTED
+    if service.at_work:  # the interpreter's own end would tear the thread out of a running program, and abort
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def compiling(engine: "Engine", longest: int) -> Iterator[str]:

@@ -36,6 +36,7 @@ class DrainingServer(uvicorn.Server):
         """uvicorn's own would raise the signal again after a good end, and the exit status would not be 0."""
         if self._service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no failure
         else:
             self._service.draining = True
             self._loop.call_soon_threadsafe(self._drain)
@@ -68,8 +69,8 @@ def run(
     listening: socket.socket,
     drain_seconds: float,
     started: Callable[[DrainingServer], None],
-) -> None:
-    """Serves until SIGTERM or Ctrl-C and then drains; returns when all is said.
+) -> bool:
+    """Serves until SIGTERM or Ctrl-C and then drains; returns when all is said, and whether it came to that.
 
     Args:
         service: The application's.
@@ -103,3 +104,4 @@ def run(
     asyncio.run(serve())
     if service.refusal is not None:
         raise service.refusal
+    return not server.force_exit

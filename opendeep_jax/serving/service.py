@@ -160,6 +160,11 @@ class EngineService:
         return self.engine is not None and not self.draining
 
     @property
+    def at_work(self) -> bool:
+        """Whether the thread has not ended: after `drain`, it is in the middle of a long program."""
+        return self._thread.is_alive()
+
+    @property
     def open_prompts(self) -> int:
         """Prompts that run or wait."""
         return len(self._tickets)

@@ -1,6 +1,7 @@
 """`opendeep serve` as a process with a real engine and a tiny model, and `opendeep chat` beside it."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -91,6 +92,25 @@ def test_the_command_serves_and_drains_on_sigterm(tiny):
         process.kill()
         out, err = process.communicate()
     assert "Traceback" not in err and re.search(r"^compiled \d+ programs in \d+ s$", err, flags=re.MULTILINE)
+
+
+def test_a_second_signal_ends_the_server_at_once_and_quietly(tiny):
+    command = [sys.executable, "-c", PROGRAM, f"--model={tiny}", "--port=0", "--max_length=256", "--warm_up=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, **pipes)
+    try:
+        address = process.stdout.readline().split()[3]
+        ask = {"prompt": "def", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with contextlib.suppress(httpx.TransportError), httpx.stream("POST", f"{address}/v1/completions", json=ask):
+            end = time.monotonic() + 20
+            while process.poll() is None and time.monotonic() < end:  # the first program is being compiled
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            assert process.returncode == 130
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_engine_that_cannot_be_ends_the_command_with_the_reason(tiny):
