@@ -16,7 +16,7 @@ import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation import sampling, scoring, speculation
-from opendeep_jax.generation.cache import Pages, bytes_per_token
+from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
 from opendeep_jax.generation.programs import (
@@ -76,7 +76,7 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None, consume: bool = False):  # noqa: B008
         check_settings(config, model.config, {} if mesh is None else mesh.shape)
         self.config, self.model, self.mesh = config, model.config, mesh
-        self.page_size = config.page_size or (128 if platform_of(mesh) == "tpu" else 64)
+        self.page_size = config.page_size or (TPU_LANES if platform_of(mesh) == "tpu" else 64)
         self.slots, self.max_length = config.slots, longest(config, model.config)
         self.shards = 1 if mesh is None else row_shards(mesh)
         self.slots_per_shard = config.slots // self.shards
@@ -85,10 +85,9 @@ class Engine:
         self.vocab_size = config.vocab_size or model.config.vocab_size
         self.bones, self.weights = take_apart(model, mesh, consume)
         self.table_width = -(-self.max_length // self.page_size)
-        tokens = config.cache_tokens or config.slots * self.max_length
-        pages = max(-(-tokens // (self.page_size * self.shards)), 1)
-        if not config.cache_tokens:
-            pages = self.slots_per_shard * self.table_width
+        pages = self.slots_per_shard * self.table_width
+        if config.cache_tokens:
+            pages = -(-config.cache_tokens // (self.page_size * self.shards))
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
         self.cache = make_cache(
             self.bones, pages + 1, self.page_size, self.slots_per_shard, mesh, mtp=config.speculate > 0

@@ -33,6 +33,11 @@ def layer_kinds(config: ModelConfig) -> tuple[tuple[str, int], ...]:
     return tuple((kind, count) for kind, count in kinds if count)
 
 
+def remat_field(kind: str) -> str:
+    """The field of RematConfig that a kind of layer, one of `layer_kinds`, goes by."""
+    return "moe" if "E" in kind else "dense"
+
+
 def mixer_matmul_parameters(config: ModelConfig, mixer: str, experts: int) -> int:
     """Weights of the matrices of the mixer with this letter, so many of a mixture's routed experts counted."""
     return {

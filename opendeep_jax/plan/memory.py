@@ -10,7 +10,7 @@ from typing import NamedTuple
 from opendeep_jax.config.rules import MESH_AXES, ROW_AXES
 from opendeep_jax.config.schedule import Stage, micro_batches
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.models.accounting import count_parameters, layer_kinds, mixer_matmul_parameters
+from opendeep_jax.models.accounting import count_parameters, layer_kinds, mixer_matmul_parameters, remat_field
 
 SIZES = {"float32": 4, "bfloat16": 2}
 
@@ -99,22 +99,11 @@ def _widest(model: ModelConfig, kind: str) -> int:
     return 3 * max(model.mlp_size if "-" in kind else 0, model.moe.shared_size if "E" in kind else 0, mamba)
 
 
-def _policy(kind: str) -> str:
-    """The field of RematConfig that a kind of layer goes by."""
-    return "moe" if "E" in kind else "dense"
-
-
 def _kept(model: ModelConfig, axes: dict[str, int]) -> float:
-    """Values per token that all blocks together keep for the backward pass."""
-    from opendeep_jax.train.summary import activation_widths
+    """Values per token that a device keeps for the backward pass."""
+    from opendeep_jax.train.summary import kept_activations
 
-    total = 0.0
-    for kind, layers in layer_kinds(model):
-        widths, policy = activation_widths(model, kind), getattr(model.remat, _policy(kind))
-        names = model.remat.names if policy == "named" else () if policy == "full" else tuple(widths)
-        kept = model.hidden_size + sum(widths.get(name, 0) for name in names)
-        total += layers * kept * (2.5 if policy == "none" else 1)
-    return total / axes["stage"]
+    return kept_activations(model) / axes["stage"]
 
 
 def num_blocks(model: ModelConfig) -> float:
@@ -128,7 +117,7 @@ def recomputed_share(model: ModelConfig) -> float:
     named = 1 - min(1.0, sum(name in model.remat.names for name in _MATMUL_NAMES) / len(_MATMUL_NAMES))
     total = 0.0
     for kind, layers in layer_kinds(model):
-        total += layers * len(kind) / 2 * shares.get(getattr(model.remat, _policy(kind)), named)
+        total += layers * len(kind) / 2 * shares.get(getattr(model.remat, remat_field(kind)), named)
     return total / num_blocks(model)
 
 
@@ -157,7 +146,7 @@ def cures(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[Cure]:
     if rows % 2 == 0 and rows > 1:
         steps = 2 * config.train.accumulation_steps
         change(f"--train.accumulation_steps={steps}", "train", accumulation_steps=steps)
-    for kind in sorted({_policy(kind) for kind, _ in layer_kinds(config.model)}):
+    for kind in sorted({remat_field(kind) for kind, _ in layer_kinds(config.model)}):
         if getattr(config.model.remat, kind) != "full":
             change(f"--model.remat.{kind}=full", "model.remat", **{kind: "full"})
     for field in ("first_moment_dtype", "second_moment_dtype"):

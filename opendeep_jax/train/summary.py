@@ -14,7 +14,7 @@ from kernels_pallas.target import chip
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import length_at, micro_batches, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.models.accounting import count_parameters, flops_per_token, layer_kinds
+from opendeep_jax.models.accounting import count_parameters, flops_per_token, layer_kinds, remat_field
 from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
@@ -61,12 +61,7 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
     model, train, parallel = config.model, config.train, config.parallel
     shards = max(devices // (parallel.stage * parallel.context * parallel.tensor), 1)
     tokens = max(s.batch_size * s.length / micro_batches(train, s.batch_size, shards) for s in stages(config)) / devices
-    kept = 0.0
-    for kind, layers in layer_kinds(model):
-        widths, policy = activation_widths(model, kind), model.remat.moe if "E" in kind else model.remat.dense
-        names = model.remat.names if policy == "named" else () if policy == "full" else widths
-        width = model.hidden_size + sum(widths.get(name, 0) for name in names)
-        kept += layers * width * (2.5 if policy == "none" else 1)
+    kept = kept_activations(model)
     return {
         "weights": bytes_on_each_device(state.params),
         "gradients": bytes_on_each_device(state.params),
@@ -96,6 +91,17 @@ def device_memory_bytes() -> int:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def kept_activations(model: ModelConfig) -> float:
+    """Values per token that all layers keep for the backward pass, about."""
+    total = 0.0
+    for kind, layers in layer_kinds(model):
+        widths, policy = activation_widths(model, kind), getattr(model.remat, remat_field(kind))
+        names = model.remat.names if policy == "named" else () if policy == "full" else widths
+        width = model.hidden_size + sum(widths.get(name, 0) for name in names)
+        total += layers * width * (2.5 if policy == "none" else 1)
+    return total
 
 
 def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:
