@@ -133,7 +133,6 @@ def get_config(size: str = "8b") -> RunConfig:
             state_size=s.state_size,
             num_groups=8,
             conv_kernel=4,
-            time_step_min=0.001,
             chunk_size=128,
         ),
         moe=s.moe,

@@ -60,8 +60,10 @@ def main(argv: Sequence[str]) -> None:
         model_config, codec = config_from_hf(source), codec_from_hf(source)
     config = apply(_with_model(recipe, model_config), overrides)
     model = load_gguf(source) if kind == "gguf" else load_hf(source)
-    mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)  # announced modules may not be there
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp=mtp))
+    # The files have the last word: announced MTP modules may not be there, and a tied model may have its own head.
+    mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)
+    found = {"mtp": mtp, "tie_embeddings": model.config.tie_embeddings}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
     import_run(model, codec, config, flags.out)
     print(f"imported: {flags.out}\nTrain it with: opendeep train --config={flags.out}/recipe.py --workdir={flags.out}")
 

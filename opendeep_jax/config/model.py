@@ -173,7 +173,9 @@ class MambaConfig:
     conv_bias: bool = True
     """The convolution has a bias."""
     time_step_min: float = 0.0
-    """No time step is shorter. Nemotron-H, as transformers computes it: 0.001."""
+    """No time step is shorter."""
+    time_step_max: float = 0.0
+    """No time step is longer; 0 for no bound."""
     chunk_size: int = 128
     """Positions that are computed at once, as attention would; the result does not depend on it."""
 

@@ -102,7 +102,10 @@ def _mamba_problems(mamba: Any) -> Iterator[str]:
     where = "model.mamba"
     sizes = ("num_heads", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
     yield from at_least(1, where, mamba, *sizes)
-    yield from at_least(0, where, mamba, "time_step_min")
+    yield from at_least(0, where, mamba, "time_step_min", "time_step_max")
+    if 0 < mamba.time_step_max <= mamba.time_step_min:
+        rule = f"must be above time_step_min, which is {mamba.time_step_min}, or 0 for no bound"
+        yield problem(f"{where}.time_step_max", mamba.time_step_max, rule, "")
     if mamba.num_groups > 0 and mamba.num_heads % mamba.num_groups:
         rule = f"must be a multiple of num_groups, which is {mamba.num_groups}"
         yield problem(f"{where}.num_heads", mamba.num_heads, rule, "Heads are divided among the groups")

@@ -4,6 +4,7 @@ Memory: reading takes the model's own and a part of one array; writing takes one
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
 from opendeep_jax.interop.hf_text import put_beside, text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
 from opendeep_jax.interop.reading import complaint, compute_dtype, empty, lying
-from opendeep_jax.interop.safetensors import TensorSpec, read_directory, write_directory
+from opendeep_jax.interop.safetensors import StoredTensor, TensorSpec, read_directory, write_directory
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
@@ -37,6 +38,8 @@ __all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
 
 MAX_READERS = 8
 """Threads that read tensors at a time; each may hold one, multiplied out, besides the array that it fills."""
+ELEMENTS_COMPARED = 2**24
+"""Elements of two tensors that are compared at a time."""
 
 
 def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> Decoder:
@@ -62,18 +65,38 @@ def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) 
     stored.pop(None, None)
     if not any(tensor.startswith(f"model.layers.{config.num_layers}.") for tensor in stored):
         config = replace(config, mtp=replace(config.mtp, depth=0))
+    config = replace(config, tie_embeddings=config.tie_embeddings and not _has_own_head(stored, family))
     _check_size(directory, stored, config)
     frame = skeleton(config)
     tensors = defaultdict(list)
     for tensor in layout({path: array.shape for path, array in frame.shapes().items()}, config, family):
         tensors[tensor.path].append(tensor)
-    _check_tensors(directory, stored, [tensor for part in tensors.values() for tensor in part], config)
+    _check_tensors(directory, stored, [tensor for part in tensors.values() for tensor in part], config, family.top)
     params = frame.shapes(nnx.Param)
     arrays = {
         path: _read_array(part, stored, frame, path, dtype if path in params else frame.shapes()[path].dtype, mesh)
         for path, part in tensors.items()
     }
     return frame.model(arrays, {})
+
+
+def _has_own_head(stored: Stored, family: Family) -> bool:
+    """Say whether the files hold a head with other values than the embedding's.
+
+    Such a head is used, whatever tie_word_embeddings says: as transformers does.
+    """
+    head, embedding = (stored.get(family.top.get(path)) for path in ("head.kernel", "embedding.embedding"))
+    return head is not None and embedding is not None and not _same_values(head, embedding)
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Compare two stored tensors, a few rows at a time."""
+    if one.shape != other.shape:
+        return False
+    left, right = one.read(), other.read()
+    rows = max(ELEMENTS_COMPARED // max(math.prod(one.shape[1:]), 1), 1)
+    parts = [slice(first, first + rows) for first in range(0, len(left), rows)]
+    return all(np.array_equal(*(x[part].astype(np.float32) for x in (left, right)), equal_nan=True) for part in parts)
 
 
 def _check_size(directory: Path, stored: Stored, config: ModelConfig) -> None:
@@ -89,17 +112,28 @@ def _check_size(directory: Path, stored: Stored, config: ModelConfig) -> None:
         )
 
 
-def _check_tensors(directory: Path, stored: Stored, tensors: list[HubTensor], config: ModelConfig) -> None:
-    """Raises ConfigError that names the tensors which are missing, unexpected, of another shape or kind of number."""
+def _check_tensors(
+    directory: Path, stored: Stored, tensors: list[HubTensor], config: ModelConfig, top: Mapping[str, str]
+) -> None:
+    """Raise ConfigError that names the tensors which are missing, unexpected, of another shape or kind of number.
+
+    Args:
+        top: The files' names of the arrays outside the blocks.
+    """
     expected = {name: form for tensor in tensors for name, form in forms(tensor, stored).items()}
-    ignored = {tensor.name for tensor in copies(config)}
+    repeated = {tensor.name: top[tensor.path] for tensor in copies(config)}
     if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    unexpected = [name for name in stored if name not in expected and name not in ignored]
+        repeated[top["head.kernel"]] = top["embedding.embedding"]
+    unexpected = [name for name in stored if name not in expected and name not in repeated]
     present = {name: form for name, form in expected.items() if name in stored}
     problems = {
         "missing": [name for name in expected if name not in stored],
         "unexpected": [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")],
+        "unlike what they repeat": [
+            f"{name} (must equal {of})"
+            for name, of in repeated.items()
+            if name in stored and of in stored and not _same_values(stored[name], stored[of])
+        ],
         "misshapen": [
             f"{name} (is {list(stored[name].shape)}, must be {list(shape)})"
             for name, (shape, _) in present.items()

@@ -106,7 +106,17 @@ def _family(raw: Mapping[str, Any]) -> Family:
     return BY_MODEL_TYPE[model_type]
 
 
+def _numbers(value: Any) -> Any:
+    """Return a config.json's value with {"__float__": "Infinity"}, as transformers 5 writes it, as a number."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _numbers(entry) for key, entry in value.items()}
+    return [_numbers(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    raw = _numbers(raw)
     family = _family(raw)
     if raw["model_type"] == "gemma3":  # it sees images, too
         if not isinstance(raw.get("text_config"), Mapping):

@@ -321,7 +321,7 @@ CASES = {
         "hybrid_override_pattern": "M-MM-*",
         "num_hidden_layers": 6,
         "n_groups": 2,
-        "time_step_min": 0.05,  # so that it bounds some
+        "time_step_limit": [0.3, 1.0],  # so that both ends bound some
         "use_conv_bias": False,
     },
     "moonlight": DEEPSEEK,
@@ -415,6 +415,9 @@ def make_case(name: str, config: dict) -> None:
     model = AutoModelForCausalLM.from_config(
         transformers_config(config), attn_implementation="eager", experts_implementation="eager"
     ).eval()
+    for child in model.modules():
+        if "time_step_limit" in config and hasattr(child, "time_step_limit"):
+            child.time_step_limit = tuple(config["time_step_limit"])  # as NVIDIA's own code; transformers reads another key
     margins = watch_routers(model, config)
     has_experts = any("router" in type(child).__name__.lower() for child in model.modules())
     with torch.no_grad():

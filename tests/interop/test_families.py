@@ -113,6 +113,16 @@ def test_the_head_of_a_tied_model_may_be_in_the_files_or_not(case, tmp_path):
     assert_same_bits(arrays_of(model), arrays_of(load_hf(family(case))))
 
 
+def test_a_head_with_its_own_values_is_used_whatever_tie_word_embeddings_says(tmp_path):
+    # As transformers does, with a warning.
+    case = family("llama_tied")
+    head = {"lm_head.weight": tensors_of(case)["model.embed_tokens.weight"][::-1]}
+    said_to_be_tied = load_hf(changed_copy(case, tmp_path / "tied", **head))
+    untied = load_hf(changed_copy(case, tmp_path / "untied", {"tie_word_embeddings": False}, **head))
+    assert not said_to_be_tied.config.tie_embeddings
+    assert_same_bits(arrays_of(said_to_be_tied), arrays_of(untied))
+
+
 @pytest.mark.parametrize("case", ["gpt_oss_mxfp4", "qwen3_moe", "gemma3", "moonlight"])
 def test_a_saved_model_gives_the_same_logits_when_it_is_read_again(case, tmp_path):
     tokens = expected(family(case))["tokens"]

@@ -1,5 +1,6 @@
 """Model directories of the hub: read whole or refused, and written so that nothing changes."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -161,14 +162,27 @@ def test_an_announced_mtp_module_may_be_absent(tmp_path):
     assert (model.config.mtp.depth, len(model.mtp)) == (0, 0)
 
 
-def test_copies_of_shared_tensors_and_old_rotation_buffers_are_passed_over(tmp_path):
-    extra = {
-        "model.layers.2.embed_tokens.weight": np.zeros((96, 32), np.float32),
-        "model.layers.2.shared_head.head.weight": np.zeros((96, 32), np.float32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32),
-    }
+MTP_COPIES = {
+    "model.layers.2.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.2.shared_head.head.weight": "lm_head.weight",
+}
+
+
+def test_true_copies_of_shared_tensors_and_old_rotation_buffers_are_passed_over(tmp_path):
+    tensors = tensors_of(GOLDEN / "v3_mtp")
+    extra = {name: tensors[of] for name, of in MTP_COPIES.items()}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     directory = changed_copy(GOLDEN / "v3_mtp", tmp_path / "model", **extra)
     assert_same_bits(arrays_of(load_hf(directory)), arrays_of(load_hf(GOLDEN / "v3_mtp")))
+
+
+@pytest.mark.parametrize("name", MTP_COPIES)
+def test_a_copy_with_other_values_than_what_it_repeats_is_refused(name, tmp_path):
+    other = tensors_of(GOLDEN / "v3_mtp")[MTP_COPIES[name]].copy()
+    other[-1, -1] += 1
+    directory = changed_copy(GOLDEN / "v3_mtp", tmp_path / "model", **{name: other})
+    with pytest.raises(ConfigError, match=re.escape(f"{name} (must equal {MTP_COPIES[name]})")):
+        load_hf(directory)
 
 
 def test_every_missing_unexpected_and_misshapen_tensor_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Nemotron-H's config.json in all its spellings, and the published sizes."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -62,7 +63,10 @@ def test_stale_keys_of_experts_change_nothing_where_no_layer_has_any():
         ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act = 'gelu'"),
         ({"use_bias": True}, "use_bias = True"),
         ({"sliding_window": 8}, "sliding_window = 8"),
-        ({"time_step_min": "short"}, "time_step_min"),
+        ({"time_step_limit": "nonsense"}, "time_step_limit = 'nonsense'"),
+        ({"time_step_limit": [0.1]}, "time_step_limit = [0.1]"),
+        ({"time_step_limit": [0.2, 0.1]}, "time_step_limit = [0.2, 0.1]"),
+        ({"mamba_dt_limit": [-1.0, 0.1]}, "mamba_dt_limit = [-1.0, 0.1]"),
     ],
 )
 def test_what_cannot_be_read_is_refused(changes, message):
@@ -104,15 +108,23 @@ def test_a_hybrid_that_rotates_has_no_hub_form():
         config_to_hf(dataclasses.replace(config, attention=attention))
 
 
-def test_the_bound_of_time_steps_is_at_work_in_the_golden_logits():
+@pytest.mark.parametrize(("bound", "without"), [("time_step_min", 0.0), ("time_step_max", 0.0)])
+def test_each_bound_of_time_steps_is_at_work_in_the_golden_logits(bound, without):
     # Else a family member that leaves it out would pass unseen.
     case = family("nemotron_h_dense")
-    config = config_from_hf(case)
-    assert config.mamba.time_step_min == 0.05
-    model = load_hf(case)
-    graphless = load_hf_with(case, time_step_min=0.0)
+    mamba = config_from_hf(case).mamba
+    assert (mamba.time_step_min, mamba.time_step_max) == (0.3, 1.0)
     tokens = expected(case)["tokens"][:1]
-    assert np.abs(np.asarray(model(tokens)) - np.asarray(graphless(tokens))).max() > 1e-3
+    unbounded = load_hf_with(case, **{bound: without})
+    assert np.abs(np.asarray(load_hf(case)(tokens)) - np.asarray(unbounded(tokens))).max() > 1e-3
+
+
+def test_time_steps_have_no_bound_where_config_json_names_none():
+    mamba = config_from_hf(CASE).mamba
+    assert (mamba.time_step_min, mamba.time_step_max) == (0.0, 0.0)
+    assert config_to_hf(config_from_hf(CASE))["time_step_limit"] == [0.0, math.inf]
+    as_transformers_writes_it = without(time_step_limit=[0.25, {"__float__": "Infinity"}])
+    assert config_from_hf(as_transformers_writes_it).mamba.time_step_min == 0.25
 
 
 def load_hf_with(case, **mamba):

@@ -1,9 +1,11 @@
 """Nemotron-H, Nemotron Nano 2 and 3: hybrids of Mamba-2, attention without rotation, squared ReLU and experts.
 
-The time step's lower bound is time_step_min, as transformers computes a text at once; NVIDIA's own code has no bound,
-and transformers none where it takes single tokens in. Steps that short hardly matter, but they do in the fifth digit.
+Time steps are bounded by time_step_limit, as NVIDIA's own code, vLLM and llama.cpp have it. Transformers bounds them by
+time_step_min instead (0.001 in published files) where it computes a text at once, and not at all where it takes single
+tokens in; the difference is in the fifth digit.
 """
 
+import math
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
@@ -29,14 +31,12 @@ MAMBA_FIELDS = {
     "conv_kernel": "mamba.conv_kernel",
     "use_conv_bias": "mamba.conv_bias",
     "chunk_size": "mamba.chunk_size",
-    "time_step_min": "mamba.time_step_min",
 }
 OLDER_NAMES = {
     "mamba_n_groups": "mamba.num_groups",
     "mamba_d_conv": "mamba.conv_kernel",
     "mamba_conv_bias": "mamba.conv_bias",
     "mamba_chunk_size": "mamba.chunk_size",
-    "mamba_dt_min": "mamba.time_step_min",
 }
 """Keys that stand for one of MAMBA_FIELDS."""
 MOE_FIELDS = {
@@ -84,8 +84,22 @@ def config_from(raw: Raw) -> dict[str, Any]:
         raw = {**raw, "head_dim": raw["attention_head_dim"]}
     fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": truth(raw, "mlp_bias")}
     fields |= read_heads(raw, HEAD_DIM)
-    fields |= {field: raw[key] for key, field in OLDER_NAMES.items() if key in raw}
+    fields |= {field: raw[key] for key, field in OLDER_NAMES.items() if key in raw} | _time_steps_from(raw)
     return fields | (_experts_from(raw) if "E" in pattern else {})
+
+
+def _time_steps_from(raw: Raw) -> dict[str, Any]:
+    """Read the bounds of time steps."""
+    key = "mamba_dt_limit" if "mamba_dt_limit" in raw else "time_step_limit"
+    limit = raw.get(key, [0.0, math.inf])
+    numbers = isinstance(limit, list | tuple) and len(limit) == 2 and all(type(x) in (int, float) for x in limit)
+    if not numbers or not 0 <= limit[0] < limit[1]:
+        raise ConfigError(
+            f"{key} = {limit!r}: must be two numbers, the shortest time step and a longer longest one (Infinity for no "
+            "bound). Correct the key."
+        )
+    low, high = limit
+    return {"mamba.time_step_min": float(low), "mamba.time_step_max": 0.0 if math.isinf(high) else float(high)}
 
 
 def _experts_from(raw: Raw) -> dict[str, Any]:
@@ -114,6 +128,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "tie_word_embeddings": False,
         "mlp_bias": config.mlp_bias,
+        "time_step_limit": [config.mamba.time_step_min, config.mamba.time_step_max or math.inf],
     } | write_heads(config)
     if "E" in config.layer_pattern:
         moe = {"moe." + name: getattr(config.moe, name) for name in config.moe.__dataclass_fields__}
@@ -147,7 +162,6 @@ NEMOTRON_H = Family(
         "conv_kernel": 4,
         "use_conv_bias": True,
         "chunk_size": 128,
-        "time_step_min": 0.001,
     },
     fixed={
         "mlp_hidden_act": "relu2",
@@ -219,9 +233,11 @@ NEMOTRON_H = Family(
         "rms_norm_eps",
         "expand",
         "mamba_expand",
+        "time_step_min",
         "time_step_max",
         "time_step_floor",
         "time_step_limit",
+        "mamba_dt_min",
         "mamba_dt_max",
         "mamba_dt_limit",
         "mamba_dt_init_floor",
