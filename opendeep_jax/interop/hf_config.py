@@ -149,7 +149,7 @@ def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
 def _is_known(key: str, value: Any, family: Family) -> bool:
     if key in PASSED_OVER or key in family.fields or key in family.fixed or key in family.defaults:
         return True
-    return key in family.understood or key.startswith(("_", "unsloth")) or value is False
+    return key in (*family.understood, *family.harmless) or key.startswith(("_", "unsloth")) or value is False
 
 
 def _check_quantization(raw: Mapping[str, Any]) -> None:

@@ -49,7 +49,9 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     understood: tuple[str, ...] = ()
-    """Further keys that `read` looks at, or that change nothing."""
+    """Further keys that `read` looks at."""
+    harmless: tuple[str, ...] = ()
+    """Keys that change nothing, whatever their value: settings of training, or what transformers passes over, too."""
     top: Mapping[str, str] = field(default_factory=lambda: TOP)
     """Where the files hold the arrays outside the blocks."""
     layers: str = "model.layers."

@@ -14,6 +14,11 @@ from opendeep_jax.interop.hf_family import FULL, SLIDING, Raw, number, require, 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Keys that this module reads."""
 KINDS = ("default", "linear", "llama3", "yarn")
+SETTINGS = frozenset(
+    "rope_theta factor original_max_position_embeddings low_freq_factor high_freq_factor beta_fast beta_slow truncate "
+    "attention_factor mscale mscale_all_dim partial_rotary_factor".split()
+)
+"""Keys inside rope_scaling and rope_parameters, of which each kind reads its own."""
 
 
 def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
@@ -35,16 +40,24 @@ def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
     found.pop("type", None)
     if kind not in KINDS:
         raise ConfigError(f"rope type = {kind!r}: must be one of {', '.join(KINDS)}. No other is implemented here.")
+    if unknown := sorted(str(key) for key in found if key not in SETTINGS):
+        raise ConfigError(
+            f"rope_scaling has {', '.join(unknown)}: no setting of a rotation that is known here. If the model is the "
+            "same without, remove it."
+        )
     return found | {"rope_type": kind}
 
 
-def read_rope(raw: Raw, theta: float = 10_000.0) -> dict[str, Any]:
+def read_rope(raw: Raw, theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
     """The fields of the rotation of grouped-query attention, as transformers computes it.
 
     Args:
         theta: The family's base where config.json has none.
+        partial: The family may rotate a part of each head, and reads partial_rotary_factor itself.
     """
     found = parameters(raw)
+    if not partial:
+        require(found, "partial_rotary_factor", 1.0)
     fields = {"theta": number(found, "rope_theta", raw.get("rope_theta", theta))}
     kind = found["rope_type"]
     if kind == "linear":

@@ -417,7 +417,7 @@ def make_case(name: str, config: dict) -> None:
     ).eval()
     for child in model.modules():
         if "time_step_limit" in config and hasattr(child, "time_step_limit"):
-            child.time_step_limit = tuple(config["time_step_limit"])  # as NVIDIA's own code; transformers reads another key
+            child.time_step_limit = tuple(config["time_step_limit"])  # as in NVIDIA's own code
     margins = watch_routers(model, config)
     has_experts = any("router" in type(child).__name__.lower() for child in model.modules())
     with torch.no_grad():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
 from opendeep_jax.interop import config_from_hf, config_to_hf
+from opendeep_jax.interop.families import BY_MODEL_TYPE
 from opendeep_jax.interop.hf_config import differences, family_of
 
 YARN = {
@@ -393,3 +394,39 @@ def test_an_unreadable_config_json_is_refused_by_its_path(tmp_path, content):
 def test_a_model_outside_all_families_has_no_config_json(changes, message):
     with pytest.raises(ConfigError, match=message):
         config_to_hf(replace(ModelConfig(), **changes))
+
+
+PROBES = ("nonsense", 0, 3, 0.123, True, False, ["sliding_attention"], {"factor": 2}, None)
+# Keys that count only beside others.
+BESIDE = (
+    {},
+    {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+    {"head_dim": None},
+    {"n_routed_experts": None},
+    {"num_experts": None, "num_local_experts": 6},
+)
+
+
+def _read(raw: dict) -> ModelConfig | str:
+    try:
+        return config_from_hf(raw)
+    except ConfigError:
+        return "refused"
+
+
+@pytest.mark.parametrize("model_type", sorted({raw_config(case)["model_type"] for case in ALL}))
+def test_every_known_key_of_a_family_counts_or_is_listed_as_harmless(model_type):
+    known = BY_MODEL_TYPE[model_type]
+    raws = [raw_config(case) for case in ALL if raw_config(case)["model_type"] == model_type]
+    raws = [raw | beside for raw in raws for beside in BESIDE]
+    read = [(raw, _read(raw)) for raw in raws]
+    for key in {*known.understood, *known.fields, *known.fixed}:
+        assert any(_read(raw | {key: probe}) != config for raw, config in read for probe in PROBES), key
+    for key in known.harmless:
+        assert all(_read(raw | {key: probe}) == config for raw, config in read for probe in PROBES), key
+
+
+@pytest.mark.parametrize("case", ALL, ids=name_of)
+def test_an_unknown_key_is_refused_at_any_depth(case):
+    for changes in ({"residual_gain": 2.0}, {"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned_by": 3}}):
+        assert _read(raw_config(case) | changes) == "refused", changes

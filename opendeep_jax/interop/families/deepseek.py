@@ -72,6 +72,14 @@ def config_from(raw: Raw) -> dict[str, Any]:
             f"num_key_value_heads = {raw['num_key_value_heads']}: latent attention has one key and value head for each "
             f"of the num_attention_heads = {raw['num_attention_heads']} query heads. Make the two equal."
         )
+    rotated = whole(raw, "qk_rope_head_dim")
+    derived = {
+        "head_dim": rotated,
+        "qk_head_dim": whole(raw, "qk_nope_head_dim") + rotated,
+        "partial_rotary_factor": 1.0,
+    }
+    for key, value in derived.items():  # which transformers writes out; another value would be another rotation
+        require(raw, key, value)
     depth = {"mtp.depth": raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0}
     return _read_routing(raw) | depth | _read_rope(raw) | {"mlp_bias": truth(raw, "mlp_bias")}
 
@@ -227,11 +235,9 @@ DEEPSEEK_V3 = Family(
         "rope_interleave",
         "head_dim",
         "qk_head_dim",
-        "aux_loss_alpha",
-        "seq_aux",
-        "ep_size",
         *KEYS,
     ),
+    harmless=("aux_loss_alpha", "seq_aux", "ep_size"),
 )
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
@@ -244,4 +250,5 @@ DEEPSEEK_V2 = Family(
     read=config_from,
     write=lambda config: config_to(config, "deepseek_v2"),
     understood=(*DEEPSEEK_V3.understood, "mlp_bias"),
+    harmless=DEEPSEEK_V3.harmless,
 )

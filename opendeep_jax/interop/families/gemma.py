@@ -96,7 +96,11 @@ GEMMA3 = Family(
         "sliding_window": 4096,
         "_sliding_window_pattern": PATTERN,
     },
-    fixed={"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False},
+    fixed={
+        "hidden_activation": "gelu_pytorch_tanh",
+        "use_bidirectional_attention": False,
+        "partial_rotary_factor": 1.0,
+    },
     implied=IMPLIED
     | {
         "norm": "rms_zero_centered",
@@ -120,10 +124,12 @@ GEMMA3 = Family(
         "layer_types",
         "sliding_window_pattern",
         "rope_local_base_freq",
-        "attn_logit_softcapping",  # see above
         "final_logit_softcapping",
-        "hidden_act",  # older files repeat the activation here
         *KEYS,
+    ),
+    harmless=(
+        "attn_logit_softcapping",  # see above
+        "hidden_act",  # older files repeat the activation here
     ),
     names_in_files=names_in_files,
 )

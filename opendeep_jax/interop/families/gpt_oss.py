@@ -112,5 +112,6 @@ GPT_OSS = Family(
     },
     read=config_from,
     write=config_to,
-    understood=("num_key_value_heads", "head_dim", "layer_types", "experts_per_token", "initial_context_length", *KEYS),
+    understood=("num_key_value_heads", "head_dim", "layer_types", "experts_per_token", *KEYS),
+    harmless=("initial_context_length",),  # rope_scaling has it, too
 )

@@ -42,5 +42,6 @@ LLAMA = Family(
     block=PRE_NORMS | GROUPED_QUERY_ATTENTION | FEED_FORWARD,
     read=config_from,
     write=config_to,
-    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "is_llama_config", *KEYS),
+    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", *KEYS),
+    harmless=("is_llama_config",),
 )

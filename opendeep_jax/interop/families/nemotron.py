@@ -29,7 +29,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
     if not 0 < part <= 1:
         raise ConfigError(f"partial_rotary_factor = {part}: must be above 0 and at most 1. Correct the key.")
     own = {"attention.rotary_dim": int(heads["attention.head_dim"] * part), "mlp_bias": truth(raw, "mlp_bias")}
-    return heads | read_biases(raw) | read_rope(raw) | own
+    return heads | read_biases(raw) | read_rope(raw, partial=True) | own
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
@@ -57,5 +57,6 @@ NEMOTRON = Family(
     },
     read=config_from,
     write=config_to,
-    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_percent", *KEYS),
+    understood=("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", *KEYS),
+    harmless=("rms_norm_eps", "rope_percent"),  # norm_eps and partial_rotary_factor count
 )

@@ -12,11 +12,13 @@ from opendeep_jax.interop.hf_family import (
     GROUPED_QUERY_ATTENTION,
     IMPLIED,
     PRE_NORMS,
+    SLIDING,
     Family,
     Raw,
     read_biases,
     read_heads,
     read_layer_types,
+    truth,
     whole,
     write_biases,
     write_heads,
@@ -29,7 +31,13 @@ HEAD_DIM_OF_QWEN3 = 128
 
 def _read_window(raw: Raw) -> dict[str, Any]:
     """Layers from max_window_layers on slide, if any do at all."""
-    if not raw.get("use_sliding_window", False):
+    if not truth(raw, "use_sliding_window"):
+        types = raw.get("layer_types")
+        if isinstance(types, list) and SLIDING in types:
+            raise ConfigError(
+                f"layer_types has {SLIDING!r} and use_sliding_window is false: it is left open whether they slide. "
+                "Set use_sliding_window to true, or list full_attention alone."
+            )
         return {}
     first = raw.get("max_window_layers", 28)
     if type(first) is not int:
@@ -153,7 +161,8 @@ QWEN3_MOE = Family(
         "num_experts",
         "num_local_experts",
         "mlp_only_layers",
-        *WINDOW_KEYS,
+        *(key for key in WINDOW_KEYS if key != "max_window_layers"),
         *KEYS,
     ),
+    harmless=("max_window_layers",),  # all layers slide, or none
 )
