@@ -40,16 +40,31 @@ WITH_EXPERTS = ("deepseek2", "gpt-oss", "qwen3moe", "llama")
 GEMMA_27B_LAYERS = 62
 MOST_LAYERS = 10_000
 TYPICAL_LENGTH = 8192  # Llama 3's before its stretch
+HARMLESS = frozenset(
+    "vocab_size tensor_data_layout attention.causal rope.scaling.finetuned rope.scaling.original_context_length "
+    "rope.freq_base_swa attention.head_count_kv attention.key_length attention.value_length".split()
+)
+"""Keys that say nothing more than the tensors and the other keys do, where those are not read."""
 
 
 class _Keys:
     """The fields of one architecture; what is missing or of another type is a ConfigError."""
 
     def __init__(self, fields: Mapping[str, Any], architecture: str):
-        self.fields, self.architecture = fields, architecture
+        self.fields, self.architecture, self.read = fields, architecture, set()
+
+    def check_all_read(self) -> None:
+        """Raise ConfigError for keys of the architecture that nobody has read: they may change what it computes."""
+        prefix = self.architecture + "."
+        names = [key.removeprefix(prefix) for key in self.fields if key.startswith(prefix)]
+        unread = [name for name in names if name not in self.read | HARMLESS and self.fields[prefix + name]]
+        if unread:
+            said = ", ".join(f"{prefix}{name} = {self.fields[prefix + name]!r}"[:100] for name in sorted(unread))
+            raise ConfigError(f"{said}: no field that is known here. This variant is not implemented.")
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         key = f"{self.architecture}.{name}"
+        self.read.add(name)
         value = self.fields.get(key, default)
         if isinstance(value, list) and kind is not list and value and all(entry == value[0] for entry in value):
             value = value[0]  # one number for each layer, all the same
@@ -70,7 +85,10 @@ def _unrounded(value: float) -> float:
 
 
 def config_from_gguf(
-    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None = None
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None = None,
+    complete: bool = True,
 ) -> ModelConfig:
     """The ModelConfig that a file's metadata describes, in float32.
 
@@ -78,9 +96,10 @@ def config_from_gguf(
         fields: Metadata by key.
         shapes: The tensors' shapes by name: whether head and router bias are there, and the vocabulary's size.
         rope_factors: `rope_freqs.weight`, which is all that says of Llama 3's stretch.
+        complete: Refuse what is not understood; False only tries how a model of ours would be read.
 
     Raises:
-        ConfigError: an architecture that our decoder is not, or metadata that is missing or contradicts itself.
+        ConfigError: an architecture that our decoder is not, or metadata that is missing, unknown or contradicts itself.
     """
     architecture = fields.get("general.architecture")
     if architecture not in tuple(IMPLIED):
@@ -106,8 +125,9 @@ def config_from_gguf(
     if architecture == "gemma3":
         model = model | {"embedding_scale": math.sqrt(hidden)}
         model |= {"logit_softcap": keys.get("final_logit_softcapping", float, 0.0)}
-    dense = keys.get("leading_dense_block_count", int, 0) if experts.num_experts else layers
-    return ModelConfig(
+    dense = keys.get("leading_dense_block_count", int, 0)
+    dense = dense if experts.num_experts else layers
+    found = ModelConfig(
         vocab_size=shapes["token_embd.weight"][0],
         hidden_size=hidden,
         num_layers=layers,
@@ -121,6 +141,9 @@ def config_from_gguf(
         moe=experts,
         **model,
     )
+    if complete:
+        keys.check_all_read()
+    return found
 
 
 def _layers(keys: _Keys) -> int:
@@ -242,6 +265,7 @@ def _grouped(keys: _Keys, architecture: str, heads: int, hidden: int, layers: in
 
 
 def _sliding_layers(keys: _Keys, architecture: str, layers: int) -> tuple[int, ...]:
+    keys.read.add("attention.sliding_window_pattern")
     pattern = keys.fields.get(f"{architecture}.attention.sliding_window_pattern", SLIDING_PERIOD[architecture])
     if isinstance(pattern, list):
         if len(pattern) < layers:

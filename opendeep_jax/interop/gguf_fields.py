@@ -54,7 +54,7 @@ def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> lis
     if config.moe.use_router_bias:
         shapes["exp_probs_b.bias"] = ()
     try:
-        there = _essence(config_from_gguf(fields, shapes), architecture)
+        there = _essence(config_from_gguf(fields, shapes, complete=False), architecture)
     except ConfigError as error:
         return [("attention", config.attention.kind, str(error))]
     here = _essence(config, architecture)

@@ -360,6 +360,14 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_before_an_array_is_made(
         loads(tmp_path / "altered.gguf", small[:place] + struct.pack("<I", value) + small[place + 4 :])
 
 
+def test_a_field_of_the_architecture_that_is_not_understood_is_refused(small, tmp_path):
+    # Of the same length, so that everything else stays in place.
+    altered = small.replace(b"llama.rope.freq_base", b"llama.residual_scale")
+    assert altered != small
+    with pytest.raises(ConfigError, match="llama.residual_scale = .*no field that is known here"):
+        loads(tmp_path / "altered.gguf", altered)
+
+
 def test_missing_and_unexpected_tensors_are_named(small, tmp_path):
     with pytest.raises(ConfigError, match="1 missing: blk.0.ffn_up.weight; 1 unexpected: blk.0.ffn_xx.weight"):
         loads(tmp_path / "renamed.gguf", small.replace(b"blk.0.ffn_up.weight", b"blk.0.ffn_xx.weight"))
