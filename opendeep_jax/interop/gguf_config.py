@@ -99,7 +99,7 @@ def config_from_gguf(
         complete: Refuse what is not understood; False only tries how a model of ours would be read.
 
     Raises:
-        ConfigError: an architecture that our decoder is not, or metadata that is missing, unknown or contradicts itself.
+        ConfigError: an architecture that our decoder is not, or metadata that is missing, unknown or contradictory.
     """
     architecture = fields.get("general.architecture")
     if architecture not in tuple(IMPLIED):
