@@ -150,7 +150,7 @@ def _verdict(run: RunFiles) -> str:
 def _headline_numbers(run: RunFiles) -> list[tuple[str, str, str]]:
     loss, mfu = run.number("final_loss"), column(run.steps, "mfu")
     seconds, active = run.number("seconds", run.steps), run.number("active_parameters")
-    utilisation = f"median MFU {np.nanmedian(mfu):.1%}" if np.isfinite(mfu).any() else ""
+    utilisation = f"median MFU {_median(mfu):.1%}" if np.isfinite(mfu).any() else ""
     rows = [
         ("Final loss", loss, "{:.3f}".format, "nats per token, all terms"),
         ("Loss", run.number("loss", run.steps) if loss is None else None, "{:.3f}".format, "nats per token, all terms"),
@@ -165,6 +165,10 @@ def _headline_numbers(run: RunFiles) -> list[tuple[str, str, str]]:
         ("Peak memory", run.number("peak_memory_bytes"), human_bytes, ""),
     ]
     return [(label, form(value), remark) for label, value, form, remark in rows if value is not None]
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values[np.isfinite(values)]))
 
 
 def _learning(run: RunFiles) -> str:
@@ -182,10 +186,12 @@ def _learning(run: RunFiles) -> str:
 
 def _speed(run: RunFiles) -> str:
     speed = [_line(run, "", "tokens_per_second", smooth=True)]
-    mfu = [_line(run, "", "mfu", GREEN, smooth=True)]
+    mfu, shares = [_line(run, "", "mfu", GREEN, smooth=True)], column(run.steps, "mfu")
+    median = [Level(f"median {_median(shares):.1%}", _median(shares))] if np.isfinite(shares).any() else []
+    utilization = "Model FLOPs utilization: the share of the hardware’s peak that the model’s arithmetic used."
     charts = _grid(
         _chart(run, "speed", "tokens per second", "Training alone; evaluations and checkpoints don’t count.", speed),
-        _chart(run, "mfu", "model FLOPs utilisation", "Share of the hardware’s peak the model’s arithmetic used.", mfu),
+        _chart(run, "mfu", "MFU, percent of the hardware’s peak", utilization, mfu, levels=median, percent=True),
     )
     return section("Speed", "", charts)
 
@@ -195,15 +201,15 @@ def _experts(run: RunFiles) -> str:
     layers = load.shape[1]
     names = _layer_names(run, max(layers, bias.shape[1]))
     peaks = [
-        Line(names[i] if layers <= 8 else "", time, load[:, i].max(axis=1), colour, width=1.2)
-        for i, colour in enumerate(plots.gradual_colour(i, layers) for i in range(layers))
+        Line(names[i] if layers <= 8 else "", time, load[:, i].max(axis=1), **style, width=1.2)
+        for i, style in enumerate(plots.ordered_looks(layers))
     ]
     peaks = peaks or [_line(run, "", "expert_load_max_over_mean", smooth=True)]
     ranges = [_line(run, "highest", "router_bias_max", ORANGE), _line(run, "lowest", "router_bias_min", BLUE)]
     small = [_line(run, "balance", "balance_loss", smooth=True), _line(run, "z", "z_loss", VIOLET, smooth=True)]
     balanced = [Level("perfect balance", 1.0, GREEN)]
     auxiliary = "The balance loss before its weight: each router adds 1 when balanced. The z loss with its weight."
-    busiest = "The busiest expert of each layer, from the first (blue) to the last (orange)."
+    busiest = "The busiest expert of each layer" + ", from the first (blue) to the last (ochre)" * (layers > 8) + "."
     overview = _grid(
         _chart(run, "peak", "largest load over the mean", busiest, peaks, levels=balanced),
         # Every bias has a chart of its own below, where they were logged.
@@ -263,8 +269,8 @@ def _bias_charts(run: RunFiles, time: np.ndarray, bias: np.ndarray, load: np.nda
             )
             for i, expert in enumerate(chosen)
         ]
-        charts.append(_chart(run, f"bias{layer}", "", names[layer], lines, size=(3.2, 1.9)))
-    lead = "Blue to orange: from the idlest to the busiest expert at the start."
+        charts.append(_chart(run, f"bias{layer}", "router bias", names[layer], lines, size=(3.2, 1.9)))
+    lead = "Blue to ochre: from the idlest to the busiest expert at the start."
     if layers > BIAS_LAYERS or experts > BIAS_EXPERTS:
         lead += f" {len(shown)} of {layers} layers, {min(experts, BIAS_EXPERTS)} of {experts} experts in each."
     return f"<h3>Router biases</h3><p class=lead>{lead}</p>{_grid(*charts, small=True)}"

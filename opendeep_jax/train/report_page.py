@@ -6,6 +6,8 @@ Everything that comes from a file passes through `text`: sample texts are whatev
 import html
 from collections.abc import Iterable
 
+from opendeep_jax.train.chart_style import css_colors
+
 
 def text(value) -> str:
     """A value as HTML text: markup escaped, control characters and what UTF-8 cannot hold replaced."""
@@ -70,9 +72,9 @@ STYLE = """
 :root{--sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 --page:#f6f7f9;--card:#fff;--ink:#20242a;--muted:#667080;--grid:#e4e6ea;
---blue:#2f6bd8;--orange:#d9622b;--green:#2a9468;--violet:#8657c9;--red:#d03a4a}
+SERIES_LIGHT--blue:var(--s0);--orange:var(--s1);--green:var(--s2);--violet:var(--s3);--red:#d03a4a}
 @media (prefers-color-scheme:dark){:root{--page:#0f1216;--card:#171b21;--ink:#e6e9ee;--muted:#939dab;--grid:#2a3039;
---blue:#6ea0ff;--orange:#f28b52;--green:#4cc38f;--violet:#b08bf0;--red:#ff6b78}}
+SERIES_DARK--red:#ff6b78}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 var(--sans)}
 main{max-width:1120px;margin:0 auto;padding:40px 20px 64px}
@@ -136,4 +138,4 @@ footer{margin-top:56px;color:var(--muted);font-size:13px}
 @media (max-width:520px){main{padding:24px 14px 40px}h1{font-size:27px}.hero{padding:16px}.hero p{font-size:17px}
 .tiles{grid-template-columns:1fr 1fr}.bar{grid-template-columns:74px 1fr 48px;gap:8px}section{margin-top:36px}}
 @media print{body{background:#fff}figure,.sample,details{break-inside:avoid}}
-"""
+""".replace("SERIES_LIGHT", css_colors()).replace("SERIES_DARK", css_colors(dark=True))
