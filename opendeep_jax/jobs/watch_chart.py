@@ -1,16 +1,17 @@
 """Pictures of the live page, written by hand: line charts as SVG, loads as a PNG. Nothing to load, quick to draw."""
 
 import base64
+import json
 import math
 import struct
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from opendeep_jax.train.progress import human_count
+from opendeep_jax.train.chart_style import LOG_SCALE, coincident, tick_labels, turns
 from opendeep_jax.train.report_page import text
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 230, 46, 10, 10, 24
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 520, 250, 22, 30, 24
 LOAD_COLOURS = (
     (18, 60, 124), (63, 127, 214), (169, 197, 232), (241, 238, 230), (243, 189, 132), (221, 106, 44), (138, 31, 27),
 )  # fmt: skip
@@ -18,16 +19,34 @@ LOAD_COLOURS = (
 
 
 class Series(NamedTuple):
-    """A curve: (x, least, mean, largest) of each of its stretches, and the place of its colour."""
+    """A curve: (x, least, mean, largest) of each of its stretches, and how it looks."""
 
     name: str
     points: Sequence[tuple[float, float, float, float]]
     colour: str
     """A CSS colour."""
+    run: int = 0
+    """Place of the run that it is of, by which the legend finds it."""
+    dashes: tuple[float, ...] = ()
 
 
-def line_chart(series: Sequence[Series], label: str, log: bool = False, band: bool = False) -> str:
-    """Curves over one axis as `<svg>`; empty where there is nothing to draw. `band` shades from least to largest."""
+def line_chart(
+    series: Sequence[Series],
+    label: str,
+    log: bool = False,
+    band: bool = False,
+    percent: bool = False,
+    over: str = "step",
+) -> str:
+    """Return curves over one axis as `<svg>`; empty where there is nothing to draw.
+
+    Args:
+        label: quantity and unit, above the axis.
+        log: logarithmic y axis where all values allow it; the label says so.
+        band: shade from least to largest.
+        percent: label the y axis, a share of one, in percent.
+        over: what the x axis counts.
+    """
     series = [one for one in series if one.points]
     if not series:
         return ""
@@ -38,36 +57,71 @@ def line_chart(series: Sequence[Series], label: str, log: bool = False, band: bo
     cut = means[math.ceil(0.99 * (len(means) - 1))]
     y_low, y_high = _limits([means[0], cut], log)
     x_span, y_span = x_high - x_low, y_high - y_low
+    ticks = _ticks(y_low, y_high, log)
+    labels = tick_labels(ticks, percent)
+    left = max(12 + 7.6 * max(map(len, labels), default=0), 30)  # also where a narrow page writes larger
 
     def across(x: float) -> float:
-        return LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT)
+        return left + (x - x_low) / x_span * (WIDTH - left - RIGHT)
 
     def up(y: float) -> float:
         share = ((math.log10(y) if log else y) - y_low) / y_span
         return HEIGHT - BOTTOM - min(max(share, -0.02), 1.02) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for value in _ticks(y_low, y_high, log):
+    parts = [f"<text x={left:.0f} y=14>{text(label + LOG_SCALE * log)}</text>"]
+    for value, name in zip(ticks, labels, strict=True):
         at = up(value)
-        parts.append(f'<path class=grid d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f"<text x={LEFT - 6} y={at + 4:.1f} text-anchor=end>{_tick(value)}</text>")
-    for value in _ticks(x_low, x_high, False):
-        parts.append(f"<text x={across(value):.1f} y={HEIGHT - 6} text-anchor=middle>{_tick(value)}</text>")
+        parts.append(f'<path class=grid d="M{left:.1f} {at:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f"<text x={left - 6:.1f} y={at + 4:.1f} text-anchor=end>{name}</text>")
+    x_ticks = _ticks(x_low, x_high, False)
+    for value, name in zip(x_ticks, tick_labels(x_ticks), strict=True):
+        parts.append(f"<text x={across(value):.1f} y={HEIGHT - 6} text-anchor=middle>{name}</text>")
     for one in series:
         if band and len(one.points) > 1:
             above = [f"{across(x):.1f} {up(high):.1f}" for x, _, _, high in one.points]
             below = [f"{across(x):.1f} {up(low):.1f}" for x, low, _, _ in reversed(one.points)]
-            parts.append(f'<path fill="{one.colour}" opacity=.16 d="M{"L".join(above + below)}Z"/>')
+            shape = f'd="M{"L".join(above + below)}Z"'
+            parts.append(f'<path class=band data-run={one.run} fill="{one.colour}" opacity=.16 {shape}/>')
+    drawn = [[(across(x), up(mean)) for x, _, mean, _ in one.points] for one in series]
+    sharing = {}
+    for group in coincident(drawn, tolerance=1.2):
+        sharing |= {index: (member, len(group)) for member, index in enumerate(group)}
+    for index, (one, points) in enumerate(zip(series, drawn, strict=True)):
+        member, size = sharing.get(index, (0, 1))
+        name = f"<title>{text(one.name)}</title>"
+        if len(points) == 1:
+            (x, y), r = points[0], 3 + 2 * (size - 1 - member)  # rings around each other where they are equal
+            parts.append(f'<circle data-run={one.run} cx={x:.1f} cy={y:.1f} r={r} fill="{one.colour}">{name}</circle>')
+            continue
+        dashes, offset = turns(member, size) if size > 1 else (one.dashes, 0.0)
+        style = f' stroke-dasharray="{" ".join(f"{d:g}" for d in dashes)}"' if dashes else ""
+        style += f" stroke-dashoffset={offset:g}" if offset else ""
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        parts.append(f'<path class=line data-run={one.run} stroke="{one.colour}"{style} d="M{path}">{name}</path>')
+    parts.append("<path class=rule visibility=hidden />")
+    frame = {"left": round(left, 1), "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
+    values = frame | {"low": x_low, "high": x_high, "over": over, "percent": percent} | _values(series)
+    name = f"{label}; arrow keys read the values"
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img tabindex=0 aria-label="{text(name)}"'
+    data = text(json.dumps(values, separators=(",", ":")))
+    return f'<svg {box} data-chart="{data}">{"".join(parts)}</svg>'
+
+
+def _values(series: Sequence[Series]) -> dict:
+    """What the page's script shows under the pointer: x once where all curves share it."""
+    shared = [_short(point[0]) for point in series[0].points]
+    curves = []
     for one in series:
-        middle = [f"{across(x):.1f} {up(mean):.1f}" for x, _, mean, _ in one.points]
-        if len(middle) == 1:
-            x, y = middle[0].split()
-            parts.append(f'<circle cx={x} cy={y} r=3 fill="{one.colour}"/>')
-        else:
-            name = f"<title>{text(one.name)}</title>"
-            parts.append(f'<path class=line stroke="{one.colour}" d="M{"L".join(middle)}">{name}</path>')
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{text(label)}"'
-    return f"<svg {box}>{''.join(parts)}</svg>"
+        x = [_short(point[0]) for point in one.points]
+        own = {} if x == shared else {"x": x}
+        y = [_short(point[2]) for point in one.points]
+        curves.append({"run": one.run, "name": one.name, "color": one.colour, "y": y} | own)
+    return {"x": shared, "curves": curves}
+
+
+def _short(value: float) -> float:
+    short = float(f"{value:.5g}") if abs(value) < 1e5 else float(round(value))
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
 def _limits(values: Sequence[float], log: bool = False) -> tuple[float, float]:
@@ -92,15 +146,6 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= 0.85 * rough)
     first = math.ceil(low / step)
     return [i * step for i in range(first, first + 12) if i * step <= high + 1e-9 * step]
-
-
-def _tick(value: float) -> str:
-    if abs(value) >= 10_000:
-        number = human_count(value)
-        unit = number[-1] if number[-1].isalpha() else ""
-        digits = number.removesuffix(unit)
-        return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
-    return f"{value:.4g}" if value else "0"
 
 
 def load_image(load: Sequence[Sequence[float]]) -> str:

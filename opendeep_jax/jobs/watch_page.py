@@ -4,11 +4,13 @@ import datetime
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from opendeep_jax.config.schedule import stages
 from opendeep_jax.jobs.watch_chart import Series, line_chart, load_image
 from opendeep_jax.jobs.watch_files import POINTS
 from opendeep_jax.jobs.watch_run import Run, tokens_text
+from opendeep_jax.train.chart_style import look
 from opendeep_jax.train.progress import human_time
 from opendeep_jax.train.report_events import events_section, goodput_bar, goodput_legend, goodput_section
 from opendeep_jax.train.report_page import figure, page, section, text, tiles
@@ -19,19 +21,36 @@ IMAGES = 24
 """So many runs have a picture of their expert loads."""
 
 CHARTS = (
-    ("loss", "loss", "Training loss, nats per token, all terms. Shaded: least to largest.", {"band": True}),
+    ("loss", "loss, nats per token", "Training loss, all terms. Shaded: least to largest.", {"band": True}),
     ("grad_norm", "gradient norm", "Global norm before clipping.", {"log": True, "band": True}),
     ("tokens_per_second", "tokens per second", "Training alone; evaluations and checkpoints don’t count.", {}),
-    ("mfu", "model FLOPs utilisation", "Share of the hardware’s peak.", {}),
+    ("mfu", "MFU, percent of the hardware’s peak", "Model FLOPs utilization.", {"percent": True}),
     ("learning_rate", "learning rate", "The schedule as it was applied.", {}),
 )
 
 STYLE = """<style>
 .tile b{font-size:20px;white-space:nowrap}
 svg .grid{stroke:var(--grid);fill:none}svg .line{fill:none;stroke-width:1.7;stroke-linejoin:round}
-svg text{fill:var(--muted);font:11px var(--sans)}
+svg text{fill:var(--muted);font:11px var(--sans)}svg .rule{stroke:var(--muted);stroke-dasharray:2 2;fill:none}
+figure{position:relative}svg[data-chart]{touch-action:pan-y;outline:none}
+svg[data-chart]:focus-visible,.legend button:focus-visible{
+outline:2px solid var(--blue);outline-offset:2px}
+.values{position:absolute;top:34px;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--grid);
+border-radius:8px;box-shadow:0 3px 14px #0003;padding:6px 10px;font-size:12px;line-height:1.5;max-width:78%}
+.values[hidden],.off,.legend button[hidden]{display:none}.values b{font-weight:550;color:var(--muted)}
+.values div{display:flex;align-items:baseline;gap:0}.values .dot{flex:none}
+.values span{overflow-wrap:anywhere;flex:1;line-height:1.3}
+.values em{font-style:normal;font-variant-numeric:tabular-nums;padding-left:12px;font-weight:600}
+.legend button{font:inherit;color:inherit;background:none;border:0;border-radius:6px;padding:4px 6px;margin:0 -6px;
+cursor:pointer;text-align:left;overflow-wrap:anywhere}.legend button:hover{color:var(--ink)}
+.legend button[aria-pressed=false]{opacity:.45;text-decoration:line-through}
+.swatch{display:inline-block;vertical-align:middle;width:26px;height:8px;flex:none}.swatch .line{stroke-width:2.6}
+.legend .swatch,.values .swatch{margin-right:7px}
+#show-all{color:var(--blue)}@media(pointer:coarse){.legend button{padding:10px 6px}}
+@media(max-width:520px){svg text{font-size:14px}}
 .runs{overflow-x:auto}.runs table{min-width:720px}.runs td{white-space:nowrap;padding:6px 14px 6px 0;width:auto}
-.runs td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:120px}
+.runs td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:170px;padding-left:36px;position:relative}
+.runs td svg{position:absolute;left:0;top:12px}
 .runs th{width:auto;padding-right:14px;white-space:nowrap}
 .s-running{color:var(--green)}.s-quiet{color:var(--red)}.s-stopped{color:var(--orange)}.s-finished{color:var(--blue)}
 .phases{position:relative;margin-bottom:14px}.phases i{gap:2px}.phases u{background:var(--blue);opacity:.35}
@@ -39,10 +58,8 @@ svg text{fill:var(--muted);font:11px var(--sans)}
 figure img.loads{height:auto;min-height:40px;max-height:220px}
 </style>"""
 
-RELOAD = """<noscript><meta http-equiv=refresh content="{seconds}"></noscript><script>
-addEventListener("load",()=>{{try{{const y=sessionStorage.getItem("y:"+location.pathname);if(y)scrollTo(0,+y)}}catch{{}}
-setTimeout(()=>{{try{{sessionStorage.setItem("y:"+location.pathname,scrollY)}}catch{{}}location.reload()}},{seconds}*1000)}})
-</script>"""
+RELOAD = "<noscript><meta http-equiv=refresh content={seconds}></noscript>"
+SCRIPT = Path(__file__).with_name("watch_page.js")
 
 
 def live_page(runs: Sequence[Run], labels: Sequence[str], every: float, now: float | None = None) -> str:
@@ -68,14 +85,15 @@ def live_page(runs: Sequence[Run], labels: Sequence[str], every: float, now: flo
         _experts(runs, labels),
         events_section(events, names=many),
     )
-    reload = RELOAD.format(seconds=max(math.ceil(every), 1)) if going_on else ""
-    return page(f"{title}: watch", "".join(body), STYLE + reload)
+    seconds = max(math.ceil(every), 1) if going_on else 0
+    script = f"<script data-every={seconds}>{SCRIPT.read_text(encoding='utf-8')}</script>"
+    reload = RELOAD.format(seconds=seconds) if going_on else ""
+    return page(f"{title}: watch", "".join(body) + script, STYLE + reload)
 
 
-def colour(place: int, count: int) -> str:
-    """The CSS colour of a run: one of the page's own for a few runs, else of a wheel."""
-    own = ("--blue", "--orange", "--green", "--violet", "--red")
-    return f"var({own[place]})" if count <= len(own) else f"hsl({round(360 * place / count)} 62% 52%)"
+def colour(place: int) -> str:
+    """Return the CSS color of a run; after eight runs they begin anew, with other dashes."""
+    return f"var(--s{look(place)[0]})"
 
 
 def _curves(runs: Sequence[Run], labels: Sequence[str]) -> str:
@@ -84,29 +102,42 @@ def _curves(runs: Sequence[Run], labels: Sequence[str]) -> str:
     charts = [_chart(runs, labels, *loss[:3], **loss[3]), held_out]
     charts += [_chart(runs, labels, key, name, caption, **options) for key, name, caption, options in rest]
     grid = "".join(charts)
-    axis = "tokens trained" if any(run.last.get("tokens") for run in runs) else "step"
-    return section("Curves", f"Over {axis}.", _legend(labels) * bool(grid), grid and f"<div class=grid>{grid}</div>")
+    lead = f"Over {_over(runs)}."
+    if len(runs) > 1:
+        lead += " Curves that coincide take turns in dashes. Click a name to hide its run, with Shift the others."
+    return section("Curves", lead, _legend(labels) * bool(grid), grid and f"<div class=grid>{grid}</div>")
+
+
+def _over(runs: Sequence[Run]) -> str:
+    return "tokens trained" if any(run.last.get("tokens") for run in runs) else "steps"
 
 
 def _chart(runs: Sequence[Run], labels: Sequence[str], key: str, name: str, caption: str, **options) -> str:
     points = min(POINTS, max(POINTS_OF_ALL // len(runs), 12))
     curves = [run.curves[key] if key else run.held_out for run in runs]
     series = [
-        Series(label, curve.points(points), colour(place, len(runs)))
+        Series(label, curve.points(points), colour(place), place, look(place)[1])
         for place, (label, curve) in enumerate(zip(labels, curves, strict=True))
     ]
-    picture = line_chart(series, name, **options)
-    return figure(picture, f"{name[0].upper()}{name[1:]}. {caption}") if picture else ""
+    picture = line_chart(series, name, over=_over(runs), **options)
+    return figure(picture, caption) if picture else ""
 
 
 def _legend(labels: Sequence[str]) -> str:
     if len(labels) == 1:
         return ""
-    dots = (
-        f"<span><i class=dot style='background:{colour(place, len(labels))}'></i>{text(label)}</span>"
+    names = "".join(
+        f"<button type=button data-run={place} aria-pressed=true>{_swatch(place)}{text(label)}</button>"
         for place, label in enumerate(labels)
     )
-    return f"<p class=legend>{''.join(dots)}</p>"
+    return f"<div class=legend>{names}<button type=button id=show-all hidden>Show all</button></div>"
+
+
+def _swatch(place: int) -> str:
+    dashes = look(place)[1]
+    style = f' stroke-dasharray="{" ".join(f"{length:g}" for length in dashes)}"' if dashes else ""
+    line = f'<path class=line stroke="{colour(place)}"{style} d="M0 4H26"/>'
+    return f'<svg class=swatch viewBox="0 0 26 8" aria-hidden=true>{line}</svg>'
 
 
 def _numbers(run: Run, now: float) -> list[tuple[str, str, str]]:
@@ -137,10 +168,9 @@ def _table(runs: Sequence[Run], labels: Sequence[str], now: float) -> str:
     for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
         (state, words), (_, *numbers) = run.state(now), _numbers(run, now)
         heads = ["Run", "State", *(name for name, _, _ in numbers), "Data", "Learning rate"]
-        dot = f"<i class=dot style='background:{colour(place, len(runs))}'></i>"
         values = [*(value for _, value, _ in numbers), *run.phase()]
         cells = "".join(f"<td>{text(value)}</td>" for value in values)
-        rows.append(f"<tr><td>{dot}{text(label)}</td><td class=s-{state}>{text(words)}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{_swatch(place)}{text(label)}</td><td class=s-{state}>{text(words)}</td>{cells}</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return section("Runs", "", f"<div class=runs><table><tr>{head}</tr>{''.join(rows)}</table></div>")
 
@@ -177,7 +207,7 @@ def _stage_bar(run: Run) -> str:
 def _experts(runs: Sequence[Run], labels: Sequence[str]) -> str:
     key = "expert_load_max_over_mean"
     caption = "The busiest expert’s load over the mean of its layer, in the worst layer; 1 is perfect."
-    peak = _chart(runs, labels, key, "largest load", caption, band=True)
+    peak = _chart(runs, labels, key, "largest load over the mean", caption, band=True)
     images = [
         figure(
             f'<img class=loads alt="{text(label)}: load of every expert" src="{load_image(run.experts)}">',

@@ -136,6 +136,7 @@ tr+tr>*{border-top:1px solid var(--grid)}
 .k-other{background:color-mix(in srgb,var(--muted) 50%,var(--card))}
 footer{margin-top:56px;color:var(--muted);font-size:13px}
 @media (max-width:520px){main{padding:24px 14px 40px}h1{font-size:27px}.hero{padding:16px}.hero p{font-size:17px}
-.tiles{grid-template-columns:1fr 1fr}.bar{grid-template-columns:74px 1fr 48px;gap:8px}section{margin-top:36px}}
+.tiles{grid-template-columns:1fr 1fr}.bar{grid-template-columns:74px 1fr 48px;gap:8px}section{margin-top:36px}
+.rows td:not(:last-child){white-space:normal;min-width:62px;padding-right:8px}.rows td:last-child{width:auto}}
 @media print{body{background:#fff}figure,.sample,details{break-inside:avoid}}
 """.replace("SERIES_LIGHT", css_colors()).replace("SERIES_DARK", css_colors(dark=True))

@@ -189,16 +189,16 @@ def test_the_page_lays_runs_over_each_other(tmp_path):
         write_run(tmp_path / name)
     runs = looked(*(tmp_path / name for name in "abc"))
     document = Document(page := live_page(runs, list("abc"), every=2.0))
-    loss = re.search(r"<svg.*?</svg>", page)[0]
+    loss = re.search(r"<svg[^>]* data-chart=.*?</svg>", page)[0]
     assert [f"<title>{name}</title>" in loss for name in "abc"] == [True] * 3
-    assert len(set(re.findall(r'class=line stroke="([^"]+)"', loss))) == 3
+    assert len(set(re.findall(r'class=line data-run=\d stroke="([^"]+)"', loss))) == 3
     assert document.texts.count("75.0%") == 3 + 3 and document.tags.count("img") == 3
 
 
 def test_a_page_of_finished_runs_rests(tmp_path):
     write_run(tmp_path, summary=True)
     page = live_page(looked(tmp_path), ["tiny"], every=2.0)
-    assert "reload" not in page and "Nothing is left to wait for." in page
+    assert "data-every=0>" in page and "refresh" not in page and "Nothing is left to wait for." in page
 
 
 def test_a_page_of_nothing_is_a_page(tmp_path):
