@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,8 +190,40 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
+LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$",
+    "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "[": "{[}", "]": "{]}",
+} | {character: f"\\{character}" for character in "&%$#_{}"}  # fmt: skip
+"""What LaTeX would take for a command, a ligature or an option, and how it is written to be seen."""
+
+
+def latex_text(text: str) -> str:
+    """Return a text as LaTeX that prints it, on one line."""
+    if power := re.fullmatch(r"([-+]?\d+(?:\.\d+)?)e([-+]?\d+)", text):
+        return rf"${power[1]}\times10^{{{int(power[2])}}}$"
+    return re.sub("-(?=-)", "-{}", "".join(LATEX.get(c, c) if c.isprintable() else " " for c in text))
+
+
+def latex_table(lines: list[list[str]], title: str) -> str:
+    """Return a table in LaTeX, for packages booktabs and textcomp; text to the left, numbers to the right."""
+    head, *body = ([latex_text(cell) for cell in line] for line in lines)
+    sides = "".join("r" if _all_numbers(column) else "l" for column in zip(*lines[1:], strict=True)) or "l" * len(head)
+    rows = [" & ".join(line) + r" \\" for line in (head, *body)]
+    opening = [f"% {title}".replace("\n", " "), r"% \usepackage[T1]{fontenc}, \usepackage{textcomp,booktabs}"]
+    opening += [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", rows[0], r"\midrule"]
+    return "\n".join([*opening, *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _all_numbers(cells: Sequence[str]) -> bool:
+    return all(cell == "-" or re.match(r"[-+]?[\d.]", cell) for cell in cells)
+
+
 def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = ()) -> None:
-    """Writes results.csv, a line for each run, and results.md, a line for each combination, with the pictures."""
+    """Writes results.csv, a line for each run; results.md and results.tex, a line for each combination.
+
+    results.md has the pictures too.
+    """
     numbers = ("held_out_bits_per_byte", "final_loss", "tokens", "seconds", "tokens_per_second", "parameters",
                "active_parameters")  # fmt: skip
     stream = io.StringIO()
@@ -203,7 +236,9 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
             cells = ["" if (cell := result.summary.get(name)) is None else cell for name in numbers]
             writer.writerow([result.run.name, *values, config.seed, result.state, *cells, f"{row.flops:.6g}"])
     write_atomically(sweep.directory / "results.csv", stream.getvalue())
-    parts = [f"# Sweep of {sweep.base.name}\n", verdict(table, sweep) + "\n", markdown_table(table_lines(table, sweep))]
+    lines = table_lines(table, sweep)
+    write_atomically(sweep.directory / "results.tex", latex_table(lines, f"Sweep of {sweep.base.name}"))
+    parts = [f"# Sweep of {sweep.base.name}\n", verdict(table, sweep) + "\n", markdown_table(lines)]
     parts += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
     failed = [result for row in table for result in row.results if result.state == "failed"]
     if failed:
