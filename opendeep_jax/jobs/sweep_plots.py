@@ -82,7 +82,7 @@ def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
             panel = part.add_subplot()
             names = _draw_axis(panel, sweep, table, axis)
             _label(panel, axis.field, TITLES[sweep.metric], _seeds(table))
-            legend(part, names, 7)
+            legend(part, names if len(names) > 1 else [], 7)
         return figure
 
 
@@ -115,7 +115,7 @@ def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
             panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.margins(x=0.08, y=0.08)
         _label(panel, "training FLOPs", TITLES[sweep.metric], _seeds(table))
-        legend(figure, names[:MOST_NAMES] or [], 7)
+        legend(figure, names[:MOST_NAMES], 7)
         return figure
 
 

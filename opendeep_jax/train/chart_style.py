@@ -97,6 +97,8 @@ def _number(value: float, digits: int) -> str:
     if 0 < size < 1e-3 or size >= 1e15:
         mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
+    if size >= 10_000:
+        return f"{value:,.{max(digits - len(str(int(size))), 0)}f}"
     return f"{value:,.{digits}g}" if value else "0"
 
 

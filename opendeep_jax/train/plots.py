@@ -158,7 +158,8 @@ def _draw_lines(
     axes.set_title(y_label + LOG_SCALE * log, loc="left", fontsize=8.5, color=MUTED, pad=8)
     take_turns(axes, drawn)
     _name_levels(axes, levels)
-    legend(axes.figure, [line for line in drawn if not line.get_label().startswith("_")])
+    named = [line for line in drawn if not line.get_label().startswith("_")]
+    legend(axes.figure, named if len(named) > 1 else [])
 
 
 def _shares(axes, values) -> np.ndarray:
@@ -196,8 +197,8 @@ def _name_levels(axes, levels: Sequence[Level]) -> None:
 
 
 def legend(figure, handles: Sequence, fontsize: float = 8.0) -> None:
-    """Names curves under the axes, in as many columns as there is room for; nothing for a single one."""
-    if len(handles) < 2:
+    """Names curves under the axes, in as many columns as there is room for."""
+    if not handles:
         return
     longest = max(len(handle.get_label()) for handle in handles)
     room = figure.bbox.width * 72 / figure.dpi - 10

@@ -3,9 +3,11 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_models import run_config
 
 import opendeep_jax
@@ -15,8 +17,16 @@ from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RampStage
 from opendeep_jax.jobs.sweep import report
 from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep, save
-from opendeep_jax.jobs.sweep_plots import axes_figure
-from opendeep_jax.jobs.sweep_results import markdown_table, mean_text, ranked, rows, training_flops, verdict
+from opendeep_jax.jobs.sweep_plots import axes_figure, compute_figure, curves_figure, write_pictures
+from opendeep_jax.jobs.sweep_results import (
+    latex_text,
+    markdown_table,
+    mean_text,
+    ranked,
+    rows,
+    training_flops,
+    verdict,
+)
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.train.metrics import to_json_line
 
@@ -120,12 +130,95 @@ def test_flops_are_those_of_every_step_also_under_a_batch_ramp():
     assert training_flops(ramped) == tokens_before(ramped, 10) * flops_per_token(base.model, 16).total
 
 
+def _measured(tmp_path, settings=SETTINGS, **more):
+    sweep = _sweep(tmp_path, settings, **more)
+    runs = _begin(sweep)
+    for index, run in enumerate(runs):
+        _finish(run, bits=2.0 + index // sweep.seeds / 10 + 0.01 * (index % sweep.seeds))
+    return sweep, runs
+
+
+def test_pictures_come_for_pages_and_for_papers_too(tmp_path):
+    sweep, runs = _measured(tmp_path, {"optimizer.learning_rate": "1e-4,1e-3"})
+    table = rows(runs, sweep.metric)
+    assert write_pictures(sweep, table) == ["axes.png", "compute.png", "curves.png"]
+    for name in ("axes", "compute", "curves"):
+        svg = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        assert svg.tag.endswith("svg") and any(element.tag.endswith("text") for element in svg.iter())
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.*g")}
+    write_pictures(sweep, table)
+    assert first == {name: (tmp_path / name).read_bytes() for name in first}
+
+
+def test_a_figure_shows_every_combination_with_its_own_look_and_the_spread_of_its_seeds(tmp_path):
+    sweep, runs = _measured(tmp_path, SETTINGS | {"optimizer.learning_rate": "1e-4,3e-4,1e-3,3e-3,1e-2"})
+    rate, experts = (part.axes[0] for part in axes_figure(sweep, rows(runs, sweep.metric)).subfigs)
+    for panel in (rate, experts):
+        assert len(panel.containers) == 10 and all(bar.has_yerr for bar in panel.containers)  # the error bars
+        assert "mean of 2 seeds, bars: standard deviation" in panel.get_title(loc="left")
+        assert len(panel.figure.legends) == 1 and not panel.get_legend()
+    assert len({line.get_color() for line in experts.lines}) == 5
+    assert "(log scale)" in rate.get_xlabel() and "(log scale)" not in experts.get_xlabel()
+
+
+def test_curves_name_every_rank_beside_the_axes(tmp_path):
+    sweep, runs = _measured(tmp_path, SETTINGS | {"optimizer.learning_rate": "1e-4,3e-4,1e-3,3e-3,1e-2"})
+    figure = curves_figure(sweep, rows(runs, sweep.metric))
+    FigureCanvasAgg(figure).draw()
+    panel, (legend,) = figure.axes[0], figure.legends
+    ranks = {text.get_text(): text.get_window_extent() for text in panel.texts}
+    assert set(ranks) == {str(rank) for rank in range(1, 11)}
+    assert all(box.x0 >= panel.get_window_extent().x1 for box in ranks.values())
+    heights = sorted((box.y0, box.y1) for box in ranks.values())
+    assert all(below[1] <= above[0] + 3 for below, above in zip(heights, heights[1:], strict=False))
+    looks = {(line.get_color(), str(line._dash_pattern)) for line in panel.lines}
+    assert len(looks) == 10 and not panel.get_window_extent().overlaps(legend.get_window_extent())
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == [str(rank) for rank in range(1, 11)]
+
+
+@pytest.mark.parametrize("seeds, left_out, said", [(1, False, "one seed"), (2, True, "hollow: 1 without result")])
+def test_a_figure_says_what_its_points_are_means_of(tmp_path, seeds, left_out, said):
+    sweep, runs = _measured(tmp_path, seeds=seeds)
+    if left_out:
+        (runs[0].workdir / "summary.json").unlink()
+    table = rows(runs, sweep.metric)
+    for figure in (axes_figure(sweep, table), compute_figure(sweep, table)):
+        panel = (figure.subfigs[0] if figure.subfigs else figure).axes[0]
+        assert said in panel.get_title(loc="left")
+    (panel,) = axes_figure(sweep, table).subfigs[0].axes
+    assert [line.get_markerfacecolor() for line in panel.lines].count("white") == left_out
+
+
+@pytest.mark.parametrize("text, written", [
+    ("learning_rate", r"learning\_rate"), ("50% & more #1 $x {y}", r"50\% \& more \#1 \$x \{y\}"),
+    ("a\\b~c^d", r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d"), ("2.1 ± 0.2", r"2.1 $\pm$ 0.2"),
+    ("1.2e+08", r"$1.2\times10^{8}$"), ("1e-05", r"$1\times10^{-5}$"), ("a---b", "a-{}-{}-b"), ("-", "-"),
+    ("<a|b>", r"\textless{}a\textbar{}b\textgreater{}"), ("two\nlines", "two lines"), ("[x]", "{[}x{]}"),
+])  # fmt: skip
+def test_latex_prints_what_a_cell_says(text, written):
+    assert latex_text(text) == written
+
+
+def test_the_table_is_latex_of_booktabs(tmp_path):
+    sweep, runs = _measured(tmp_path)
+    report(sweep, runs)
+    text = (tmp_path / "results.tex").read_text()
+    assert r"\begin{tabular}{rrrrrrl}" in text and text.endswith("\\end{tabular}\n")
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + 6 and {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {6}
+    assert r"1 & 0.0001 & 1 & 2.0050 $\pm$ 0.0071 (n=2) & " in text and r"learning\_rate" in lines[0]
+    assert [rule for rule in re.findall(r"\\(\w+rule)", text)] == ["toprule", "midrule", "bottomrule"]
+    body = re.sub(r"%.*", "", text.replace(r"\%", ""))
+    assert body.count("{") - body.count(r"\{") == body.count("}") - body.count(r"\}") and body.count("$") % 2 == 0
+
+
 def test_an_axis_over_powers_of_ten_is_logarithmic_and_words_have_places(tmp_path):
     sweep = _sweep(tmp_path, {"optimizer.learning_rate": "1e-4,1e-2", "optimizer.schedule": "constant,cosine"})
     runs = _begin(sweep)
     for run in runs:
         _finish(run, 2.0)
-    rate, schedule = axes_figure(sweep, rows(runs, sweep.metric)).axes
+    rate, schedule = (part.axes[0] for part in axes_figure(sweep, rows(runs, sweep.metric)).subfigs)
     assert rate.get_xscale() == "log" and [tick.get_text() for tick in schedule.get_xticklabels()] == [
         "constant", "cosine"
     ]  # fmt: skip

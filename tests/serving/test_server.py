@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 
@@ -194,6 +195,17 @@ def test_the_page_loads_nothing_and_runs_nothing_but_itself(server):
     for forbidden in ("http://", "https://", "innerHTML", "onclick=", "style=", "eval("):
         text = answer.text.replace("http://www.w3.org/2000/svg", "")
         assert forbidden not in text, forbidden
+
+
+def test_the_page_fits_a_phone(server):
+    page = server.client.get("/").text
+    assert re.search(r'name="viewport" content="[^"]*viewport-fit=cover[^"]*interactive-widget=resizes-content', page)
+    assert "safe-area-inset-bottom" in page and "100dvh" in page
+    # Safari enlarges the page at a field of less than 16 px, and gives no clipboard to one of plain http.
+    assert re.search(r"#settings textarea,#settings input\{font-size:16px\}", page)
+    assert re.search(r"try \{ await navigator\.clipboard.*\n.*catch \{", page) and "!touch && !event.shiftKey" in page
+    assert "autofocus" not in page and page.count(".focus()") == 2  # unasked, it would open the keyboard
+    assert re.search(r"header small\{[^}]*text-overflow:ellipsis", page) and "coarse){button{min-height:44px" in page
 
 
 def test_a_client_that_goes_frees_its_pages():

@@ -6,11 +6,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from opendeep_jax.train import plots
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.goodput import Clock
 from opendeep_jax.train.metrics import MetricsWriter
-from opendeep_jax.train.plots import moving_average, thin
+from opendeep_jax.train.plots import Level, Line, moving_average, thin
 from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_files import read_run
 
@@ -128,6 +131,58 @@ def test_charts_take_their_colours_from_the_theme(finished):
     svgs = re.findall(r"<svg.*?</svg>", write_report(finished).read_text(), re.S)
     assert svgs and all("var(--muted)" in svg and "var(--grid)" in svg for svg in svgs)
     assert not any(fixed in svg for svg in svgs for fixed in ("#ffffff", "#000000", "#20242a", "#6a7280", "#e4e6ea"))
+
+
+def _drawn(lines, levels=(), **options):
+    """A chart's axes with everything at its place, and the boxes of its level labels and of its legend, in pixels."""
+    with plots._style():
+        figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        plots._draw_lines(axes, lines, levels, "step", "loss, nats", **{"log": False} | options)
+        FigureCanvasAgg(figure).draw()
+        labels = [text.get_window_extent() for text in axes.texts]
+        return axes, labels, [legend.get_window_extent() for legend in figure.legends]
+
+
+X = np.arange(1.0, 61.0)
+
+
+@pytest.mark.parametrize("levels", [[1.0], [2.6, 2.52], [2.0, 2.0, 2.0], [1e-3, 1e3], [0.13, 9.9]], ids=str)
+@pytest.mark.parametrize("log", [False, True])
+def test_names_of_levels_and_curves_stand_beside_the_axes_and_apart(levels, log):
+    lines = [Line(f"curve {i}", X, 10 / X**i + 1e-3, plots.SERIES[i]) for i in range(1, 7)]
+    levels = [Level("perfect balance", y) for y in levels]
+    axes, labels, legends = _drawn(lines, levels, log=log)
+    inside, page = axes.get_window_extent(), axes.figure.bbox
+    assert len(labels) == len(levels) and len(legends) == 1
+    for box in [*labels, *legends]:
+        assert not inside.overlaps(box) and page.x0 <= box.x0 < box.x1 <= page.x1 and page.y0 - 1 <= box.y0
+    heights = sorted((box.y0, box.y1) for box in labels)
+    assert all(below[1] <= above[0] + 2 for below, above in zip(heights, heights[1:], strict=False))
+    assert inside.height > 60 and inside.width > 150  # and the chart has room left
+
+
+def test_a_logarithmic_axis_says_so():
+    line = [Line("", X, 10 / X)]
+    assert "(log scale)" in _drawn(line, log=True)[0].get_title(loc="left")
+    assert "(log scale)" not in _drawn(line)[0].get_title(loc="left")
+    constant = [Line("", X, np.full(60, 2.0))]  # drawn linearly, from zero
+    assert "(log scale)" not in _drawn(constant, log=True)[0].get_title(loc="left")
+
+
+def test_equal_curves_of_a_report_take_turns():
+    axes, _, _ = _drawn([Line("a", X, 1 / X), Line("b", X, 1 / X, plots.ORANGE), Line("c", X, 2 / X, plots.GREEN)])
+    a, b, c = axes.lines
+    assert a.get_linestyle() == b.get_linestyle() == "--" and c.get_linestyle() == "-"
+    assert a._dash_pattern[0] != b._dash_pattern[0]
+
+
+def test_mfu_is_the_same_number_in_tile_and_chart(finished):
+    page = _Page(write_report(finished))
+    assert "median MFU 30.0%" in page.texts and "median 30.0%" in page.texts
+    (chart,) = [svg for svg in re.findall(r"<svg.*?</svg>", (finished / "report.html").read_text(), re.S)
+                if 'aria-label="MFU' in svg]  # fmt: skip
+    assert re.search(r">\d+%</text>", chart) and not re.search(r">0\.\d+</text>", chart)
 
 
 def test_hostile_samples_stay_text(finished):
