@@ -1,12 +1,15 @@
 """The style that all pictures share: colors everyone tells apart, labels that do not meet, curves that all show."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opendeep_jax.data.card import page as card_page
+from opendeep_jax.train import report_page
 from opendeep_jax.train.chart_style import (
     PAPER,
     PAPER_DARK,
@@ -51,6 +54,14 @@ def test_colors_differ_for_every_kind_of_eyes(colors, eyes):
 def test_colors_stand_out_from_the_paper(colors, paper):
     light = [linear(color) @ (0.2126, 0.7152, 0.0722) + 0.05 for color in (paper, *colors)]
     assert min(max(light[0], one) / min(light[0], one) for one in light[1:]) >= 3  # WCAG 2.1, graphical objects
+
+
+@pytest.mark.parametrize("style, themes", [(card_page.STYLE, 2), (report_page.STYLE, 2)], ids=["data card", "report"])
+def test_pages_take_their_hues_from_the_same_palette(style, themes):
+    for colors in (SERIES, SERIES_DARK):
+        assert f"--blue:{colors[0]}" in style or f"--s0:{colors[0]}" in style
+        assert colors[1] in style and colors[2] in style and colors[3] in style
+    assert len(re.findall(r"--page:", style)) == themes
 
 
 def test_thirty_two_series_look_different():

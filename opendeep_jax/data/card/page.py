@@ -10,7 +10,7 @@ from opendeep_jax.data.card import tables
 from opendeep_jax.data.card.tables import GROUPS, Table, group_of, human_bytes, human_count
 
 COLOURS = dict(zip(("kept", *GROUPS), ("green", "blue", "violet", "yellow", "orange", "red", "muted"), strict=True))
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 230, 46, 34, 8  # of a histogram, in units of its view box
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 236, 46, 40, 8  # of a histogram, in units of its view box
 SHOWN_LANGUAGES = 15
 
 
@@ -249,6 +249,8 @@ def _histogram(counts: Sequence[int], labels: Sequence[str], name: str) -> str:
             if i % (len(counts) // 9 + 1) == 0:
                 yield f'<text x="{x:.1f}" y="{floor + 16}" text-anchor=middle>{text(labels[i])}</text>'
 
+        yield f'<text x="{WIDTH}" y="{HEIGHT - 2}" text-anchor=end>tokens (log scale)</text>'
+
     label = f'role=img aria-label="{text(name)}"'
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>{"".join(lines())}</svg>'
 
@@ -257,9 +259,9 @@ STYLE = """
 :root{--sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 --page:#f6f7f9;--card:#fff;--ink:#20242a;--muted:#8a93a1;--soft:#667080;--grid:#e4e6ea;
---blue:#2f6bd8;--orange:#d9622b;--green:#2a9468;--violet:#8657c9;--red:#d03a4a;--yellow:#e0a92e}
+--blue:#2f6bd8;--orange:#cd4805;--green:#2f7258;--violet:#a32b9e;--red:#62090f;--yellow:#9d9459}
 @media (prefers-color-scheme:dark){:root{--page:#0f1216;--card:#171b21;--ink:#e6e9ee;--muted:#7b8594;--soft:#939dab;
---grid:#2a3039;--blue:#6ea0ff;--orange:#f28b52;--green:#4cc38f;--violet:#b08bf0;--red:#ff6b78;--yellow:#f0c35a}}
+--grid:#2a3039;--blue:#6ea0ff;--orange:#f37513;--green:#429082;--violet:#eb9dbb;--red:#c92516;--yellow:#f7e04f}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 var(--sans)}
 main{max-width:1120px;margin:0 auto;padding:40px 20px 64px}
@@ -287,7 +289,7 @@ figcaption{color:var(--soft);font-size:13px;margin-top:6px}
 font-size:14px}
 .bar span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bar i{display:flex;height:16px;border-radius:4px;background:var(--page);overflow:hidden}
-.bar u{display:block;height:100%}
+.bar u{display:block;height:100%}.bar u+u{box-shadow:-1px 0 var(--card)}
 .bar b{font-weight:500;text-align:right;font-variant-numeric:tabular-nums}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;color:var(--soft);font-size:13px;margin-top:12px}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
