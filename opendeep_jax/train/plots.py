@@ -156,10 +156,10 @@ def _draw_lines(
     axes.xaxis.set_major_formatter(Ticks())
     axes.set_xlabel(x_label)
     axes.set_title(y_label + LOG_SCALE * log, loc="left", fontsize=8.5, color=MUTED, pad=8)
+    named = [line for line in drawn if not line.get_label().startswith("_")]
+    legend(axes.figure, named if len(named) > 1 else [])  # before the turns, whose dashes it need not show
     take_turns(axes, drawn)
     _name_levels(axes, levels)
-    named = [line for line in drawn if not line.get_label().startswith("_")]
-    legend(axes.figure, named if len(named) > 1 else [])
 
 
 def _shares(axes, values) -> np.ndarray:
