@@ -150,7 +150,8 @@ def _draw_lines(
         axes.yaxis.set_minor_locator(LogLocator(10, range(1, 10)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, axis="y", which="minor", linewidth=0.35)
-    axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)) if log else MaxNLocator(5))
+    steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)  # of a decade
+    axes.yaxis.set_major_locator(LogLocator(10, steps) if log else MaxNLocator(5))
     axes.yaxis.set_major_formatter(Ticks(percent))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(Ticks())

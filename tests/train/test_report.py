@@ -166,6 +166,8 @@ def test_a_logarithmic_axis_says_so():
     line = [Line("", X, 10 / X)]
     assert "(log scale)" in _drawn(line, log=True)[0].get_title(loc="left")
     assert "(log scale)" not in _drawn(line)[0].get_title(loc="left")
+    narrow = _drawn([Line("", X, np.linspace(0.7, 4.3, 60))], log=True)[0]
+    assert sum(0.7 <= tick <= 4.3 for tick in narrow.get_yticks()) >= 4
     constant = [Line("", X, np.full(60, 2.0))]  # drawn linearly, from zero
     assert "(log scale)" not in _drawn(constant, log=True)[0].get_title(loc="left")
 
