@@ -292,7 +292,8 @@ class ModelConfig:
     precision: Literal["default", "fp8"] = "default"
     """`fp8` multiplies by weights in E4M3 with V3's fine-grained scales (section 3.3), `default` in dtype."""
     weight_dtype: DType = "float32"
-    """Storage of the master weights; norm scales and routers are float32 in any case."""
+    """Storage of the master weights, bfloat16 rounded to stochastically; norm scales and routers are float32 in any
+    case."""
     attention: AttentionConfig = AttentionConfig()
     """Attention."""
     mamba: MambaConfig = MambaConfig()

@@ -187,9 +187,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     first_moment_dtype: DType = "float32"
-    """Storage of Adam's (and Muon's) first moment. V3: bfloat16."""
+    """Storage of Adam's (and Muon's) first moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
     second_moment_dtype: DType = "float32"
-    """Storage of Adam's second moment. V3: bfloat16."""
+    """Storage of Adam's second moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
     muon_momentum: float = 0.95
     """muon: momentum."""
     muon_steps: int = 5
