@@ -82,6 +82,11 @@ def _data_problems(run: Any) -> Iterator[str]:
                 f"must exceed model.mtp.depth + 1 = {run.model.mtp.depth + 1}, or nothing is left to predict",
                 "Use longer rows",
             )
+    context, longest = run.model.context_length, data.longest_row
+    if 0 < context < longest:
+        rule = f"the run trains rows of {longest} tokens, and the model would be said to read {context}"
+        cure = f"Set --model.context_length={longest} or more, 0 to follow the rows, or shorten data.sequence_length"
+        yield problem("model.context_length", context, rule, cure)
     weights = [source.weight for source in data.sources]
     if weights and max(weights) == 0 and not (data.phases and all(phase.weights for phase in data.phases)):
         yield problem("data.sources.0.weight", weights[0], "one source must weigh more than 0", "Give one a weight")

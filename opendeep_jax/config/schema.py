@@ -143,6 +143,12 @@ class DataConfig:
     workers: int = 0
     """Processes that curate and tokenize; 0 takes one for each core. Their number changes no output."""
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens in the longest row that is trained on."""
+        rows = [phase.sequence_length or self.sequence_length for phase in self.phases]
+        return max(rows, default=self.sequence_length)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -314,6 +320,8 @@ class RunConfig:
     """Peak speed."""
 
     def __post_init__(self):
+        if isinstance(self.model, ModelConfig):
+            object.__setattr__(self, "model", self.model.of_run(self.data))
         checks.check_run(self)
 
 
