@@ -25,13 +25,13 @@ def test_a_run_is_opened_in_the_wanted_precision(small_run):
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
 
 
-def test_a_runs_model_reads_as_far_as_its_rows_and_engines_take_that_for_their_window(small_run):
+def test_an_engine_of_a_run_takes_its_context_for_its_window(small_run):
     model, codec, _ = open_model(small_run, "bfloat16")
-    assert model.config.context_length == read_model_config(small_run).context_length == 32
+    assert model.config.context_length == read_model_config(small_run).context_length == 64
     engine = open_engine(Choice(small_run), codec, EngineConfig(slots=1, page_size=8))
-    assert engine.max_length == 32
-    with pytest.raises(ConfigError, match="positions go up to 32.*model.context_length"):
-        open_engine(Choice(small_run), codec, EngineConfig(slots=1, max_length=64))
+    assert engine.max_length == 64
+    with pytest.raises(ConfigError, match="positions go up to 64.*model.context_length"):
+        open_engine(Choice(small_run), codec, EngineConfig(slots=1, max_length=128))
 
 
 def test_a_step_that_is_not_there_is_refused(small_run):
