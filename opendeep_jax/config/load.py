@@ -186,6 +186,14 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
     return value
 
 
+def record_context_length(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
+    """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
+    there, wanted = load_run_config(workdir), config.model.context_length
+    if there.model.context_length != wanted:
+        there = dataclasses.replace(there, model=dataclasses.replace(there.model, context_length=wanted))
+        save_run_config(there, recipe_config, workdir)
+
+
 def diff(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Fields in which two configurations differ: (dotted name, value in `a`, value in `b`), in schema order."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
@@ -220,14 +228,6 @@ def load_run_config(workdir: str | os.PathLike) -> RunConfig:
             f"--workdir={workdir}: no run can be read there, as {path.name} is missing or unreadable ({error}). "
             "Give the directory that `opendeep train --workdir=...` wrote."
         ) from error
-
-
-def record_context_length(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
-    """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
-    there, wanted = load_run_config(workdir), config.model.context_length
-    if there.model.context_length != wanted:
-        there = dataclasses.replace(there, model=dataclasses.replace(there.model, context_length=wanted))
-        save_run_config(there, recipe_config, workdir)
 
 
 def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:

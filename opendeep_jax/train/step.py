@@ -33,7 +33,7 @@ def make_train_step(
     config: RunConfig, skeleton: Skeleton, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function `(state, batch) -> (state, metrics)`; jit it once and donate the state."""
-    rate = learning_rate(config)
+    rate_at = learning_rate(config)
     zero_1 = config.parallel.shard_optimizer_over_replicas
 
     def in_place(state: TrainState) -> TrainState:
@@ -56,11 +56,12 @@ def make_train_step(
         load = sums.pop("load")
         speed = bias_update_speed(config, state.step)
         router_bias = {name: updated_bias(bias, load[name], speed) for name, bias in state.router_bias.items()}
+        rate = rate_at(state.step)
         verdict, health = judge(config.faults, state.health, sums["loss"], grad_norm)
         after, before = (params, opt_state, router_bias), (state.params, state.opt_state, state.router_bias)
         kept = jax.tree.map(lambda new, old: jnp.where(verdict.apply, new, old), after, before)
-        metrics = {**sums, "grad_norm": grad_norm, "load": load, "router_bias": router_bias}
-        metrics |= {"learning_rate": rate(state.step), "skipped": ~verdict.apply, "loss_zscore": verdict.loss_zscore}
+        metrics = {**sums, "grad_norm": grad_norm, "learning_rate": rate, "load": load, "router_bias": router_bias}
+        metrics |= {"skipped": ~verdict.apply, "loss_zscore": verdict.loss_zscore}
         return in_place(TrainState(state.step + 1, *kept, health)), metrics
 
     return train_step
