@@ -39,10 +39,8 @@ def main() -> None:
     prompts = [codec.encode_prompt(prompt) for prompt in PROMPTS]
     counts = [0, *map(int, options.drafts.split(","))]
     vocab = min(codec.vocab_size, model.config.vocab_size)
-    engines = {
-        count: Engine(model, EngineConfig(slots=options.slots, max_length=512, vocab_size=vocab, speculate=count))
-        for count in counts
-    }
+    sizes = {"slots": options.slots, "max_length": min(512, model.config.max_length), "vocab_size": vocab}
+    engines = {count: Engine(model, EngineConfig(**sizes, speculate=count)) for count in counts}
     results = []
     print(f"{'':<18}{'drafts':>8}{'same text':>12}{'stood':>8}{'steps/token':>13}{'tokens/s':>10}{'times as fast':>15}")
     for temperature in (0.0, 0.8):

@@ -225,7 +225,7 @@ def small_run_config(corpus: Path, prepared: Path, **train) -> RunConfig:
     settings = {"steps": 24, "batch_size": 8, "loss_chunk": 20, "log_every": 2, "sample_every": 12, "sample_tokens": 4}
     return RunConfig(
         name="small",
-        model=dataclasses.replace(V3, vocab_size=264, hidden_size=32, num_layers=3),
+        model=dataclasses.replace(V3, vocab_size=264, hidden_size=32, num_layers=3, context_length=64),
         data=DataConfig(
             sources=(SourceConfig("corpus", str(corpus), license="CC0-1.0", epochs=1000.0),),
             tokenizer="bytes",

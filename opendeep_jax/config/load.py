@@ -22,6 +22,7 @@ DIFF_FILE = "config_diff.txt"
 
 HARMLESS = (
     "name",
+    "model.context_length",
     "train.log_every",
     "train.sample_every",
     "train.sample_prompts",
@@ -153,9 +154,18 @@ def from_json(text: str, origin: str = "configuration") -> RunConfig:
     except ValueError as error:
         raise ConfigError(f"{origin}: not JSON ({error}). Restore the file, or start in a new directory.") from error
     with deferred():
-        config = _build(RunConfig, values, "", origin)
+        config = _with_context(_build(RunConfig, values, "", origin))
     check_run(config)
     return config
+
+
+def _with_context(config: RunConfig) -> RunConfig:
+    """A run that was started before its rows had to fit its model's context says what it was trained on."""
+    context, rows = config.model.context_length, [config.data.sequence_length]
+    rows += [phase.sequence_length for phase in config.data.phases]
+    if not all(type(number) is int for number in (context, *rows)) or not 0 < context < config.data.longest_row:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, context_length=config.data.longest_row))
 
 
 def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
@@ -174,6 +184,14 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
         element = get_args(annotation)[0]
         return tuple(_build(element, v, f"{name}.{index}", origin) for index, v in enumerate(value))
     return value
+
+
+def record_context_length(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
+    """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
+    there, wanted = load_run_config(workdir), config.model.context_length
+    if there.model.context_length != wanted:
+        there = dataclasses.replace(there, model=dataclasses.replace(there.model, context_length=wanted))
+        save_run_config(there, recipe_config, workdir)
 
 
 def diff(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -3,7 +3,8 @@
 One decoder, whose settings make it DeepSeek-V3, Llama, Gemma or gpt-oss. Standard library only.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from opendeep_jax.config import checks
@@ -49,6 +50,11 @@ class RopeConfig:
     """Context length before Llama 3.1's stretch."""
     linear_factor: float = 1.0
     """All dimensions turn this many times slower; 1 switches it off. Gemma 3: 8."""
+
+    @property
+    def yarn_reach(self) -> int:
+        """The context that YaRN stretches to; 0 without it."""
+        return int(self.yarn_original_length * self.yarn_factor) if self.yarn_factor > 1 else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +288,8 @@ class ModelConfig:
     logit_softcap: float = 0.0
     """Bound of the logits, `c tanh(logit / c)` (Gemma 2); 0 leaves them as they are."""
     context_length: int = 0
-    """Longest row that the positions are made for; 0 takes the rotation's: yarn_original_length x yarn_factor."""
+    """Longest row that the positions are made for; 0 takes the longest that the run trains on, and with YaRN
+    yarn_original_length x yarn_factor if that is longer."""
     init_std: float = 0.006
     """Standard deviation of every weight at the start. V3: 0.006."""
     tie_embeddings: bool = False
@@ -292,7 +299,8 @@ class ModelConfig:
     precision: Literal["default", "fp8"] = "default"
     """`fp8` multiplies by weights in E4M3 with V3's fine-grained scales (section 3.3), `default` in dtype."""
     weight_dtype: DType = "float32"
-    """Storage of the master weights; norm scales and routers are float32 in any case."""
+    """Storage of the master weights, bfloat16 rounded to stochastically; norm scales and routers are float32 in any
+    case."""
     attention: AttentionConfig = AttentionConfig()
     """Attention."""
     mamba: MambaConfig = MambaConfig()
@@ -306,14 +314,31 @@ class ModelConfig:
     execution: ExecutionConfig = ExecutionConfig()
     """Kernels, precision and communication."""
 
+    _data = None  # of the run that the model belongs to; no field, as it is nothing of the model's own
+
     def __post_init__(self):
         checks.check_model(self)
+
+    def of_run(self, data) -> "ModelConfig":
+        """The same model as part of a run with this DataConfig, whose rows its context follows unless it is set."""
+        model = copy.copy(self)
+        object.__setattr__(model, "_data", data)
+        return model
+
+    def settled(self) -> "ModelConfig":
+        """The same model with its context set, so that it is kept outside of its run."""
+        return replace(self, context_length=self.max_length)
+
+    def reaching(self) -> "ModelConfig":
+        """The same model with a context that was set extended to where YaRN reaches, as vLLM reads it."""
+        longer = self.context_length and self.attention.rope.yarn_reach > self.context_length
+        return replace(self, context_length=self.attention.rope.yarn_reach) if longer else self
 
     @property
     def max_length(self) -> int:
         """Longest row that the positions are made for."""
-        rope = self.attention.rope
-        return self.context_length or int(rope.yarn_original_length * rope.yarn_factor)
+        rope, rows = self.attention.rope, self._data.longest_row if self._data else 0
+        return self.context_length or max(rows, rope.yarn_reach) or rope.yarn_original_length
 
     @property
     def num_moe_layers(self) -> int:

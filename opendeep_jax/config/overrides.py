@@ -88,6 +88,11 @@ def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
             if _parse(recipe, {name: values}) is None
         ]
         raise ConfigError("\n".join(wrong))
+    with deferred():
+        if any(name.startswith("model.attention.rope.yarn_") for name in overrides):
+            # YaRN is added to have a longer context, which a recipe or an imported model may have set.
+            if "model.context_length" not in overrides:
+                config = dataclasses.replace(config, model=config.model.reaching())
     check_run(config)
     return config
 

@@ -6,6 +6,7 @@ looks at that first). Standard library only.
 
 import math
 import re
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,11 @@ def _data_problems(run: Any) -> Iterator[str]:
                 f"must exceed model.mtp.depth + 1 = {run.model.mtp.depth + 1}, or nothing is left to predict",
                 "Use longer rows",
             )
+    context, longest = run.model.context_length, data.longest_row
+    if 0 < context < longest:
+        rule = f"the run trains rows of {longest} tokens, and the model would be said to read {context}"
+        cure = f"Set --model.context_length={longest} or more, 0 to follow the rows, or shorten data.sequence_length"
+        yield problem("model.context_length", context, rule, cure)
     weights = [source.weight for source in data.sources]
     if weights and max(weights) == 0 and not (data.phases and all(phase.weights for phase in data.phases)):
         yield problem("data.sources.0.weight", weights[0], "one source must weigh more than 0", "Give one a weight")
@@ -165,7 +171,13 @@ def _optimizer_problems(run: Any) -> Iterator[str]:
     yield from at_least(0, where, optimizer, "warmup_steps", "weight_decay", "clip_norm")
     yield from at_least(1, where, optimizer, "muon_steps")
     yield from fraction(where, optimizer, "decay_fraction", "final_fraction")
-    yield from fraction(where, optimizer, "beta1", "beta2", "muon_momentum", below_one=True)
+    decays = ("beta1", "beta2", "muon_momentum")
+    yield from fraction(where, optimizer, *decays, below_one=True)
+    for name in decays:
+        decay = getattr(optimizer, name)
+        if 0 <= decay < 1 and struct.unpack("f", struct.pack("f", decay)) == (1.0,):
+            rule = f"1 - {name} = {1 - decay:.1e} is less than float32 can take from 1, so no gradient would ever count"
+            yield problem(f"{where}.{name}", decay, rule, "Use 0.999999 or less")
     if optimizer.schedule == "phases" and not optimizer.phases:
         yield problem(
             "optimizer.schedule", "phases", "needs optimizer.phases, which is empty", "List phases in the recipe"

@@ -143,6 +143,12 @@ class DataConfig:
     workers: int = 0
     """Processes that curate and tokenize; 0 takes one for each core. Their number changes no output."""
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens in the longest row that is trained on."""
+        rows = [phase.sequence_length or self.sequence_length for phase in self.phases]
+        return max(rows, default=self.sequence_length)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -187,9 +193,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     first_moment_dtype: DType = "float32"
-    """Storage of Adam's (and Muon's) first moment. V3: bfloat16."""
+    """Storage of Adam's (and Muon's) first moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
     second_moment_dtype: DType = "float32"
-    """Storage of Adam's second moment. V3: bfloat16."""
+    """Storage of Adam's second moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
     muon_momentum: float = 0.95
     """muon: momentum."""
     muon_steps: int = 5
@@ -314,6 +320,8 @@ class RunConfig:
     """Peak speed."""
 
     def __post_init__(self):
+        if isinstance(self.model, ModelConfig):
+            object.__setattr__(self, "model", self.model.of_run(self.data))
         checks.check_run(self)
 
 

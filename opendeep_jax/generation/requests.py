@@ -138,7 +138,10 @@ def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} = {getattr(config, name)}: must be at least 0.")
     if max_length > model.max_length:
-        raise ConfigError(f"max_length = {max_length}: the model's positions go up to {model.max_length}. Lower it.")
+        raise ConfigError(
+            f"max_length = {max_length}: the model's positions go up to {model.max_length}. Lower it. (A run's go up "
+            "to the longest row that it trains on, unless its model.context_length says more.)"
+        )
     if config.prefill_tokens & (config.prefill_tokens - 1) or config.prefill_tokens < SMALLEST_CHUNK:
         raise ConfigError(f"prefill_tokens = {config.prefill_tokens}: must be a power of two from {SMALLEST_CHUNK}.")
     if config.vocab_size > model.vocab_size:

@@ -140,7 +140,7 @@ def config_from_gguf(
         attention=AttentionConfig(num_heads=heads, rope=rope, **attention),
         moe=experts,
         **model,
-    )
+    ).reaching()
     if complete:
         keys.check_all_read()
     return found

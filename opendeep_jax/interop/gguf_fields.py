@@ -79,7 +79,8 @@ def _essence(config: ModelConfig, architecture: str) -> dict[str, Any]:
     for name in OUTSIDE:
         del model[name]
     del model["attention"], model["moe"]
-    model |= {"context_length": config.max_length, "num_dense_layers": config.num_leading_dense_layers}
+    reach = max(config.max_length, config.attention.rope.yarn_reach)  # as a file with YaRN is read
+    model |= {"context_length": reach, "num_dense_layers": config.num_leading_dense_layers}
     model["mlp_size"] = config.mlp_size if config.num_leading_dense_layers else 0
     if config.activation != "clamped_swiglu":
         del model["swiglu_alpha"], model["swiglu_limit"]

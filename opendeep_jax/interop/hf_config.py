@@ -143,7 +143,7 @@ def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
         | {field: raw[key] for key, field in family.fields.items()}
         | family.read(raw)
         | {"dtype": _dtype(raw)}
-    )
+    ).reaching()
 
 
 def _is_known(key: str, value: Any, family: Family) -> bool:
@@ -268,7 +268,7 @@ def _described(config: ModelConfig) -> dict[str, Any]:
     attention, moe, rope = config.attention, config.moe, config.attention.rope
     fields = {name: value for name, value in flat(config).items() if not name.startswith(NOT_WRITTEN)}
     fields |= {
-        "context_length": config.max_length,
+        "context_length": max(config.max_length, rope.yarn_reach),  # a file with YaRN is read as reaching that far
         "num_dense_layers": config.num_leading_dense_layers,
         "attention.query_scale": attention.query_scale or attention.qk_head_dim**-0.5,
         "moe.use_router_bias": moe.use_router_bias or moe.scoring == "sigmoid",  # it is written as a bias of zero

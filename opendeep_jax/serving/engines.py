@@ -85,7 +85,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
         case "run":
             from opendeep_jax.config.load import load_run_config
 
-            return load_run_config(path).model
+            return load_run_config(path).model.settled()
 
 
 def mesh_sizes(parallel: ParallelConfig) -> dict[str, int]:

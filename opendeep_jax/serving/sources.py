@@ -134,9 +134,10 @@ def _run_weights(workdir: Path, dtype: str, step: int | None, mesh: "Mesh | None
     from opendeep_jax.models.parameters import skeleton, split
     from opendeep_jax.train.checkpoint import load_model
 
-    model, config = load_model(workdir, step, mesh)
+    model, _ = load_model(workdir, step, mesh)
+    config = dataclasses.replace(model.config, dtype=dtype)
     _, params, router_bias = split(model)
     del model
     for name in list(params):  # one after the other, so that the masters go as their copies come
         params[name] = params[name].astype(dtype)
-    return skeleton(dataclasses.replace(config.model, dtype=dtype)).model(params, router_bias)
+    return skeleton(config).model(params, router_bias)

@@ -300,7 +300,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     directory = Path(workdir).resolve() / DIRECTORY
     if not directory.is_dir():
         raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
-    bones = skeleton(config.model)
+    bones = skeleton(config.model.settled())
     axes = bones.axes()
 
     def placed(name: str, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

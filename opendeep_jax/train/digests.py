@@ -148,16 +148,16 @@ def _hashes(words: Any, indices: Callable[[int], Any], uint32: Callable) -> tupl
     first = second = None
     for dimension in range(words.ndim):
         shape = [-1 if other == dimension else 1 for other in range(words.ndim)]
-        hashed = _mix(indices(dimension) + uint32(0x9E3779B9 * (dimension + 1) & 0xFFFFFFFF), uint32).reshape(shape)
+        hashed = mix(indices(dimension) + uint32(0x9E3779B9 * (dimension + 1) & 0xFFFFFFFF), uint32).reshape(shape)
         other = hashed ^ (hashed * uint32(0x85EBCA6B) >> uint32(16))
         first, second = (hashed, other) if first is None else (first + hashed, second + other)
-    mixed = _mix(words ^ first, uint32)
+    mixed = mix(words ^ first, uint32)
     again = mixed + second
     again = (again ^ (again >> uint32(15))) * uint32(0xC2B2AE35)
     return mixed, again ^ (again >> uint32(13))
 
 
-def _mix(x: Any, uint32: Callable) -> Any:
+def mix(x: Any, uint32: Callable) -> Any:
     """A bijection of 32 bits in which every bit of the input changes half of the output's."""
     x = (x ^ (x >> uint32(16))) * uint32(0x7FEB352D)
     x = (x ^ (x >> uint32(15))) * uint32(0x846CA68B)

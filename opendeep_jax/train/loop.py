@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from opendeep_jax.config.load import record_context_length
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
@@ -63,6 +64,8 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
     with contextlib.ExitStack() as stack:
         primary_first("directory", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
         if (summary := finished_summary(workdir, steps)) is not None:
+            if is_primary():
+                record_context_length(config, recipe or config, workdir)
             say(f"finished: all {steps:,} steps are done. Report: {_report(workdir)}")
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))

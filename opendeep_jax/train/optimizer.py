@@ -5,16 +5,26 @@ logical axes.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from opendeep_jax.config.schedule import step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import OptimizerConfig, RunConfig
+from opendeep_jax.train.rounding import round_stochastically
 
 Axes = dict[str, tuple[str | None, ...]]
+
+
+def learning_rate(config: RunConfig) -> optax.Schedule:
+    """The learning rate as a function of the run's step (from 0): the one that updates get, and that is logged."""
+    schedule = learning_rate_schedule(config)
+    return lambda step: config.optimizer.learning_rate * schedule(step)
 
 
 def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
@@ -65,76 +75,108 @@ def _cosine(begin: float, end: float, span: int) -> optax.Schedule:
     return rate
 
 
+class Clock(NamedTuple):
+    """What the last link of an optimizer keeps: the step whose rate it applies."""
+
+    count: Int[Array, ""]
+
+
+def at_step(opt_state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
+    """The optimizer's state with its clocks at the run's step, whatever updates were skipped or batches passed over.
+
+    Adam's bias correction goes by the updates that its moments have seen, and keeps a count of its own.
+    """
+
+    def is_clock(node) -> bool:
+        return isinstance(node, Clock)
+
+    return jax.tree.map(lambda node: Clock(step) if is_clock(node) else node, opt_state, is_leaf=is_clock)
+
+
 def make_optimizer(config: RunConfig, axes: Axes) -> optax.GradientTransformation:
     """The update rule without clipping (`train.step` clips, as it reports the norm).
 
     Norm scales are never decayed; the embedding and head only if `decay_embeddings`. Under `muon` every hidden
     matrix, each layer's and each expert's by itself, is orthogonalised; embedding, head and norms go by AdamW.
+    All arithmetic is float32; what is stored in bfloat16 is rounded stochastically (`train.rounding`).
     """
-    optimizer = config.optimizer
-    schedule = learning_rate_schedule(config)
-    adam = _adamw(optimizer, schedule, axes)
+    optimizer, seed = config.optimizer, config.seed
+    first, second = optimizer.first_moment_dtype, optimizer.second_moment_dtype
+
+    def with_decay(name: str, direction: jax.Array, param: jax.Array) -> jax.Array:
+        decayed = _is_decayed(axes[name], optimizer)
+        return direction + optimizer.weight_decay * param.astype("float32") if decayed else direction
+
+    decay_and_apply = optax.stateless(_by_name(with_decay)), _at_learning_rate(config)
+    adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon)
+    adamw = optax.chain(_stored_as(adam, seed, mu=first, nu=second), *decay_and_apply)
     if optimizer.kind == "adamw":
-        return adam
+        return adamw
+
+    muon = scale_by_muon(
+        ns_steps=optimizer.muon_steps,
+        beta=optimizer.muon_momentum,
+        weight_dimension_numbers=_by_name(lambda name, update: _dimension_numbers(axes[name])),
+    )
+    # An update's root mean square is 0.2, as AdamW's tends to be, so that both share one learning rate
+    # (Liu et al. 2025, arXiv:2502.16982).
+    to_rms = _by_name(lambda name, update: _scale_to_rms(update, _dimension_numbers(axes[name])))
+    matrices = optax.chain(
+        _stored_as(muon, seed, mu=first),
+        optax.stateless(lambda updates, params: to_rms(updates)),
+        *decay_and_apply,
+    )
     labels = {name: "muon" if _is_hidden_matrix(axes[name]) else "adamw" for name in axes}
-
-    def of_matrices(function):
-        """A function of a tree that applies `function(value, dimension numbers)` to each matrix.
-
-        optax.partition leaves a MaskedNode, not an array, where a parameter is the other rule's.
-        """
-
-        def of_tree(tree, params=None):
-            return {
-                name: value if isinstance(value, optax.MaskedNode) else function(value, _dimension_numbers(axes[name]))
-                for name, value in tree.items()
-            }
-
-        return of_tree
-
-    muon = optax.chain(
-        scale_by_muon(
-            ns_steps=optimizer.muon_steps,
-            beta=optimizer.muon_momentum,
-            mu_dtype=jnp.dtype(optimizer.first_moment_dtype),
-            weight_dimension_numbers=of_matrices(lambda value, numbers: numbers),
-        ),
-        # An update's root mean square is 0.2, as AdamW's tends to be, so that both share one learning rate
-        # (Liu et al. 2025, arXiv:2502.16982).
-        optax.stateless(of_matrices(_scale_to_rms)),
-        optax.add_decayed_weights(optimizer.weight_decay),
-        optax.scale_by_learning_rate(lambda step: optimizer.learning_rate * schedule(step)),
-    )
-    return optax.partition({"muon": muon, "adamw": adam}, lambda params: {name: labels[name] for name in params})
+    return optax.partition({"muon": matrices, "adamw": adamw}, lambda params: {name: labels[name] for name in params})
 
 
-def _adamw(optimizer: OptimizerConfig, schedule: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
-    return optax.chain(
-        _stored_as(
-            optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon),
-            mu=jnp.dtype(optimizer.first_moment_dtype),
-            nu=jnp.dtype(optimizer.second_moment_dtype),
-        ),
-        optax.add_decayed_weights(
-            optimizer.weight_decay,
-            mask=lambda params: {name: _is_decayed(axes[name], optimizer) for name in params},
-        ),
-        optax.scale_by_learning_rate(lambda step: optimizer.learning_rate * schedule(step)),
-    )
+def _by_name(function: Callable) -> Callable:
+    """A function of trees that applies `function(name, *arrays)` to the arrays of each name.
+
+    optax.partition leaves a MaskedNode, not an array, where a parameter is the other rule's; those stay.
+    """
+    return lambda *trees: jax.tree.map_with_path(lambda path, *arrays: function(path[-1].key, *arrays), *trees)
 
 
-def _stored_as(adam: optax.GradientTransformation, **dtypes) -> optax.GradientTransformation:
-    """Adam whose moments are kept in other dtypes between steps; the arithmetic stays float32."""
+def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
+    """The last link: directions become what is added to the weights, times the rate at the clock's step.
 
-    def cast(state, dtypes):
-        return state._replace(**{name: optax.tree.cast(getattr(state, name), dtype) for name, dtype in dtypes.items()})
+    The sum is what the weights' dtype can hold: adding the update to a bfloat16 weight rounds no more.
+    """
+    rate = learning_rate(config)
+
+    def update(directions, clock, params):
+        def added(name: str, direction: jax.Array, param: jax.Array) -> jax.Array:
+            step = -rate(clock.count) * direction
+            if param.dtype == step.dtype:
+                return step
+            exact = param.astype(step.dtype)
+            after = round_stochastically(exact + step, param.dtype, config.seed, clock.count, f"weight {name}")
+            return after.astype(step.dtype) - exact
+
+        return _by_name(added)(directions, params), Clock(optax.safe_increment(clock.count))
+
+    return optax.GradientTransformation(lambda params: Clock(jnp.int32(0)), update)
+
+
+def _stored_as(rule: optax.GradientTransformation, seed: int, **dtypes: str) -> optax.GradientTransformation:
+    """A rule whose moments are kept in other dtypes between steps; the arithmetic stays float32."""
 
     def init(params):
-        return cast(adam.init(params), dtypes)
+        state = rule.init(params)
+        return state._replace(**{kind: optax.tree.cast(getattr(state, kind), dtypes[kind]) for kind in dtypes})
 
     def update(grads, state, params=None):
-        updates, state = adam.update(grads, cast(state, dict.fromkeys(dtypes, jnp.float32)), params)
-        return updates, cast(state, dtypes)
+        exact = {kind: optax.tree.cast(getattr(state, kind), jnp.float32) for kind in dtypes}
+        updates, after = rule.update(grads, state._replace(**exact), params)
+
+        def stored(kind: str):
+            def rounded(name: str, moment: jax.Array) -> jax.Array:
+                return round_stochastically(moment, dtypes[kind], seed, state.count, f"{kind} {name}")
+
+            return _by_name(rounded)(getattr(after, kind))
+
+        return updates, after._replace(**{kind: stored(kind) for kind in dtypes})
 
     return optax.GradientTransformation(init, update)
 

@@ -24,7 +24,7 @@ from opendeep_jax.train.drill import spoil_gradients
 from opendeep_jax.train.health import judge
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
 from opendeep_jax.train.losses import Metrics, losses
-from opendeep_jax.train.optimizer import learning_rate_schedule
+from opendeep_jax.train.optimizer import at_step, learning_rate
 from opendeep_jax.train.pipelined import pipelined_gradients
 from opendeep_jax.train.state import TrainState, state_shardings
 
@@ -33,7 +33,7 @@ def make_train_step(
     config: RunConfig, skeleton: Skeleton, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function `(state, batch) -> (state, metrics)`; jit it once and donate the state."""
-    schedule = learning_rate_schedule(config)
+    rate_at = learning_rate(config)
     zero_1 = config.parallel.shard_optimizer_over_replicas
 
     def in_place(state: TrainState) -> TrainState:
@@ -51,12 +51,12 @@ def make_train_step(
         if config.optimizer.clip_norm:
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-12))
             grads = jax.tree.map(lambda grad: grad * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
         load = sums.pop("load")
         speed = bias_update_speed(config, state.step)
         router_bias = {name: updated_bias(bias, load[name], speed) for name, bias in state.router_bias.items()}
-        rate = config.optimizer.learning_rate * schedule(state.step)
+        rate = rate_at(state.step)
         verdict, health = judge(config.faults, state.health, sums["loss"], grad_norm)
         after, before = (params, opt_state, router_bias), (state.params, state.opt_state, state.router_bias)
         kept = jax.tree.map(lambda new, old: jnp.where(verdict.apply, new, old), after, before)

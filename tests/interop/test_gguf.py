@@ -15,7 +15,7 @@ from small_models import GQA, V2, V3, random_model
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
-from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
+from opendeep_jax.interop.gguf import config_of, load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
 
 EXPERTS = MoEConfig(
@@ -120,6 +120,14 @@ def arrays(model) -> dict[str, np.ndarray]:
 
 def logits(model, tokens):
     return np.asarray(jax.jit(lambda tokens: model(tokens))(tokens))
+
+
+def test_a_file_with_yarn_reaches_as_far_as_that_stretches(tmp_path):
+    """Converters write the context that config.json has, which model cards leave as it was."""
+    config = like(num_layers=1, num_dense_layers=1, context_length=40, attention=attention(qk_norm="head", rope=YARN))
+    save_gguf(random_model(config), tmp_path / "yarn.gguf", "f32", {"tokenizer.ggml.tokens": ["a", "b"]})
+    file = read_gguf(tmp_path / "yarn.gguf")
+    assert (file.fields["qwen3.context_length"], config_of(file).max_length) == (40, 128)
 
 
 @pytest.fixture(scope="module")

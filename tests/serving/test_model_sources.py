@@ -10,6 +10,8 @@ from small_models import V3, random_model
 from opendeep_jax.cli import chat, serve
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.data.tokenizer import byte_tokenizer
+from opendeep_jax.generation.requests import EngineConfig
+from opendeep_jax.serving.engines import Choice, open_engine, read_model_config
 from opendeep_jax.serving.sources import open_model, source_kind
 
 
@@ -21,6 +23,15 @@ def test_a_run_is_opened_in_the_wanted_precision(small_run):
     whole, _, _ = open_model(small_run, step=16)
     logits = whole(jnp.arange(1, 9)[None])
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+
+
+def test_an_engine_of_a_run_takes_its_context_for_its_window(small_run):
+    model, codec, _ = open_model(small_run, "bfloat16")
+    assert model.config.context_length == read_model_config(small_run).context_length == 64
+    engine = open_engine(Choice(small_run), codec, EngineConfig(slots=1, page_size=8))
+    assert engine.max_length == 64
+    with pytest.raises(ConfigError, match="positions go up to 64.*model.context_length"):
+        open_engine(Choice(small_run), codec, EngineConfig(slots=1, max_length=128))
 
 
 def test_a_step_that_is_not_there_is_refused(small_run):

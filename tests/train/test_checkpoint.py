@@ -98,6 +98,7 @@ def test_the_model_of_a_run_is_loaded_with_its_configuration(tmp_path):
     save(tmp_path, state_on(1, 2, seed=2), state_on(1, 4, seed=4))
     model, config = load_model(tmp_path)
     assert config == CONFIG == load_run_config(tmp_path)
+    assert model.config.context_length == CONFIG.data.sequence_length  # which it follows, also outside of its run
     for step, wanted in ((None, 4), (2, 2)):
         _, params, router_bias = split(load_model(tmp_path, step)[0])
         jax.tree.map(np.testing.assert_array_equal, (params, router_bias), random_arrays(BONES, wanted))

@@ -2,20 +2,26 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import DENSE, compiled, run_config
+from small_models import DENSE, compiled, packed_batch, random_arrays, run_config
 
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
-from opendeep_jax.config.schema import OptimizerConfig, Phase, TrainConfig
+from opendeep_jax.config.schema import FaultsConfig, OptimizerConfig, ParallelConfig, Phase, TrainConfig
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.train.checkpoint_files import to_items
+from opendeep_jax.train.health import new_health
 from opendeep_jax.train.losses import mtp_loss_weight
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.step import bias_update_speed
+from opendeep_jax.train.state import TrainState, state_shardings
+from opendeep_jax.train.step import bias_update_speed, make_train_step
 
 BILLION, TRILLION = 10**9, 10**12
 
@@ -208,8 +214,6 @@ def test_muon_decays_matrices():
 def test_the_rule_of_a_weight_follows_its_axes_in_a_whole_model():
     from small_models import V3
 
-    from opendeep_jax.models.parameters import skeleton
-
     bones = skeleton(V3)
     config = dataclasses.replace(run(kind="muon"), model=V3)
     params = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in bones.shapes().items() if "bias" not in name}
@@ -217,3 +221,147 @@ def test_the_rule_of_a_weight_follows_its_axes_in_a_whole_model():
     expected = {name for name in params if name.endswith("scale")} | {"embedding.embedding", "head.kernel"}
     assert set(moments(state, "nu")) == expected  # only AdamW keeps a second moment
     assert set(moments(state, "mu")) == set(params)
+
+
+# ---- bfloat16 storage
+
+
+def many_updates(config, size, counts, start=0.0, shape=(32, 16)):
+    """Weights and state after phases of updates with gradients of one sign for each weight: (gradient, updates)."""
+    axes = {"matrix": ("embed", "mlp")}
+    rule, dtype = make_optimizer(config, axes), config.model.weight_dtype
+    signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], shape), jnp.float32)
+
+    def go(params, sizes):
+        def update(carry, size):
+            params, state = carry
+            updates, state = rule.update({"matrix": size * signs}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(update, (params, rule.init(params)), sizes)[0]
+
+    params = {"matrix": (start + 0.0 * signs).astype(dtype)}
+    sizes = jnp.concatenate([jnp.full((count,), part) for part, count in zip(size, counts, strict=True)])
+    after, state = compiled(go, params, sizes)
+    return (np.float64(params["matrix"]), np.float64(after["matrix"])), state, np.float64(signs)
+
+
+STICKING = {
+    "second moment, 0.99": ("nu", {"beta2": 0.99}),
+    "second moment, 0.999": ("nu", {"beta2": 0.999}),
+    "first moment, 0.99": ("mu", {"beta1": 0.99}),
+    "first moment, 0.999": ("mu", {"beta1": 0.999}),
+    "Muon's momentum, 0.999": ("mu", {"kind": "muon", "muon_momentum": 0.999}),
+    "V3's second moment, 0.95": ("nu", {"beta2": 0.95}),
+}
+
+
+@pytest.mark.parametrize("moment, settings", STICKING.values(), ids=STICKING)
+def test_a_moment_in_bfloat16_falls_again_as_in_exact_arithmetic(moment, settings):
+    stored = {"first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16", "muon_steps": 1}
+    sizes, counts = (1.0, 0.1), (20, 600)
+    _, state, signs = many_updates(run(weight_decay=0.0, **stored | settings), sizes, counts)
+    found = np.float64(moments(state, moment)["matrix"]) * (signs if moment == "mu" else 1)
+    beta, exact = next(value for name, value in settings.items() if "beta" in name or "momentum" in name), 0.0
+    for size in np.repeat(sizes, counts):
+        exact = beta * exact + (1 - beta) * (size**2 if moment == "nu" else size)
+    assert found.mean() == pytest.approx(exact, rel=0.02)
+    assert found.std() < 0.1 * exact
+
+
+SLOW = {
+    "AdamW at 1e-5": {"learning_rate": 1e-5, "weight_decay": 0.0},
+    "AdamW at 1e-6": {"learning_rate": 1e-6, "weight_decay": 0.0},
+    "Muon at 1e-5": {"kind": "muon", "learning_rate": 1e-5, "weight_decay": 0.0},
+    "decay alone": {"learning_rate": 1e-4, "weight_decay": 0.1, "epsilon": 1e9},
+    "all in bfloat16": {"learning_rate": 1e-5, "first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("settings", SLOW.values(), ids=SLOW)
+def test_weights_in_bfloat16_learn_at_small_rates_as_in_float32(settings):
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        config = run(**settings)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weight_dtype=dtype))
+        (before, after), _, signs = many_updates(config, (1.0,), (200,), start=0.02, shape=(256, 128))
+        moved[dtype] = ((after - before) * signs).mean(), (after - before).mean()
+    scale = max(map(abs, moved["float32"]))
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], atol=0.05 * scale)
+
+
+def test_rounding_is_the_same_on_any_mesh_and_after_a_restart():
+    axes = {"matrix": ("embed", "mlp"), "experts": ("layers", "experts", "embed", "mlp")}
+    shapes = {"matrix": (8, 16), "experts": (2, 3, 8, 4)}
+    config = run(first_moment_dtype="bfloat16", second_moment_dtype="bfloat16")
+    rule = make_optimizer(config, axes)
+    params = {name: value.astype("bfloat16") for name, value in draw(0, shapes).items()}
+
+    @jax.jit
+    def update(grads, state):
+        updates, opt_state = rule.update(grads, state.opt_state, state.params)
+        return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    def steps(state, *seeds):
+        for seed in seeds:
+            state = update(draw(seed, shapes), state)
+        return state
+
+    start = TrainState(jnp.int32(0), params, rule.init(params), {}, new_health())
+    alone, halfway = steps(start, 1, 2, 3), jax.device_get(steps(start, 1))
+    jax.tree.map(np.testing.assert_array_equal, steps(halfway, 2, 3), alone)
+    mesh = make_mesh(ParallelConfig(data=2, fsdp=4), jax.devices()[:8])
+    bones = types.SimpleNamespace(axes=lambda: axes)
+    with jax.set_mesh(mesh):
+        divided = steps(jax.device_put(start, state_shardings(start, bones, mesh, zero_1=True)), 1, 2, 3)
+    jax.tree.map(np.testing.assert_array_equal, divided, alone)
+
+
+# ---- the run's step
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_passed_over(kind):
+    model = dataclasses.replace(DENSE, num_layers=1, num_dense_layers=1)
+    settings = {"schedule": "cosine", "warmup_steps": 3, "learning_rate": 1e-3, "weight_decay": 0.3}
+    config = dataclasses.replace(run(steps=12, kind=kind, **settings), model=model)
+    config = dataclasses.replace(config, faults=FaultsConfig(drill=("nan_gradient@1-4",)))
+    bones, batch = skeleton(model), packed_batch(rows=2, length=16, seed=1)
+    rule = make_optimizer(config, bones.axes())
+    params, bias = random_arrays(bones)
+    start = TrainState(jnp.int32(0), params, rule.init(params), bias, new_health())
+    step = jax.jit(make_train_step(config, bones, rule), compiler_options={"xla_backend_optimization_level": 0})
+
+    def go(skipped, passed):
+        state = start
+        for _ in range(skipped):
+            state, metrics = step(state, batch)
+            assert metrics["skipped"]
+        for _ in range(passed):
+            state = state._replace(step=state.step + 1)
+        after, metrics = step(state, batch)
+        moved = {name: np.float64(after.params[name]) - np.float64(params[name]) for name in params}
+        return int(state.step), float(metrics["learning_rate"]), moved
+
+    schedule = learning_rate_schedule(config)
+    paths = [go(0, 4), go(4, 0), go(4, 3), go(2, 7), go(0, 9)]
+    assert [at for at, _, _ in paths] == [4, 4, 7, 9, 9]
+    _, base, reference = paths[0]
+    for at, logged, moved in paths:
+        assert logged == pytest.approx(1e-3 * float(schedule(at)))
+        for name in params:
+            np.testing.assert_allclose(moved[name] / logged, reference[name] / base, rtol=2e-2, atol=1e-3, err_msg=name)
+
+
+ADAM = {f".opt_state[0].{field}" for field in ("count", "mu['w']", "nu['w']")} | {".opt_state[2].count"}
+BY_MUON, BY_ADAM = (f".opt_state.inner_states['{kind}'].inner_state" for kind in ("muon", "adamw"))
+MUON = {f"{BY_MUON}[0].{field}" for field in ("count", "mu['w']", "ns_coeffs")} | {f"{BY_MUON}[3].count"}
+MUON |= {f"{BY_ADAM}[{field}" for field in ("0].count", "2].count")}
+
+
+@pytest.mark.parametrize("kind, names", [("adamw", ADAM), ("muon", MUON)])
+def test_the_optimizers_arrays_have_the_names_that_older_checkpoints_have(kind, names):
+    rule = make_optimizer(run(kind=kind), {"w": ("embed", "mlp")})
+    params = {"w": jnp.zeros((4, 4))}
+    state = TrainState(jnp.int32(0), params, rule.init(params), {}, new_health())
+    assert {name for name in to_items(state)["optimizer"] if "opt_state" in name} == names
