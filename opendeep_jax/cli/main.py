@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import opendeep_jax
 from opendeep_jax.cli.large_pages import restart_with_large_pages
+from opendeep_jax.cli.process import choose_platform
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, Resume, Stopped
 from opendeep_jax.config.load import did_you_mean
@@ -114,6 +115,9 @@ def explained(command: str, error: BaseException) -> int | None:
 
 def script() -> int:
     """The `opendeep` command."""
+    # What only starts others leaves the choice to them: a job's environment would carry it to machines with GPUs.
+    if sys.argv[1:2] not in (["launch"], ["sweep"]):
+        choose_platform()
     if sys.argv[1:2] == ["train"]:
         restart_with_large_pages()
     return main()
