@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import tyro
@@ -66,8 +67,20 @@ def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunCo
         print_help(recipe, process, program)
     name = recipe_title(process.config)
     job = process.coordinator_address, process.num_processes, process.process_id
+    config = apply(recipe, rest)
+    if process.workdir and not any(argument.partition("=")[0] == "--name" for argument in rest):
+        recipe, config = (dataclasses.replace(c, name=run_title(c.name, process.workdir)) for c in (recipe, config))
     launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job, process.config)
-    return apply(recipe, rest), launch
+    return config, launch
+
+
+def run_title(name: str, workdir: str) -> str:
+    """Return a run's title where `--name` gives none: the recipe's, and behind a slash the directory's if it differs.
+
+    `run_title("quickstart", "runs/mine")` is `quickstart/mine`; in runs/quickstart it is `quickstart`.
+    """
+    directory = Path(workdir).resolve().name
+    return name if not directory or directory == name.rpartition("/")[2] else f"{name}/{directory}"
 
 
 def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:

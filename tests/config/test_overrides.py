@@ -171,3 +171,23 @@ def _scalars(config, name=""):
             yield from _scalars(value, dotted)
         elif not isinstance(value, tuple):
             yield dotted
+
+
+@pytest.mark.parametrize(
+    "arguments, title",
+    [
+        ([], "quickstart"),
+        (["--workdir=runs/quickstart"], "quickstart"),
+        (["--workdir=runs/mine"], "quickstart/mine"),
+        (["--workdir=runs/mine/"], "quickstart/mine"),
+        (["--workdir", "runs/mine", "--name=trial"], "trial"),
+        (["--workdir=runs/mine", "--name", "quickstart"], "quickstart"),
+        (["--workdir=sweeps/a/seed=0", "--name=quickstart/seed=0"], "quickstart/seed=0"),
+    ],
+)
+def test_a_runs_title_tells_it_from_others_of_its_recipe(arguments, title):
+    config, launch = resolve(["--config=quickstart", *arguments])
+    assert config.name == title
+    assert launch.recipe.name == ("quickstart" if "--name=trial" in arguments else launch.recipe.name)
+    if not any("--name" in argument for argument in arguments):
+        assert launch.recipe == config  # which is no difference from the recipe
