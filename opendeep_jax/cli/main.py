@@ -27,6 +27,7 @@ COMMANDS = {
     "checkpoints": "List, verify, compare, thin out or average a run's checkpoints.",
     "sweep": "Train many variants of a recipe, and compare them.",
     "launch": "Start a recipe on several processes here, or write the job for a cluster.",
+    "describe": "Say what a run is and takes, without starting it: parameters, memory, work, text.",
     "plan": "Say what a run would take on a cluster, without one: memory, time, cost.",
 }
 MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something else in Python
