@@ -1,4 +1,4 @@
-"""A run described from its configuration alone: parameters, memory, work, schedule, text. Nothing is prepared or made."""
+"""A run described from its configuration alone: parameters, memory, work, schedule, text. Nothing is prepared."""
 
 import json
 import math
