@@ -18,7 +18,7 @@ from opendeep_jax.parallel.mesh import axis_sizes
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.progress import human_bytes, human_count, startup_summary
 from opendeep_jax.train.state import abstract_state, bytes_on_each_device
-from opendeep_jax.train.summary import memory_estimate
+from opendeep_jax.train.summary import memory_estimate, vocabulary
 
 PARTS = {
     "/mtp.": "MTP modules",
@@ -127,6 +127,7 @@ def describe(config: RunConfig, devices: int = 0, data: Mapping[str, Any] | None
                 for source in config.data.sources
             ],
             "prepared_tokens": (data or {}).get("train_tokens"),
+            "vocab_size": (data or {}).get("vocab_size"),
         },
     }
 
@@ -150,7 +151,7 @@ def description_table(described: dict[str, Any]) -> str:
     rows = [
         (described["name"], ""),
         ("model", f"{model['layers']} layers of width {model['width']:,}, attention {model['attention']}"),
-        ("vocabulary", f"{model['vocabulary']:,} rows, tokenizer {data['tokenizer']}"),
+        ("vocabulary", _vocabulary(model["vocabulary"], data)),
         ("context length", f"{model['context']:,} tokens"),
         ("Parameters", ""),
         ("all", f"{_of(parameters['total'])}  {_of(parameters['active'])} active per token"),
@@ -181,6 +182,12 @@ def description_table(described: dict[str, Any]) -> str:
     if data["prepared_tokens"]:
         rows.append(("prepared", f"{human_count(data['prepared_tokens'])} tokens"))
     return startup_summary(rows)
+
+
+def _vocabulary(rows: int, data: dict[str, Any]) -> str:
+    if data["vocab_size"]:
+        return vocabulary(data["tokenizer"], data["vocab_size"], rows)
+    return f"{rows:,} rows, tokenizer {data['tokenizer']}"
 
 
 def _of(count: int) -> str:

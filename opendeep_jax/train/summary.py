@@ -151,6 +151,16 @@ def model_rows(
     ]
 
 
+def vocabulary(tokenizer: str, tokens: int, rows: int) -> str:
+    """Return how a tokenizer's tokens fill the rows of the embedding: `8,192 tokens, 8,192 rows`, or what is left."""
+    found = f"{tokens:,} tokens, {rows:,} rows"
+    if tokenizer.startswith("bpe:") and tokens < int(tokenizer.removeprefix("bpe:")):
+        found += f": the text has no more of them than that for {tokenizer}"
+    if tokens < rows:
+        found += f"; {rows - tokens:,} rows ({(rows - tokens) / rows:.0%}) belong to no token and learn nothing"
+    return found
+
+
 def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
     """Rows on the text, from `Data.describe()`."""
     epochs = ", ".join(f"{source['epochs']:.2f} epochs of {source['name']}" for source in data["sources"])
@@ -161,6 +171,7 @@ def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
             f"{data['bytes_per_token']:.2f} bytes per token ({data['tokenizer']}); this run takes {epochs}",
         ),
         ("held-out text", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
+        ("vocabulary", vocabulary(config.data.tokenizer, data["vocab_size"], config.model.vocab_size)),
     ]
     for plan in data["plans"]:
         packed = (
