@@ -7,6 +7,7 @@ from absl import flags
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.synonyms import SETTINGS, ours
 
 
 def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
@@ -43,7 +44,9 @@ def parse(
     except flags.Error as error:
         raise ConfigError(f"{error}. See {program} --help.") from error
     if rest:
-        hint = did_you_mean(rest[0].partition("=")[0], [f"--{name}" for name in values])
+        word = rest[0].partition("=")[0]
+        elsewhere = word.startswith("-") and ours(word, SETTINGS, list(values))
+        hint = f" Did you mean --{elsewhere}?" if elsewhere else did_you_mean(word, [f"--{name}" for name in values])
         raise ConfigError(f"{rest[0]}: {program} has no such setting.{hint} See {program} --help.")
     if "workdir" in values and values["workdir"].default is None and not values.workdir:
         raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")

@@ -12,6 +12,8 @@ from opendeep_jax.cli.process import choose_platform
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, Resume, Stopped
 from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.synonyms import COMMANDS as OTHER_NAMES
+from opendeep_jax.config.synonyms import ours
 
 COMMANDS = {
     "train": "Train a recipe, or resume its run.",
@@ -75,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = argv
     try:
         if command not in COMMANDS:
-            hint = did_you_mean(command, list(COMMANDS))
+            elsewhere = ours(command, OTHER_NAMES)
+            hint = f" Did you mean {elsewhere}?" if elsewhere else did_you_mean(command, list(COMMANDS))
             raise ConfigError(f"there is no command {command}.{hint} Commands: {', '.join(COMMANDS)}.")
         # Imported only now, so that `opendeep --help` and a wrong command answer at once.
         module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")

@@ -78,7 +78,7 @@ def test_numbers_arrive_exactly(rate, seed):
         ("--optimzer.learning_rate=1", "Did you mean --optimizer.learning_rate?"),
         ("--learning_rate=1", "Did you mean --optimizer.learning_rate?"),
         ("--model.expert_size=1", "Did you mean --model.moe.expert_size?"),
-        ("--optimizer.lr=1", "optimizer has kind, learning_rate,"),
+        ("--optimizer.lr=1", "Did you mean --optimizer.learning_rate?"),
         ("--sead=1", "Did you mean --seed?"),
         ("--work_dir=x", "Did you mean --workdir?"),
         ("--model.moe=1", "is a group of settings; set one of them, such as --model.moe.num_experts."),
