@@ -46,9 +46,10 @@ def main(argv: Sequence[str]) -> None:
     config = _config(values, rest)
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and no accelerator is to be taken from a run
-    from opendeep_jax.plan.describe import describe, description_table, prepared_data
+    from opendeep_jax.plan.describe import describe, description_table
+    from opendeep_jax.train.run_files import read_data
 
-    described = describe(config, values.devices, prepared_data(values.workdir) if values.workdir else None)
+    described = describe(config, values.devices, read_data(values.workdir) if values.workdir else None)
     print(json.dumps(described, indent=2) if values.json else description_table(described))
 
 

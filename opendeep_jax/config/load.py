@@ -48,7 +48,7 @@ ROUNDING = (
 )
 """As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 
-IMPORTED, TRAINED = "recipe.py", ("data.json", "metrics.jsonl")
+IMPORTED_RECIPE, TRAINED = "recipe.py", ("data.json", "metrics.jsonl")
 """Files that `opendeep import` leaves in a work directory, and those that the first start of training adds."""
 
 OPEN_UNTIL_TRAINED = ("seed", "data.", "optimizer.", "train.")
@@ -253,7 +253,7 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
     changes = diff(load_run_config(workdir), config)
     rounding = [entry for entry in changes if _is_among(entry[0], ROUNDING)]
     differences = [entry for entry in changes if entry not in rounding and not _may_differ(entry, config)]
-    if (workdir / IMPORTED).exists() and not any((workdir / name).exists() for name in TRAINED):
+    if (workdir / IMPORTED_RECIPE).exists() and not any((workdir / name).exists() for name in TRAINED):
         differences = [entry for entry in differences if not _is_open(entry[0])]
     if differences:
         lines = format_diff(differences).strip().replace("\n", "\n  ")

@@ -1,9 +1,7 @@
 """A run described from its configuration alone: parameters, memory, work, schedule, text. Nothing is prepared."""
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -130,15 +128,6 @@ def describe(config: RunConfig, devices: int = 0, data: Mapping[str, Any] | None
             "vocab_size": (data or {}).get("vocab_size"),
         },
     }
-
-
-def prepared_data(workdir: str | Path) -> dict[str, Any]:
-    """Return what the data.json of a work directory says; empty where there is none yet."""
-    try:
-        found = json.loads(Path(workdir, "data.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def description_table(described: dict[str, Any]) -> str:

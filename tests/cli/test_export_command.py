@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from small_models import DENSE, random_model, write_text
 
 import opendeep_jax
@@ -16,6 +17,7 @@ from opendeep_jax.cli import export, import_, train
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, load_run_config, save_run_config
 from opendeep_jax.config.overrides import apply
+from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
 from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
 from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer
@@ -100,6 +102,37 @@ def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsy
     assert same(small[0], load_gguf("before.gguf"))
 
 
+def front(directory: str) -> dict:
+    text = Path(directory, "README.md").read_text()
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_runs_card_names_it_with_license_text_and_training(small_run, capsys):
+    export.main(["hf", f"--workdir={small_run}", "--out=plain"])
+    config, card = load_run_config(small_run), Path("plain/README.md").read_text()
+    assert "license" not in front("plain") and "Say it with --license=" in capsys.readouterr().out
+    tokens = tokens_before(config, config.train.steps)
+    assert f"# {config.name}\n" in card and f"| tokens trained on | {tokens:,} |" in card
+    assert all(f"| {source.name} | " in card for source in config.data.sources) and "Not stated" in card
+    export.main(["hf", f"--workdir={small_run}", "--out=own", "--license=MIT", "--name=Mine", "--dtype=float32"])
+    assert front("own")["license"] == "mit" and "# Mine\n" in Path("own/README.md").read_text()
+    assert "--license" not in capsys.readouterr().out
+
+
+def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):
+    export.main(["hf", f"--model={small[1]}", "--out=hub", "--license=apache-2.0", "--name=Base"])
+    text = Path("hub/README.md").read_text().replace("tags:\n", "language: [en, de]\nbase_model: org/older\ntags:\n")
+    Path("hub/README.md").write_text(text)
+    import_.main(["hf", "hub", "--out=run"])
+    export.main(["hf", "--workdir=run", "--out=again"])
+    assert front("again")["license"] == "apache-2.0" and front("again")["language"] == ["en", "de"]
+    card = Path("again/README.md").read_text()
+    assert "hub was made from org/older." in card and "The weights of hub were imported." in card
+    assert "tokens trained on" not in card  # nothing was trained yet
+    export.main(["hf", "--model=hub", "--out=copy"])
+    assert front("copy")["license"] == "apache-2.0" and front("copy")["base_model"] == "org/older"
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [
@@ -111,7 +144,7 @@ def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsy
 )
 def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, capsys):
     config, said = RunConfig(), []
-    monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", lambda *args: said.append(args[2]))
+    monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", lambda *args: (said.append(args[2]), Path(args[3]).mkdir()))
     monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
     monkeypatch.setattr("opendeep_jax.data.text_codec.codec_from_hf", lambda _: None)
     monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
