@@ -144,7 +144,12 @@ def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):
 )
 def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, capsys):
     config, said = RunConfig(), []
-    monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", lambda *args: (said.append(args[2]), Path(args[3]).mkdir()))
+
+    def import_run(model, codec, config, workdir):
+        said.append(config)
+        Path(workdir).mkdir()
+
+    monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", import_run)
     monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
     monkeypatch.setattr("opendeep_jax.data.text_codec.codec_from_hf", lambda _: None)
     monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
