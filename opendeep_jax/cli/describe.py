@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import RunConfig
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
         rest = values(["opendeep describe", *argv], known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}. See opendeep describe --help.") from error
+    check_misspelt(values, rest)
     if values.devices < 0 or (values["devices"].present and not values.devices):
         raise ConfigError(f"--devices={values.devices}: must be at least 1.")
     config = _config(values, rest)

@@ -83,7 +83,7 @@ SETTINGS = {
 """A setting, and the names that it goes by elsewhere."""
 
 COMMANDS = {
-    "train": "finetune fine-tune fine_tune sft pretrain fit run resume start continue quickstart",
+    "train": "finetune fine-tune fine_tune sft pretrain fit run resume start continue",
     "generate": "sample infer inference complete completion predict gen",
     "chat": "talk chatbot repl interactive",
     "serve": "server api host deploy",

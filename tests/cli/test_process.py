@@ -9,6 +9,7 @@ import pytest
 import opendeep_jax
 from opendeep_jax.cli import process
 from opendeep_jax.cli.process import choose_platform, process_start, set_verbosity
+from opendeep_jax.config.exits import INTERRUPTED
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 
@@ -124,6 +125,18 @@ def test_a_command_without_an_accelerator_says_its_own_paragraph_alone(tmp_path)
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("opendeep: parallel = fsdp 3:")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_an_interrupt_before_the_command_has_begun_is_one_line(monkeypatch, capsys):
+    from opendeep_jax.cli import main
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["opendeep", "eval", "--help"])
+    monkeypatch.setattr(main, "choose_platform", interrupted)
+    assert main.script() == INTERRUPTED
+    assert capsys.readouterr().err == "\nopendeep eval: interrupted.\n"
 
 
 @pytest.mark.parametrize("name", ["launch", "sweep"])
