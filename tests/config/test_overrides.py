@@ -188,6 +188,6 @@ def _scalars(config, name=""):
 def test_a_runs_title_tells_it_from_others_of_its_recipe(arguments, title):
     config, launch = resolve(["--config=quickstart", *arguments])
     assert config.name == title
-    assert launch.recipe.name == ("quickstart" if "--name=trial" in arguments else launch.recipe.name)
-    if not any("--name" in argument for argument in arguments):
-        assert launch.recipe == config  # which is no difference from the recipe
+    named = any("--name" in argument for argument in arguments)
+    assert launch.recipe.name == ("quickstart" if named else title)
+    assert named or launch.recipe == config  # a title that nobody gave is no difference from the recipe
