@@ -61,11 +61,11 @@ def measure_opendeep(steps: int) -> dict:
     from opendeep_jax.models.accounting import count_parameters, flops_per_token
     from opendeep_jax.models.parameters import skeleton
     from opendeep_jax.parallel.mesh import make_mesh, put_batch
+    from opendeep_jax.train.cpu_peak import measured_matmul
     from opendeep_jax.train.optimizer import make_optimizer
     from opendeep_jax.train.programs import Programs
     from opendeep_jax.train.state import abstract_state, create_state
     from opendeep_jax.train.step import make_train_step
-    from opendeep_jax.train.summary import measured_matmul
 
     run = config()
     assert count_parameters(run.model).total == PARAMETERS

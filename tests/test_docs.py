@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import opendeep_jax
-from opendeep_jax.cli import data, launch, plan, sweep
+from opendeep_jax.cli import data, describe, launch, plan, sweep
 from opendeep_jax.cli.main import COMMANDS, main
 from opendeep_jax.config.overrides import resolve
 
@@ -75,7 +75,8 @@ def understood(arguments: list[str], capsys) -> None:
     settings = [word for word in arguments if word.startswith("--") and word != "--help"]
     if any(setting.startswith("--config") for setting in settings):
         # These commands take settings of their own beside the recipe's, and their help names them.
-        own = {"data": data.HELP, "plan": plan.HELP, "sweep": sweep.HELP, "launch": launch.HELP}.get(name, "")
+        modules = {"data": data, "describe": describe, "plan": plan, "sweep": sweep, "launch": launch}
+        own = modules[name].HELP if name in modules else ""
         of_the_run = [word for word in settings if not re.search(rf"{word.partition('=')[0]}[ =]", own)]
         resolve(of_the_run + [word for word in settings if word.startswith("--config")])  # raises for what is wrong
         return
@@ -109,7 +110,7 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
     more = {"train": [*TINY, *source], "generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
     # These take minutes; tests/cli/test_plan_command.py, tests/jobs and tests/train/test_processes.py run small ones.
     commands = [command for command in train_commands() if command[0] not in ("plan", "launch", "sweep")]
-    expected = {"train", "generate", "eval", "report", "data", "watch", "checkpoints"}
+    expected = {"train", "describe", "generate", "eval", "report", "data", "watch", "checkpoints"}
     assert expected <= {command[0] for command in commands}
     for command in commands:
         name = command[1] if command[0] == "data" else command[0]

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from opendeep_jax.cli.flags import make_flags, parse
 from opendeep_jax.config.checks import ConfigError
@@ -10,7 +11,7 @@ from opendeep_jax.config.load import did_you_mean
 HELP = """\
 Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
 
-usage: opendeep export hf   --workdir=RUN|--model=SOURCE --out=DIRECTORY [--dtype=bfloat16|float32]
+usage: opendeep export hf   --workdir=RUN|--model=SOURCE --out=DIRECTORY [--dtype=bfloat16|float32] [--license=…]
        opendeep export gguf --workdir=RUN|--model=SOURCE --out=FILE.gguf [--type=bf16|f32|q8_0] [--pre=NAME]
 
 `opendeep export FORMAT --help` shows all settings.
@@ -40,12 +41,15 @@ def _hf(argv: Sequence[str]) -> None:
         **SOURCE,
         out=("", "Directory to write; refused if it holds a model."),
         dtype=("bfloat16", "Of the weights: bfloat16 or float32."),
+        license=("", "License of the model, for its card, such as apache-2.0; an imported model's own if not given."),
+        name=("", "Title of its card; the run's name if not given."),
     )
     values = _parse(argv, flags, "hf", "Writes config.json, safetensors, tokenizer and a model card.")
     model, codec = _open(values, values.dtype)
 
     from opendeep_jax.data.text_codec import save_codec
     from opendeep_jax.interop import save_hf
+    from opendeep_jax.serving.card_facts import provenance
     from opendeep_jax.serving.sources import source_kind
 
     with tempfile.TemporaryDirectory() as directory:
@@ -53,8 +57,11 @@ def _hf(argv: Sequence[str]) -> None:
         if source_kind(source) != "hf":  # whose files are carried along as they are, licence and all
             save_codec(codec, directory)
             source = directory
-        save_hf(model, values.out, tokenizer=source)
+        facts = provenance(values.workdir or values.model, _step(values), values.license, values.name)
+        save_hf(model, values.out, tokenizer=source, provenance=facts)
     print(f"exported: {values.out}")
+    if not facts.license:
+        print("Its card states no license. Say it with --license=..., or in README.md, before you pass the model on.")
 
 
 def _gguf(argv: Sequence[str]) -> None:
@@ -87,6 +94,18 @@ def _parse(argv, flags, kind: str, purpose: str):
     if not values.out:
         raise ConfigError("--out is missing: say where to write, such as --out=exported.")
     return values
+
+
+def _step(values) -> int:
+    """The step that is exported; 0 where the source is no run."""
+    from opendeep_jax.serving.sources import source_kind
+
+    source = values.workdir or values.model
+    if values.step >= 0 or source_kind(source) != "run":
+        return max(values.step, 0)
+    from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
+
+    return max(steps_in(Path(source, DIRECTORY)), default=0)
 
 
 def _open(values, dtype: str):

@@ -1,5 +1,6 @@
 """Flags of the commands that work on a finished run: absl's, in a registry of their own for each call."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 
@@ -7,6 +8,10 @@ from absl import flags
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.synonyms import SETTINGS, ours
+
+RECIPES_OWN = {"config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id", "name", "seed"}
+"""Undotted settings that belong to the recipe and the process, however near to a command's own their names are."""
 
 
 def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
@@ -43,11 +48,23 @@ def parse(
     except flags.Error as error:
         raise ConfigError(f"{error}. See {program} --help.") from error
     if rest:
-        hint = did_you_mean(rest[0].partition("=")[0], [f"--{name}" for name in values])
+        word = rest[0].partition("=")[0]
+        elsewhere = word.startswith("-") and ours(word, SETTINGS, list(values))
+        hint = f" Did you mean --{elsewhere}?" if elsewhere else did_you_mean(word, [f"--{name}" for name in values])
         raise ConfigError(f"{rest[0]}: {program} has no such setting.{hint} See {program} --help.")
     if "workdir" in values and values["workdir"].default is None and not values.workdir:
         raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")
     return values
+
+
+def check_misspelt(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Raise ConfigError for an argument, of those left to the recipe, that is nearly one of the command's flags."""
+    for argument in rest:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or "." in name or name in RECIPES_OWN:
+            continue
+        if close := difflib.get_close_matches(name, [own for own in values if own not in RECIPES_OWN], 1, cutoff=0.75):
+            raise ConfigError(f"--{name}: there is no such setting. Did you mean --{close[0]}?")
 
 
 def _default(flag: flags.Flag) -> str:

@@ -1,13 +1,16 @@
 """`opendeep import hf|gguf SOURCE --out=DIRECTORY`"""
 
 import dataclasses
+import glob
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from opendeep_jax.cli.flags import make_flags
 from opendeep_jax.config.checks import ConfigError, deferred
+from opendeep_jax.config.fine_tuning import OWN_TEXT
 from opendeep_jax.config.load import did_you_mean, load_recipe
-from opendeep_jax.config.schema import ModelConfig, RunConfig
+from opendeep_jax.config.schema import DataConfig, ModelConfig, RunConfig
 
 HELP = """\
 Makes a run of somebody else's weights: `generate`, `chat`, `serve` and `eval` work on it, and `train` goes on from it.
@@ -16,8 +19,10 @@ usage: opendeep import hf   DIRECTORY|ORGANISATION/NAME --out=DIRECTORY [--confi
        opendeep import gguf FILE.gguf --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
 
   --out     Work directory of the new run.
-  --config  Recipe that all but the model and the tokenizer is taken from; settings after it change it. What is given
-            here is what `opendeep train --config=OUT/recipe.py --workdir=OUT` trains.
+  --config  Recipe that all but the model and the tokenizer is taken from; settings after it change it. Without one the
+            text is yours: corpus/**/*.jsonl, or --data.sources.0.path=... here or at the start of training.
+
+`opendeep train --config=OUT/recipe.py --workdir=OUT` trains it; text, steps and rates can still be changed there.
 
 ORGANISATION/NAME is fetched from the Hugging Face Hub.
 """
@@ -40,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
     overrides = flags(["import", *rest], known_only=True)[1:]
     if not flags.out:
         raise ConfigError("--out is missing: give the work directory of the new run, such as --out=runs/mine.")
-    recipe = load_recipe(flags.config) if flags.config else RunConfig()
+    recipe = load_recipe(flags.config) if flags.config else _own_text(source)
 
     from opendeep_jax.config.overrides import apply
+    from opendeep_jax.train.imported_from import facts_of_gguf, facts_of_hf, write_imported_from
     from opendeep_jax.train.imported_run import check_importable, import_run
 
     check_importable(flags.out)
@@ -51,12 +57,14 @@ def main(argv: Sequence[str]) -> None:
         from opendeep_jax.interop.gguf import config_of, load_gguf, read_gguf
 
         file = read_gguf(source)
+        facts = facts_of_gguf(source, file.fields)
         model_config, codec = config_of(file), codec_from_gguf_fields(file.fields)
     else:
         from opendeep_jax.data.text_codec import codec_from_hf
         from opendeep_jax.interop import config_from_hf, load_hf
 
-        source = _local(source)
+        named, source = source, _local(source)
+        facts = facts_of_hf(source, named)
         model_config, codec = config_from_hf(source), codec_from_hf(source)
     config = apply(_with_model(recipe, model_config), overrides)
     model = load_gguf(source) if kind == "gguf" else load_hf(source)
@@ -65,7 +73,28 @@ def main(argv: Sequence[str]) -> None:
     found = {"mtp": mtp, "tie_embeddings": model.config.tie_embeddings}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
     import_run(model, codec, config, flags.out)
-    print(f"imported: {flags.out}\nTrain it with: opendeep train --config={flags.out}/recipe.py --workdir={flags.out}")
+    write_imported_from(flags.out, facts)
+    print(f"imported: {flags.out}\n{_next(config, flags.out, flags.config)}")
+
+
+def _own_text(source: str) -> RunConfig:
+    """The run where no recipe is named: on its user's text, titled as the source is."""
+    return RunConfig(name=Path(source).name.removesuffix(".gguf") or "imported", data=DataConfig(sources=(OWN_TEXT,)))
+
+
+def _next(config: RunConfig, out: str, recipe: str) -> str:
+    """How to train the imported run, and on what."""
+    command = f"opendeep train --config={shlex.quote(f'{out}/recipe.py')} --workdir={shlex.quote(out)}"
+    yours = f"{command} --data.sources.0.path='mine/*.jsonl'"
+    embedded = [source.name for source in config.data.sources if not source.path]
+    if OWN_TEXT in config.data.sources and not glob.glob(OWN_TEXT.path, recursive=True):
+        return f"Train it on your own text, which goes into {OWN_TEXT.path}, or: {yours}"
+    if embedded:
+        return (
+            f"Train it on your own text: {yours}\n"
+            f"Without a path it trains on {', '.join(embedded)}, the sources of this Python, as --config={recipe} says."
+        )
+    return f"Train it on {', '.join(source.path for source in config.data.sources)}: {command}"
 
 
 def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.schema import RunConfig
@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         rest = values(["opendeep launch", *argv], known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}. See opendeep launch --help.") from error
+    check_misspelt(values, rest)
 
     from opendeep_jax.jobs.launch import Job, check_engine, check_target, render, submit
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 import opendeep_jax
 from opendeep_jax.cli.large_pages import restart_with_large_pages
+from opendeep_jax.cli.process import choose_platform
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, Resume, Stopped
-from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.load import did_you_mean, recipe_names
+from opendeep_jax.config.synonyms import COMMANDS as OTHER_NAMES
+from opendeep_jax.config.synonyms import ours
 
 COMMANDS = {
     "train": "Train a recipe, or resume its run.",
@@ -26,6 +29,7 @@ COMMANDS = {
     "checkpoints": "List, verify, compare, thin out or average a run's checkpoints.",
     "sweep": "Train many variants of a recipe, and compare them.",
     "launch": "Start a recipe on several processes here, or write the job for a cluster.",
+    "describe": "Say what a run is and takes, without starting it: parameters, memory, work, text.",
     "plan": "Say what a run would take on a cluster, without one: memory, time, cost.",
 }
 MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something else in Python
@@ -53,7 +57,8 @@ opendeep: train, look into and release DeepSeek-class models, fully in the open.
 usage: opendeep COMMAND [--name=value ...]
 
 {"".join(f"  {name:<13}{text}" + chr(10) for name, text in COMMANDS.items())}
-`opendeep COMMAND --help` shows what a command can be told, `opendeep --version` the version.
+`opendeep help COMMAND` shows what a command can be told (as does `opendeep COMMAND --help`), `opendeep --version` the
+version.
 A first run, in minutes on a laptop: opendeep train --config=quickstart
 """
 
@@ -64,17 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     `config/exits.py` has the statuses. A failure that is none of the user's or the machine's is a bug and raises.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"] and len(argv) > 1 and not argv[1].startswith("-"):
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("--version", "-V", "version"):
         print(f"opendeep {opendeep_jax.__version__}")
         return 0
     command, *rest = argv
     try:
         if command not in COMMANDS:
-            hint = did_you_mean(command, list(COMMANDS))
-            raise ConfigError(f"there is no command {command}.{hint} Commands: {', '.join(COMMANDS)}.")
+            raise ConfigError(_no_command(command, rest))
         # Imported only now, so that `opendeep --help` and a wrong command answer at once.
         module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
         return module.main(rest) or 0
@@ -83,6 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def _no_command(word: str, rest: Sequence[str]) -> str:
+    """Return what is wrong with a first word that is no command, and what may have been meant."""
+    commands = f" Commands: {', '.join(COMMANDS)}."
+    if word.startswith("-"):
+        return f"the command comes first, as in `opendeep train {' '.join([word, *rest])}`.{commands}"
+    if word.partition(":")[0] in recipe_names():
+        return f"{word} is a recipe. Did you mean `opendeep train --config={word}`?{commands}"
+    elsewhere = ours(word, OTHER_NAMES)
+    hint = f" Did you mean {elsewhere}?" if elsewhere else did_you_mean(word, list(COMMANDS))
+    return f"there is no command {word}.{hint}{commands}"
 
 
 def explained(command: str, error: BaseException) -> int | None:
@@ -114,9 +132,19 @@ def explained(command: str, error: BaseException) -> int | None:
 
 def script() -> int:
     """The `opendeep` command."""
+    try:
+        _prepare()
+    except KeyboardInterrupt as error:  # before the command has begun
+        return explained(sys.argv[1] if len(sys.argv) > 1 else "", error) or INTERRUPTED
+    return main()
+
+
+def _prepare() -> None:
+    # What only starts others leaves the choice to them: a job's environment would carry it to machines with GPUs.
+    if sys.argv[1:2] not in (["launch"], ["sweep"]):
+        choose_platform()
     if sys.argv[1:2] == ["train"]:
         restart_with_large_pages()
-    return main()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError, check_run, deferred
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
         rest = values(["opendeep plan", *argv], known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}. See opendeep plan --help.") from error
+    check_misspelt(values, rest)
     if not values.topology:
         raise ConfigError("--topology is missing: say for which cluster, as in --topology=v5p:8x8x8.")
     _check_numbers(values)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import make_flags
+from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError
 
 HELP = """\
@@ -94,6 +94,8 @@ def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_boolean("collect", False, "", flag_values=values)
     values.set_gnu_getopt(True)
     try:
-        return values, values(["opendeep sweep", *argv], known_only=True)[1:]
+        rest = values(["opendeep sweep", *argv], known_only=True)[1:]
     except flags.Error as error:
         raise ConfigError(f"{error}. See opendeep sweep --help.") from error
+    check_misspelt(values, rest)
+    return values, rest

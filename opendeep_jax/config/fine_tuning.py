@@ -3,6 +3,9 @@
 from opendeep_jax.config.model import DType, ModelConfig
 from opendeep_jax.config.schema import DataConfig, OptimizerConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig
 
+OWN_TEXT = SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says")
+"""Where a run that is to be fine-tuned expects its user's text, unless it is told another place."""
+
 
 def fine_tuning(
     name: str,
@@ -23,7 +26,7 @@ def fine_tuning(
         name=name,
         model=model,
         data=DataConfig(
-            sources=(SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says"),),
+            sources=(OWN_TEXT,),
             tokenizer="corpus/tokenizer.json",
             sequence_length=4096,
             held_out_fraction=0.01,

@@ -49,6 +49,19 @@ ROUNDING = (
 )
 """As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 
+IMPORTED_RECIPE, TRAINED = "recipe.py", ("data.json", "metrics.jsonl")
+"""Files that `opendeep import` leaves in a work directory, and those that the first start of training adds."""
+
+OPEN_UNTIL_TRAINED = ("seed", "data.", "optimizer.", "train.")
+KEPT_FROM_IMPORT = (
+    "data.tokenizer",
+    "optimizer.kind",
+    "optimizer.first_moment_dtype",
+    "optimizer.second_moment_dtype",
+)
+"""Of an imported run that nothing has been trained of yet, the former may differ but for the latter, which say what its
+tokens mean and what its checkpoint holds."""
+
 SMALLEST_FREE_BYTES = 256 * 2**20
 """A run is not started on a disk with less free space than this."""
 
@@ -258,6 +271,8 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
     changes = diff(load_run_config(workdir), config)
     rounding = [entry for entry in changes if _is_among(entry[0], ROUNDING)]
     differences = [entry for entry in changes if entry not in rounding and not _may_differ(entry, config)]
+    if (workdir / IMPORTED_RECIPE).exists() and not any((workdir / name).exists() for name in TRAINED):
+        differences = [entry for entry in differences if not _is_open(entry[0])]
     if differences:
         lines = format_diff(differences).strip().replace("\n", "\n  ")
         raise ConfigError(
@@ -267,6 +282,10 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
     if rounding:
         lines = "; ".join(f"{name} {there!r} -> {here!r}" for name, there, here in rounding)
         print(f"--workdir={workdir}: from here on numbers may differ in rounding, as the run began with {lines}.")
+
+
+def _is_open(name: str) -> bool:
+    return _is_among(name, OPEN_UNTIL_TRAINED) and not _is_among(name, KEPT_FROM_IMPORT)
 
 
 def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:

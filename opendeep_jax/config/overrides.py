@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import tyro
@@ -19,8 +20,10 @@ from absl import flags
 from opendeep_jax.config.checks import ConfigError, check_run, deferred, expected
 from opendeep_jax.config.load import did_you_mean, load_recipe, recipe_names, recipe_title
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.synonyms import SETTINGS, ours
 
 TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_EPOCHS = " A run's length is counted in steps or, with --train.steps=0, in --train.total_tokens."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,20 @@ def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunCo
         print_help(recipe, process, program)
     name = recipe_title(process.config)
     job = process.coordinator_address, process.num_processes, process.process_id
+    config = apply(recipe, rest)
+    if process.workdir and not any(argument.partition("=")[0] == "--name" for argument in rest):
+        recipe, config = (dataclasses.replace(c, name=run_title(c.name, process.workdir)) for c in (recipe, config))
     launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job, process.config)
-    return apply(recipe, rest), launch
+    return config, launch
+
+
+def run_title(name: str, workdir: str) -> str:
+    """Return a run's title where `--name` gives none: the recipe's, and behind a slash the directory's if it differs.
+
+    `run_title("quickstart", "runs/mine")` is `quickstart/mine`; in runs/quickstart it is `quickstart`.
+    """
+    directory = Path(workdir).resolve().name
+    return name if not directory or directory == name.rpartition("/")[2] else f"{name}/{directory}"
 
 
 def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -176,11 +191,13 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
     group, _, last = name.rpartition(".")
     siblings = [field.rpartition(".")[2] for field in fields if field.rpartition(".")[0] == group]
     inside = [field for field in fields if field.startswith(f"{name}.")]
-    if inside:
+    if inside and not ours(name, SETTINGS, fields):
         return f"is a group of settings; set one of them, such as --{inside[0]}."
     for entries in _tuples_of_dataclasses(RunConfig):
         if name == entries or (name.startswith(f"{entries}.") and not siblings):
             return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
+    if elsewhere := ours(name, SETTINGS, [*fields, "config", "workdir"]):
+        return f"there is no such setting. Did you mean --{elsewhere}?{_EPOCHS if 'epoch' in name else ''} See --help."
     known = [*fields, "config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id"]
     same_ending = [field for field in known if field.rpartition(".")[2] == last]
     in_group = [f"{group}.{sibling}".lstrip(".") for sibling in difflib.get_close_matches(last, siblings, n=1)]

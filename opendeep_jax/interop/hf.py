@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.interop.hf_card import model_card
+from opendeep_jax.interop.hf_card import Provenance, model_card
 from opendeep_jax.interop.hf_config import config_from_hf, config_to_hf, family_of, family_of_directory
 from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
@@ -191,7 +190,7 @@ def save_hf(
     directory: str | Path,
     tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    training: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
     """Writes the model as a Hugging Face directory, parameters in their own dtype; `load_hf` gives it back to the bit.
 
@@ -201,7 +200,7 @@ def save_hf(
         tokenizer: A directory whose tokenizer, chat template, generation config and licence come along, or a
             tokenizer.json.
         max_shard_bytes: Largest file; a larger model is cut into shards with an index.
-        training: What the model card tells of the training, as names and values.
+        provenance: What the model card tells of where it comes from.
 
     Raises:
         ConfigError: the directory holds a model, the tokenizer isn't there, or no family describes this model.
@@ -235,7 +234,7 @@ def save_hf(
     put_beside(texts, directory)
     card = directory / "README.md"
     if not card.exists():
-        write_atomically(card, model_card(config, family.architecture, count_parameters(config), training))
+        write_atomically(card, model_card(config, family.architecture, count_parameters(config), provenance))
     # Last: what has a config.json is whole.
     write_atomically(directory / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
 

@@ -20,6 +20,8 @@ import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_devices
 from opendeep_jax.config.load import did_you_mean
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.synonyms import TARGETS as OTHER_TARGETS
+from opendeep_jax.config.synonyms import ours
 from opendeep_jax.jobs.launch_hardware import GKE_ACCELERATORS, SKYPILOT_ACCELERATORS, TPU_VM_TYPES, chips_per_host
 from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.plan.topology import Topology, parse_topology
@@ -169,7 +171,8 @@ def check_target(name: str) -> None:
     """Raises ConfigError for a target that there is not."""
     targets = ["local", *TARGETS]
     if name not in targets:
-        hint = did_you_mean(name, targets)
+        elsewhere = ours(name, OTHER_TARGETS)
+        hint = f" Did you mean {elsewhere}?" if elsewhere else did_you_mean(name, targets)
         raise ConfigError(f"--target={name}: there is no such target.{hint} Targets: {', '.join(targets)}.")
 
 

@@ -141,7 +141,7 @@ def _swatch(place: int) -> str:
 
 
 def _numbers(run: Run, now: float) -> list[tuple[str, str, str]]:
-    last, left, total = run.last, run.seconds_left(), run.total
+    last, left, total = run.last, run.seconds_left(now), run.total
     loss = last.get("loss")
     shown = [
         ("Step", f"{run.step:,}", ", ".join(filter(None, (f"of {total:,}" if total else "", tokens_text(run))))),

@@ -12,11 +12,12 @@ from opendeep_jax.config.schedule import stage_at, stages, step_at_tokens, token
 from opendeep_jax.jobs.watch_files import Curve, Tail, last_record, number, read_object
 from opendeep_jax.train.events import EVENTS
 from opendeep_jax.train.goodput import GOODPUT, Goodput, Ledger
+from opendeep_jax.train.heartbeat import BEAT_SECONDS, HEARTBEAT
 from opendeep_jax.train.metrics import EVALUATION, EXPERTS, SCALARS
 from opendeep_jax.train.progress import human_count, human_time
 
 SUMMARY = "summary.json"
-FILES = (CONFIG_FILE, "data.json", SUMMARY, SCALARS, EVALUATION, EXPERTS, EVENTS, GOODPUT)
+FILES = (CONFIG_FILE, "data.json", SUMMARY, SCALARS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)
 """What a run writes that is looked at."""
 
 ENDINGS = ("stopped", "preempted", "interrupted", "hang", "lost_peer")
@@ -28,6 +29,12 @@ CURVES = (
 HELD_OUT = "held_out_bits_per_byte"
 EVENTS_KEPT = 200
 QUIET_SECONDS = 60.0
+SILENT_BEATS = 6
+"""A process that gives signs of life (`train/heartbeat.py`) and misses so many of them is gone, or its machine is."""
+
+DOING = {"compile": "compiling", "data preparation": "preparing text", "restore": "restoring"}
+"""Words for what takes a process minutes before and between steps."""
+
 
 
 class Run:
@@ -87,6 +94,13 @@ class Run:
         if not times:
             return "empty", "nothing there yet"
         age = max((time.time() if now is None else now) - max(times.values()), 0.0)
+        sign = read_object(self.workdir / HEARTBEAT)
+        if sign.get("ended") is True and times.get(SCALARS, 0) <= times.get(HEARTBEAT, 0) + 30:
+            return "stopped", "stopped"
+        if (beaten := number(sign.get("time"))) is not None and not self._ended_after(beaten):
+            if age > SILENT_BEATS * BEAT_SECONDS:
+                return "quiet", f"no sign for {human_time(age)}"
+            return "running", DOING.get(str(sign.get("doing")), "running" if self.step else "starting")
         if self.events and self.events[-1].get("kind") in ENDINGS:
             ended = _seconds_of(self.events[-1].get("time"))
             if ended is not None and max(times.get(SCALARS, 0), times.get(EVALUATION, 0)) <= ended + 30:
@@ -96,9 +110,16 @@ class Run:
             return "quiet", f"no sign for {human_time(age)}"
         return "running", "running" if self.step else "starting"
 
-    def seconds_left(self) -> float | None:
-        """What the steps left take at the present speed; None where that is not known, or nothing is left."""
-        if self.config is None or self.is_finished or not self._speeds:
+    def _ended_after(self, seconds: float) -> bool:
+        """Return whether the last event ends a process, and is later than a sign of life of that machine's clock."""
+        if not self.events or self.events[-1].get("kind") not in ENDINGS:
+            return False
+        ended = _seconds_of(self.events[-1].get("time"))
+        return ended is not None and ended >= int(seconds)  # events count in whole seconds
+
+    def seconds_left(self, now: float | None = None) -> float | None:
+        """Return what the steps left take at the present speed; None where that is not known, or nobody does them."""
+        if self.config is None or not self._speeds or self.state(now)[0] != "running":
             return None
         speed = sorted(self._speeds)[len(self._speeds) // 2]
         left = tokens_before(self.config, self.total) - tokens_before(self.config, self.step)

@@ -49,7 +49,7 @@ def _panel(run: Run, label: str, console: Console, now: float | None) -> Rendera
     width, ascii_only = console.width, console.options.ascii_only
     state, words = run.state(now)
     head = Text.assemble((_plain(label), "bold"), "  ", (words, STATES[state]))
-    lines = [head, _progress(run, width, ascii_only)]
+    lines = [head, _progress(run, width, ascii_only, now)]
     room = width - LABEL - 28
 
     def add(name: str, value: str, values: Sequence[float] = ()) -> None:
@@ -82,8 +82,8 @@ def _panel(run: Run, label: str, console: Console, now: float | None) -> Rendera
     return Group(*lines, *_events(list(run.events), console, 4), Text(""))
 
 
-def _progress(run: Run, width: int, ascii_only: bool) -> Text:
-    total, left = run.total, run.seconds_left()
+def _progress(run: Run, width: int, ascii_only: bool, now: float | None) -> Text:
+    total, left = run.total, run.seconds_left(now)
     of = f"/{total:,}" if total else ""
     tail = [f"step {run.step:,}{of}", tokens_text(run), f"{human_time(left)} left" if left is not None else ""]
     words = "  ".join(filter(None, tail))
@@ -156,7 +156,7 @@ def _table(runs: Sequence[Run], labels: Sequence[str], console: Console, now: fl
 
 def _cells(run: Run, ascii_only: bool, now: float | None) -> dict[str, Text]:
     state, words = run.state(now)
-    last, left, total = run.last, run.seconds_left(), run.total
+    last, left, total = run.last, run.seconds_left(now), run.total
 
     def shown(value: float | None, form: str) -> Text:
         return Text("" if value is None else format(value, form))

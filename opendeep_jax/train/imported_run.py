@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.load import CONFIG_FILE, save_run_config
+from opendeep_jax.config.load import CONFIG_FILE, IMPORTED_RECIPE, save_run_config
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.text_codec import TextCodec, save_codec
 from opendeep_jax.data.tokenizer import load_tokenizer
@@ -19,7 +19,7 @@ from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
 
-RECIPE_FILE = "recipe.py"
+RECIPE_FILE = IMPORTED_RECIPE
 RECIPE = '''\
 """The recipe of this imported run, as its config.json has it: `opendeep train --config={path} --workdir={workdir}`"""
 

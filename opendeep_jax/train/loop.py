@@ -25,6 +25,7 @@ from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.train import drill
 from opendeep_jax.train.checkpoint import Checkpoints, NoneSound, remove_partial_saves
+from opendeep_jax.train.compiling import say_once
 from opendeep_jax.train.corruption import Replay, compare_copies
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.goodput import Clock, read_goodput
@@ -244,6 +245,8 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         state, start = _newest(*sources)
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
         programs = Programs(config, step_function, template, mesh)
+        # With a running clock, unless the bars of the text's preparation are on the terminal at the same time.
+        programs.say = (say_once if (workdir / DATA_FILE).exists() else say) if is_primary() else None
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):
@@ -255,6 +258,7 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         clock.first_step = start
         observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
         with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
+            programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
             saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
             with stop_requests() as stop:

@@ -18,6 +18,7 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.parallel.chips import CHIPS, GB
 from opendeep_jax.parallel.distributed import share, words
 from opendeep_jax.parallel.mesh import batch_sharding, global_rows
+from opendeep_jax.train.compiling import compiling
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
 
@@ -94,6 +95,8 @@ class Programs:
         self.config, self.step_function, self.template, self.mesh = config, step_function, template, mesh
         self.options = compiler_options(config, chip(), platform(), template)
         self.compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
+        self.say = None
+        """Takes a line about what is compiled (`compiling.compiling`); None says nothing."""
 
     def has(self, step: int) -> bool:
         """Whether the program of `step` (from 0) is compiled: not at the first step of a phase or a ramp's stage."""
@@ -108,9 +111,18 @@ class Programs:
         shape = self._shape(step)
         if shape not in self.compiled:
             batch = abstract_batch(self.config, stage_at(self.config, step), self.mesh)
-            self.compiled[shape] = self.step_function.lower(self.template, batch).compile(compiler_options=self.options)
+            what = f"the training step for batches of {shape[0]:,} x {shape[1]:,} tokens"
+            with compiling(what, self.config.train.compilation_cache, self._key(shape), self.say):
+                lowered = self.step_function.lower(self.template, batch)
+                self.compiled[shape] = lowered.compile(compiler_options=self.options)
             _meet(f"compiled/{len(self.compiled)}")
         return self.compiled[shape]
+
+    def _key(self, shape: tuple[int, int]) -> tuple:
+        """What the time of compiling depends on."""
+        run, train = self.config, self.config.train
+        pieces = train.accumulation_steps, train.rows_per_device, train.loss_chunk, run.optimizer.kind
+        return run.model, run.parallel, pieces, shape, chip(), self.mesh.size, jax.__version__
 
     def _shape(self, step: int) -> tuple[int, int]:
         stage = stage_at(self.config, step)

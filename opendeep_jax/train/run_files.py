@@ -88,6 +88,11 @@ def read_run(workdir: str | Path) -> RunFiles:
     )
 
 
+def read_data(workdir: str | Path) -> dict:
+    """Return what the data.json of a work directory says; empty where there is none yet."""
+    return _read_json(Path(workdir) / "data.json")
+
+
 def is_number(value) -> bool:
     """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
@@ -108,6 +113,6 @@ def _matrix(rows: list) -> np.ndarray:
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

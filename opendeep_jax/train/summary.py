@@ -4,7 +4,6 @@ import math
 import os
 import resource
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from opendeep_jax.config.schedule import length_at, micro_batches, stages, token
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.models.accounting import count_parameters, flops_per_token, layer_kinds, remat_field
 from opendeep_jax.parallel.chips import CHIPS
+from opendeep_jax.train.cpu_peak import cpu_peak
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
@@ -26,30 +26,17 @@ OLDER_PEAK_TFLOPS = {"TPU v4": 275, "NVIDIA A100": 312}
 def peak_flops(config: RunConfig) -> float:
     """FLOP/s of one device that MFU is measured against; 0 if it isn't known.
 
-    On a CPU, what a float32 matmul of 1024³ reaches here, shared between the (virtual) devices.
+    On a CPU, what float32 matmuls reach here (`cpu_peak`), shared between the (virtual) devices.
     """
     if config.hardware.peak_tflops:
         return config.hardware.peak_tflops * 1e12
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return measured_matmul() / jax.device_count()
+        return cpu_peak(config.train.compilation_cache) / jax.device_count()
     if chip() in CHIPS:
         return CHIPS[chip()].per_device().flops
     peaks = [peak for name, peak in OLDER_PEAK_TFLOPS.items() if device.device_kind.startswith(name)]
     return peaks[0] * 1e12 if peaks else 0.0
-
-
-def measured_matmul(size: int = 1024, tries: int = 5) -> float:
-    """FLOP/s of a float32 matmul of size³ on the first device, the best of so many tries."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    best = float("inf")
-    for _ in range(tries):
-        begin = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
 
 
 def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[str, float]:
@@ -164,6 +151,16 @@ def model_rows(
     ]
 
 
+def vocabulary(tokenizer: str, tokens: int, rows: int) -> str:
+    """Return how a tokenizer's tokens fill the rows of the embedding: `8,192 tokens, 8,192 rows`, or what is left."""
+    found = f"{tokens:,} tokens, {rows:,} rows"
+    if tokenizer.startswith("bpe:") and tokens < int(tokenizer.removeprefix("bpe:")):
+        found += f": the text has no more of them than that for {tokenizer}"
+    if tokens < rows:
+        found += f"; {rows - tokens:,} rows ({(rows - tokens) / rows:.0%}) belong to no token and learn nothing"
+    return found
+
+
 def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
     """Rows on the text, from `Data.describe()`."""
     epochs = ", ".join(f"{source['epochs']:.2f} epochs of {source['name']}" for source in data["sources"])
@@ -174,6 +171,7 @@ def data_rows(config: RunConfig, data: dict) -> list[tuple[str, str]]:
             f"{data['bytes_per_token']:.2f} bytes per token ({data['tokenizer']}); this run takes {epochs}",
         ),
         ("held-out text", f"{human_bytes(data['held_out_bytes'])} in {data['held_out_documents']:,} documents"),
+        ("vocabulary", vocabulary(config.data.tokenizer, data["vocab_size"], config.model.vocab_size)),
     ]
     for plan in data["plans"]:
         packed = (

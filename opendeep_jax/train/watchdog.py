@@ -26,6 +26,7 @@ from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.parallel.distributed import host_of, share, words
 from opendeep_jax.train.checkpoint_files import short
 from opendeep_jax.train.events import record_event
+from opendeep_jax.train.heartbeat import BEAT_SECONDS, beat
 from opendeep_jax.train.last_words import leave_last_words
 
 STACKS = "stacks"
@@ -54,7 +55,7 @@ class Watchdog:
         self._answered = time.monotonic()  # when the coordination service last did
         self._ended = threading.Event()
         limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
-        self._interval = min(max(min(limits, default=60.0) / 10, 0.1), 5.0)
+        self._interval = min(max(min(limits, default=60.0) / 10, 0.1), BEAT_SECONDS)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         # Of its own, as it waits for ever where the service's machine is stopped.
         self._talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
@@ -72,6 +73,7 @@ class Watchdog:
             address = distributed.global_state.coordinator_address or ""
             self._farewell = leave_last_words(process, address, host_of(0), str(self._stacks))
         self._answered = time.monotonic()
+        self._beat()
         self._thread.start()
         if jax.process_count() > 1:
             self._talker.start()
@@ -80,6 +82,7 @@ class Watchdog:
     def __exit__(self, *_):
         self._ended.set()
         self._thread.join(timeout=5)
+        self._beat(ended=True)
         self._farewell()
         if self._had_faulthandler:
             faulthandler.enable(sys.__stderr__)  # in a notebook, sys.stderr is no file of the system
@@ -94,6 +97,10 @@ class Watchdog:
     def doing(self, what: str, step: int | None = None) -> None:
         """Notes what the loop begins to do now, and at which step."""
         self._doing, self._step, self._since = what, self._step if step is None else step, time.monotonic()
+
+    def _beat(self, ended: bool = False) -> None:
+        if not jax.process_index():
+            beat(self.workdir, self._doing, self._step, ended)
 
     def lost_peer(self, error: BaseException) -> Resume | None:
         """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
@@ -125,7 +132,11 @@ class Watchdog:
         return Resume(text)
 
     def _watch(self) -> None:
+        beaten = time.monotonic()
         while not self._ended.wait(self._interval):
+            if time.monotonic() - beaten > 0.9 * BEAT_SECONDS:
+                self._beat()
+                beaten = time.monotonic()
             missing = self._missing()
             if self._looking:
                 continue
@@ -191,6 +202,7 @@ class Watchdog:
     def _give_up(self, text: str, missing: list[int]) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
         self._leave_traces(text, missing)
+        self._beat(ended=True)
         self._farewell()
         self._exit(RESUME)
 

@@ -1,19 +1,24 @@
 """`opendeep import` and `opendeep export`: round trips, refusals, and every command and program of docs/weights.md."""
 
+import contextlib
 import dataclasses
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from small_models import DENSE, random_model, write_text
 
 import opendeep_jax
 from opendeep_jax.cli import export, import_, train
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import load_run_config
-from opendeep_jax.config.schema import RopeConfig
+from opendeep_jax.config.load import check_workdir, load_run_config, save_run_config
+from opendeep_jax.config.overrides import apply
+from opendeep_jax.config.schedule import tokens_before
+from opendeep_jax.config.schema import RopeConfig, RunConfig
 from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
 from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer
 from opendeep_jax.data.tokenizer import byte_tokenizer
@@ -76,20 +81,107 @@ def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsy
     Path("corpus").mkdir()
     write_text(Path("corpus"))
     settings = (
-        "--model.dtype=float32 --train.steps=2 --train.batch_size=8 --train.loss_chunk=32 --train.sample_every=0 "
+        "--model.dtype=float32 --train.batch_size=8 --train.loss_chunk=32 --train.sample_every=0 "
         "--train.compilation_cache= --data.sequence_length=32 --data.directory=data --evaluation.every=0 "
         "--optimizer.warmup_steps=1 --evaluation.final_batches=1 "
-        "--data.sources.0.path=corpus --data.held_out_fraction=0.3 --checkpoint.every=0"
+        "--data.held_out_fraction=0.3 --checkpoint.every=0"
     )
     import_.main(["gguf", str(small[1]), "--out=run", *shlex.split(settings)])
-    assert "opendeep train --config=run/recipe.py --workdir=run" in capsys.readouterr().out
-    train.main(["--config=run/recipe.py", "--workdir=run"])
+    said = capsys.readouterr().out
+    assert "opendeep train --config=run/recipe.py --workdir=run --data.sources.0.path=" in said
+    with pytest.raises(ConfigError, match=r"corpus/\*\*/\*\.jsonl"):  # and not the Python library, in silence
+        train.main(["--config=run/recipe.py", "--workdir=run"])
+    train.main(["--config=run/recipe.py", "--workdir=run", "--data.sources.0.path=corpus", "--train.steps=2"])
     assert "resuming from step 0" in capsys.readouterr().out
     trained, config = load_model("run")
-    assert config == load_run_config("run") and config.train.steps == 2
+    assert config == load_run_config("run") and config.train.steps == 2 and config.name == "small/run"
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):  # from here on its text is fixed
+        check_workdir(dataclasses.replace(config, seed=1), "run")
     assert not same(small[0], trained)
     export.main(["gguf", "--workdir=run", "--out=before.gguf", "--step=0", "--type=f32"])
     assert same(small[0], load_gguf("before.gguf"))
+
+
+def front(directory: str) -> dict:
+    text = Path(directory, "README.md").read_text()
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_runs_card_names_it_with_license_text_and_training(small_run, capsys):
+    export.main(["hf", f"--workdir={small_run}", "--out=plain"])
+    config, card = load_run_config(small_run), Path("plain/README.md").read_text()
+    assert "license" not in front("plain") and "Say it with --license=" in capsys.readouterr().out
+    tokens = tokens_before(config, config.train.steps)
+    assert f"# {config.name}\n" in card and f"| tokens trained on | {tokens:,} |" in card
+    assert all(f"| {source.name} | " in card for source in config.data.sources) and "Not stated" in card
+    export.main(["hf", f"--workdir={small_run}", "--out=own", "--license=MIT", "--name=Mine", "--dtype=float32"])
+    assert front("own")["license"] == "mit" and "# Mine\n" in Path("own/README.md").read_text()
+    assert "--license" not in capsys.readouterr().out
+
+
+def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):
+    export.main(["hf", f"--model={small[1]}", "--out=hub", "--license=apache-2.0", "--name=Base"])
+    text = Path("hub/README.md").read_text().replace("tags:\n", "language: [en, de]\nbase_model: org/older\ntags:\n")
+    Path("hub/README.md").write_text(text)
+    import_.main(["hf", "hub", "--out=run"])
+    export.main(["hf", "--workdir=run", "--out=again"])
+    assert front("again")["license"] == "apache-2.0" and front("again")["language"] == ["en", "de"]
+    card = Path("again/README.md").read_text()
+    assert "hub was made from org/older." in card and "The weights of hub were imported." in card
+    assert "tokens trained on" not in card  # nothing was trained yet
+    export.main(["hf", "--model=hub", "--out=copy"])
+    assert front("copy")["license"] == "apache-2.0" and front("copy")["base_model"] == "org/older"
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("", ["your own text", "corpus/**/*.jsonl", "--data.sources.0.path="]),
+        ("--data.sources.0.path=texts/*.txt", ["Train it on texts/*.txt: opendeep train --config="]),
+        ("--config=llama3:1b", ["your own text", "corpus/**/*.jsonl"]),
+        ("--config=quickstart", ["your own text: opendeep", "Without a path it trains on python_stdlib"]),
+    ],
+)
+def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, capsys):
+    config, said = RunConfig(), []
+
+    def import_run(model, codec, config, workdir):
+        said.append(config)
+        Path(workdir).mkdir()
+
+    monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", import_run)
+    monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
+    monkeypatch.setattr("opendeep_jax.data.text_codec.codec_from_hf", lambda _: None)
+    monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
+    Path("hub").mkdir()
+    import_.main(["hf", "hub", "--out=my run", *shlex.split(line)])
+    out = capsys.readouterr().out
+    assert all(words in out for words in expected) and "--workdir='my run'" in out
+    assert said[0].name == {"--config=llama3:1b": "llama3-1b", "--config=quickstart": "quickstart"}.get(line, "hub")
+
+
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("seed", 7, True),
+        ("data.held_out_fraction", 0.2, True),
+        ("train.steps", 500, True),
+        ("optimizer.learning_rate", 1e-5, True),
+        ("data.tokenizer", "bytes", False),
+        ("optimizer.kind", "muon", False),
+        ("optimizer.first_moment_dtype", "bfloat16", False),
+        ("model.hidden_size", 1024, False),
+    ],
+)
+def test_before_its_first_step_an_imported_run_takes_another_text_and_schedule_but_no_other_state(
+    field, value, allowed, tmp_path
+):
+    config = RunConfig()
+    save_run_config(config, config, tmp_path)
+    (tmp_path / "recipe.py").touch()
+    changed = apply(config, [f"--{field}={value}"])
+    with contextlib.nullcontext() if allowed else pytest.raises(ConfigError, match=re.escape(field)):
+        check_workdir(changed, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """`opendeep` answers every mistake with one paragraph and a status, and never with a stack of frames."""
 
+import contextlib
+import dataclasses
 import errno
 import subprocess
 import sys
@@ -42,14 +44,45 @@ def test_help_lists_the_commands(argv, capsys):
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-def test_version_is_the_packages(capsys):
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version_is_the_packages(word, capsys):
+    assert main([word]) == 0
     assert capsys.readouterr().out == f"opendeep {opendeep_jax.__version__}\n"
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys):
     assert main(["trian"]) == 2
     assert "Did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["watch", "plan", "describe", "export"])
+def test_help_of_a_command_is_its_own(name, capsys):
+    said = []
+    for argv in (["help", name], [name, "--help"]):
+        with contextlib.suppress(SystemExit):
+            assert main(argv) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and f"opendeep {name}" in said[0]
+
+
+@pytest.mark.parametrize(
+    "argv, answer",
+    [
+        (["help", "trian"], "Did you mean train?"),
+        (["quickstart"], "quickstart is a recipe. Did you mean `opendeep train --config=quickstart`?"),
+        (["llama3:8b"], "Did you mean `opendeep train --config=llama3:8b`?"),
+        (["--config=quickstart", "--seed=1"], "as in `opendeep train --config=quickstart --seed=1`"),
+        (["plan", "--config=quickstart", "--topolgy=v5e:2x2"], "Did you mean --topology?"),
+        (["launch", "--config=quickstart", "--tarhet=slurm"], "Did you mean --target?"),
+        (["launch", "--config=quickstart", "--process=2"], "Did you mean --processes?"),
+        (["sweep", "--config=quickstart", "--paralel=2"], "Did you mean --parallel?"),
+        (["describe", "--config=quickstart", "--device=2"], "Did you mean --devices?"),
+    ],
+)
+def test_a_beginners_slip_is_answered_with_what_was_meant(argv, answer, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert answer in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_paragraph_on_standard_error(command, capsys):
@@ -120,7 +153,8 @@ def test_train_hands_the_resolved_configuration_and_the_recipe_to_the_loop(monke
     workdir = str(tmp_path / "run")
     argv = ["train", "--config=quickstart", f"--workdir={workdir}", "--seed=5", "--train.batch_size=8"]
     assert main(argv) == 0
-    assert handed == [(load_run_config(workdir), workdir, load_recipe("quickstart"))]
+    recipe = dataclasses.replace(load_recipe("quickstart"), name="quickstart/run")  # titled by its directory
+    assert handed == [(load_run_config(workdir), workdir, recipe)]
     assert handed[0][0].seed == 5
     assert main(argv) == 0  # and goes on in the same directory
 

@@ -78,7 +78,7 @@ def test_numbers_arrive_exactly(rate, seed):
         ("--optimzer.learning_rate=1", "Did you mean --optimizer.learning_rate?"),
         ("--learning_rate=1", "Did you mean --optimizer.learning_rate?"),
         ("--model.expert_size=1", "Did you mean --model.moe.expert_size?"),
-        ("--optimizer.lr=1", "optimizer has kind, learning_rate,"),
+        ("--optimizer.lr=1", "Did you mean --optimizer.learning_rate?"),
         ("--sead=1", "Did you mean --seed?"),
         ("--work_dir=x", "Did you mean --workdir?"),
         ("--model.moe=1", "is a group of settings; set one of them, such as --model.moe.num_experts."),
@@ -171,3 +171,23 @@ def _scalars(config, name=""):
             yield from _scalars(value, dotted)
         elif not isinstance(value, tuple):
             yield dotted
+
+
+@pytest.mark.parametrize(
+    "arguments, title",
+    [
+        ([], "quickstart"),
+        (["--workdir=runs/quickstart"], "quickstart"),
+        (["--workdir=runs/mine"], "quickstart/mine"),
+        (["--workdir=runs/mine/"], "quickstart/mine"),
+        (["--workdir", "runs/mine", "--name=trial"], "trial"),
+        (["--workdir=runs/mine", "--name", "quickstart"], "quickstart"),
+        (["--workdir=sweeps/a/seed=0", "--name=quickstart/seed=0"], "quickstart/seed=0"),
+    ],
+)
+def test_a_runs_title_tells_it_from_others_of_its_recipe(arguments, title):
+    config, launch = resolve(["--config=quickstart", *arguments])
+    assert config.name == title
+    named = any("--name" in argument for argument in arguments)
+    assert launch.recipe.name == ("quickstart" if named else title)
+    assert named or launch.recipe == config  # a title that nobody gave is no difference from the recipe

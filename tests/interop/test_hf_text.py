@@ -8,7 +8,7 @@ from hf_directories import arrays_of, assert_same_bits, family
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.interop import config_from_hf, load_hf, save_hf
-from opendeep_jax.interop.hf_card import model_card
+from opendeep_jax.interop.hf_card import Provenance, model_card
 from opendeep_jax.interop.hf_text import text_files
 from opendeep_jax.models.accounting import count_parameters
 
@@ -97,7 +97,8 @@ def test_a_saved_directory_is_its_own_tokenizer_for_the_next(tokenizer, tmp_path
 
 def test_the_card_says_what_the_model_is_and_how_it_was_trained(tmp_path):
     config = config_from_hf(family("gpt_oss"))
-    card = model_card(config, "GptOssForCausalLM", count_parameters(config), {"steps": 10, "data | mix": "a\nb"})
+    training = Provenance(training={"steps": 10, "data | mix": "a\nb"})
+    card = model_card(config, "GptOssForCausalLM", count_parameters(config), training)
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"| parameters | {count_parameters(config).total:,} |" in card
     assert "| experts | 5 in each of 4 layers, 2 for a token, 0 shared |" in card
@@ -107,5 +108,5 @@ def test_the_card_says_what_the_model_is_and_how_it_was_trained(tmp_path):
 
 
 def test_the_card_is_written_with_the_training_that_is_given(tmp_path):
-    save_hf(load_hf(family("llama3")), tmp_path / "saved", training={"learning rate": 3e-4})
+    save_hf(load_hf(family("llama3")), tmp_path / "saved", provenance=Provenance(training={"learning rate": 3e-4}))
     assert "| learning rate | 0.0003 |" in (tmp_path / "saved" / "README.md").read_text()

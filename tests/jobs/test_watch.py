@@ -14,6 +14,7 @@ from opendeep_jax.jobs import watch_files
 from opendeep_jax.jobs.watch import Watch, find_runs, labels
 from opendeep_jax.jobs.watch_files import POINTS, Curve, Tail, last_record
 from opendeep_jax.jobs.watch_run import Run, data_phase, rate_phase
+from opendeep_jax.train.heartbeat import HEARTBEAT
 
 
 def add(path, *records):
@@ -179,6 +180,66 @@ def test_states_tell_silence_from_a_stop(tmp_path):
     assert run.state(now + 3600)[0] == "stopped"
     os.utime(tmp_path / "metrics.jsonl", (now + 3000, now + 3000))  # it goes on
     assert run.state(now + 3010)[0] == "running"
+
+
+def sign(path, now, **more):
+    """A sign of life that a process gave at `now`."""
+    beat = {"time": now, "doing": "step", "step": 2, "ended": False} | more
+    (path / HEARTBEAT).write_text(json.dumps(beat))
+    os.utime(path / HEARTBEAT, (now, now))
+
+
+def event_at(now, kind):
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now)), "kind": kind, "step": 2, "text": ""}
+
+
+@pytest.mark.parametrize(
+    "signs, later, state, words",
+    [
+        ({}, 3, "running", "running"),
+        ({"doing": "compile"}, 3, "running", "compiling"),
+        ({"doing": "data preparation"}, 3, "running", "preparing text"),
+        ({"doing": "restore"}, 3, "running", "restoring"),
+        ({}, 45, "quiet", "no sign for 45.0 s"),  # killed, or its machine is gone
+        ({"ended": True}, 3, "stopped", "stopped"),  # it failed, without an event
+        ({"ended": True}, 9999, "stopped", "stopped"),
+        ({"event": "preempted"}, 3, "stopped", "stopped"),  # and had no time for its last sign
+        ({"event": "hang"}, 45, "stopped", "stopped"),
+        ({"event": "skipped"}, 3, "running", "running"),
+    ],
+)
+def test_time_is_left_only_to_a_run_that_is_alive(tmp_path, signs, later, state, words):
+    now = float(int(time.time()))
+    (tmp_path / "config.json").write_text(to_json(a_config(steps=10, batch_size=2)))
+    add(tmp_path / "metrics.jsonl", logged(1), logged(2))
+    if kind := signs.pop("event", None):
+        add(tmp_path / "events.jsonl", event_at(now, kind))
+    sign(tmp_path, now, **signs)
+    for path in tmp_path.iterdir():
+        os.utime(path, (now, now))
+    run = Run(tmp_path)
+    run.look()
+    assert run.state(now + later) == (state, words)
+    assert (run.seconds_left(now + later) is not None) == (state == "running")
+
+
+def test_a_run_that_was_started_again_after_a_stop_is_running_while_it_compiles(tmp_path):
+    now = time.time()
+    add(tmp_path / "metrics.jsonl", logged(1), logged(2))
+    add(tmp_path / "events.jsonl", event_at(now, "preempted"))
+    sign(tmp_path, now + 600, doing="compile")
+    run = Run(tmp_path)
+    run.look()
+    assert run.state(now + 602) == ("running", "compiling")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"time": "x"}', '{"ended": 3}', "null"])
+def test_a_sign_of_life_that_is_none_counts_for_nothing(tmp_path, content):
+    add(tmp_path / "metrics.jsonl", logged(1), logged(2))
+    (tmp_path / HEARTBEAT).write_text(content)
+    run = Run(tmp_path)
+    run.look()
+    assert run.state()[0] == "running" and run.state(time.time() + 3600)[0] == "quiet"
 
 
 def test_a_slow_run_is_given_time(tmp_path):

@@ -1,6 +1,7 @@
 """What a run says of itself before its first step."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from small_models import V3, run_config
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.load import load_recipe, load_run_config
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train import summary
@@ -51,3 +52,23 @@ def test_saving_fewer_activations_is_estimated_as_less_memory():
 @pytest.mark.parametrize("kind, name", [("*-", "expert_gate"), ("*E", "expert_gate")])
 def test_only_blocks_with_experts_keep_their_activations(kind, name):
     assert (name in summary.activation_widths(V3, kind)) == ("E" in kind)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, tokens, rows, said",
+    [
+        ("bpe:8192", 8192, 8192, "8,192 tokens, 8,192 rows"),
+        ("bytes", 262, 512, "262 tokens, 512 rows; 250 rows (49%) belong to no token and learn nothing"),
+        ("bpe:8192", 1203, 8192, "1,203 tokens, 8,192 rows: the text has no more of them than that for bpe:8192; 6"),
+        ("bpe:1024", 1024, 8192, "1,024 tokens, 8,192 rows; 7,168 rows (88%) belong to no token"),
+        ("a/tokenizer.json", 151_669, 151_936, "151,669 tokens, 151,936 rows; 267 rows (0%) belong to no token"),
+    ],
+)
+def test_rows_of_the_embedding_without_a_token_are_counted_at_the_start(tokenizer, tokens, rows, said):
+    assert summary.vocabulary(tokenizer, tokens, rows).startswith(said)
+
+
+def test_the_vocabulary_stands_in_the_summary_of_the_start(small_run):
+    config, data = load_run_config(small_run), json.loads((small_run / "data.json").read_text())
+    rows = dict(summary.data_rows(config, data))
+    assert rows["vocabulary"].startswith(f"{data['vocab_size']:,} tokens, {config.model.vocab_size:,} rows")

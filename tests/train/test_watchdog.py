@@ -1,5 +1,7 @@
 """No process waits for ever: a hang is found, explained and ended; slow but honest work is left alone."""
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import opendeep_jax
 from opendeep_jax.config.exits import RESUME, Resume
 from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.train.events import read_events
+from opendeep_jax.train.heartbeat import HEARTBEAT
 from opendeep_jax.train.watchdog import SLOWER, STACKS, Watchdog
 
 HANG = FaultsConfig(hang_seconds=0.5)
@@ -54,6 +57,21 @@ def test_a_hang_is_found_in_time_with_stacks_an_event_and_a_paragraph(end, tmp_p
     assert "\n" not in event["text"] and event["text"] in capsys.readouterr().err
 
 
+def test_signs_of_life_are_given_until_the_process_ends(end, tmp_path, monkeypatch):
+    monkeypatch.setattr("opendeep_jax.train.watchdog.BEAT_SECONDS", 0.1)
+    sign, seen = tmp_path / HEARTBEAT, set()
+    with Watchdog(tmp_path, FaultsConfig(hang_seconds=0, peer_seconds=0), end) as watchdog:
+        for step in (3, 4):
+            watchdog.doing("compile", step)
+            until = time.monotonic() + 5
+            while step not in seen and time.monotonic() < until:
+                with contextlib.suppress(ValueError):  # half written
+                    found = json.loads(sign.read_text())
+                    seen |= {found["step"]} if found["doing"] == "compile" and not found["ended"] else set()
+                time.sleep(0.01)
+    assert seen >= {3, 4} and json.loads(sign.read_text())["ended"] is True
+
+
 def test_the_paragraph_comes_even_where_the_event_cannot_be_written(end, tmp_path, capsys):
     (tmp_path / "events.jsonl").mkdir()
     with Watchdog(tmp_path, HANG, end) as watchdog:
@@ -67,7 +85,7 @@ def test_what_keeps_moving_is_no_hang(end, tmp_path):
         for step in range(12):
             watchdog.doing("step", step)
             time.sleep(0.1)
-    assert end.statuses == [] and list(tmp_path.iterdir()) == []
+    assert end.statuses == [] and [path.name for path in tmp_path.iterdir()] == [HEARTBEAT]
 
 
 @pytest.mark.parametrize("what", ["compile", "data preparation", "restore"])
