@@ -9,6 +9,8 @@ B rows, H heads, C latent size, R rotated size, P pages of the cache; D parts of
 
 import dataclasses
 import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,52 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.chips import OnChip
+from kernels_pallas.shared_memory import EXCHANGED, copies, fit, from_shared_memory
+from kernels_pallas.target import on_chip
+
 LOG2_E = math.log2(math.e)
 PROGRAMS = 264
 """Two for each of an H100's processors: what the parts of the rows are to fill."""
+STAGES = 2
+LARGEST, FEW = 64, 32
+"""Heads, and positions, of a block at most; and below which positions are only taken when heads are as few as can be:
+the fewer heads a program takes, the oftener the cache is read."""
+
+
+class Blocks(NamedTuple):
+    """Heads and positions of a block; a block of positions lies within one page."""
+
+    heads: int
+    positions: int
+
+
+def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chip: OnChip) -> Blocks:
+    """Blocks for so many heads and pages of so many positions.
+
+    Raises:
+        NotImplementedError: where no block fits the chip's shared memory.
+    """
+
+    def smaller():
+        block = Blocks(*(min(LARGEST, max(16, pl.next_power_of_2(size))) for size in (heads, page)))
+        yield block
+        while max(block) > 16:
+            few = block.positions <= FEW and block.heads > 16
+            block = Blocks(block.heads // 2, block.positions) if few else Blocks(block.heads, block.positions // 2)
+            yield block
+
+    return fit("mla_decode", smaller(), partial(shared_memory, latent, rope, itemsize, chip), chip)
+
+
+def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+    """Bytes that the compiler asks for at most."""
+    held = (latent + rope) * (blocks.heads + copies(chip, itemsize, STAGES) * blocks.positions) * itemsize
+    if not from_shared_memory(chip, itemsize):
+        held += blocks.heads * blocks.positions * itemsize  # the weights, as operand of the next product
+    elif chip.generation >= 10:
+        held += 4 * blocks.heads * latent  # the sums, to be scaled
+    return held + EXCHANGED
 
 
 def mla_decode(
@@ -34,8 +79,8 @@ def mla_decode(
     """See `api.mla_decode`. A row of length 0 gives zeros.
 
     Raises:
-        NotImplementedError: for sizes C or R that are no powers of two from 16, or operands that are not bfloat16,
-            float16 or float32, or not of one dtype.
+        NotImplementedError: for sizes C or R that are no powers of two from 16 or that no block of this chip's shared
+            memory holds, or operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
     (batch, heads, latent), rope, page = query_latent.shape, query_rope.shape[2], cache.shape[1]
     names = sorted({x.dtype.name for x in (query_latent, query_rope, cache)})
@@ -49,8 +94,7 @@ def mla_decode(
             f"mla_decode on GPU: latents of {latent} + {rope}: both must be powers of two from 16. "
             "Take another implementation."
         )
-    # Heads and positions of a block; a block of positions lies within one page.
-    group, block = min(64, max(16, pl.next_power_of_2(heads))), min(64, max(16, pl.next_power_of_2(page)))
+    group, block = blocks_for(heads, page, latent, rope, cache.dtype.itemsize, on_chip())
     blocks_in_page, groups = pl.cdiv(page, block), pl.cdiv(heads, group)
     parts = max(1, min(PROGRAMS // (batch * groups), page_table.shape[1] * blocks_in_page))
     factor = scale * LOG2_E
@@ -104,7 +148,7 @@ def mla_decode(
         kernel,
         grid=(parts, groups, batch),
         out_shape=outs,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         cost_estimate=cost,
         # The Triton lowering drops the estimate; this it writes into the program, as `serialized_metadata`.
         metadata={key: str(value) for key, value in dataclasses.asdict(cost).items()},
