@@ -23,7 +23,6 @@ class OnChip(NamedTuple):
 
 
 CHIPS = {
-    "v4": OnChip(16 * MIB, cores=2),
     "v5e": OnChip(128 * MIB),
     "v5p": OnChip(64 * MIB, cores=2),
     "v6e": OnChip(128 * MIB, matrix=256),
@@ -36,12 +35,10 @@ CHIPS = {
 }
 """By our name of a chip (`target.chip`)."""
 
-UNKNOWN = {"gpu": OnChip(99 * KIB, 8), "tpu": OnChip(64 * MIB), "cpu": OnChip(227 * KIB, 9)}
-"""Of a chip that has no row, by platform: what the smallest of the current GPUs have. On a CPU kernels are interpreted,
-at the blocks of an H100."""
+UNKNOWN = {"gpu": OnChip(99 * KIB, 8), "tpu": OnChip(64 * MIB)}
+"""Of a chip that has no row, and of a CPU that interprets a kernel, by the kernel's platform: what the least have."""
 
 DEVICE_KINDS = {
-    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",
     "TPU v5p": "v5p",

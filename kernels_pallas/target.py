@@ -31,9 +31,9 @@ def chip() -> str:
     return DEVICE_KINDS[max(known, key=len)] if known else kind
 
 
-def on_chip() -> OnChip:
-    """What blocks have to fit on the chip that the program being traced will run on."""
-    return CHIPS.get(chip()) or UNKNOWN[platform()]
+def on_chip(platform: str) -> OnChip:
+    """What blocks of a kernel for a platform, interpreted or not, have to fit on the chip that the program is for."""
+    return CHIPS.get(chip()) or UNKNOWN[platform]
 
 
 def widened(*factors: jax.Array) -> tuple[jax.Array, ...]:

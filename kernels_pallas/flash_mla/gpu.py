@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.chips import OnChip
-from kernels_pallas.shared_memory import EXCHANGED, copies, fit, from_shared_memory
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit, from_shared_memory
 from kernels_pallas.target import on_chip
 
 LOG2_E = math.log2(math.e)
@@ -102,12 +102,7 @@ def flash_mla(
             that no block of this chip's shared memory holds.
     """
     operands = query_nope, query_rope, key_nope, key_rope, value
-    names = sorted({operand.dtype.name for operand in operands})
-    if len(names) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"flash_mla on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
+    check_dtypes("flash_mla", ON_GPU, *operands)
     (batch, length), size = query_nope.shape[:2], key_nope.shape[1]
     pairs = length * (length + 1) // 2 if query_order is None else length * size // 2
     if query_order is None:
@@ -117,7 +112,7 @@ def flash_mla(
     marks = _Marks(*(x.astype(jnp.int32) for x in (query_order, query_segments, key_order, key_segments)))
     # Those of the gradients too, so that sizes that one of them can't take are refused before anything runs.
     sizes = (x.shape[2] // num_heads for x in (query_nope, query_rope, value))
-    blocks = blocks_for(*sizes, value.dtype.itemsize, on_chip())
+    blocks = blocks_for(*sizes, value.dtype.itemsize, on_chip("gpu"))
     return _attention(_Static(num_heads, scale, pairs, blocks, interpret), *operands, marks)
 
 
@@ -158,7 +153,7 @@ def blocks_for(nope: int, rope: int, width: int, itemsize: int, chip: OnChip) ->
     found = {}
     for kernel, largest in LARGEST[itemsize]._asdict().items():
         needed = functools.partial(shared_memory, kernel, sizes, itemsize, chip)
-        found[kernel] = fit("flash_mla", _smaller(largest), needed, chip)
+        found[kernel] = fit("flash_mla", _smaller(largest), needed, chip.memory)
     return AllBlocks(**found)
 
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.chips import OnChip
-from kernels_pallas.shared_memory import EXCHANGED, copies, fit
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit
 from kernels_pallas.target import on_chip
 
 
@@ -38,7 +38,7 @@ def grouped_matmul(
     Raises:
         NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
-    _check_dtypes(lhs, rhs)
+    check_dtypes("grouped_matmul", ON_GPU, lhs, rhs)
     return _grouped_matmul(_Static(expected_rows or lhs.shape[0], interpret), lhs, rhs, group_sizes)
 
 
@@ -56,7 +56,7 @@ def grouped_swiglu(
     Raises:
         NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
-    _check_dtypes(lhs, gate, up)
+    check_dtypes("grouped_matmul", ON_GPU, lhs, gate, up)
     weights = jnp.ones(lhs.shape[0], jnp.float32) if row_weights is None else row_weights
     return _grouped_swiglu(_Static(expected_rows or lhs.shape[0], interpret), lhs, gate, up, group_sizes, weights)
 
@@ -66,15 +66,6 @@ class _Static(NamedTuple):
 
     expected_rows: int
     interpret: bool
-
-
-def _check_dtypes(*operands):
-    names = [operand.dtype.name for operand in operands]
-    if len(set(names)) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"grouped_matmul on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ derivatives
@@ -174,7 +165,7 @@ def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int
             else:
                 return
 
-    return fit("grouped_matmul", smaller(), partial(shared_memory, matrices, itemsize, chip), chip)
+    return fit("grouped_matmul", smaller(), partial(shared_memory, matrices, itemsize, chip), chip.memory)
 
 
 def shared_memory(matrices: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
@@ -189,7 +180,7 @@ def _block(size, largest):
 
 
 def _blocks(rows, columns, inner, dtype, matrices=1):
-    return blocks_for(rows, columns, inner, matrices, dtype.itemsize, on_chip())
+    return blocks_for(rows, columns, inner, matrices, dtype.itemsize, on_chip("gpu"))
 
 
 def _row_tiles(group_sizes, num_rows, block):

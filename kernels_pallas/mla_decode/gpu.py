@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.chips import OnChip
-from kernels_pallas.shared_memory import EXCHANGED, copies, fit, from_shared_memory
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit, from_shared_memory
 from kernels_pallas.target import on_chip
 
 LOG2_E = math.log2(math.e)
@@ -54,7 +54,7 @@ def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chi
             block = Blocks(block.heads // 2, block.positions) if few else Blocks(block.heads, block.positions // 2)
             yield block
 
-    return fit("mla_decode", smaller(), partial(shared_memory, latent, rope, itemsize, chip), chip)
+    return fit("mla_decode", smaller(), partial(shared_memory, latent, rope, itemsize, chip), chip.memory)
 
 
 def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
@@ -83,18 +83,13 @@ def mla_decode(
             memory holds, or operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
     (batch, heads, latent), rope, page = query_latent.shape, query_rope.shape[2], cache.shape[1]
-    names = sorted({x.dtype.name for x in (query_latent, query_rope, cache)})
-    if len(names) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"mla_decode on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
+    check_dtypes("mla_decode", ON_GPU, query_latent, query_rope, cache)
     if any(size < 16 or size & (size - 1) for size in (latent, rope)):
         raise NotImplementedError(
             f"mla_decode on GPU: latents of {latent} + {rope}: both must be powers of two from 16. "
             "Take another implementation."
         )
-    group, block = blocks_for(heads, page, latent, rope, cache.dtype.itemsize, on_chip())
+    group, block = blocks_for(heads, page, latent, rope, cache.dtype.itemsize, on_chip("gpu"))
     blocks_in_page, groups = pl.cdiv(page, block), pl.cdiv(heads, group)
     parts = max(1, min(PROGRAMS // (batch * groups), page_table.shape[1] * blocks_in_page))
     factor = scale * LOG2_E
