@@ -112,7 +112,7 @@ def fit_blocks(
         return [tuple(min(size, _up(n, LANES)) for size, n in zip(block, lengths, strict=True)) for block in sizes]
 
     def held(call):
-        block, longest = call
+        longest, block = call
         padded = (
             _up(n, math.lcm(*sizes)) for n, sizes in zip(lengths, zip(forward_block, block, strict=True), strict=True)
         )
@@ -120,8 +120,9 @@ def fit_blocks(
 
     forward_needs = functools.partial(forward_memory, nope=nope, width=width, itemsize=itemsize)
     forward_block = fit("flash_mla", blocks(forward_block), forward_needs, VMEM_LIMIT, "vector memory")
-    calls = itertools.product(blocks(backward_block), LONGEST)
-    return forward_block, *fit("flash_mla", calls, held, VMEM_LIMIT, "vector memory")
+    calls = itertools.product(LONGEST, blocks(backward_block))
+    longest, backward_block = fit("flash_mla", calls, held, VMEM_LIMIT, "vector memory")
+    return forward_block, backward_block, longest
 
 
 def _up(size, multiple):

@@ -292,11 +292,10 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there_and_say_what_they_cos
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the extra gpu-compiler is not installed")
     from jax.experimental import topologies
 
-    from opendeep_jax.parallel.chips import CHIPS
     from opendeep_jax.plan.gpu_target import gpu_target
 
     h100 = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=gpu_target(CHIPS["h100"])
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=gpu_target("h100")
     )
     mesh = topologies.make_mesh(h100, (1,), ("x",))
     everywhere = jax.sharding.PartitionSpec()
