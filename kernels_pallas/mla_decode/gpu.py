@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.chips import OnChip
-from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit, from_shared_memory
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, fit, from_shared_memory
 from kernels_pallas.target import on_chip
 
 LOG2_E = math.log2(math.e)
@@ -46,25 +46,28 @@ def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chi
         NotImplementedError: where no block fits the chip's shared memory.
     """
 
-    def smaller():
-        block = Blocks(*(min(LARGEST, max(16, pl.next_power_of_2(size))) for size in (heads, page)))
-        yield block
-        while max(block) > 16:
-            few = block.positions <= FEW and block.heads > 16
-            block = Blocks(block.heads // 2, block.positions) if few else Blocks(block.heads, block.positions // 2)
-            yield block
-
-    return fit("mla_decode", smaller(), partial(shared_memory, latent, rope, itemsize, chip), chip.memory)
+    most, long = (min(LARGEST, max(16, pl.next_power_of_2(size))) for size in (heads, page))
+    wide = [Blocks(group, block) for group in _halves(most, 16) for block in _halves(long, FEW)]
+    blocks = [*wide, *(Blocks(16, block) for block in _halves(min(long, FEW), 16))]
+    return fit("mla_decode", blocks, partial(shared_memory, latent, rope, itemsize, chip), chip.memory)
 
 
 def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
     """Bytes that the compiler asks for at most."""
-    held = (latent + rope) * (blocks.heads + copies(chip, itemsize, STAGES) * blocks.positions) * itemsize
-    if not from_shared_memory(chip, itemsize):
-        held += blocks.heads * blocks.positions * itemsize  # the weights, as operand of the next product
-    elif chip.generation >= 10:
-        held += 4 * blocks.heads * latent  # the sums, to be scaled
-    return held + EXCHANGED
+    queries, latents = ((latent + rope) * size * itemsize for size in blocks)
+    if not from_shared_memory(chip, itemsize) or blocks.heads < 64:
+        weights = blocks.heads * blocks.positions * itemsize  # as operand of the next product
+        return queries + max(STAGES - 1, 1) * latents + weights + EXCHANGED
+    sums = 4 * blocks.heads * latent if chip.generation >= 10 else 0  # to be scaled
+    return queries + STAGES * latents + sums + EXCHANGED
+
+
+def _halves(size, least):
+    """The size, its half, … down to `least`, or itself alone if it is below."""
+    while size > least:
+        yield size
+        size //= 2
+    yield size
 
 
 def mla_decode(
