@@ -1,23 +1,29 @@
 """Our kernels at DeepSeek-V3's and V2-Lite's sizes, forwards and backwards, one JSON line each.
 
     python benchmarks/kernels.py [--chips=v5p,h100] [NAME ...]
+    python benchmarks/kernels.py --check [--chips=v5p,h100] [KERNEL ...]
 
 Without `--chips`, on the GPU or TPU at hand: milliseconds (the median of 10 runs) and TFLOP/s of the mathematics,
 without what a backward pass computes again. With it, compiled for chips that are not there (extras tpu-compiler and
 gpu-compiler): seconds to compile and the bytes of temporaries, which show that neither scores nor padded copies are
 kept; nothing of it says how fast. A kernel's own implementation is named, so nothing else can step in.
+
+`--check` compiles the table of `kernel_cases.py`, every kernel at odd sizes in every dtype, for every chip: `own` is
+our kernel, `other` one that steps in where ours says that it can't.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
-from static_schedule import CORES
+from kernel_cases import compile_case, compile_for, mesh_of
 
 from kernels_pallas.cross_entropy import fused_cross_entropy
 from kernels_pallas.flash_mla import flash_mla
@@ -26,6 +32,7 @@ from kernels_pallas.fp8_matmul.api import CHIPS as FP8_CHIPS
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import chip, platform
+from opendeep_jax.plan.shortage import shortage_in
 
 KERNELS = {"tpu": "mosaic", "gpu": "triton"}
 FP8_KERNELS = {chip: name for name, chips in FP8_CHIPS.items() for chip in chips}
@@ -133,25 +140,44 @@ def measured(function, arguments, flops):
 
 def compiled(mesh, function, arguments, flops):
     """Seconds to compile for the mesh's chips, and the bytes of temporaries there."""
-    everywhere = jax.sharding.PartitionSpec()
-    sharding = jax.sharding.NamedSharding(mesh, everywhere)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
-    program = jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-    kind = {"gpu": "cuda", "tpu": "tpu"}
     begun = time.perf_counter()
-    with jax.set_mesh(mesh):
-        done = jax.jit(program).trace(*shapes).lower(lowering_platforms=(kind[platform()],)).compile()
+    done = compile_for(mesh, function, arguments)
     seconds = time.perf_counter() - begun
     return {"seconds_to_compile": seconds, "temporaries_bytes": done.memory_analysis().temp_size_in_bytes}
 
 
-def mesh_of(name):
-    """A mesh of the smallest slice or node of a chip that is not there."""
-    from opendeep_jax.plan.topology import compile_only_devices, parse_topology
+def outcome(mesh, kernel, size, dtype):
+    """`own` where our implementation compiles, `other` where it refuses and the next one compiles, or why not."""
+    case = kernel(dtype, **kernel_cases.SIZES[kernel][size])
+    own = kernel_cases.OWN[kernel].get("tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu")
+    try:
+        try:
+            compile_case(mesh, case, own)
+            return "own"
+        except NotImplementedError:
+            compile_case(mesh, case)
+            return "other"
+    except Exception as error:  # whatever the compiler says is the result
+        found = shortage_in(str(error))
+        return f"FAILS: {found.resource or found.words.splitlines()[0][:60]}"
 
-    shape = CORES[name].topology.partition(":")[2] if name in CORES else "1x8"
-    devices = compile_only_devices(parse_topology(f"{name}:{shape}"))
-    return jax.sharding.Mesh(np.asarray(devices).ravel(), ("x",))
+
+def check(chips, names):
+    """Prints a table of every kernel, size and dtype on each chip; returns how many fail."""
+    chips, failed = chips or list(kernel_cases.CHIPS), 0
+    meshes = {name: mesh_of(name) for name in chips}
+    print(f"{'kernel':15}{'size':23}{'dtype':10}", *(f"{name:6}" for name in chips), flush=True)
+    for kernel, size, dtype in kernel_cases.cases():
+        if names and kernel.__name__ not in names:
+            continue
+        print(f"{kernel.__name__:15}{size:23}{dtype:10}", end="", flush=True)
+        for mesh in meshes.values():
+            result = outcome(mesh, kernel, size, dtype)
+            failed += result.startswith("FAILS")
+            print(f" {result:6}", end="", flush=True)
+        print()
+    print(f"\n{failed} fail")
+    return failed
 
 
 def main(chips, names):
@@ -171,10 +197,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="", help="chips to compile for, such as v5p,v7x,h100")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases: {', '.join(CASES)}")
+    parser.add_argument("--check", action="store_true", help="compile every kernel at odd sizes for every chip")
     given = parser.parse_args()
-    if given.chips:
+    chips = [name for name in given.chips.split(",") if name]
+    if chips or given.check:
         from opendeep_jax.plan.compile import prepare_process
 
         prepare_process()
         jax.config.update("jax_platforms", "cpu")
-    main([name for name in given.chips.split(",") if name], given.names)
+    sys.exit(check(chips, given.names) > 0) if given.check else main(chips, given.names)

@@ -9,20 +9,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-PLATFORMS = ("cpu", "tpu", "gpu")
+from kernels_pallas.chips import CHIPS, DEVICE_KINDS, UNKNOWN, OnChip
 
-CHIPS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "v7x",
-    "NVIDIA H100": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA H800": "h100",
-    "NVIDIA B200": "b200",
-}
-"""Our name of each chip, by how its `device_kind` begins."""
+PLATFORMS = ("cpu", "tpu", "gpu")
+Implementations = Mapping[str, tuple[Callable, tuple[str, ...]]]
+"""Of a kernel: each one's function and the platforms that it runs on, the preferred first."""
 
 
 def platform() -> str:
@@ -33,11 +24,16 @@ def platform() -> str:
 
 
 def chip() -> str:
-    """The name in CHIPS of the chip that the program being traced will run on; `cpu`, or its own name if unknown."""
+    """The chip that the program being traced will run on, as `chips.CHIPS` names it; `cpu`, or its own name."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    known = [name for name in CHIPS if kind.startswith(name)]
-    return CHIPS[max(known, key=len)] if known else kind
+    known = [name for name in DEVICE_KINDS if kind.startswith(name)]
+    return DEVICE_KINDS[max(known, key=len)] if known else kind
+
+
+def on_chip(platform: str) -> OnChip:
+    """What blocks of a kernel for a platform, interpreted or not, have to fit on the chip that the program is for."""
+    return CHIPS.get(chip()) or UNKNOWN[platform]
 
 
 def widened(*factors: jax.Array) -> tuple[jax.Array, ...]:
@@ -50,7 +46,7 @@ def widened(*factors: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x for x in factors)
 
 
-def choose(kernel: str, implementations: Mapping[str, tuple[Callable, tuple[str, ...]]], name: str | None) -> Callable:
+def choose(kernel: str, implementations: Implementations, name: str | None) -> Callable:
     """The implementation `name` of a kernel, or with None the first that the platform at hand has.
 
     Args:
@@ -71,3 +67,20 @@ def choose(kernel: str, implementations: Mapping[str, tuple[Callable, tuple[str,
             f"is for {here}. Here there are {', '.join(fitting)}; leave the choice empty to take the first that fits."
         )
     return implementations[name][0]
+
+
+def run(kernel: str, implementations: Implementations, name: str | None, *args, **options):
+    """Calls the implementation `name` of a kernel, or with None the first of the platform's that takes these operands.
+
+    Raises:
+        ValueError: for a name that there isn't.
+        NotImplementedError: for a named implementation that this platform lacks, or that does not take the operands.
+    """
+    function, here = choose(kernel, implementations, name), platform()
+    others = [] if name else [other for other, platforms in implementations.values() if here in platforms][1:]
+    for following in others:
+        try:
+            return function(*args, **options)
+        except NotImplementedError:
+            function = following
+    return function(*args, **options)

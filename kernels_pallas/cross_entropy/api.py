@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.cross_entropy import chunks, reference, tpu
-from kernels_pallas.target import choose
+from kernels_pallas.target import run
 
 Implementation = Literal["chunks", "mosaic_tpu", "reference"]
 
@@ -62,7 +62,7 @@ def fused_cross_entropy(
     """
     if chunk < 1:
         raise ValueError(f"fused_cross_entropy: chunk = {chunk}: must be at least 1 token.")
-    loss = choose("cross_entropy", IMPLEMENTATIONS, implementation)
     targets = jnp.where(mask, targets, 0)
-    total, each = loss(hidden, head, targets, mask, z_loss_weight, chunk, softcap)
+    operands = hidden, head, targets, mask, z_loss_weight, chunk, softcap
+    total, each = run("cross_entropy", IMPLEMENTATIONS, implementation, *operands)
     return total, lax.stop_gradient(each)

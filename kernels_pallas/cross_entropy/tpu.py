@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.chips import MIB
+from kernels_pallas.fitting import ON_TPU, check_dtypes, fit
+from kernels_pallas.target import on_chip
+
 COLUMNS = (640, 512, 384, 256, 128)
 """Sizes that a tile of the vocabulary may have."""
 
@@ -22,24 +26,51 @@ def loss(hidden, head, targets, mask, z_loss_weight, chunk, softcap=0.0, interpr
     """See `api.fused_cross_entropy`; `chunk` is not read.
 
     Raises:
-        NotImplementedError: for a soft cap.
+        NotImplementedError: for a soft cap, for operands that are not bfloat16 or float32, or for a model too wide for
+            the chip's vector memory.
     """
     if softcap:
         raise NotImplementedError("cross_entropy: mosaic_tpu has no soft cap of the logits: choose chunks.")
-    total, each = _loss(z_loss_weight, interpret, hidden, head, targets, mask)
+    check_dtypes("cross_entropy", ON_TPU, hidden, head)
+    sizes = tile_sizes(hidden.shape[0], *head.shape, hidden.dtype.itemsize, on_chip("tpu").memory)
+    total, each = _loss(z_loss_weight, sizes, interpret, hidden, head, targets, mask)
     return total, each
 
 
-def _tile_sizes(tokens, width, vocab):
-    """R and C: blocks of at most 8 MB and 4 MB of bfloat16, and of those sizes the ones with the fewest filled columns.
+def tile_sizes(tokens: int, width: int, vocab: int, itemsize: int, memory: int) -> tuple[int, int]:
+    """R and C: blocks of at most 4M and 2M numbers, and of those sizes the ones with the fewest filled columns.
 
     With these, and half of R where float32 sums are as large as a block of tokens, each kernel fits the 64 MB of VMEM
-    that v5p and v7x have, and the head is read seldom enough for the matrix units to be what bounds it.
+    that v5p and v7x have in bfloat16, and the head is read seldom enough for the matrix units to be what bounds it.
+    Where that is more than `memory` bytes they are halved.
+
+    Raises:
+        NotImplementedError: where the smallest don't fit.
     """
-    fitting = [size for size in COLUMNS if size * width <= 1 << 21] or COLUMNS[-1:]
-    columns = min(fitting, key=lambda size: (-(-vocab // size) * size, -size))
     rows = max(min((1 << 22) // width // 128 * 128, 512), 128)
-    return min(rows, -(-tokens // 16) * 16), columns
+
+    def smaller():
+        for most_rows, most in ((rows, 1 << 21), (max(rows // 2, 128), 1 << 21), (128, 1 << 20), (128, 0)):
+            fitting = [size for size in COLUMNS if size * width <= most] or COLUMNS[-1:]
+            columns = min(fitting, key=lambda size: (-(-vocab // size) * size, -size))
+            yield min(most_rows, -(-tokens // 16) * 16), columns
+
+    def needed(sizes):
+        rows, columns = sizes
+        results = (rows, 0), (_half(rows), _half(rows)), (rows, columns)
+        return max(vmem(each, columns, result, width, itemsize) for each, result in results)
+
+    return fit("cross_entropy", smaller(), needed, memory - MIB, "vector memory")
+
+
+def _half(rows):
+    return rows if rows % 256 else rows // 2
+
+
+def vmem(rows: int, columns: int, result: int, width: int, itemsize: int) -> int:
+    """Bytes of both operands and a result of so many rows, each twice, its sum, and temporaries like the logits."""
+    operands = rows * width + columns * width + result * width
+    return 2 * itemsize * operands + 4 * result * width + 32 * rows * columns + 12 * MIB
 
 
 def _filled(hidden, head, targets, rows, columns):
@@ -145,7 +176,7 @@ def _call(kernel, name, tokens_first, operands, outputs, scratch, sizes, matmuls
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(rows, columns, width, hidden.dtype.itemsize),
+            vmem_limit_bytes=vmem(rows, columns, max(scratch)[0] if matmuls > 1 else 0, width, hidden.dtype.itemsize),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * width * vocab * matmuls, bytes_accessed=moved, transcendentals=tokens * vocab
@@ -154,20 +185,13 @@ def _call(kernel, name, tokens_first, operands, outputs, scratch, sizes, matmuls
     )(*operands)
 
 
-def _vmem_limit(rows, columns, width, itemsize):
-    """Bytes of both operands and the larger result, each twice, its sum, and a few temporaries like the logits."""
-    largest = max(rows, columns) * width
-    return 2 * itemsize * (rows * width + columns * width + largest) + 4 * largest + 32 * rows * columns + (12 << 20)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(z_loss_weight, sizes, interpret, hidden, head, targets, mask):
+    return _forward(z_loss_weight, sizes, interpret, hidden, head, targets, mask)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(z_loss_weight, interpret, hidden, head, targets, mask):
-    return _forward(z_loss_weight, interpret, hidden, head, targets, mask)[0]
-
-
-def _forward(z_loss_weight, interpret, hidden, head, targets, mask):
-    tokens, vocab = hidden.shape[0], head.shape[1]
-    sizes = rows, columns = _tile_sizes(tokens, hidden.shape[1], vocab)
+def _forward(z_loss_weight, sizes, interpret, hidden, head, targets, mask):
+    (tokens, vocab), (rows, columns) = (hidden.shape[0], head.shape[1]), sizes
     operands = _filled(hidden, head, targets, rows, columns)
     column = jax.ShapeDtypeStruct((operands[0].shape[0], 1), jnp.float32)
     log_z, target_logit = _call(
@@ -187,11 +211,10 @@ def _forward(z_loss_weight, interpret, hidden, head, targets, mask):
     return (total, each), (hidden, head, targets, mask, log_z)
 
 
-def _backward(z_loss_weight, interpret, saved, cotangents):
+def _backward(z_loss_weight, sizes, interpret, saved, cotangents):
     hidden, head, targets, mask, log_z = saved
     tokens, (width, vocab) = hidden.shape[0], head.shape
-    rows, columns = _tile_sizes(tokens, width, vocab)
-    half = rows if rows % 256 else rows // 2
+    rows, columns = sizes
     weight = jnp.where(mask, cotangents[0], 0.0)
     slope = weight * (1.0 + 2.0 * z_loss_weight * log_z)
     per_token = [jnp.pad(x, (0, -tokens % rows))[:, None] for x in (log_z, slope, weight)]
@@ -209,7 +232,7 @@ def _backward(z_loss_weight, interpret, saved, cotangents):
             interpret,
         )
         for kernel, name, kind, like, tile_rows, scratch in (
-            (_d_hidden_kernel, "cross_entropy_d_hidden", "hidden", operands[0], half, (half, width)),
+            (_d_hidden_kernel, "cross_entropy_d_hidden", "hidden", operands[0], _half(rows), (_half(rows), width)),
             (_d_head_kernel, "cross_entropy_d_head", "head", operands[1], rows, (columns, width)),
         )
     )

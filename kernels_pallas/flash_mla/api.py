@@ -10,7 +10,7 @@ B rows, L query length, S key length, H heads, N unrotated size, R rotated size,
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_mla import blocks, gpu, reference, tpu
-from kernels_pallas.target import choose
+from kernels_pallas.target import run
 
 IMPLEMENTATIONS = {
     "mosaic": (tpu.flash_mla, ("tpu",)),
@@ -55,13 +55,7 @@ def flash_mla(
     """
     _check(query_nope, query_rope, key_nope, key_rope, value, query_order, key_order, num_heads)
     arguments = query_nope, query_rope, key_nope, key_rope, value, query_segments, key_segments, query_order, key_order
-    function = choose("flash_mla", IMPLEMENTATIONS, implementation)
-    try:
-        return function(*arguments, num_heads=num_heads, scale=scale)
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        return blocks.flash_mla(*arguments, num_heads=num_heads, scale=scale)
+    return run("flash_mla", IMPLEMENTATIONS, implementation, *arguments, num_heads=num_heads, scale=scale)
 
 
 def _check(query_nope, query_rope, key_nope, key_rope, value, query_order, key_order, num_heads):

@@ -25,26 +25,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.chips import OnChip
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit, from_shared_memory
+from kernels_pallas.target import on_chip
+
 LOG2_E = math.log2(math.e)
 
 
-class _Blocks(NamedTuple):
-    """Queries and keys of a block, and how a kernel is compiled for them."""
+class Blocks(NamedTuple):
+    """Queries and keys of a block, and the stages of the pipeline over those that a program goes through."""
 
     q: int
     k: int
-    warps: int
-    stages: int
+    stages: int = 2
+
+    @property
+    def warps(self) -> int:
+        """Two warpgroups for 128 queries or keys, one for fewer."""
+        return 8 if max(self.q, self.k) >= 128 else 4
 
 
-# For H100: the largest whose accumulators stay in registers at 128/64/128 columns.
-BLOCKS = {
-    "forward": _Blocks(128, 128, 8, 2),
-    "keys": _Blocks(32, 128, 8, 2),
-    "queries": _Blocks(128, 64, 8, 2),
+class AllBlocks(NamedTuple):
+    """Those of each kernel."""
+
+    forward: Blocks
+    keys: Blocks
+    queries: Blocks
+
+
+LARGEST = {
+    2: AllBlocks(Blocks(128, 128), Blocks(32, 128), Blocks(128, 64)),
+    4: AllBlocks(*3 * [Blocks(32, 32, 1)]),
 }
-FLOAT32_BLOCKS = _Blocks(32, 32, 4, 1)
-"""Without tensor cores, and with operands twice as large."""
+"""By the operands' bytes. 16 bits, for H100: the largest whose accumulators stay in registers at 128/64/128 columns.
+float32: without tensor cores, and with operands twice as large."""
 
 
 class _Static(NamedTuple):
@@ -53,6 +67,7 @@ class _Static(NamedTuple):
     num_heads: int
     scale: float
     pairs: int
+    blocks: AllBlocks
     interpret: bool
 
 
@@ -83,15 +98,11 @@ def flash_mla(
     """See `api.flash_mla`. A query that sees nothing gets zeros.
 
     Raises:
-        NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
+        NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype, or for heads
+            that no block of this chip's shared memory holds.
     """
     operands = query_nope, query_rope, key_nope, key_rope, value
-    names = sorted({operand.dtype.name for operand in operands})
-    if len(names) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"flash_mla on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
+    check_dtypes("flash_mla", ON_GPU, *operands)
     (batch, length), size = query_nope.shape[:2], key_nope.shape[1]
     pairs = length * (length + 1) // 2 if query_order is None else length * size // 2
     if query_order is None:
@@ -99,7 +110,10 @@ def flash_mla(
     if key_order is None:
         key_order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
     marks = _Marks(*(x.astype(jnp.int32) for x in (query_order, query_segments, key_order, key_segments)))
-    return _attention(_Static(num_heads, scale, pairs, interpret), *operands, marks)
+    # Those of the gradients too, so that sizes that one of them can't take are refused before anything runs.
+    sizes = (x.shape[2] // num_heads for x in (query_nope, query_rope, value))
+    blocks = blocks_for(*sizes, value.dtype.itemsize, on_chip("gpu"))
+    return _attention(_Static(num_heads, scale, pairs, blocks, interpret), *operands, marks)
 
 
 # ------------------------------------------------------------------------------------------------------ derivatives
@@ -129,8 +143,46 @@ _attention.defvjp(_saved_forward, _backward)
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-def _blocks(kernel, dtype):
-    return FLOAT32_BLOCKS if dtype == jnp.float32 else BLOCKS[kernel]
+def blocks_for(nope: int, rope: int, width: int, itemsize: int, chip: OnChip) -> AllBlocks:
+    """Blocks of each kernel for heads of these sizes.
+
+    Raises:
+        NotImplementedError: where no block fits the chip's shared memory.
+    """
+    sizes = tuple(_columns(size) for size in (nope, rope, width))
+    found = {}
+    for kernel, largest in LARGEST[itemsize]._asdict().items():
+        needed = functools.partial(shared_memory, kernel, sizes, itemsize, chip)
+        found[kernel] = fit("flash_mla", _smaller(largest), needed, chip.memory)
+    return AllBlocks(**found)
+
+
+def _smaller(block):
+    """These blocks, and smaller and smaller ones."""
+    yield block
+    while max(block.q, block.k) > 16:
+        side = "q" if block.q > block.k else "k"
+        block = block._replace(**{side: getattr(block, side) // 2})
+        yield block
+
+
+def shared_memory(kernel: str, sizes: tuple[int, int, int], itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+    """Bytes that the compiler asks for at most.
+
+    Args:
+        kernel: a field of `AllBlocks`.
+        sizes: columns of blocks for N, R and V.
+    """
+    nope, rope, width = sizes
+    own, met = (blocks.k, blocks.q) if kernel == "keys" else (blocks.q, blocks.k)
+    resident = own * (nope + rope + (0 if kernel == "forward" else width))
+    step = met * (nope + rope + width)
+    held = resident + copies(chip, itemsize, blocks.stages) * step
+    if not from_shared_memory(chip, itemsize):
+        held += blocks.q * blocks.k if itemsize == 4 or kernel == "keys" else 0  # scores, as operand of a product
+    elif chip.generation >= 10 and kernel != "forward":
+        held += step + met * max(nope, width)  # turned round
+    return itemsize * held + EXCHANGED
 
 
 def _ranges(marks, size):
@@ -139,7 +191,7 @@ def _ranges(marks, size):
     return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
 
 
-def _meetings(marks: _Marks, blocks: _Blocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
+def _meetings(marks: _Marks, blocks: Blocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
     """Whether any query of a block may see any key of another, and whether each of them surely sees each."""
     (low, high), (first, last) = (_ranges(x, blocks.q) for x in (marks.query_order, marks.query_segments))
     (key_low, key_high), (key_first, key_last) = (_ranges(x, blocks.k) for x in (marks.key_order, marks.key_segments))
@@ -256,7 +308,7 @@ def _filled(key_rope):
 
 def _forward(static, query_nope, query_rope, key_nope, key_rope, value, marks):
     """The output [B, L, H*V], and float32 [B, H, L] each query's log2-sum-exp2 of its scores."""
-    (batch, length), blocks = query_nope.shape[:2], _blocks("forward", value.dtype)
+    (batch, length), blocks = query_nope.shape[:2], static.blocks.forward
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
     spans = _spans(*_meetings(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)
@@ -304,7 +356,7 @@ def _forward(static, query_nope, query_rope, key_nope, key_rope, value, marks):
 
 def _key_gradients(static, query_nope, query_rope, key_nope, key_rope, value, d_out, log_sum, delta, marks):
     """d_key_nope, d_key_rope of each head [B, S, H*R], d_value. Scores are made transposed, [k, q]."""
-    (batch, size), blocks = key_nope.shape[:2], _blocks("keys", value.dtype)
+    (batch, size), blocks = key_nope.shape[:2], static.blocks.keys
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
     spans = _spans(*(x.swapaxes(1, 2) for x in _meetings(marks, blocks)))
 
@@ -345,7 +397,7 @@ def _key_gradients(static, query_nope, query_rope, key_nope, key_rope, value, d_
 
 def _query_gradients(static, query_nope, query_rope, key_nope, key_rope, value, d_out, log_sum, delta, marks):
     """d_query_nope and d_query_rope."""
-    (batch, length), blocks = query_nope.shape[:2], _blocks("queries", value.dtype)
+    (batch, length), blocks = query_nope.shape[:2], static.blocks.queries
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
     spans = _spans(*_meetings(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)

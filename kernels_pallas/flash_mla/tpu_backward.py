@@ -27,9 +27,6 @@ from kernels_pallas.flash_mla.tpu_parts import (
 )
 from kernels_pallas.flash_mla.visits import FIRST, LAST, PARTLY, VISITED, visits
 
-MAX_QUERIES, MAX_KEYS = 8192, 16384
-"""Of one call of the backward kernel, whose needs of VMEM grow with both; longer rows go in parts."""
-
 
 def _delta(plan, out, d_out):
     """Each head's inner product of the output and its gradient, float32 [B, P, 2, L]."""
@@ -61,8 +58,8 @@ def backward(plan, query_nope, query_rope, key_nope, key_rope, value, query_mark
     delta = _delta(plan, out, d_out)
     parts = [
         (rows, seen)
-        for seen in _parts(keys, MAX_KEYS, plan.backward_block[1])
-        for rows in _parts(length, MAX_QUERIES, plan.backward_block[0])
+        for seen in _parts(keys, plan.longest[1], plan.backward_block[1])
+        for rows in _parts(length, plan.longest[0], plan.backward_block[0])
         if not plan.ordered or seen.start < rows.stop
     ]
     if len(parts) > 1:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.chips import MIB
+
 LANES = 128
 ROPE = LANES // 2
 """Rotated size that the kernels take: two heads fill the lanes."""
 HIDDEN = -1e30
 """Score of a key that a query may not see; finite, so that no difference of scores is NaN."""
-VMEM_LIMIT = 48 * 2**20
+VMEM_LIMIT = 48 * MIB
 """Bytes that a kernel may use; the chips have 64 MiB and more."""
 
 
@@ -26,11 +28,36 @@ class Plan(NamedTuple):
     """Order is the index."""
     forward_block: tuple[int, int]
     backward_block: tuple[int, int]
+    longest: tuple[int, int]
+    """Queries and keys of one call of the backward kernel, whose needs of VMEM grow with both; longer rows go in
+    parts."""
     chunk: int
     """Queries whose scores the forward kernel makes at a time."""
     wide: bool
     """The matrix unit is wider than a head."""
     interpret: object
+
+
+def forward_memory(block: tuple[int, int], nope: int, width: int, itemsize: int) -> int:
+    """Bytes of VMEM that the forward kernel needs for heads of nope + 64 and width columns: windows, sums, scores."""
+    queries, keys = block
+    windows = 2 * itemsize * ((queries + keys) * (2 * nope + LANES + 2 * width)) + 128 * (queries + keys)
+    scratch = itemsize * 2 * (queries * (nope + LANES) + width * keys) + 8 * width * queries + 128 * queries
+    return windows + scratch + _temporaries(block, nope, itemsize)
+
+
+def backward_memory(block: tuple[int, int], longest: tuple[int, int], nope: int, width: int, itemsize: int) -> int:
+    """The same of the backward kernel, which keeps the gradients of all its queries and of the shared keys."""
+    queries, keys = block
+    windows = 2 * itemsize * (queries * (2 * nope + LANES + 2 * width) + keys * (4 * nope + LANES + 4 * width))
+    scratch = keys * (2 * (nope + ROPE) * itemsize + 8 * (nope + LANES) + 8 * width) + 128 * (queries + keys)
+    grown = longest[0] * (2 * itemsize * (2 * nope + LANES) + 8 * (nope + ROPE)) + longest[1] * 8 * ROPE
+    return windows + scratch + grown + _temporaries(block, nope, itemsize)
+
+
+def _temporaries(block, nope, itemsize):
+    queries, keys = block
+    return 4 * (4 + itemsize) * queries * keys + 3 * itemsize * (queries + keys) * (nope + LANES)
 
 
 def both(key_rope):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.fp8_matmul import emulated, gpu, groups, reference, tpu
 from kernels_pallas.fp8_matmul.quantize import E4M3, TILE, fill, quantize_blocks, quantize_columns, quantize_rows
-from kernels_pallas.target import chip, choose, platform
+from kernels_pallas.target import chip, choose, platform, run
 
 Implementation = Literal["mosaic_tpu", "mosaic_gpu", "emulated", "reference"]
 
@@ -36,10 +36,12 @@ class Products(NamedTuple):
     """The type that holds the E4M3 numbers."""
     rows: int
     """Rows of a tile, a multiple of 128; each group begins with one."""
+    check: Callable[[int, int], None] = lambda inner, outputs: None
+    """Raises NotImplementedError for sizes K, N of a matrix that they can't take."""
 
 
 IMPLEMENTATIONS: dict[str, tuple[Products, tuple[str, ...]]] = {
-    "mosaic_tpu": (Products(tpu.rows_product, tpu.groups_product, E4M3, tpu.ROWS), ("tpu",)),
+    "mosaic_tpu": (Products(tpu.rows_product, tpu.groups_product, E4M3, tpu.ROWS, tpu.check), ("tpu",)),
     "mosaic_gpu": (Products(gpu.rows_product, gpu.groups_product, E4M3, gpu.ROWS), ("gpu",)),
     "emulated": (Products(emulated.rows_product, emulated.groups_product, jnp.float32, TILE), ("cpu", "tpu", "gpu")),
     "reference": (Products(reference.rows_product, reference.groups_product, jnp.float32, TILE), ("cpu", "tpu", "gpu")),
@@ -57,13 +59,14 @@ def fp8_matmul(
     Args:
         x: activations, of any float type.
         w: weights, of any float type; their blocks are taken from these values, not from a cast to x's type.
-        implementation: a name in IMPLEMENTATIONS; None takes FP8 units where the chip has them, else the emulation.
+        implementation: a name in IMPLEMENTATIONS; None takes FP8 units where the chip has them and
+            they take the sizes, else the emulation.
     Raises:
         ValueError: for an implementation of another name.
-        NotImplementedError: for a named implementation that this platform lacks.
+        NotImplementedError: for a named implementation that this platform lacks, or that can't take these sizes.
     """
     sizes = jnp.full((1,), x.shape[0], jnp.int32)
-    return _product(_implementation(implementation), True, x, w[None], sizes)
+    return _run(implementation, True, x, w[None], sizes)
 
 
 def fp8_grouped_matmul(
@@ -84,21 +87,25 @@ def fp8_grouped_matmul(
     Raises:
         ValueError, NotImplementedError: as `fp8_matmul`.
     """
-    return _product(_implementation(implementation), False, lhs, rhs, group_sizes)
+    return _run(implementation, False, lhs, rhs, group_sizes)
 
 
-def _implementation(name):
-    """By name, or the first of the platform's whose units this chip has."""
+def _run(name, dense, x, w, group_sizes):
+    """The product by name, or by the first of the platform's whose units this chip has and that takes the sizes."""
     fitting = {key: entry for key, entry in IMPLEMENTATIONS.items() if chip() in CHIPS.get(key, (chip(),))}
-    if name is None:
-        return choose("fp8_matmul", fitting, None)
-    chosen = choose("fp8_matmul", IMPLEMENTATIONS, name)
-    if name not in fitting:
+    choose("fp8_matmul", IMPLEMENTATIONS, name)
+    if name is not None and name not in fitting:
         raise NotImplementedError(
             f"fp8_matmul: implementation = {name!r} needs FP8 units of {' or '.join(CHIPS[name])}, and this program "
             f"is for {chip()}. Here there are {', '.join(fitting)}; leave the choice empty to take what fits."
         )
-    return chosen
+
+    def checked(products):
+        products.check(*w.shape[1:])
+        return _product(products, dense, x, w, group_sizes)
+
+    table = {key: (functools.partial(checked, products), where) for key, (products, where) in fitting.items()}
+    return run("fp8_matmul", table, name)
 
 
 def _alignment(implementation, dense, x, group_sizes):

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.chips import MIB
+from kernels_pallas.fitting import fit
 from kernels_pallas.fp8_matmul.quantize import TILE, Tiled
+from kernels_pallas.target import on_chip
 
 ROWS = 256
 """R: as many rows as a matrix unit of v7x has, and more than groups should be filled up by."""
@@ -43,13 +46,31 @@ def _rows_kernel(tile_groups, x, x_scale, w, w_scale, out, total, *, unrolled, g
         out[...] = total[...].astype(out.dtype)
 
 
+def check(inner: int, outputs: int) -> None:
+    """Raises NotImplementedError for a matrix of these sizes that the products, forwards and backwards, can't take."""
+    for contracted, width in ((inner, outputs), (outputs, inner)):
+        _columns(*(-(-size // TILE) * TILE for size in (contracted, width)))
+
+
+def _columns(inner, outputs):
+    """Columns of a tile of outputs, and the bytes of vector memory that the kernel then needs."""
+    scales = 2 * 4 * ROWS * TILE * (inner // TILE // _divisor(inner // TILE, 16))  # lanes come in 128s
+
+    def needed(tile):
+        return 2 * inner * (ROWS + tile) + max(scales + 12 * MIB, 24 * MIB)
+
+    tiles = sorted({TILE * _divisor(outputs // TILE, most) for most in (4, 3, 2, 1)}, reverse=True)
+    tile = fit("fp8_matmul", tiles, needed, on_chip("tpu").memory - MIB, "vector memory")
+    return tile, needed(tile)
+
+
 def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtype, interpret=False) -> jax.Array:
     """See `reference.rows_product`."""
     # The contraction comes first, also for a transposed product: turned as 8-bit numbers, before the kernel.
     values, scales = (jnp.swapaxes(part, 1, 2) if transposed else part for part in blocks)
     (tokens, inner), (groups, _, outputs) = rows.values.shape, values.shape
     scales = jnp.repeat(scales, TILE, axis=2)
-    tile, unrolled = TILE * _divisor(outputs // TILE, 4), _divisor(inner // TILE, 16)
+    (tile, memory), unrolled = _columns(inner, outputs), _divisor(inner // TILE, 16)
     row_scales = jnp.moveaxis(rows.scales.reshape(tokens, -1, unrolled), 1, 0)
     size = tokens // tile_groups.shape[0]
 
@@ -72,9 +93,7 @@ def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtyp
             out_specs=pl.BlockSpec((size, tile), lambda n, m, groups: (m, n)),
             scratch_shapes=[pltpu.VMEM((size, tile), jnp.float32)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=2 * inner * (size + tile) + (24 << 20)
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * inner * outputs,
             bytes_accessed=rows.values.size * (outputs // tile) + values.size + tokens * outputs * dtype.itemsize,

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import blocks, gpu, reference, tpu
-from kernels_pallas.target import choose
+from kernels_pallas.target import run
 
 ANYWHERE = ("cpu", "tpu", "gpu")
 
@@ -55,15 +55,16 @@ def grouped_matmul(
         lhs: rows sorted by group; beyond the groups there may be anything, NaN too.
         rhs: one matrix per group.
         group_sizes: int32 rows in each group, any of them 0; rows beyond their sum give zeros.
-        implementation: a name in IMPLEMENTATIONS; None takes the first that the platform has.
+        implementation: a name in IMPLEMENTATIONS; None takes the first that the platform has
+            and that takes these operands.
         expected_rows: what the sum of the group sizes will be about, for the compiler's and the plan's estimates of
             cost; None: M.
     Raises:
         ValueError: for an implementation of another name.
         NotImplementedError: for a named implementation that the platform lacks, or operands that it doesn't take.
     """
-    function = choose("grouped_matmul", IMPLEMENTATIONS, implementation)
-    return function(lhs, rhs, group_sizes, expected_rows=expected_rows)
+    operands = lhs, rhs, group_sizes
+    return run("grouped_matmul", IMPLEMENTATIONS, implementation, *operands, expected_rows=expected_rows)
 
 
 def grouped_swiglu(
@@ -87,5 +88,5 @@ def grouped_swiglu(
     Raises:
         ValueError, NotImplementedError: as `grouped_matmul`.
     """
-    function = choose("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation)
-    return function(lhs, gate, up, group_sizes, row_weights, expected_rows=expected_rows)
+    operands = lhs, gate, up, group_sizes, row_weights
+    return run("grouped_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, *operands, expected_rows=expected_rows)

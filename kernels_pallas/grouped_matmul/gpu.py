@@ -9,8 +9,8 @@ M rows, G groups, K inner size, N output size; T row tiles; m, k, n sizes of blo
 """
 
 import dataclasses
-import functools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from kernels_pallas.chips import OnChip
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, copies, fit
+from kernels_pallas.target import on_chip
 
 
 def grouped_matmul(
@@ -34,7 +38,7 @@ def grouped_matmul(
     Raises:
         NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
-    _check_dtypes(lhs, rhs)
+    check_dtypes("grouped_matmul", ON_GPU, lhs, rhs)
     return _grouped_matmul(_Static(expected_rows or lhs.shape[0], interpret), lhs, rhs, group_sizes)
 
 
@@ -52,7 +56,7 @@ def grouped_swiglu(
     Raises:
         NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
-    _check_dtypes(lhs, gate, up)
+    check_dtypes("grouped_matmul", ON_GPU, lhs, gate, up)
     weights = jnp.ones(lhs.shape[0], jnp.float32) if row_weights is None else row_weights
     return _grouped_swiglu(_Static(expected_rows or lhs.shape[0], interpret), lhs, gate, up, group_sizes, weights)
 
@@ -64,17 +68,8 @@ class _Static(NamedTuple):
     interpret: bool
 
 
-def _check_dtypes(*operands):
-    names = [operand.dtype.name for operand in operands]
-    if len(set(names)) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"grouped_matmul on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
-
-
 # ------------------------------------------------------------------------------------------------------ derivatives
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(static, lhs, rhs, group_sizes):
     return _rows_by_groups(lhs, rhs, group_sizes, static)
 
@@ -92,7 +87,7 @@ def _matmul_backward(static, saved, d_out):
 _grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_swiglu(static, lhs, gate, up, group_sizes, row_weights):
     return _swiglu(lhs, gate, up, group_sizes, row_weights, static, residuals=False)[0]
 
@@ -129,13 +124,63 @@ def _swiglu_gradients(d_out, gated, upped, row_weights):
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-def _row_block(num_rows, num_groups):
-    """Rows m of a tile: 128, the most that two warpgroups hold with 256 columns, or a group's if they are fewer."""
-    return min(128, max(16, pl.next_power_of_2(pl.cdiv(num_rows, num_groups))))
+class Blocks(NamedTuple):
+    """Sizes of a block of the result and of the contraction, and the stages of the pipeline over the latter."""
+
+    rows: int
+    columns: int
+    inner: int
+    stages: int = 4
+
+    @property
+    def warps(self) -> int:
+        """Two warpgroups for 128 rows of an accumulator, of 64 each; one for fewer."""
+        return 8 if self.rows >= 128 else 4
 
 
-def _column_block(size, largest):
+LARGEST = {2: Blocks(128, 256, 64), 4: Blocks(64, 128, 32)}
+"""By the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor cores: its
+products are unrolled, and larger blocks are no faster, only longer to compile."""
+
+
+def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int, chip: OnChip) -> Blocks:
+    """Blocks for a result of rows x columns and a contraction of `inner`.
+
+    Args:
+        matrices: right sides that are multiplied at once; they share the columns' accumulators.
+    """
+    most = LARGEST[itemsize]
+    rows, inner = _block(rows, most.rows), _block(inner, most.inner)
+    columns = _block(columns, most.columns // matrices)
+
+    def smaller():
+        block = Blocks(rows, columns, inner, most.stages)
+        while True:
+            yield block
+            if block.stages > 2:
+                block = block._replace(stages=block.stages - 1)
+            elif max(block.rows, block.columns) > 16:
+                side = "rows" if block.rows > block.columns else "columns"
+                block = block._replace(**{side: getattr(block, side) // 2})
+            else:
+                return
+
+    return fit("grouped_matmul", smaller(), partial(shared_memory, matrices, itemsize, chip), chip.memory)
+
+
+def shared_memory(matrices: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+    """Bytes that the compiler asks for at most."""
+    step = itemsize * blocks.inner * (blocks.rows + matrices * blocks.columns)
+    result = 4 * blocks.rows * blocks.columns  # on its way to memory, when the operands are done with
+    return max(copies(chip, itemsize, blocks.stages) * step, result) + EXCHANGED
+
+
+def _block(size, largest):
     return min(largest, max(16, pl.next_power_of_2(size)))
+
+
+def _blocks(rows, columns, inner, dtype, matrices=1):
+    return blocks_for(rows, columns, inner, matrices, dtype.itemsize, on_chip("gpu"))
 
 
 def _row_tiles(group_sizes, num_rows, block):
@@ -182,7 +227,7 @@ def _dot(a, b):
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _call(kernel, name, grid, flops, outs, num_warps, static, operands):
+def _call(kernel, name, grid, flops, outs, blocks, static, operands):
     """Runs a kernel over a grid; `flops` a row."""
     kernel.__name__ = name  # the lowering puts the function's name into the program, not `name`
     arrays = jax.tree.leaves((operands, outs))
@@ -195,7 +240,7 @@ def _call(kernel, name, grid, flops, outs, num_warps, static, operands):
         kernel,
         grid=grid,
         out_shape=outs,
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=4),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         cost_estimate=cost,
         # The Triton lowering drops the estimate; this it writes into the program, as `serialized_metadata`.
         metadata={key: str(value) for key, value in dataclasses.asdict(cost).items() if value},
@@ -208,7 +253,8 @@ def _call(kernel, name, grid, flops, outs, num_warps, static, operands):
 def _rows_by_groups(lhs, rhs, group_sizes, static):
     """Each row of lhs [M, K] times its group's rhs [G, K, N]: [M, N]."""
     (num_rows, inner), (num_groups, _, width) = lhs.shape, rhs.shape
-    m, k, n = _row_block(num_rows, num_groups), _column_block(inner, 64), _column_block(width, 256)
+    blocks = _blocks(pl.cdiv(num_rows, num_groups), width, inner, lhs.dtype)
+    m, n, k, _ = blocks
     tiles = _row_tiles(group_sizes, num_rows, m)
 
     def kernel(groups, starts, ends, lhs, rhs, out):
@@ -223,13 +269,14 @@ def _rows_by_groups(lhs, rhs, group_sizes, static):
         _store(out, (), start, end, column, lax.fori_loop(0, steps, step, jnp.zeros((m, n), jnp.float32)))
 
     grid, out = (pl.cdiv(width, n), tiles[0].shape[0]), jax.ShapeDtypeStruct((num_rows, width), lhs.dtype)
-    return _call(kernel, "grouped_matmul", grid, 2 * inner * width, out, _warps(m), static, (*tiles, lhs, rhs))
+    return _call(kernel, "grouped_matmul", grid, 2 * inner * width, out, blocks, static, (*tiles, lhs, rhs))
 
 
 def _rows_by_transposed_groups(pairs, group_sizes, static):
     """The sum over pairs of rows [M, N] times their group's matrix [G, K, N] transposed: [M, K]."""
     (num_rows, inner), (num_groups, width, _) = pairs[0][0].shape, pairs[0][1].shape
-    m, k, n = _row_block(num_rows, num_groups), _column_block(inner, 64), _column_block(width, 256)
+    blocks = _blocks(pl.cdiv(num_rows, num_groups), width, inner, pairs[0][0].dtype)
+    m, n, k, _ = blocks
     tiles = _row_tiles(group_sizes, num_rows, m)
 
     def kernel(groups, starts, ends, *operands_and_out):
@@ -249,13 +296,14 @@ def _rows_by_transposed_groups(pairs, group_sizes, static):
 
     grid, out = (pl.cdiv(width, n), tiles[0].shape[0]), jax.ShapeDtypeStruct((num_rows, width), pairs[0][0].dtype)
     operands = (*tiles, *(operand for pair in pairs for operand in pair))
-    return _call(kernel, "grouped_matmul_d_lhs", grid, 2 * len(pairs) * inner * width, out, _warps(m), static, operands)
+    return _call(kernel, "grouped_matmul_d_lhs", grid, 2 * len(pairs) * inner * width, out, blocks, static, operands)
 
 
 def _groups_from_rows(lhs, rhs, group_sizes, dtype, static):
     """The sum over each group's rows of the outer products of lhs [M, K] and rhs [M, N]: [G, K, N]."""
     (num_rows, inner), width, num_groups = lhs.shape, rhs.shape[1], group_sizes.shape[0]
-    m, k, n = _column_block(num_rows, 64), _column_block(inner, 128), _column_block(width, 256)
+    blocks = _blocks(inner, width, num_rows, lhs.dtype)
+    k, n, m, _ = blocks
     ends = jnp.cumsum(group_sizes).astype(jnp.int32)
 
     def kernel(starts, ends, lhs, rhs, out):
@@ -272,13 +320,14 @@ def _groups_from_rows(lhs, rhs, group_sizes, dtype, static):
     grid = pl.cdiv(width, n), pl.cdiv(inner, k), num_groups
     out = jax.ShapeDtypeStruct((num_groups, inner, width), dtype)
     operands = ends - group_sizes.astype(jnp.int32), ends, lhs, rhs
-    return _call(kernel, "grouped_matmul_d_rhs", grid, 2 * inner * width, out, _warps(k), static, operands)
+    return _call(kernel, "grouped_matmul_d_rhs", grid, 2 * inner * width, out, blocks, static, operands)
 
 
 def _swiglu(lhs, gate, up, group_sizes, row_weights, static, residuals):
     """silu(lhs gate) * (lhs up) * weight, and with `residuals` the two products: [M, N] each, None without."""
     (num_rows, inner), (num_groups, _, width) = lhs.shape, gate.shape
-    m, k, n = _row_block(num_rows, num_groups), _column_block(inner, 64), _column_block(width, 128)
+    blocks = _blocks(pl.cdiv(num_rows, num_groups), width, inner, lhs.dtype, matrices=2)
+    m, n, k, _ = blocks
     tiles = _row_tiles(group_sizes, num_rows, m)
 
     def kernel(groups, starts, ends, lhs, gate, up, weights, *outs):
@@ -302,10 +351,5 @@ def _swiglu(lhs, gate, up, group_sizes, row_weights, static, residuals):
     grid = pl.cdiv(width, n), tiles[0].shape[0]
     outs = [jax.ShapeDtypeStruct((num_rows, width), lhs.dtype)] * (3 if residuals else 1)
     operands = *tiles, lhs, gate, up, row_weights
-    out = _call(kernel, "grouped_swiglu", grid, 4 * inner * width, outs, _warps(m), static, operands)
+    out = _call(kernel, "grouped_swiglu", grid, 4 * inner * width, outs, blocks, static, operands)
     return out if residuals else (*out, None, None)
-
-
-def _warps(rows):
-    """Two warpgroups for 128 rows of an accumulator, of 64 each; one for fewer."""
-    return 8 if rows >= 128 else 4

@@ -13,16 +13,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import target
+from kernels_pallas.chips import CHIPS, MIB, UNKNOWN
+from kernels_pallas.fitting import ON_TPU, check_dtypes
 from kernels_pallas.grouped_matmul import tpu_groups, tpu_rows
 from kernels_pallas.tiles import tiles
-
-MEBIBYTE = 2**20
-
-CORES = {"v5p": 2}
-"""TensorCores of a chip that work as one device and share a kernel's columns; 1 on chips not named."""
-
-VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}
-"""MiB of vector memory of a TensorCore; 64 on chips not named."""
 
 WIDE = {"granule": 256, "edge": 128, "sub_columns": 512, "chunk": 1792}
 """Where matrix units are 256 wide (v6e, v7x) fewer rows don't cover the time that loading weights into them takes."""
@@ -42,7 +36,11 @@ def grouped_matmul(
 
     Args:
         interpret: `pltpu.InterpretParams(...)` runs the kernels in Pallas' interpreter.
+    Raises:
+        NotImplementedError: for rows that are not bfloat16 or float32, or a contraction, forwards or backwards, too
+            long for the chip's vector memory.
     """
+    _check(lhs, rhs)
     return _grouped_matmul(_Static(expected_rows, interpret), lhs, rhs.astype(lhs.dtype), group_sizes)
 
 
@@ -56,6 +54,7 @@ def grouped_swiglu(
     interpret=False,
 ) -> Float[Array, "M N"]:
     """See `api.grouped_swiglu`: both products in one kernel, which reads the rows once and writes what is asked for."""
+    _check(lhs, gate, up)
     weights = gate.astype(lhs.dtype), up.astype(lhs.dtype)
     return _grouped_swiglu(_Static(expected_rows, interpret), lhs, *weights, group_sizes, row_weights)
 
@@ -65,6 +64,15 @@ class _Static(NamedTuple):
 
     expected_rows: int | None
     interpret: object
+
+
+def _check(lhs, *rhs):
+    """Raises NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
+    check_dtypes("grouped_matmul", ON_TPU, lhs)
+    (M, K), N, pairs, item, here = lhs.shape, rhs[0].shape[2], len(rhs), lhs.dtype.itemsize, target.chip()
+    forward = tpu_rows.Shape(M, K, N, 1, pairs, 2 * pairs - 1, item)
+    for shape in (forward, tpu_rows.Shape(M, N, K, pairs, pairs, 1, item)):
+        tpu_rows.fit(defaults(here), shape, cores(here), memory(here))
 
 
 # ------------------------------------------------------------------------------------------------------ derivatives
@@ -189,7 +197,7 @@ def _groups(static, x, y, group_sizes):
 
 def defaults(chip: str) -> dict[str, int]:
     """What differs from the kernels' own default tiles on this chip."""
-    return WIDE if chip in ("v6e", "v7x") else {}
+    return WIDE if _facts(chip).matrix > 128 else {}
 
 
 def wanted(kind: str, chip: str, inner: int, out: int) -> dict[str, int]:
@@ -199,14 +207,18 @@ def wanted(kind: str, chip: str, inner: int, out: int) -> dict[str, int]:
 
 def cores(chip: str) -> int:
     """How many TensorCores share a kernel's columns."""
-    return CORES.get(chip, 1)
+    return _facts(chip).cores
 
 
 def memory(chip: str) -> int:
     """Bytes that a kernel's windows and scratch may take."""
-    return (VMEM.get(chip, 64) - MARGIN) * MEBIBYTE
+    return _facts(chip).memory - MARGIN * MIB
 
 
 def limit(chip: str) -> int:
     """The limit that a kernel asks the compiler for, in bytes."""
-    return VMEM.get(chip, 64) * MEBIBYTE - MEBIBYTE
+    return _facts(chip).memory - MIB
+
+
+def _facts(chip):
+    return CHIPS.get(chip, UNKNOWN["tpu"])

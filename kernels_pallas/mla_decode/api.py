@@ -10,7 +10,7 @@ B rows, H heads, C latent size, R rotated size, P pages of the cache.
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.mla_decode import gpu, reference, tpu
-from kernels_pallas.target import choose
+from kernels_pallas.target import run
 
 IMPLEMENTATIONS = {
     "mosaic": (tpu.mla_decode, ("tpu",)),
@@ -51,10 +51,4 @@ def mla_decode(
             f"{query_rope.shape[-1]}: must hold a latent and a rotated key of the queries' sizes."
         )
     arguments = query_latent, query_rope, cache, page_table, lengths, scale
-    function = choose("mla_decode", IMPLEMENTATIONS, implementation)
-    try:
-        return function(*arguments)
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        return reference.mla_decode(*arguments)
+    return run("mla_decode", IMPLEMENTATIONS, implementation, *arguments)

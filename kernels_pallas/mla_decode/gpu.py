@@ -9,6 +9,8 @@ B rows, H heads, C latent size, R rotated size, P pages of the cache; D parts of
 
 import dataclasses
 import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,55 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.chips import OnChip
+from kernels_pallas.fitting import EXCHANGED, ON_GPU, check_dtypes, fit, from_shared_memory
+from kernels_pallas.target import on_chip
+
 LOG2_E = math.log2(math.e)
 PROGRAMS = 264
 """Two for each of an H100's processors: what the parts of the rows are to fill."""
+STAGES = 2
+LARGEST, FEW = 64, 32
+"""Heads, and positions, of a block at most; and below which positions are only taken when heads are as few as can be:
+the fewer heads a program takes, the oftener the cache is read."""
+
+
+class Blocks(NamedTuple):
+    """Heads and positions of a block; a block of positions lies within one page."""
+
+    heads: int
+    positions: int
+
+
+def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chip: OnChip) -> Blocks:
+    """Blocks for so many heads and pages of so many positions.
+
+    Raises:
+        NotImplementedError: where no block fits the chip's shared memory.
+    """
+
+    most, long = (min(LARGEST, max(16, pl.next_power_of_2(size))) for size in (heads, page))
+    wide = [Blocks(group, block) for group in _halves(most, 16) for block in _halves(long, FEW)]
+    blocks = [*wide, *(Blocks(16, block) for block in _halves(min(long, FEW), 16))]
+    return fit("mla_decode", blocks, partial(shared_memory, latent, rope, itemsize, chip), chip.memory)
+
+
+def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+    """Bytes that the compiler asks for at most."""
+    queries, latents = ((latent + rope) * size * itemsize for size in blocks)
+    if not from_shared_memory(chip, itemsize) or blocks.heads < 64:
+        weights = blocks.heads * blocks.positions * itemsize  # as operand of the next product
+        return queries + max(STAGES - 1, 1) * latents + weights + EXCHANGED
+    sums = 4 * blocks.heads * latent if chip.generation >= 10 else 0  # to be scaled
+    return queries + STAGES * latents + sums + EXCHANGED
+
+
+def _halves(size, least):
+    """The size, its half, … down to `least`, or itself alone if it is below."""
+    while size > least:
+        yield size
+        size //= 2
+    yield size
 
 
 def mla_decode(
@@ -34,23 +82,17 @@ def mla_decode(
     """See `api.mla_decode`. A row of length 0 gives zeros.
 
     Raises:
-        NotImplementedError: for sizes C or R that are no powers of two from 16, or operands that are not bfloat16,
-            float16 or float32, or not of one dtype.
+        NotImplementedError: for sizes C or R that are no powers of two from 16 or that no block of this chip's shared
+            memory holds, or operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
     (batch, heads, latent), rope, page = query_latent.shape, query_rope.shape[2], cache.shape[1]
-    names = sorted({x.dtype.name for x in (query_latent, query_rope, cache)})
-    if len(names) > 1 or names[0] not in ("bfloat16", "float16", "float32"):
-        raise NotImplementedError(
-            f"mla_decode on GPU: operands of {' and '.join(names)}: all must be of one dtype, bfloat16, float16 or "
-            "float32. Cast them, or take another implementation."
-        )
+    check_dtypes("mla_decode", ON_GPU, query_latent, query_rope, cache)
     if any(size < 16 or size & (size - 1) for size in (latent, rope)):
         raise NotImplementedError(
             f"mla_decode on GPU: latents of {latent} + {rope}: both must be powers of two from 16. "
             "Take another implementation."
         )
-    # Heads and positions of a block; a block of positions lies within one page.
-    group, block = min(64, max(16, pl.next_power_of_2(heads))), min(64, max(16, pl.next_power_of_2(page)))
+    group, block = blocks_for(heads, page, latent, rope, cache.dtype.itemsize, on_chip("gpu"))
     blocks_in_page, groups = pl.cdiv(page, block), pl.cdiv(heads, group)
     parts = max(1, min(PROGRAMS // (batch * groups), page_table.shape[1] * blocks_in_page))
     factor = scale * LOG2_E
@@ -104,7 +146,7 @@ def mla_decode(
         kernel,
         grid=(parts, groups, batch),
         out_shape=outs,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=STAGES),
         cost_estimate=cost,
         # The Triton lowering drops the estimate; this it writes into the program, as `serialized_metadata`.
         metadata={key: str(value) for key, value in dataclasses.asdict(cost).items()},

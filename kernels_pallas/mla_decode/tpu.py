@@ -15,6 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.chips import MIB
+from kernels_pallas.fitting import ON_TPU, check_dtypes, fit
+from kernels_pallas.target import on_chip
+
 POSITIONS = 512
 """Positions of a step, about."""
 HIDDEN = -1e30
@@ -25,14 +29,18 @@ def mla_decode(query_latent, query_rope, cache, page_table, lengths, scale, inte
     """See `api.mla_decode`.
 
     Raises:
-        NotImplementedError: for pages that are no multiple of 16 positions.
+        NotImplementedError: for pages that are no multiple of 16 positions or too large for the chip's vector memory,
+            or operands that are not bfloat16 or float32, or not of one dtype.
     """
     (batch, heads, latent), (_, page, width) = query_latent.shape, cache.shape
     query = jnp.concatenate([query_latent, query_rope], axis=-1)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, width - query.shape[-1])))
     if page % 16:
         raise NotImplementedError(f"mla_decode: pages of {page} positions: the TPU kernel takes multiples of 16.")
+    check_dtypes("mla_decode", ON_TPU, query_latent, query_rope, cache)
     together = max(1, min(POSITIONS // page, page_table.shape[1]))
+    needed = vmem(heads, together * page, width, latent, cache.dtype.itemsize)
+    fit("mla_decode", [together], lambda _: needed, on_chip("tpu").memory - MIB, "vector memory")
     lengths, page_table = lengths.astype(jnp.int32), page_table.astype(jnp.int32)
     steps = jnp.maximum(1, pl.cdiv(jnp.max(lengths), together * page))
 
@@ -60,7 +68,9 @@ def mla_decode(query_latent, query_rope, cache, page_table, lengths, scale, inte
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, heads, latent), query_latent.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(needed, 16 * MIB)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * positions * heads * (width + latent),
             transcendentals=positions * heads,
@@ -68,6 +78,13 @@ def mla_decode(query_latent, query_rope, cache, page_table, lengths, scale, inte
         ),
         interpret=interpret,
     )(page_table, lengths, query, *[cache] * together)
+
+
+def vmem(heads: int, positions: int, width: int, latent: int, itemsize: int) -> int:
+    """Bytes of a step: pages, queries and outputs twice, the sums, and beside them pages put together and scores."""
+    heads, width, latent = (-(-size // unit) * unit for size, unit in ((heads, 16), (width, 128), (latent, 128)))
+    held = itemsize * (4 * positions * width + 2 * heads * (width + latent))
+    return held + 4 * heads * (3 * latent + 256) + 16 * heads * positions + 4 * MIB
 
 
 def _dot(lhs, rhs, contract):

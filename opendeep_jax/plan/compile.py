@@ -1,7 +1,6 @@
 """The true training step of a run, compiled for chips that are not there."""
 
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import Stage
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.plan.roofline import Network
+from opendeep_jax.plan.shortage import Shortage, shortage_in, told_if_killed
 from opendeep_jax.plan.topology import Topology, compile_only_devices
 
 
@@ -57,13 +57,12 @@ class CompiledStep(NamedTuple):
     network: Network
 
 
-class OutOfMemory(Exception):
-    """The compiler found no way to fit the program into the device's memory."""
+class OutOfResource(Exception):
+    """The compiler found no way to fit the program into what the chips, or this machine, have."""
 
-    def __init__(self, needed: float, seconds: float):
-        super().__init__(f"{needed:.4g} bytes")
-        self.needed, self.seconds = needed, seconds
-        """Bytes that it would have needed on one device."""
+    def __init__(self, shortage: Shortage, seconds: float):
+        super().__init__(shortage.words)
+        self.shortage, self.seconds = shortage, seconds
 
 
 def prepare_process() -> None:
@@ -94,7 +93,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
 
     Raises:
         ConfigError: where the mesh can't be laid over the topology.
-        OutOfMemory: where the compiler says so.
+        OutOfResource: where the compiler says so.
     """
     import jax
 
@@ -123,27 +122,16 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
         state = abstract_state(config, optimizer, bones, mesh)
         batch = abstract_batch(config, stage, mesh)
         step = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
-        traced = step.trace(state, batch)
         platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
-        lowered = traced.lower(lowering_platforms=(platform,))
         options = compiler_options(config, topology.chip.name, topology.chip.platform, state)
         try:
-            with quiet_compilers():
+            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
+            with told_if_killed(), quiet_compilers():
                 compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            needed = needed_memory(str(error))
-            if needed is None:
-                raise
-            raise OutOfMemory(needed, time.perf_counter() - begun) from error
+        except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
+            shortage = shortage_in("std::bad_alloc" if isinstance(error, MemoryError) else str(error))
+            if not shortage.resource and not isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # no compiler's word
+            raise OutOfResource(shortage, time.perf_counter() - begun) from error
     seconds = time.perf_counter() - begun
     return CompiledStep(compiled.as_text(), MemoryUse.of(compiled), seconds, Network.of_mesh(topology, mesh))
-
-
-def needed_memory(message: str) -> float | None:
-    """Bytes that a compiler's out-of-memory message names as needed; None for any other message."""
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return None
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])i?B?\) exceeds", message)
-    if not found:
-        return float("nan")
-    return float(found.group(1)) * 1024 ** (1 + "KMGT".index(found.group(2)))

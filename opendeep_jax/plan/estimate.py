@@ -8,11 +8,12 @@ from opendeep_jax.config.schedule import Stage, tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.plan.batch import largest_stage
-from opendeep_jax.plan.compile import MemoryUse, OutOfMemory, compile_step
+from opendeep_jax.plan.compile import MemoryUse, OutOfResource, compile_step
 from opendeep_jax.plan.cost import Cost, cost_of
 from opendeep_jax.plan.memory import axis_sizes, cures, memory_by_component
 from opendeep_jax.plan.program import Program, analyse
 from opendeep_jax.plan.roofline import Roofline, Traffic, roofline, traffic
+from opendeep_jax.plan.shortage import MEMORY, Shortage
 from opendeep_jax.plan.topology import Topology
 
 
@@ -40,6 +41,8 @@ class Plan:
     needed_bytes: float = math.nan
     """Where it does not fit: what the compiler says it would need, or, where weights and optimizer state alone are too
     much and nothing was compiled, what arithmetic says."""
+    shortage: Shortage | None = None
+    """What the compiler ran short of, where that is not the device's memory."""
     program: Program | None = None
     times: Roofline | None = None
     traffic: list[Traffic] = field(default_factory=list)
@@ -110,6 +113,7 @@ class Plan:
                 "fits": self.fits,
                 "estimate_bytes": self.components,
             },
+            "shortage": self._shortage_json(),
             "flops": {
                 "model_per_token": self.model_flops / self.tokens,
                 "model_per_step": self.model_flops,
@@ -137,6 +141,11 @@ class Plan:
             "warnings": self.warnings(),
         }
 
+    def _shortage_json(self) -> dict | None:
+        if self.shortage is None:
+            return None
+        return {name: None if value != value else value for name, value in self.shortage._asdict().items()}
+
     def warnings(self) -> list[str]:
         """What the figures leave out, in sentences."""
         if self.program is None:
@@ -149,8 +158,17 @@ class Plan:
             found.append(f"{len(self.program.uncounted)} kernels do not tell their FLOPs, which count as 0: {names}")
         return found
 
+    @property
+    def verdict(self) -> str:
+        """In a few words, whether it fits."""
+        if self.shortage is None:
+            return "fits" if self.fits else "does not fit"
+        return f"runs out of {self.shortage.resource}" if self.shortage.resource else "refused by the compiler"
+
     def why_not(self) -> str:
         """Why it does not fit, by how much, and what would help: the text of an error."""
+        if self.shortage:
+            return f"{self.config.name} does not compile for {self.topology.name}. {self.shortage.sentence()}"
         over = self.total_bytes - self.limit_bytes
         known = not math.isnan(over)
         amount = f"{over / 1e9:.2f} GB more than the" if known else "more than the"
@@ -204,8 +222,11 @@ def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_t
         return Plan(**given, compile_seconds=0.0, needed_bytes=sum(parts.values()))
     try:
         compiled = compile_step(config, stage, topology)
-    except OutOfMemory as error:
-        return Plan(**given, compile_seconds=error.seconds, needed_bytes=error.needed)
+    except OutOfResource as error:
+        short = error.shortage
+        if short.resource == MEMORY:
+            return Plan(**given, compile_seconds=error.seconds, needed_bytes=short.needed)
+        return Plan(**given, compile_seconds=error.seconds, shortage=short)
     program = analyse(compiled.text)
     return Plan(
         **given,

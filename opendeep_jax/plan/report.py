@@ -16,13 +16,12 @@ LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(
 def plan_page(plan: Plan, found: list[Found] = (), recipe: RunConfig | None = None) -> str:
     """The page of a plan, and of the layouts that a search tried beside it."""
     title = f"{plan.config.name} on {plan.topology.name}"
-    fits = "fits" if plan.fits else "does not fit"
     parts = [
         f"<header><span class=kicker>OpenDeep plan</span><h1>{text(title)}</h1>"
         f"<p class=status>{text(_subtitle(plan))}</p></header>",
         f"<div class=hero><p>{text(_sentence(plan))}</p>{_headline(plan)}</div>",
         section(
-            f"Memory of a device: {fits}",
+            f"Memory of a device: {plan.verdict}",
             "The first bars are plain arithmetic, an estimate; the last is what the compiler allots. The red line is "
             "what a device has.",
             _memory_bars(plan),
@@ -149,6 +148,6 @@ def _layouts(found: list[Found], recipe: RunConfig | None) -> str:
         elif one.plan.fits:
             words = f"{duration(one.plan.times.scheduled)} as scheduled, {gigabytes(one.plan.total_bytes)}"
         else:
-            words = "does not fit"
+            words = one.plan.verdict
         rows.append((settings, f"{words} (by arithmetic {duration(one.candidate.estimate.seconds)})"))
     return table(rows)

@@ -121,7 +121,7 @@ def search(
         except (ConfigError, NotImplementedError, ValueError) as error:
             plan, problem = None, str(error).splitlines()[0]
         found.append(Found(candidate, plan, problem))
-        words = problem or (f"{plan.times.scheduled:.3g} s as scheduled" if plan.times else "does not fit")
+        words = problem or (f"{plan.times.scheduled:.3g} s as scheduled" if plan.times else plan.verdict)
         settings = " ".join(f"--{name}={value}" for name, value in candidate.settings(config).items()) or "as it is"
         tell(f"{number}/{len(chosen)}  {words}  (by arithmetic {candidate.estimate.seconds:.3g} s)  {settings}")
     return sorted(found, key=lambda one: one.rank)

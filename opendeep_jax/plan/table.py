@@ -55,6 +55,8 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
             ("arguments", f"{gigabytes(plan.memory.arguments):>12}  of it donated {gigabytes(plan.memory.donated)}"),
             ("temporaries", f"{gigabytes(plan.memory.temporaries):>12}"),
         ]
+    if plan.shortage:
+        return [*rows, ("total", f"unknown: {plan.verdict}")]
     total = "does not fit" if math.isnan(plan.total_bytes) else f"{gigabytes(plan.total_bytes):>12}"
     spare = plan.limit_bytes - plan.total_bytes
     verdict = f"{gigabytes(spare)} to spare" if plan.fits else "does not fit"

@@ -137,7 +137,7 @@ def compile_only_devices(topology: Topology) -> list:
             platform="cuda",
             topology_name=chip.compiler_name,
             topology=f"{topology.slices}x1x{GPUS_PER_NODE}",  # nodes, hosts in each, devices of a host
-            target_config=gpu_target(chip),
+            target_config=gpu_target(chip.compiler_name),
         )
         return list(described.devices)
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}

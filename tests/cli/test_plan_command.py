@@ -12,7 +12,8 @@ from opendeep_jax.cli.plan import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.plan import compile as compiling
 from opendeep_jax.plan import estimate
-from opendeep_jax.plan.compile import OutOfMemory
+from opendeep_jax.plan.compile import OutOfResource
+from opendeep_jax.plan.shortage import MEMORY, Shortage
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_help_tells_every_flag(capsys):
 
 def test_a_run_that_does_not_fit_ends_with_why_after_its_files_are_written(tmp_path, monkeypatch, capsys):
     def refuse(*_):
-        raise OutOfMemory(20e9, 1.0)
+        raise OutOfResource(Shortage(MEMORY, 20e9, 16e9, ""), 1.0)
 
     monkeypatch.setattr(estimate, "compile_step", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)

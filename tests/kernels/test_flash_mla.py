@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_mla import blocks, flash_mla, reference, tpu, tpu_backward
+from kernels_pallas.flash_mla import blocks, flash_mla, reference, tpu
 from kernels_pallas.flash_mla.visits import PARTLY, VISITED, visits
 
 SCALE = 0.3
@@ -115,7 +115,7 @@ def test_orders_say_what_comes_before(name, monkeypatch):
 
     The TPU's backward pass goes over the keys in parts, as over very long rows.
     """
-    monkeypatch.setattr(tpu_backward, "MAX_KEYS", 512)
+    monkeypatch.setattr(tpu, "LONGEST", [(8192, 512)])
     length, keys = 150, 600
     segments = packed(1, keys, seed=1)
     order = np.concatenate([np.arange(75, 150), np.arange(450, 525)]).astype(np.int32)[None]

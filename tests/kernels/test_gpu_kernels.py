@@ -219,12 +219,13 @@ def test_a_query_that_sees_nothing_gives_zeros_and_takes_no_gradient():
     check_attention((queries, ids), (index[:, :57], index))
 
 
-spans_of = jax.jit(lambda marks: flash_mla_gpu._spans(*flash_mla_gpu._meetings(marks, flash_mla_gpu.FLOAT32_BLOCKS)))
+BLOCKS = flash_mla_gpu.LARGEST[4].forward
+spans_of = jax.jit(lambda marks: flash_mla_gpu._spans(*flash_mla_gpu._meetings(marks, BLOCKS)))
 
 
 @given(seed=st.integers(0, 2**32 - 1), shuffled=st.booleans())
 def test_no_visible_pair_is_outside_its_span_and_no_hidden_one_inside_a_run(seed, shuffled):
-    random, block = np.random.default_rng(seed), flash_mla_gpu.FLOAT32_BLOCKS.q
+    random, block = np.random.default_rng(seed), BLOCKS.q
     query_segments, key_segments = (np.sort(random.integers(0, 3, (1, size))) for size in (130, 230))
     query_order, key_order = np.sort(random.integers(0, 230, (1, 130))), np.arange(230)[None]
     if shuffled:
@@ -291,11 +292,10 @@ def test_the_kernels_compile_for_an_h100_that_is_not_there_and_say_what_they_cos
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the extra gpu-compiler is not installed")
     from jax.experimental import topologies
 
-    from opendeep_jax.parallel.chips import CHIPS
     from opendeep_jax.plan.gpu_target import gpu_target
 
     h100 = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=gpu_target(CHIPS["h100"])
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=gpu_target("h100")
     )
     mesh = topologies.make_mesh(h100, (1,), ("x",))
     everywhere = jax.sharding.PartitionSpec()

@@ -11,9 +11,10 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.plan import estimate as module
 from opendeep_jax.plan.batch import with_batch
-from opendeep_jax.plan.compile import OutOfMemory, needed_memory
+from opendeep_jax.plan.compile import OutOfResource
 from opendeep_jax.plan.estimate import Plan, make_plan
 from opendeep_jax.plan.report import plan_page
+from opendeep_jax.plan.shortage import MEMORY, Shortage
 from opendeep_jax.plan.table import plan_table
 from opendeep_jax.plan.topology import parse_topology
 
@@ -75,24 +76,11 @@ def test_table_and_page_call_estimates_so(plan):
     assert "an estimate" in html and "http" not in html and html.count('class="bar') > 12
 
 
-@pytest.mark.parametrize(
-    "message, needed",
-    [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (640.00G) "
-         "exceeds available HBM (15.75G).", 640 * 2**30),
-        ("Ran out of memory in memory space hbm. Used 97.19G of 95.74G hbm. Exceeded by 1.45G.", 97.19 * 2**30),
-        ("INVALID_ARGUMENT: no such option", None),
-    ],
-)  # fmt: skip
-def test_the_compilers_words_for_too_much_memory_are_understood(message, needed):
-    assert needed_memory(message) == needed
-
-
 def refused(needed: float) -> Plan:
     """The plan of a program that the compiler refused."""
 
     def refuse(*_):
-        raise OutOfMemory(needed, 1.0)
+        raise OutOfResource(Shortage(MEMORY, needed, math.nan, ""), 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "compile_step", refuse)
