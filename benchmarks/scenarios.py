@@ -97,10 +97,10 @@ def draw(seed: int) -> Scenario:
     kept = {"keep": r.choice([0, 1, 1, 2, 3]), "keep_every": r.choice([0, 0, 12])}
     config = schema.CheckpointConfig(every=r.choice([2, 4, 7, 20]), local_every=3 * local, **kept)
     starts = []
-    for _ in range(r.randint(0, 3)):
+    for kill in sorted(r.sample(range(1, STEPS + 1), r.randint(0, 4))):
         more = {"keep": r.choice([0, 1, 2])} if r.random() < 0.3 else {}
         harm = r.choice(["", "", "newest damaged", "all damaged", "all deleted", "local lost", "one deleted"])
-        starts.append((r.randint(1, STEPS), harm, more))
+        starts.append((kill, harm, more))
     return Scenario(
         seed,
         r.choice(["random", "random", "import", "branch"]),

@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -60,7 +59,7 @@ from opendeep_jax.train.checkpoint_local import (
 from opendeep_jax.train.checkpoint_versions import last_update, read_any_version
 from opendeep_jax.train.checkpoint_writer import Writer, snapshot
 from opendeep_jax.train.digests import compile_digests, finish_digests, start_digests
-from opendeep_jax.train.origin import lost, read_origin, write_origin
+from opendeep_jax.train.origin import ORIGIN, lost, read_origin, write_origin
 from opendeep_jax.train.progress import human_bytes
 from opendeep_jax.train.state import TrainState
 
@@ -213,10 +212,10 @@ class Checkpoints:
 
     def _note_saved(self, step: int) -> None:
         """Writes down that the run has had a checkpoint: without one it never begins anew from then on."""
-        if self.origin.get("saved", math.inf) > step:
-            self.origin["saved"] = step
-            if jax.process_index() == 0:
-                write_origin(self.workdir, **self.origin)
+        known = "saved" in self.origin
+        self.origin.setdefault("saved", step)
+        if jax.process_index() == 0 and not (known and (self.workdir / ORIGIN).exists()):
+            write_origin(self.workdir, **self.origin)
 
     def begin(self, state: TrainState) -> str | None:
         """Writes down the first state of a run that has no checkpoint; a paragraph where it began once before."""

@@ -21,8 +21,6 @@ from opendeep_jax.train.metrics import CHECKPOINTS, read_jsonl
 ORIGIN = "origin.json"
 IMPORTED = "The recipe of this imported run"
 """What `opendeep import` writes into the directory's recipe.py."""
-SUMMARY_STEP = 1
-"""A run with a summary had a checkpoint, of whichever step."""
 KINDS = ("random", "import", "branch")
 
 
@@ -91,11 +89,13 @@ def lost(
 def _of_old_run(workdir: Path) -> dict[str, Any]:
     there = steps_in(workdir / DIRECTORY)
     aside = [int(name[0]) for path in (workdir / UNSOUND).glob("*") if (name := re.match(r"\d+(?=-)", path.name))]
-    logged = [line["step"] for line in read_jsonl(workdir / CHECKPOINTS) if isinstance(line.get("step"), int)]
-    summary = [SUMMARY_STEP] if (workdir / "summary.json").exists() else []
-    saved = min([*there, *aside, *logged, *summary], default=None)
     imported = 0 in there or 0 in aside or IMPORTED in _text(workdir / "recipe.py")
-    return {"kind": "import" if imported else "random", "step": 0} | ({} if saved is None else {"saved": saved})
+    origin = {"kind": "import" if imported else "random", "step": 0}
+    logged = [line["step"] for line in read_jsonl(workdir / CHECKPOINTS) if isinstance(line.get("step"), int)]
+    if logged:
+        return origin | {"saved": min(logged)}
+    had = there or aside or (workdir / "summary.json").exists()
+    return origin | ({"saved": 1} if had else {})  # 1: earlier ones may have been pruned
 
 
 def _text(path: Path) -> str:
