@@ -25,6 +25,7 @@ from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.data.passed_over import PASSED_OVER, is_passed_over, read_passed_over
 from opendeep_jax.data.prepared import Prepared
 from opendeep_jax.data.provenance import where
+from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
 from opendeep_jax.train.events import record_event
 
 DOCUMENTS = 8
@@ -201,8 +202,10 @@ class Recovery:
         here = f"the same command with {more} passes over further batches"
         if self.faults.spike_policy == "rollback":
             here += ", one with --faults.spike_policy=record or a higher --faults.spike_zscore trains on them"
-        rate = f"opendeep train --from={self.workdir}@{to_step} --workdir=NEW --optimizer.learning_rate=…"
-        return f"In this directory {here}. With other settings, such as a lower learning rate, branch off: {rate}"
+        saved = [step for step in steps_in(self.workdir / DIRECTORY) if step <= to_step]
+        begin = f"branch off: opendeep train --from={self.workdir}@{saved[-1]}" if saved else "begin anew with"
+        rate = f"{begin} --workdir=NEW --optimizer.learning_rate=…"
+        return f"In this directory {here}. With other settings, such as a lower learning rate, {rate}"
 
 
 def batch_documents(prepared: Prepared, step: int) -> dict:

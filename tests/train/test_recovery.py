@@ -248,6 +248,7 @@ def test_a_spike_of_the_gradient_is_named_as_one(make, tmp_path):
 def test_the_advice_names_what_can_be_done_in_that_directory(policy, first, make, tmp_path):
     """Only faults.* may change where a run goes on; a lower learning rate takes another directory."""
     run = make(max_rollbacks=1, spike_policy=policy)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     run.go_back(GoBack("bad", first, first), 9, 4)
     with pytest.raises(Stopped) as stopped:
         run.go_back(GoBack("bad", first, first), 9, 4)
@@ -256,4 +257,8 @@ def test_the_advice_names_what_can_be_done_in_that_directory(policy, first, make
     assert ("--faults.spike_policy=record" in text) == (policy == "rollback")
     branch = f"opendeep train --from={tmp_path}@4 --workdir=NEW --optimizer.learning_rate="
     assert (branch in text) == (first is not None)
+    (tmp_path / "checkpoints" / "4").rmdir()  # a run that began from its seed
+    with pytest.raises(Stopped) as stopped:
+        run.go_back(GoBack("bad", first, first), 9, 4)
+    assert "--from" not in str(stopped.value)
     make(max_rollbacks=3).go_back(GoBack("bad", first, first), 9, 4)
