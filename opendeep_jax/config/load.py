@@ -267,6 +267,7 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
             f"{SMALLEST_FREE_BYTES / 2**20:.0f} MiB or more. Free some space, or choose a directory on another disk."
         )
     if not (workdir / CONFIG_FILE).exists():
+        _check_own_weights(config, workdir)
         return
     changes = diff(load_run_config(workdir), config)
     rounding = [entry for entry in changes if _is_among(entry[0], ROUNDING)]
@@ -286,6 +287,25 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
 
 def _is_open(name: str) -> bool:
     return _is_among(name, OPEN_UNTIL_TRAINED) and not _is_among(name, KEPT_FROM_IMPORT)
+
+
+def _check_own_weights(config: RunConfig, workdir: Path) -> None:
+    """Raises ConfigError where a new run would train the model of an imported run, whose tokenizer it has, from random
+    weights: nearly always it is the imported ones that are meant.
+    """
+    home = Path(config.data.tokenizer).parent
+    try:
+        origin = json.loads((home / "origin.json").read_text(encoding="utf-8"))
+        imported = origin["kind"] == "import" and load_run_config(home).model == config.model
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return
+    if imported and workdir.resolve() != home.resolve():
+        raise ConfigError(
+            f"--workdir={workdir}: this is the configuration of the run imported into {home}, and its weights are "
+            f"there: a new directory would begin from random ones. Give --workdir={home}, or branch off with "
+            f"--from={home}@0 --workdir={workdir}. To train such a model from nothing, copy {config.data.tokenizer} to "
+            "another directory and give --data.tokenizer."
+        )
 
 
 def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:

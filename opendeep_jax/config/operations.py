@@ -36,13 +36,13 @@ class FaultsConfig:
     """So many skipped updates in a row (loss or gradient not finite) take the run back to a checkpoint from before
     them, and it passes over their batches from then on; 0 never."""
     spike_policy: SpikePolicy = "record"
-    """What a loss spike does besides being recorded: nothing, skip its update on the device, or go back and pass over
-    its batch; ignore does not even record it."""
+    """What a spike of loss or gradient does besides being recorded: nothing, skip its update on the device, or go back
+    and pass over its batch; ignore does not even record it."""
     spike_zscore: float = 12.0
-    """A loss is a spike so many robust standard deviations (1.4826 times the median absolute deviation) above the
-    median of the last 128 good ones."""
+    """A loss or a gradient's norm is a spike so many robust standard deviations (1.4826 times the median absolute
+    deviation) above the median of the last 128 finite ones, unless as high ones have come several times by now."""
     max_rollbacks: int = 3
-    """A run that had to go back so often since its last new checkpoint stops with a diagnosis."""
+    """A run that had to go back to the same weights so often stops with a diagnosis."""
     check_replicas_every: int = 0
     """Steps between comparisons of all copies of weights and moments over devices; 0 compares before each save only."""
     replay_every: int = 0

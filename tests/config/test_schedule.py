@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from small_models import DENSE, run_config
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import (
     batch_size_at,
+    borders,
     length_at,
     micro_batches,
     padded_rows,
@@ -19,7 +21,7 @@ from opendeep_jax.config.schedule import (
     tokens_before,
     total_steps,
 )
-from opendeep_jax.config.schema import DataConfig, DataPhase, RampStage, TrainConfig
+from opendeep_jax.config.schema import DataConfig, DataPhase, MTPConfig, Phase, RampStage, TrainConfig
 
 ramps = st.lists(st.builds(RampStage, st.integers(1, 50), st.integers(1, 10_000)), max_size=4)
 middle_phases = st.lists(
@@ -135,3 +137,36 @@ def test_a_stage_of_the_ramp_keeps_its_own_micro_batches_when_its_batches_are_pa
     train = TrainConfig(batch_size=30, accumulation_steps=5, batch_ramp=(RampStage(8, 100, accumulation_steps=2),))
     assert [micro_batches(train, rows, 3) for rows in (8, 12, 30)] == [2, 2, 5]
     assert padded_rows(train, 8, 3) == 12
+
+
+BORDERS = {
+    "nothing": ({}, ()),
+    "phases of data": ({"data": {"phases": (DataPhase("a", 640, (1.0,)), DataPhase("b", sequence_length=32))}}, (5,)),
+    "a ramp of batches": ({"train": {"batch_ramp": (RampStage(2, 96), RampStage(4, 128))}}, (3, 5)),
+    "a ramp inside a phase": (
+        {
+            "train": {"batch_ramp": (RampStage(4, 192),)},
+            "data": {"phases": (DataPhase("a", 448), DataPhase("b", batch_size=2))},
+        },
+        (3, 5),
+    ),
+    "a rate that jumps": (
+        {
+            "optimizer": {
+                "schedule": "phases",
+                "warmup_steps": 2,
+                "phases": (Phase("constant", 1, 256), Phase("constant", 0.1, 128), Phase("linear", 0, 128), Phase()),
+            }
+        },
+        (4, 6),
+    ),
+    "less multi-token prediction": ({"model": {"mtp": MTPConfig(depth=1, final_from_tokens=300)}}, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_borders_are_where_the_configuration_itself_changes_the_loss(name):
+    changes, expected = BORDERS[name]
+    config = run_config(length=16, batch_size=8)
+    parts = {part: dataclasses.replace(getattr(config, part), **fields) for part, fields in changes.items()}
+    assert borders(dataclasses.replace(config, **parts)) == expected

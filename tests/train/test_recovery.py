@@ -30,10 +30,12 @@ def make(tmp_path, monkeypatch):
     return make
 
 
-def note(run: Recovery, *steps: int, skipped=False, zscore=0.0) -> None:
+def note(run: Recovery, *steps: int, skipped=False, zscore=0.0, norm_zscore=0.0) -> None:
     loss = np.nan if skipped and not zscore else 4.0
+    spike = max(zscore, norm_zscore) > run.faults.spike_zscore
     for step in steps:
-        metrics = {"skipped": skipped, "loss": loss, "grad_norm": 1.0, "loss_zscore": zscore}
+        metrics = {"skipped": skipped, "spike": spike, "loss": np.float32(loss), "grad_norm": np.float32(1.0)}
+        metrics |= {"loss_zscore": zscore, "grad_norm_zscore": norm_zscore}
         run.note(step, {name: np.asarray(value) for name, value in metrics.items()})
 
 
@@ -133,8 +135,8 @@ def test_a_window_is_on_disk_before_the_run_goes_on_and_the_next_start_reads_it(
     run.go_back(GoBack("bad", 5, 8), 9, 4)
     run.go_back(GoBack("worse", 12, 12), 12, 10)
     assert read_passed_over(tmp_path) == [
-        {"first": 5, "last": 8, "to_step": 4, "reason": "bad"},
-        {"first": 12, "last": 12, "to_step": 10, "reason": "worse"},
+        {"first": 5, "last": 8, "to_step": 4, "reason": "bad", "last_update": 4, "taken_in": []},
+        {"first": 12, "last": 12, "to_step": 10, "reason": "worse", "last_update": 10, "taken_in": []},
     ]
     again = make()
     passed = [step for step in range(1, 15) if again.passes_over(step)]
@@ -191,3 +193,72 @@ def test_a_damaged_list_of_windows_is_refused_and_never_taken_for_none(text, mak
 def test_windows_that_someone_wrote_by_hand_are_taken(make, tmp_path):
     (tmp_path / PASSED_OVER).write_text(json.dumps([{"first": 3, "last": 4, "to_step": 2}]))
     assert [step for step in range(1, 9) if make().passes_over(step)] == [3, 4]
+
+
+def test_a_start_in_the_middle_of_skipped_updates_counts_on(make):
+    run = make(rollback_after=4)
+    run.begin(step=8, last_update=5)
+    note(run, 9, skipped=True)
+    fault = went_back(run)
+    assert (fault.first, fault.last) == (6, 9) and "4 updates in a row, from step 6 on" in str(fault)
+
+
+def test_steps_that_are_passed_over_count_neither_as_skipped_nor_as_an_update(make):
+    run = make(rollback_after=4)
+    run.go_back(GoBack("bad", 6, 8), 9, 8, last_update=5)
+    note(run, 9, 10, 11, skipped=True)
+    assert run.review() == 3
+    again = make(rollback_after=4)
+    again.begin(step=11, last_update=5)
+    for one in (run, again):
+        note(one, 12, skipped=True)
+        assert went_back(one).first == 9
+
+
+def test_going_back_to_later_checkpoints_of_the_same_weights_is_no_progress(make):
+    run = make(max_rollbacks=2)
+    for step in (28, 36):
+        run.go_back(GoBack("bad", step - 6, step + 1), step + 1, step, last_update=21)
+    with pytest.raises(Stopped, match="gone back to step 44 2 times"):
+        run.go_back(GoBack("bad", 38, 45), 45, 44, last_update=21)
+
+
+def test_what_was_skipped_is_taken_in_when_it_is_passed_over_also_by_a_later_start(make):
+    run = make(rollback_after=3, spike_zscore=5.0)
+    note(run, 7)
+    note(run, 8, skipped=True, zscore=9.0)
+    note(run, 9, 10, skipped=True)
+    run.go_back(went_back(run), 10, 8, last_update=7)
+    for one in (run, make()):
+        assert one.taken_in(8) == (4.0, 1.0)
+        assert np.isnan([*one.taken_in(9), *one.taken_in(7)]).all()
+
+
+def test_a_spike_of_the_gradient_is_named_as_one(make, tmp_path):
+    run = make(spike_policy="rollback", spike_zscore=5.0)
+    note(run, 20, zscore=0.5, norm_zscore=8.25)
+    fault = went_back(run)
+    assert "gradient norm 1" in str(fault)
+    (event,) = read_events(tmp_path)
+    assert "its norm 8.2 robust standard deviations above" in event["text"]
+    assert (event["kind"], event["loss_zscore"], event["grad_norm_zscore"]) == ("spike", "0.5", "8.25")
+
+
+@pytest.mark.parametrize("policy, first", [("rollback", 7), ("skip", 7), ("record", None)])
+def test_the_advice_names_what_can_be_done_in_that_directory(policy, first, make, tmp_path):
+    """Only faults.* may change where a run goes on; a lower learning rate takes another directory."""
+    run = make(max_rollbacks=1, spike_policy=policy)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    run.go_back(GoBack("bad", first, first), 9, 4)
+    with pytest.raises(Stopped) as stopped:
+        run.go_back(GoBack("bad", first, first), 9, 4)
+    text = str(stopped.value)
+    assert "--faults.max_rollbacks=3" in text
+    assert ("--faults.spike_policy=record" in text) == (policy == "rollback")
+    branch = f"opendeep train --from={tmp_path}@4 --workdir=NEW --optimizer.learning_rate="
+    assert (branch in text) == (first is not None)
+    (tmp_path / "checkpoints" / "4").rmdir()  # a run that began from its seed
+    with pytest.raises(Stopped) as stopped:
+        run.go_back(GoBack("bad", first, first), 9, 4)
+    assert "--from" not in str(stopped.value)
+    make(max_rollbacks=3).go_back(GoBack("bad", first, first), 9, 4)
