@@ -16,6 +16,7 @@ from opendeep_jax.models.parameters import split
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
+from opendeep_jax.train.origin import write_origin
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
 
@@ -64,6 +65,7 @@ def import_run(model: Decoder, codec: TextCodec, config: RunConfig, workdir: str
         bones, params, router_bias = split(model)
         optimizer = make_optimizer(config, bones.axes())
         state = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
+        write_origin(workdir, "import")  # before the weights: without them, nothing is ever trained here
         with Checkpoints(workdir, config.checkpoint) as checkpoints:
             checkpoints.save(state)
         write_atomically(workdir / RECIPE_FILE, RECIPE.format(path=workdir / RECIPE_FILE, workdir=workdir))
