@@ -17,7 +17,7 @@ def state_at(step: int) -> TrainState:
     random = np.random.default_rng(step)
     params = {name: jnp.asarray(random.normal(size=(40, 9)), jnp.float32) for name in ("embed", "head.weight")}
     moments = ({"mu": jax.tree.map(lambda x: (x * 2).astype(jnp.bfloat16), params)}, jnp.int32(step))
-    return TrainState(jnp.int32(step), params, moments, {"bias": jnp.ones(2) * step}, new_health())
+    return TrainState(jnp.int32(step), params, moments, {"bias": jnp.ones(2) * step}, new_health(step))
 
 
 def abstract() -> TrainState:

@@ -119,6 +119,26 @@ def step_at_tokens(config, tokens: int) -> float:
     raise AssertionError("the last stage has no end")
 
 
+def borders(config) -> tuple[int, ...]:
+    """Steps (from 0, the first left out) from which on losses or gradients may lie elsewhere by the configuration's own
+    doing, in order.
+
+    They are those of another mixture, row length, packing or batch size, of a rate that jumps, and of another weight
+    of multi-token prediction.
+    """
+    found = {stage.first_step for stage in stages(config) if stage.steps > 0}
+    optimizer, mtp = config.optimizer, config.model.mtp
+    start, rate, tokens = optimizer.warmup_steps, 1.0, tokens_before(config, optimizer.warmup_steps)
+    for phase in optimizer.phases if optimizer.schedule == "phases" else ():
+        if phase.shape == "constant" and phase.to != rate:
+            found.add(start)
+        rate, tokens = phase.to, tokens + phase.tokens
+        start = round(step_at_tokens(config, tokens))
+    if mtp.depth and mtp.final_from_tokens and mtp.final_loss_weight != mtp.loss_weight:
+        found.add(math.ceil(step_at_tokens(config, mtp.final_from_tokens)))
+    return tuple(sorted(found - {0}))
+
+
 def total_steps(config) -> int:
     """Optimizer steps of the whole run."""
     return config.train.steps or math.ceil(step_at_tokens(config, config.train.total_tokens))

@@ -7,6 +7,9 @@ for; a thread writes the copy with Orbax. docs/checkpoints.md has the times, the
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
+import math
 import os
 import shutil
 import time
@@ -27,6 +30,7 @@ from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.train.checkpoint_files import (
     DIRECTORY,
+    GROUPS,
     MODEL,
     OPTIMIZER,
     UNSOUND,
@@ -53,8 +57,10 @@ from opendeep_jax.train.checkpoint_local import (
     read_alone,
     read_own_shards,
 )
+from opendeep_jax.train.checkpoint_versions import last_update, read_any_version
 from opendeep_jax.train.checkpoint_writer import Writer, snapshot
 from opendeep_jax.train.digests import compile_digests, finish_digests, start_digests
+from opendeep_jax.train.origin import lost, read_origin, write_origin
 from opendeep_jax.train.progress import human_bytes
 from opendeep_jax.train.state import TrainState
 
@@ -89,16 +95,18 @@ class Checkpoints:
         Args:
             config: what to keep and where; None only reads.
         Raises:
+            ConfigError: where what the run began from cannot be read.
             OSError: where the work directory cannot be written.
         """
         self.workdir = Path(workdir).resolve()
         self.directory = self.workdir / DIRECTORY
+        self.origin = read_origin(self.workdir)
         self.local, self.notes = None, []
         self.durable = None
         self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
         if config is not None:
             with disk_failures(self.directory):
-                self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER))
+                self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER), origin=self.origin["step"])
             if config.local_directory and config.local_every:
                 self._open_local(config)
                 self._agree_on_local()
@@ -178,7 +186,8 @@ class Checkpoints:
         digesting = self.digesting.result() if self.digesting else start_digests
         lanes, copies = digesting(arrays), snapshot(items)
         names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
-        record = make_record(step, measure, arrays, names, layout=layout(items), processes=jax.process_count())
+        known = {"layout": layout(items), "processes": jax.process_count()}
+        record = make_record(step, measure, arrays, names, **known, last_update=int(state.health.last_update))
         if writer is self.local and SHARDS in writer.items:
             copies = own_shards(copies)
         jax.block_until_ready(copies)
@@ -187,56 +196,85 @@ class Checkpoints:
         return SaveReport(step, time.perf_counter() - begun, size, durable, notes)
 
     def _begin(self, writer: Writer, step: int, copies: Items, record: dict) -> Future:
+        def write() -> None:
+            writer.save(step, copies, record)
+            self._note_saved(step)
+
         def write_local() -> None:
             try:
-                writer.save(step, copies, record)
+                write()
             except Exception as error:  # the fast tier is an extra: whatever befalls it, the run has the other
                 remove_partial(writer.directory)
                 self.notes.append(_local_note(writer.directory, error))
 
         if writer is self.local:
             return self.pool.submit(write_local)
-        return self.pool.submit(writer.save, step, copies, record)
+        return self.pool.submit(write)
+
+    def _note_saved(self, step: int) -> None:
+        """Writes down that the run has had a checkpoint: without one it never begins anew from then on."""
+        if self.origin.get("saved", math.inf) > step:
+            self.origin["saved"] = step
+            if jax.process_index() == 0:
+                write_origin(self.workdir, **self.origin)
+
+    def begin(self, state: TrainState) -> str | None:
+        """Writes down the first state of a run that has no checkpoint; a paragraph where it began once before."""
+        if self.origin["kind"] != "random" or self.durable is None:
+            return None
+        arrays = {name: array for item in to_items(state).values() for name, array in item.items()}
+        digesting = self.digesting.result() if self.digesting else start_digests
+        found = zip(sorted(arrays), finish_digests(digesting(arrays)), strict=True)
+        model = {name: digest for name, digest in found if name.startswith(tuple(f"{group}." for group in GROUPS))}
+        start = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+        before = self.origin.get("start")
+        self.origin["start"] = start
+        if jax.process_index() == 0:
+            write_origin(self.workdir, **self.origin)
+        if before is None:
+            return None
+        same = "as they were" if start == before else "not as they were: devices or versions are others"
+        return f"The run begins again at step 0, as it has no checkpoint yet. The weights of its seed are {same}."
 
     def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, list[str]] | None:
-        """The newest sound state, with the shapes and shardings of `abstract`; None where there is no checkpoint.
+        """The newest sound state, with the shapes and shardings of `abstract`; None where the run may begin from its
+        seed: it never had a checkpoint, or none before the state that is asked for.
 
         Unsound ones are moved out of the way, to WORKDIR/unsound, and never deleted.
 
         Args:
-            before: only states of earlier steps than this.
+            before: only states without an update of this step or later.
         Returns:
             The state, and a paragraph on each checkpoint that was passed over.
         Raises:
-            NoneSound: where there are checkpoints and none is sound.
+            NoneSound: where there are or were checkpoints, or weights that the run began from, and none is sound.
             ConfigError: where they are of another configuration.
         """
         self.wait()
         items, notes, elsewhere = to_items(abstract), [], None
-        candidates = [(step, 0, self.directory) for step in common_steps(steps_in(self.directory))]
-        if self.local:
-            candidates += [(step, 1, self.local.directory) for step in common_steps(steps_in(self.local.directory))]
-        candidates = [one for one in candidates if before is None or one[0] < before]
+        candidates = []
+        for local, tier in enumerate((self.directory, *([self.local.directory] if self.local else ()))):
+            steps = steps_in(tier)
+            if before is not None:
+                steps = [step for step in steps if step < before or last_update(tier / str(step)) < before]
+            candidates += [(step, local, tier) for step in common_steps(steps)]
         for step, local, directory in sorted(candidates, reverse=True):
             read = None
             if local:
                 read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
-                found = read_items(directory / str(step), items, read)
+                found = read_any_version(directory / str(step), items, read)
                 self._forget_local(after=step)
+                if self.durable:
+                    self._note_saved(min(self.steps(), default=step))
                 return from_items(found, abstract), notes
             except Elsewhere as error:
                 elsewhere = directory
                 notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")
             except Unsound as error:
                 notes.append(self._set_aside(step, directory, error))
-        aside = self.workdir / UNSOUND
-        if notes or (not self.steps() and aside.is_dir() and any(aside.iterdir())):
-            what, cure = "is sound", f"Bring one back from a copy to {self.directory}, or remove {aside}"
-            if elsewhere:
-                what, cure = "can be read here", f"Start as many processes as it had, or remove {elsewhere}"
-            said = " ".join([*notes, f"{cure} to start anew."])
-            raise NoneSound(f"{self.workdir}: none of its checkpoints {what}. {said}")
+        if text := lost(self.workdir, self.origin, before, notes, elsewhere):
+            raise NoneSound(text)
         self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is
             arrays = {name: array for item in items.values() for name, array in item.items()}
@@ -265,13 +303,18 @@ class Checkpoints:
                 self.local.delete(step)
 
     def discard_from(self, step: int) -> None:
-        """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running."""
+        """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running.
+
+        Where none is left, the run has gone back to before its first one.
+        """
         self.wait()
         for writer in filter(None, (self.durable, self.local)):
             with disk_failures(writer.directory):
                 for later in steps_in(writer.directory):
-                    if later >= step:
+                    if later >= step and not (writer is self.durable and later == self.origin["step"]):
                         writer.delete(later)
+        if not self.steps() and self.origin.pop("saved", None) is not None and jax.process_index() == 0:
+            write_origin(self.workdir, **self.origin)
 
 
 def _check_space(directory: Path, needed: int) -> None:

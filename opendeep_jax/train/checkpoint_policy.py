@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from opendeep_jax.config.operations import CheckpointConfig
 
 
-def why_kept(measures: Mapping[int, float | None], config: CheckpointConfig) -> dict[int, str]:
+def why_kept(
+    measures: Mapping[int, float | None], config: CheckpointConfig, origin: int | None = None
+) -> dict[int, str]:
     """The steps whose checkpoints are kept, each with the reasons in words; a step that is not there may go.
 
     Args:
         measures: for every step, the held-out bits per byte, where it was measured.
+        origin: the step of the checkpoint that the run began from, which is always kept.
     """
     steps = sorted(measures)
     measured = [step for step in steps if (measures[step] is not None and math.isfinite(measures[step]))]
@@ -24,6 +27,8 @@ def why_kept(measures: Mapping[int, float | None], config: CheckpointConfig) -> 
             reasons[step].append(f"every {config.keep_every:,}")
         if step in best:
             reasons[step].append("best" if step == best[0] else f"best {config.keep_best}")
+        if step == origin:
+            reasons[step].append("the run began from it")
         if not config.keep:
             reasons[step].append("all are kept")
     return {step: ", ".join(words) for step, words in reasons.items() if words}
@@ -32,10 +37,11 @@ def why_kept(measures: Mapping[int, float | None], config: CheckpointConfig) -> 
 class KeepPolicy:
     """`why_kept` in the form that Orbax's manager asks for (a PreservationPolicy)."""
 
-    def __init__(self, config: CheckpointConfig, measures: dict[int, float | None]):
-        self.config, self.measures = config, measures
+    def __init__(self, config: CheckpointConfig, measures: dict[int, float | None], origin: int | None = None):
+        self.config, self.measures, self.origin = config, measures, origin
 
     def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
         """Whether each of Orbax's checkpoint infos is kept."""
-        kept = why_kept({info.step: self.measures.get(info.step) for info in checkpoints}, self.config)
+        measures = {info.step: self.measures.get(info.step) for info in checkpoints}
+        kept = why_kept(measures, self.config, self.origin)
         return [info.step in kept for info in checkpoints]

@@ -32,6 +32,7 @@ from opendeep_jax.train.checkpoint_files import (
 )
 from opendeep_jax.train.checkpoint_policy import why_kept
 from opendeep_jax.train.digests import digest_blocks, digest_numpy
+from opendeep_jax.train.origin import read_origin
 
 Seen = Callable[[int], Any]
 """Called with the bytes that were read since the last call."""
@@ -89,7 +90,7 @@ def list_checkpoints(workdir: str | Path) -> list[Listed]:
     workdir = Path(workdir)
     aside = [(re.match(r"[0-9]+(?=-)", path.name), path) for path in (workdir / UNSOUND).glob("*")]
     rows = [Listed(int(name[0]), "", _size(path), None, "unsound", "") for name, path in aside if name]
-    why = why_kept(measures(workdir), config)
+    why = why_kept(measures(workdir), config, read_origin(workdir)["step"])
     for tier, directory in [("durable", workdir / DIRECTORY)] + [
         ("local", root / DIRECTORY) for root in local_roots(config.local_directory, workdir)
     ]:
@@ -222,8 +223,8 @@ def _compare(one: Any, other: Any, seen: Seen) -> tuple[int, float, float]:
 
 
 def prunable(workdir: str | Path, config: CheckpointConfig) -> list[int]:
-    """The steps of the checkpoints that `config` doesn't keep; never the newest."""
-    kept = why_kept(measures(workdir), config)
+    """The steps of the checkpoints that `config` doesn't keep; never the newest, nor what the run began from."""
+    kept = why_kept(measures(workdir), config, read_origin(workdir)["step"])
     return [step for step in steps_in(Path(workdir) / DIRECTORY)[:-1] if step not in kept]
 
 

@@ -29,11 +29,19 @@ class Writer:
     beside the training step.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, items: tuple[str, ...], alone: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        items: tuple[str, ...],
+        alone: bool = False,
+        origin: int | None = None,
+    ):
         """
         Args:
             items: names of the pytrees that a checkpoint holds besides its record.
             alone: this process writes without the others, into a directory of its own.
+            origin: the step of the checkpoint that the run began from.
         """
         quieten_orbax()
         self.directory, self.items, self.alone = directory, items, alone
@@ -53,7 +61,7 @@ class Writer:
                 create=False,
                 enable_async_checkpointing=False,
                 multiprocessing_options=several,
-                preservation_policy=KeepPolicy(config, self.measures),
+                preservation_policy=KeepPolicy(config, self.measures, origin),
                 save_root_metadata=False,
             ),
         )

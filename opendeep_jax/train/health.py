@@ -1,8 +1,11 @@
 """Whether a step's update may be applied, decided on the device, so that the loop never waits to know.
 
-An update is skipped where the loss or the gradient's norm is not finite, and, if the policy says so, where the loss is
-a spike: far above the median of the last good ones, in robust standard deviations. A skipped step leaves parameters,
+An update is skipped where the loss or the gradient's norm is not finite, and, if the policy says so, where one of them
+is a spike: far above the median of the last ones, in robust standard deviations. A skipped step leaves parameters,
 moments and router biases as they were; its number still counts, so every batch belongs to the same step as ever.
+
+What is finite enters the windows, skipped or not, so that text of another kind is skipped a few times and then known.
+Where the configuration itself changes what a loss is compared with (`config.schedule.borders`) they begin anew.
 """
 
 from typing import NamedTuple
@@ -14,51 +17,107 @@ from jaxtyping import Array, Bool, Float, Int
 from opendeep_jax.config.operations import FaultsConfig
 
 WINDOW = 128
-"""Good losses that a new one is compared with."""
+"""Steps that a new one is compared with."""
 FEWEST = 16
-"""Before so many are there, no loss is called a spike."""
-SMALLEST_SPREAD = 0.005
-"""Of the median: losses that hardly differ would make a spike of every breath."""
+"""Before so many are there, nothing is called a spike."""
+PATIENCE = 3
+"""So many spikes at least half as high among those steps, or of any height among the last RECENT, and the next one is
+none: it is how the text is by now."""
+RECENT = 8
+LOSS_SPREAD = 0.005, 1e-3
+"""The smallest spread of losses, of the median and by itself: losses that hardly differ would make a spike of every
+breath, and those of some objectives lie around 0."""
+NORM_SPREAD = 0.1, 1e-6
+"""Of gradient norms, which vary more."""
 
 
 class Health(NamedTuple):
     """What judging a step needs of those before it; part of the training state, and of its checkpoints."""
 
     losses: Float[Array, "window"]
-    """Losses of the last steps whose update was applied, the newest last; NaN where there are none yet."""
-    skipped_in_a_row: Int[Array, ""]
-    """Updates skipped since the last one that was applied."""
+    """Losses of the last steps that were finite, the newest last; NaN where there are none yet."""
+    norms: Float[Array, "window"]
+    """Their gradient norms; NaN for 0, which says nothing of the next one."""
+    high: Int[Array, "window"]
+    """1 for those of them that were above the threshold, else 0."""
+    last_update: Int[Array, ""]
+    """The last step (from 1) whose update was applied; 0 for none. Weights are the same from there on."""
+    stretch: Int[Array, ""]
+    """How many borders lie before the windows' steps."""
 
 
 class Verdict(NamedTuple):
     """What is said of a step."""
 
     apply: Bool[Array, ""]
+    spike: Bool[Array, ""]
     loss_zscore: Float[Array, ""]
-    """Robust standard deviations above the median; 0 while there are too few losses."""
+    """Robust standard deviations above the median; 0 while there are too few steps."""
+    grad_norm_zscore: Float[Array, ""]
 
 
-def new_health() -> Health:
-    """Of a run that has not begun."""
-    return Health(jnp.full((WINDOW,), jnp.nan, jnp.float32), jnp.int32(0))
+def new_health(step: int = 0) -> Health:
+    """Return the health of a run that begins with the state after `step`."""
+    losses, norms = (jnp.full((WINDOW,), jnp.nan, jnp.float32) for _ in range(2))
+    return Health(losses, norms, jnp.zeros((WINDOW,), jnp.int32), jnp.int32(step), jnp.int32(0))
 
 
-def judge(faults: FaultsConfig, health: Health, loss: jax.Array, grad_norm: jax.Array) -> tuple[Verdict, Health]:
-    """Says whether the step with this loss and gradient norm may be applied, and what is known afterwards."""
+def judge(
+    faults: FaultsConfig, borders: tuple[int, ...], step, health: Health, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[Verdict, Health]:
+    """Says whether `step` (from 0) with this loss and gradient norm may be applied, and what is known afterwards.
+
+    Args:
+        borders: first steps (from 0) of the stretches whose losses are not compared with those before.
+    """
+    health = _begin_stretch(borders, step, health)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    zscore = robust_zscore(health.losses, loss)
-    apply = finite
-    if faults.spike_policy == "skip":
-        apply &= ~(zscore > faults.spike_zscore)
-    losses = jnp.roll(health.losses, -1).at[-1].set(loss)
-    in_a_row = jnp.where(apply, 0, health.skipped_in_a_row + 1)
-    return Verdict(apply, zscore), Health(jnp.where(apply, losses, health.losses), in_a_row)
+    loss_zscore = robust_zscore(health.losses, loss, *LOSS_SPREAD)
+    norm_zscore = robust_zscore(health.norms, grad_norm, *NORM_SPREAD)
+    high_loss, high_norm = (finite & (zscore > faults.spike_zscore) for zscore in (loss_zscore, norm_zscore))
+    spike = high_loss & ~_is_known(health.losses, health.high, loss)
+    spike |= high_norm & ~_is_known(health.norms, health.high, grad_norm)
+    apply = finite & ~spike if faults.spike_policy == "skip" else finite
+    windows = {
+        "losses": _pushed(health.losses, loss),
+        "norms": _pushed(health.norms, jnp.where(grad_norm > 0, grad_norm, jnp.nan)),
+        "high": _pushed(health.high, (high_loss | high_norm).astype(jnp.int32)),
+    }
+    kept = {name: jnp.where(finite, window, getattr(health, name)) for name, window in windows.items()}
+    after = health._replace(**kept, last_update=jnp.where(apply, step + 1, health.last_update))
+    return Verdict(apply, spike, loss_zscore, norm_zscore), after
 
 
-def robust_zscore(losses: Float[Array, "window"], loss: jax.Array) -> jax.Array:
-    """(loss - median) / (1.4826 MAD), the spread at least SMALLEST_SPREAD of the median; NaN losses don't count."""
-    median = jnp.nanmedian(losses)
-    spread = 1.4826 * jnp.nanmedian(jnp.abs(losses - median))
-    spread = jnp.maximum(spread, SMALLEST_SPREAD * jnp.abs(median))
-    enough = jnp.sum(jnp.isfinite(losses)) >= FEWEST
-    return jnp.where(enough & jnp.isfinite(loss), (loss - median) / jnp.maximum(spread, 1e-30), 0.0)
+def leave_out(faults: FaultsConfig, borders: tuple[int, ...], step, health: Health, loss, grad_norm) -> Health:
+    """Return the health after a step whose batch is left out. What is known of it (else NaN) enters the windows, as it
+    does where the device skips its update."""
+    _, after = judge(faults, borders, step, health, loss, grad_norm)
+    return after._replace(last_update=health.last_update)
+
+
+def robust_zscore(values: Float[Array, "window"], value: jax.Array, relative: float, absolute: float) -> jax.Array:
+    """(value - median) / (1.4826 MAD), the spread not below `relative` of the median or `absolute`; NaN don't count."""
+    median = jnp.nanmedian(values)
+    spread = 1.4826 * jnp.nanmedian(jnp.abs(values - median))
+    spread = jnp.maximum(spread, jnp.maximum(relative * jnp.abs(median), absolute))
+    enough = jnp.sum(jnp.isfinite(values)) >= FEWEST
+    return jnp.where(enough & jnp.isfinite(value), (value - median) / spread, 0.0)
+
+
+def _is_known(values: Float[Array, "window"], high: Int[Array, "window"], value: jax.Array) -> Bool[Array, ""]:
+    """Tell whether a high value is one of those that have come often enough to be expected."""
+    above = values - jnp.nanmedian(values)
+    alike = (high > 0) & (above >= 0.5 * (value - jnp.nanmedian(values)))
+    return (jnp.sum(alike) >= PATIENCE) | (jnp.sum(high[-RECENT:]) >= PATIENCE)
+
+
+def _begin_stretch(borders: tuple[int, ...], step, health: Health) -> Health:
+    """Empties the windows where a border lies between their steps and `step`."""
+    stretch = sum(((step >= border).astype(jnp.int32) for border in borders), start=jnp.int32(0))
+    empty, same = new_health(), stretch == health.stretch
+    kept = {name: jnp.where(same, getattr(health, name), getattr(empty, name)) for name in ("losses", "norms", "high")}
+    return health._replace(**kept, stretch=stretch)
+
+
+def _pushed(window: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.roll(window, -1).at[-1].set(value)

@@ -14,15 +14,16 @@ from opendeep_jax.data.tokenizer import load_tokenizer
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import split
 from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
 from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.origin import write_origin
+from opendeep_jax.train.origin import IMPORTED, write_origin
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
 
 RECIPE_FILE = "recipe.py"
-RECIPE = '''\
-"""The recipe of this imported run, as its config.json has it: `opendeep train --config={path} --workdir={workdir}`"""
+RECIPE = f'''\
+"""{IMPORTED}, as its config.json has it: `opendeep train --config={{path}} --workdir={{workdir}}`"""
 
 from pathlib import Path
 
@@ -37,6 +38,10 @@ def get_config():
 
 def check_importable(workdir: str | Path) -> None:
     """Raises ConfigError where a run is in the way."""
+    if steps_in(Path(workdir) / DIRECTORY) and not (Path(workdir) / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--out={workdir}: holds a checkpoint of an import that was cut short. Delete it, or choose another."
+        )
     if (Path(workdir) / CONFIG_FILE).exists():
         raise ConfigError(f"--out={workdir}: holds a run or a model already. Choose another directory.")
 

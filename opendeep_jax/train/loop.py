@@ -94,6 +94,7 @@ class Run:
     steps: int
     mesh: Mesh
     programs: Programs
+    pass_over: Callable[..., TrainState]
     data: Data
     checkpoints: Checkpoints
     observer: Observer
@@ -122,7 +123,7 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
         with run.clock.counting("data"):
             rows = next(batches)
         if recovery.passes_over(step):
-            state, metrics = _passed_over(state), None
+            state, metrics = run.pass_over(state, *recovery.taken_in(step)), None
             observer.leave_out(step)
         else:
             state, metrics = _step(run, state, step, rows)
@@ -209,9 +210,6 @@ def _refuse(corruption: str | None) -> None:
         raise GoBack(corruption)
 
 
-_passed_over = jax.jit(pass_over, donate_argnums=0)
-
-
 def is_due(step: int, every: int, *also: int) -> bool:
     """Whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
     return step in also or (every > 0 and step % every == 0)
@@ -241,10 +239,13 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         state, start = _newest(*sources)
         step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
         programs = Programs(config, step_function, template, mesh)
+        passing_over = jax.jit(functools.partial(pass_over, config), donate_argnums=0)
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):
                 programs.at(start)
+        if start == 0:
+            _begin(workdir, checkpoints, state)
         watchdog.doing("data preparation")
         data = opening.result()
         say(startup_summary(data_rows(config, data.describe())))
@@ -253,9 +254,10 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
         with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
+            recovery.begin(start, int(state.health.last_update))
             saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
             with stop_requests() as stop:
-                run = Run(config, steps, mesh, programs, data, *saving, progress, watchdog, clock, stop)
+                run = Run(config, steps, mesh, programs, passing_over, data, *saving, progress, watchdog, clock, stop)
                 while True:
                     try:
                         state = train_steps(run, state, start)
@@ -264,10 +266,12 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
                         fault = error.with_traceback(None)  # whose frames hold the state: there may be no room for two
                     state, at = None, observer.step
                     checkpoints.wait()
-                    if fault.first is not None:  # what was saved since then belongs to what is undone
-                        checkpoints.discard_from(fault.first)
                     state, start = _newest(*sources, fault.first)
-                    recovery.go_back(fault, at, start)
+                    if fault.first is not None:  # what was saved later belongs to what is undone
+                        checkpoints.discard_from(start + 1)
+                    if start == 0:
+                        _begin(workdir, checkpoints, state)
+                    recovery.go_back(fault, at, start, int(state.health.last_update))
                     observer.go_back(start)
             watchdog.doing("evaluation", steps)
             progress.update(steps, **observer.evaluate(steps, state, config.evaluation.final_batches))
@@ -288,7 +292,8 @@ def _newest(
     clock: Clock,
     before: int | None = None,
 ) -> tuple[TrainState, int]:
-    """The state to go on from, and its step: of the newest sound checkpoint before step `before`, or the first one."""
+    """The state to go on from, and its step: of the newest sound checkpoint without an update of step `before` or
+    later, or the first one, where there never was a checkpoint."""
     watchdog.doing("restore")
     try:
         with clock.counting("restore"):
@@ -305,3 +310,12 @@ def _newest(
         if is_primary():
             record_event(workdir, "unsound_checkpoint", int(state.step), note)
     return state, int(state.step)
+
+
+def _begin(workdir: Path, checkpoints: Checkpoints, state: TrainState) -> None:
+    """Says that a run begins again, where it does, and whether with the weights that it began with before."""
+    again = checkpoints.begin(state)
+    if again:
+        say(again)
+        if is_primary():
+            record_event(workdir, "begun_again", 0, again)

@@ -3,19 +3,26 @@
     {"kind": "import", "step": 0, …}
 
 `kind` is `random` (made from the seed), `import` (somebody else's weights) or `branch` (another run's checkpoint). The
-state is that of `step`; unless it is random, it lies in the run's own checkpoint of that step. `saved` is the step of the
-first checkpoint that was ever whole, in either tier. Other fields are those of whoever made the run.
+state is that of `step`; unless it is random, it lies in the run's own checkpoint of that step. `saved` is the step of
+the first checkpoint that was ever whole, in either tier; `start` a digest of random weights. Other fields are those of
+whoever made the run.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
+from opendeep_jax.train.checkpoint_files import DIRECTORY, UNSOUND, steps_in
+from opendeep_jax.train.metrics import CHECKPOINTS, read_jsonl
 
 ORIGIN = "origin.json"
+IMPORTED = "The recipe of this imported run"
+"""What `opendeep import` writes into the directory's recipe.py."""
+SUMMARY_STEP = 1
+"""A run with a summary had a checkpoint, of whichever step."""
 KINDS = ("random", "import", "branch")
 
 
@@ -47,5 +54,52 @@ def write_origin(workdir: str | Path, kind: str, step: int = 0, **fields: Any) -
     return origin
 
 
+def lost(
+    workdir: Path, origin: dict[str, Any], before: int | None, notes: list[str], elsewhere: Path | None
+) -> str | None:
+    """Return a diagnosis with a cure where a run that has no state to go on from must not begin from its seed.
+
+    Args:
+        before: the state must have no update of this step or later; None takes any.
+        notes: paragraphs on the checkpoints that were found and not sound.
+        elsewhere: where checkpoints lie that were made for other processes than there are.
+    """
+    directory, saved = workdir / DIRECTORY, origin.get("saved")
+    anew = "start anew in another --workdir"
+    if notes:
+        what, cure = "is sound", f"Bring one back from a copy to {directory}, or {anew}."
+        if elsewhere:
+            what, cure = "can be read here", f"Start as many processes as it had, or {anew}."
+        return f"{workdir}: none of its checkpoints {what}. {' '.join(notes)} {cure}"
+    if origin["kind"] == "random" and (saved is None or (before is not None and before <= saved)):
+        return None
+    if origin["kind"] == "random":
+        has = "its run had checkpoints"
+    else:
+        whose = "imported weights" if origin["kind"] == "import" else "a checkpoint of another run"
+        has = f"its run began from {whose}, the state of step {origin['step']:,}"
+    what = "there is none now" if before is None else f"there is none from before step {before:,} now"
+    moved = workdir / UNSOUND
+    aside = f" (moved aside, as not what was saved: {moved})" if moved.is_dir() and any(moved.iterdir()) else ""
+    return (
+        f"{workdir}: none of its checkpoints is sound: {has}, and {what} in {directory}{aside}. A run never begins "
+        "anew from random weights by itself. Bring a checkpoint back, from a copy or the local tier that had it "
+        f"(checkpoint.local_directory), or {anew}."
+    )
+
+
 def _of_old_run(workdir: Path) -> dict[str, Any]:
-    return {"kind": "import" if 0 in steps_in(workdir / DIRECTORY) else "random", "step": 0}
+    there = steps_in(workdir / DIRECTORY)
+    aside = [int(name[0]) for path in (workdir / UNSOUND).glob("*") if (name := re.match(r"\d+(?=-)", path.name))]
+    logged = [line["step"] for line in read_jsonl(workdir / CHECKPOINTS) if isinstance(line.get("step"), int)]
+    summary = [SUMMARY_STEP] if (workdir / "summary.json").exists() else []
+    saved = min([*there, *aside, *logged, *summary], default=None)
+    imported = 0 in there or 0 in aside or IMPORTED in _text(workdir / "recipe.py")
+    return {"kind": "import" if imported else "random", "step": 0} | ({} if saved is None else {"saved": saved})
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

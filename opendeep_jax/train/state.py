@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from opendeep_jax.config.schedule import borders
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import divided_further, partition_spec
-from opendeep_jax.train.health import Health, new_health
+from opendeep_jax.train.health import Health, leave_out, new_health
 
 
 class TrainState(NamedTuple):
@@ -38,9 +39,14 @@ def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
 
 
-def pass_over(state: TrainState) -> TrainState:
-    """The state after a step whose batch is left out: nothing but the step's number changes."""
-    return state._replace(step=state.step + 1)
+def pass_over(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array) -> TrainState:
+    """The state after a step whose batch is left out: the step's number, and what the next ones are compared with.
+
+    Args:
+        loss, grad_norm: of the step, where it was judged before it was undone; NaN where that isn't known.
+    """
+    health = leave_out(config.faults, borders(config), state.step, state.health, loss, grad_norm)
+    return state._replace(step=state.step + 1, health=health)
 
 
 def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh, zero_1: bool = False) -> TrainState:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from opendeep_jax.config.rules import ROW_AXES
-from opendeep_jax.config.schedule import micro_batches, step_at_tokens
+from opendeep_jax.config.schedule import borders, micro_batches, step_at_tokens
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.parameters import Arrays, Skeleton
@@ -34,7 +34,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure function `(state, batch) -> (state, metrics)`; jit it once and donate the state."""
     schedule = learning_rate_schedule(config)
-    zero_1 = config.parallel.shard_optimizer_over_replicas
+    zero_1, stretches = config.parallel.shard_optimizer_over_replicas, borders(config)
 
     def in_place(state: TrainState) -> TrainState:
         """Each array where it lay before the step, so that the new state can take the old one's memory."""
@@ -57,11 +57,12 @@ def make_train_step(
         speed = bias_update_speed(config, state.step)
         router_bias = {name: updated_bias(bias, load[name], speed) for name, bias in state.router_bias.items()}
         rate = config.optimizer.learning_rate * schedule(state.step)
-        verdict, health = judge(config.faults, state.health, sums["loss"], grad_norm)
+        verdict, health = judge(config.faults, stretches, state.step, state.health, sums["loss"], grad_norm)
         after, before = (params, opt_state, router_bias), (state.params, state.opt_state, state.router_bias)
         kept = jax.tree.map(lambda new, old: jnp.where(verdict.apply, new, old), after, before)
         metrics = {**sums, "grad_norm": grad_norm, "learning_rate": rate, "load": load, "router_bias": router_bias}
-        metrics |= {"skipped": ~verdict.apply, "loss_zscore": verdict.loss_zscore}
+        metrics |= {"skipped": ~verdict.apply, "spike": verdict.spike}
+        metrics |= {"loss_zscore": verdict.loss_zscore, "grad_norm_zscore": verdict.grad_norm_zscore}
         return in_place(TrainState(state.step + 1, *kept, health)), metrics
 
     return train_step

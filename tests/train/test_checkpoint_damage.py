@@ -97,7 +97,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(tmp_path):
     with pytest.raises(ConfigError, match="none of its checkpoints is sound"):
         restore(tmp_path)
     shutil.rmtree(tmp_path / "unsound")
-    assert restore(tmp_path) is None
+    with pytest.raises(ConfigError, match="its run had checkpoints, and there is none now.*another --workdir"):
+        restore(tmp_path)
 
 
 def test_reading_only_moves_nothing(tmp_path):

@@ -30,10 +30,12 @@ def make(tmp_path, monkeypatch):
     return make
 
 
-def note(run: Recovery, *steps: int, skipped=False, zscore=0.0) -> None:
+def note(run: Recovery, *steps: int, skipped=False, zscore=0.0, norm_zscore=0.0) -> None:
     loss = np.nan if skipped and not zscore else 4.0
+    spike = max(zscore, norm_zscore) > run.faults.spike_zscore
     for step in steps:
-        metrics = {"skipped": skipped, "loss": loss, "grad_norm": 1.0, "loss_zscore": zscore}
+        metrics = {"skipped": skipped, "spike": spike, "loss": np.float32(loss), "grad_norm": np.float32(1.0)}
+        metrics |= {"loss_zscore": zscore, "grad_norm_zscore": norm_zscore}
         run.note(step, {name: np.asarray(value) for name, value in metrics.items()})
 
 
@@ -133,8 +135,8 @@ def test_a_window_is_on_disk_before_the_run_goes_on_and_the_next_start_reads_it(
     run.go_back(GoBack("bad", 5, 8), 9, 4)
     run.go_back(GoBack("worse", 12, 12), 12, 10)
     assert read_passed_over(tmp_path) == [
-        {"first": 5, "last": 8, "to_step": 4, "reason": "bad"},
-        {"first": 12, "last": 12, "to_step": 10, "reason": "worse"},
+        {"first": 5, "last": 8, "to_step": 4, "reason": "bad", "last_update": 4, "taken_in": []},
+        {"first": 12, "last": 12, "to_step": 10, "reason": "worse", "last_update": 10, "taken_in": []},
     ]
     again = make()
     passed = [step for step in range(1, 15) if again.passes_over(step)]
