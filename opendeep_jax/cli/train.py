@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> None:
             primary_first("workdir", lambda: check_start(config, launch))
         primary_first("devices", lambda: check_devices(config, jax.device_count()))
 
-        from opendeep_jax.train.loop import say, train
+        from opendeep_jax.train.loop import train
 
         if launch.parent:
             from opendeep_jax.train.branch import begin_branch
 
-            begin_branch(config, launch.recipe, launch.workdir, launch.parent, say)
+            begin_branch(config, launch.recipe, launch.workdir, launch.parent)
         train(config, launch.workdir, launch.recipe, process_start())
     except BaseException as error:
         if jax.process_count() > 1:

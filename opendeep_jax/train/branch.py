@@ -104,8 +104,12 @@ def _began(origin: dict) -> str:
     return "began with imported weights" if origin["kind"] == "import" else "did not begin as a branch"
 
 
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 def begin_branch(
-    config: RunConfig, recipe: RunConfig | None, workdir: str | Path, parent: str, say: Callable[[str], None] = print
+    config: RunConfig, recipe: RunConfig | None, workdir: str | Path, parent: str, say: Callable[[str], None] = _print
 ) -> None:
     """Make `workdir` a run whose first checkpoint is the parent's, moved to this run's mesh, moments and dtypes.
 

@@ -89,6 +89,6 @@ def check_tokenizer(config: RunConfig, parent: Parent) -> None:
     if not same:
         raise ConfigError(
             f"data.tokenizer = {name!r}: its ids are not those that the weights of {parent.workdir} have learned, "
-            f"whose data.tokenizer is {parent.config.data.tokenizer!r}. Leave it as it is there: a branch reads its "
-            "text with its parent's tokenizer, whatever the sources."
+            f"whose data.tokenizer is {parent.config.data.tokenizer!r}. Set it as it is there: a branch reads its text "
+            "with its parent's tokenizer, whatever the sources."
         )

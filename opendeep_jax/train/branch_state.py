@@ -74,6 +74,7 @@ def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainSt
             for name, source in names.items():
                 like, dtype = items[item][name], jnp.dtype(saved[source]["dtype"])
                 read[item][source] = jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+    read = {item: arrays for item, arrays in read.items() if arrays}  # an average of weights has no optimizer
     return Move(record["step"], kept, read, notes, refusal)
 
 
