@@ -106,7 +106,8 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
         (corpus / f"{index}.py").write_text(f"def number_{index}():\n    return {index}\n" * 20)
     monkeypatch.chdir(tmp_path)
     source = [f"--data.sources.0.path={corpus}", "--data.sources.0.name=corpus", "--data.held_out_fraction=0.3"]
-    more = {"train": [*TINY, *source], "branch": ["--train.steps=3"], "generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
+    more = {"train": [*TINY, *source], "branch": ["--train.steps=3"]}
+    more |= {"generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
     # These take minutes; tests/cli/test_plan_command.py, tests/jobs and tests/train/test_processes.py run small ones.
     commands = [command for command in train_commands() if command[0] not in ("plan", "launch", "sweep")]
     expected = {"train", "generate", "eval", "report", "data", "watch", "checkpoints"}

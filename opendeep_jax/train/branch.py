@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
             raise unsound_parent(given, parent.workdir, parent.step, error) from error
         arrays = {name: array for item in items.values() for name, array in item.items()}
         measure = parent.record["measure"] if comparable else None
-        more = {"layout": layout(items), "processes": jax.process_count()}
+        last_update = int(items[OPTIMIZER][".health.last_update"])
+        more = {"layout": layout(items), "processes": jax.process_count(), "last_update": last_update}
         record = make_record(parent.step, measure, arrays, flat_digests(arrays), **more)
         primary_first("branch/staged", lambda: staged.mkdir(exist_ok=True))
         with contextlib.closing(Writer(staged, CheckpointConfig(keep=0), (MODEL, OPTIMIZER))) as writer:
@@ -238,10 +240,16 @@ def _has_own_order(config: RunConfig, parent: Parent, changes: list[tuple[str, A
 
 
 def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[dict]:
-    """The steps to come that the parent passes over, where they have the parent's batches."""
-    if _has_own_order(config, parent, changes):
-        return []
-    return [window for window in read_passed_over(parent.workdir) if window["last"] > parent.step]
+    """The steps that the parent passes over: with other batches than the parent's, only those that are done.
+
+    None of them counts as a rollback of the branch.
+    """
+    end = parent.step if _has_own_order(config, parent, changes) else sys.maxsize
+    return [
+        {**window, "last": min(window["last"], end), "last_update": -1}
+        for window in read_passed_over(parent.workdir)
+        if window["first"] <= end
+    ]
 
 
 def _notes(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[str]:

@@ -136,7 +136,7 @@ def _first_state(step: int, template: TrainState, optimizer: optax.GradientTrans
     params = {name: model[f"params.{name}"] for name in template.params}
 
     def first(params):
-        return TrainState(jnp.asarray(np.int32(step)), {}, optimizer.init(params), {}, new_health())
+        return TrainState(jnp.asarray(np.int32(step)), {}, optimizer.init(params), {}, new_health(step))
 
     shardings = jax.tree.map(lambda x: x.sharding, template._replace(params={}, router_bias={}))
     return jax.jit(first, out_shardings=shardings)(params)

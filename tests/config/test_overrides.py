@@ -79,7 +79,7 @@ def test_numbers_arrive_exactly(rate, seed):
         ("--learning_rate=1", "Did you mean --optimizer.learning_rate?"),
         ("--model.expert_size=1", "Did you mean --model.moe.expert_size?"),
         ("--optimizer.lr=1", "optimizer has kind, learning_rate,"),
-        ("--sead=1", r"Did you mean --seed\?"),
+        ("--sead=1", "Did you mean --seed?"),
         ("--work_dir=x", "Did you mean --workdir?"),
         ("--model.moe=1", "is a group of settings; set one of them, such as --model.moe.num_experts."),
         ("--optimizer.phases.0.tokens=1", "Entries of optimizer.phases are added in a recipe file"),

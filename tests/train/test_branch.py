@@ -332,13 +332,14 @@ def test_a_damaged_parent_is_refused_with_its_other_checkpoints_and_none_is_take
 
 def test_a_parents_passed_over_batches_count_as_long_as_the_batches_are_the_same(trunk, tmp_path, capsys):
     parent = shutil.copytree(trunk, tmp_path / "trunk")
-    windows = [{"first": first, "last": first + 1, "to_step": first - 1, "reason": "test"} for first in (2, 6)]
+    windows = [{"first": first, "last": first + 1, "to_step": first - 1, "reason": "test"} for first in (4, 6)]
     (parent / "passed_over.json").write_text(json.dumps(windows))
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'same'}", "--optimizer.learning_rate=1e-3")
-    assert [w["first"] for w in read_passed_over(tmp_path / "same")] == [6]
+    same = read_passed_over(tmp_path / "same")
+    assert [(window["first"], window["last"], window["last_update"]) for window in same] == [(4, 5, -1), (6, 7, -1)]
     assert "passes over" not in capsys.readouterr().out
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'other'}", "--seed=5")
-    assert read_passed_over(tmp_path / "other") == []
+    assert [(window["first"], window["last"]) for window in read_passed_over(tmp_path / "other")] == [(4, 4)]
     assert "what the parent passes over is of its own order, and counts no more" in capsys.readouterr().out
 
 
