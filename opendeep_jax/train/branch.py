@@ -143,7 +143,7 @@ def begin_branch(
 def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Callable[[str], None]) -> None:
     mesh, bones = make_mesh(config.parallel), skeleton(config.model)
     optimizer = make_optimizer(config, bones.axes())
-    changes, staged = diff(parent.config, config), workdir / STAGED
+    changes, staged = diff(parent.config, config), workdir.resolve() / STAGED  # Orbax takes no relative path
     with jax.set_mesh(mesh):
         template = abstract_state(config, optimizer, bones, mesh)
         comparable = all(is_among(name, SAME_LOSS) for name, _, _ in changes)

@@ -145,23 +145,25 @@ def test_the_schedule_of_a_branch_goes_by_the_runs_step_and_its_rate_is_said(set
     assert arrays(tmp_path / "branch", 4) == arrays(trunk, 4)
 
 
-def test_lineage_is_recorded_and_shown(trunk, tmp_path, capsys):
+def test_lineage_is_recorded_and_shown(trunk, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "branch"
-    start(f"--from={trunk}@4", f"--workdir={workdir}", "--optimizer.learning_rate=1e-3")
+    monkeypatch.chdir(tmp_path)
+    given = os.path.relpath(trunk)
+    start(f"--from={given}@4", "--workdir=branch", "--optimizer.learning_rate=1e-3")
     origin = read_origin(workdir)
-    assert (origin["kind"], origin["step"], origin["parent"]) == ("branch", 4, str(trunk))
+    assert (origin["kind"], origin["step"], origin["parent"]) == ("branch", 4, given)
     assert origin["parent_absolute"] == str(trunk.resolve())
     assert origin["differences"] == [["optimizer.learning_rate", 1e-2, 1e-3]]
     assert origin["parent_checkpoint"] == content_digest(read_record(workdir / "checkpoints" / "4"))
     assert (workdir / "config_diff.txt").read_text() == "optimizer.learning_rate  0.01 -> 0.001\n"
     capsys.readouterr()
     assert main(["checkpoints", "list", f"--workdir={workdir}"]) == 0
-    assert f"began with: branch of {trunk} at step 4" in capsys.readouterr().out
+    assert f"began with: branch of {given} at step 4" in capsys.readouterr().out
     watched = watch_run.Run(workdir)
     watched.look()
     console = Console(width=400, record=True, file=io.StringIO())
     console.print(watch_terminal.frame([watched], ["branch"], console))
-    assert f"branch of {trunk} at step 4" in console.export_text()
+    assert f"branch of {given} at step 4" in console.export_text()
 
 
 def moments(workdir, step, of: str) -> dict[str, np.ndarray]:
