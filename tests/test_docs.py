@@ -107,14 +107,17 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
         (corpus / f"{index}.py").write_text(f"def number_{index}():\n    return {index}\n" * 20)
     monkeypatch.chdir(tmp_path)
     source = [f"--data.sources.0.path={corpus}", "--data.sources.0.name=corpus", "--data.held_out_fraction=0.3"]
-    more = {"train": [*TINY, *source], "generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
+    more = {"train": [*TINY, *source], "branch": ["--train.steps=3"]}
+    more |= {"generate": ["--max_tokens=4"], "prepare": [*TINY, *source]}
     # These take minutes; tests/cli/test_plan_command.py, tests/jobs and tests/train/test_processes.py run small ones.
     commands = [command for command in train_commands() if command[0] not in ("plan", "launch", "sweep")]
     expected = {"train", "describe", "generate", "eval", "report", "data", "watch", "checkpoints"}
     assert expected <= {command[0] for command in commands}
     for command in commands:
         name = command[1] if command[0] == "data" else command[0]
+        if any(word.startswith("--from=") for word in command):
+            name = "branch"
         command = [word.replace("json/decoder.py", "7.py") for word in command]  # a document of this corpus
         assert main([*command, *more.get(name, [])]) == 0, capsys.readouterr().err
-    (workdir,) = (tmp_path / "runs").glob("*/report.html")
-    assert workdir.stat().st_size > 0
+    reports = list((tmp_path / "runs").glob("*/report.html"))
+    assert len(reports) == 2 and all(report.stat().st_size for report in reports)

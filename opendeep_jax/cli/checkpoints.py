@@ -51,6 +51,8 @@ def _parse(action: str, purpose: str, argv: Sequence[str], dry_run: bool = False
 def _list(argv: Sequence[str]) -> None:
     values = _parse("list", "Lists a run's checkpoints.", argv)
     from opendeep_jax.train.checkpoint_tools import list_checkpoints
+    from opendeep_jax.train.lineage import lineage
+    from opendeep_jax.train.origin import read_origin
     from opendeep_jax.train.progress import human_bytes
 
     rows = list_checkpoints(values.workdir)
@@ -69,6 +71,8 @@ def _list(argv: Sequence[str]) -> None:
         for row in rows
     ]
     print(_table(("step", "time (UTC)", "size", "bits/byte", "tier", "kept as"), shown, right=(0, 2, 3)))
+    if ancestry := lineage(read_origin(values.workdir)):
+        print(f"began with: {ancestry}")
 
 
 def _verify(argv: Sequence[str]) -> None:

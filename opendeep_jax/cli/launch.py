@@ -4,18 +4,22 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from opendeep_jax.config.overrides import Launch
 
 HELP = """\
 Starts a run on several processes of this machine, or as a job of a cluster.
 
 usage: opendeep launch --target=TARGET --config=RECIPE --workdir=DIRECTORY [--name=value ...]
+       opendeep launch --target=TARGET --from=RUN[@STEP] --workdir=NEW [--name=value ...]
 
   --target       local: this machine. slurm: sbatch. gke-tpu, gke-gpu: a JobSet for Kubernetes. tpu-vm: a queued
                  resource of Cloud TPU. skypilot: a managed job of SkyPilot. (default: local)
@@ -92,10 +96,10 @@ def main(argv: Sequence[str]) -> int:
 
     from opendeep_jax.config.overrides import resolve  # tyro takes a while
 
-    config, launch = resolve(rest, "opendeep launch")
+    config, launch = resolve(rest, "opendeep launch", trains=True)
     settings = tuple((name, values[name].value) for name in SETTINGS if values[name].value)
     if values.target == "local":
-        return _local(values, config, launch.workdir, rest, settings)
+        return _local(values, config, launch, rest, settings)
     if values.processes:
         raise ConfigError(
             f"--processes={values.processes}: is for --target=local; a cluster's processes follow from --topology."
@@ -118,9 +122,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _local(
-    values: flags.FlagValues, config: RunConfig, workdir: str, rest: list[str], settings: tuple[tuple[str, str], ...]
+    values: flags.FlagValues,
+    config: RunConfig,
+    launch: "Launch",
+    rest: list[str],
+    settings: tuple[tuple[str, str], ...],
 ) -> int:
     """`--target=local`: the processes here, or with --dry_run the script that would start them."""
+    from opendeep_jax.cli.train import check_start
     from opendeep_jax.jobs.launch import fill, job_name, template_directory
     from opendeep_jax.jobs.launch_local import run_local
 
@@ -136,10 +145,10 @@ def _local(
         )
     if values.dry_run:
         command = shlex.join(("opendeep", "train", *rest))
-        names = {"name": job_name(workdir), "processes": str(processes), "restarts": str(values.restarts)}
+        names = {"name": job_name(launch.workdir), "processes": str(processes), "restarts": str(values.restarts)}
         text = (template_directory() / "local.sh").read_text(encoding="utf-8")
         print(fill(text, {**names, "command": command}), end="")
         return 0
-    check_workdir(config, workdir)  # said once, instead of by every process
+    check_start(config, launch)  # said once, instead of by every process
     command = [sys.executable, "-m", "opendeep_jax", "train", *rest]
     return run_local(command, processes, values.restarts, config.faults.peer_seconds + 30, values.min_processes)

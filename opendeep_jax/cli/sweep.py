@@ -25,6 +25,8 @@ usage: opendeep sweep --config=RECIPE --sweep.NAME=VALUES [--sweep.NAME=VALUES .
   --metric=NAME             held_out_bits_per_byte (unless no text is held out), final_loss or seconds; less is better.
   --draw_seed=0             Seed of what --method=random draws.
   --workdir=DIRECTORY       Where the sweep is; runs/sweeps/RECIPE if not given.
+  --from=RUN@STEP           Begin every run as a branch of this checkpoint, as `opendeep train --from` does; with the
+                            configuration of RUN where no --config is given.
   --collect                 Start nothing; write table, pictures and best.py from what is there.
 
 Every other setting of the run can be given by its name, as to `opendeep train`, and counts for all runs:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     from opendeep_jax.config.overrides import resolve  # tyro takes a while
     from opendeep_jax.jobs.sweep import report, run_sweep
-    from opendeep_jax.jobs.sweep_plan import plan_sweep, read_sweep
+    from opendeep_jax.jobs.sweep_plan import one_checkpoint, plan_sweep, read_sweep
 
     if values.collect:
         if not values.workdir:
@@ -53,10 +55,18 @@ def main(argv: Sequence[str]) -> int:
         sweep, runs = read_sweep(values.workdir, values.metric)
         report(sweep, runs)
         return 0
-    base, launch = resolve([*([f"--config={values.config}"] if values.config else []), *rest], "opendeep sweep")
+    parent = values["from"].value
+    if parent and not values.workdir:
+        raise ConfigError(f"--from={parent}: --workdir is missing: say where the sweep of its branches is to be.")
+    if parent:
+        parent = one_checkpoint(parent, values.workdir)
+        rest = [f"--from={parent}", f"--workdir={values.workdir}", *rest]
+    recipe = [f"--config={values.config}"] if values.config else []
+    base, launch = resolve([*recipe, *rest], "opendeep sweep", trains=bool(parent))
     directory = values.workdir or f"runs/sweeps/{launch.config_name}"
     options = {name: values[name].value for name in ("method", "trials", "seeds", "metric", "draw_seed")}
-    return run_sweep(plan_sweep(Path(directory), base, settings, **options), values.parallel, values.target)
+    sweep = plan_sweep(Path(directory), base, settings, **options, parent=parent)
+    return run_sweep(sweep, values.parallel, values.target)
 
 
 def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -89,6 +99,7 @@ def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         metric=("", ""),
         draw_seed=(0, ""),
     )
+    flags.DEFINE_string("from", "", "", flag_values=values)
     methods = ["grid", "zip", "random", "optuna"]
     flags.DEFINE_enum("method", "grid", methods, "", flag_values=values)
     flags.DEFINE_boolean("collect", False, "", flag_values=values)

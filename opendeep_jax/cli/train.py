@@ -1,4 +1,4 @@
-"""`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`"""
+"""`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`, or `--from=RUN@STEP --workdir=NEW`"""
 
 import os
 import sys
@@ -10,7 +10,8 @@ from opendeep_jax.cli.process import process_start, set_verbosity
 from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.exits import BUG
 from opendeep_jax.config.load import check_workdir
-from opendeep_jax.config.overrides import resolve
+from opendeep_jax.config.overrides import Launch, resolve
+from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.parallel.cluster import find_cluster
 from opendeep_jax.train.trackers import check_trackers
 
@@ -20,11 +21,11 @@ def main(argv: Sequence[str]) -> None:
 
     Raises ConfigError for input that cannot work, and what `train.loop.train` raises.
     """
-    config, launch = resolve(argv)
+    config, launch = resolve(argv, trains=True)
     cluster = find_cluster(os.environ, launch.coordinator_address, launch.num_processes, launch.process_id)
     check_trackers(config)
     if cluster is None:
-        check_workdir(config, launch.workdir)
+        check_start(config, launch)
 
     # Only now, behind everything that can be refused without it: loading JAX takes about a second.
     import jax
@@ -35,16 +36,30 @@ def main(argv: Sequence[str]) -> None:
     start(cluster)
     try:
         if cluster is not None:
-            primary_first("workdir", lambda: check_workdir(config, launch.workdir))
+            primary_first("workdir", lambda: check_start(config, launch))
         primary_first("devices", lambda: check_devices(config, jax.device_count()))
 
         from opendeep_jax.train.loop import train
 
+        if launch.parent:
+            from opendeep_jax.train.branch import begin_branch
+
+            begin_branch(config, launch.recipe, launch.workdir, launch.parent)
         train(config, launch.workdir, launch.recipe, process_start())
     except BaseException as error:
         if jax.process_count() > 1:
             _leave(error)
         raise
+
+
+def check_start(config: RunConfig, launch: Launch) -> None:
+    """Raises ConfigError unless the run can be begun, gone on with, or branched from another, in its work directory."""
+    if launch.parent:
+        from opendeep_jax.train.branch import check_branch
+
+        check_branch(config, launch.workdir, launch.parent)
+    else:
+        check_workdir(config, launch.workdir)
 
 
 def _leave(error: BaseException) -> NoReturn:

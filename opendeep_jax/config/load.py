@@ -19,6 +19,7 @@ from opendeep_jax.config.schema import RunConfig, to_dict
 
 CONFIG_FILE = "config.json"
 DIFF_FILE = "config_diff.txt"
+SAME_AS_RECIPE = "No difference from the recipe.\n"
 
 HARMLESS = (
     "name",
@@ -224,23 +225,61 @@ def format_diff(differences: list[tuple[str, Any, Any]]) -> str:
     return "".join(f"{name:<{width}}  {a!r} -> {b!r}\n" for name, a, b in differences)
 
 
-def save_run_config(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
-    """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`."""
-    changes = format_diff(diff(recipe_config, config)) or "No difference from the recipe.\n"
-    write_atomically(Path(workdir) / CONFIG_FILE, to_json(config))
-    write_atomically(Path(workdir) / DIFF_FILE, changes)
+def save_run_config(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
+    """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`.
+
+    Without a recipe, the difference that is there already is brought up to date.
+    """
+    workdir = Path(workdir)
+    if recipe_config is not None:
+        changes = format_diff(diff(recipe_config, config))
+    elif (workdir / CONFIG_FILE).exists() and (workdir / DIFF_FILE).exists():
+        before = (workdir / DIFF_FILE).read_text(encoding="utf-8")
+        changes = _updated(before, diff(load_run_config(workdir), config))
+    else:
+        changes = ""
+    write_atomically(workdir / CONFIG_FILE, to_json(config))
+    write_atomically(workdir / DIFF_FILE, changes or SAME_AS_RECIPE)
 
 
-def load_run_config(workdir: str | os.PathLike) -> RunConfig:
-    """The configuration of the run in `workdir`. Raises ConfigError when there is none, or it cannot be read."""
+def _updated(text: str, changes: list[tuple[str, Any, Any]]) -> str:
+    """Lines of `format_diff` after further changes."""
+    pairs = dict(line.split(maxsplit=1) for line in text.splitlines() if " -> " in line)
+    for name, there, here in changes:
+        first = pairs.pop(name, f"{there!r} -> ").partition(" -> ")[0]
+        if first != repr(here):
+            pairs[name] = f"{first} -> {here!r}"
+    width = max(map(len, pairs), default=0)
+    return "".join(f"{name:<{width}}  {pair}\n" for name, pair in pairs.items())
+
+
+def load_run_config(workdir: str | os.PathLike, given: str = "") -> RunConfig:
+    """The configuration of the run in `workdir`. Raises ConfigError when there is none, or it cannot be read.
+
+    Args:
+        given: the setting that named the directory, for the error; empty says --workdir.
+    """
     path = Path(workdir) / CONFIG_FILE
     try:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--workdir={workdir}: no run can be read there, as {path.name} is missing or unreadable ({error}). "
-            "Give the directory that `opendeep train --workdir=...` wrote."
+            f"{given or f'--workdir={workdir}'}: no run can be read there, as {path.name} is missing or unreadable "
+            f"({error}). Give the directory that `opendeep train --workdir=...` wrote."
         ) from error
+
+
+def parent_of(text: str) -> tuple[Path, int | None]:
+    """The directory and the step that `--from=RUN@STEP` names; no step where it is RUN alone. Raises ConfigError."""
+    run, at, step = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return Path(text), None
+    if not re.fullmatch(r"[0-9]+", step, flags=re.ASCII) or not run:
+        raise ConfigError(
+            f"--from={text}: after the @ comes the step of a checkpoint, a whole number, as in --from=runs/trunk@500. "
+            "Leave it out for the newest."
+        )
+    return Path(run), int(step)
 
 
 def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
@@ -270,7 +309,7 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
         _check_own_weights(config, workdir)
         return
     changes = diff(load_run_config(workdir), config)
-    rounding = [entry for entry in changes if _is_among(entry[0], ROUNDING)]
+    rounding = [entry for entry in changes if is_among(entry[0], ROUNDING)]
     differences = [entry for entry in changes if entry not in rounding and not _may_differ(entry, config)]
     if (workdir / IMPORTED_RECIPE).exists() and not any((workdir / name).exists() for name in TRAINED):
         differences = [entry for entry in differences if not _is_open(entry[0])]
@@ -278,7 +317,9 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
         lines = format_diff(differences).strip().replace("\n", "\n  ")
         raise ConfigError(
             f"--workdir={workdir}: it holds a run with another configuration (there -> here):\n  {lines}\n"
-            "Give that run's settings to resume it, or another --workdir to start anew."
+            f"Give that run's settings to resume it (`opendeep train --workdir={workdir}` has them all), or another "
+            f"--workdir to start anew. `--from={workdir}@STEP --workdir=NEW` goes on from one of its checkpoints with "
+            "other settings."
         )
     if rounding:
         lines = "; ".join(f"{name} {there!r} -> {here!r}" for name, there, here in rounding)
@@ -314,8 +355,9 @@ def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
         return here > there  # which permits more, and changes no batch
     if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
         return 0 < there < here and not config.data.phases  # which divide the text by the length of the whole run
-    return _is_among(name, HARMLESS)
+    return is_among(name, HARMLESS)
 
 
-def _is_among(name: str, fields: tuple[str, ...]) -> bool:
+def is_among(name: str, fields: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of `fields`, or belongs to a group of them (a name that ends in a dot)."""
     return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)

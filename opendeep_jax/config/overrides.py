@@ -18,7 +18,15 @@ import tyro
 from absl import flags
 
 from opendeep_jax.config.checks import ConfigError, check_run, deferred, expected
-from opendeep_jax.config.load import did_you_mean, load_recipe, recipe_names, recipe_title
+from opendeep_jax.config.load import (
+    CONFIG_FILE,
+    did_you_mean,
+    load_recipe,
+    load_run_config,
+    parent_of,
+    recipe_names,
+    recipe_title,
+)
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.config.synonyms import SETTINGS, ours
 
@@ -38,8 +46,9 @@ class Launch:
     """Directory of the run."""
     verbosity: int
     """absl's log level: 1 debug, 0 info, -1 warnings, -2 errors."""
-    recipe: RunConfig
-    """The recipe's configuration before the command line changed it."""
+    recipe: RunConfig | None
+    """The recipe's configuration (or the parent's, of a branch) before the command line changed it; None where the work
+    directory's own was taken."""
     coordinator_address: str = ""
     """host:port of process 0, in a job of several processes; empty where the environment says."""
     num_processes: int = 0
@@ -48,31 +57,42 @@ class Launch:
     """This process's number; -1 where the environment says."""
     config: str = ""
     """The recipe as it was named."""
+    parent: str = ""
+    """RUN or RUN@STEP, where the run is to be a branch of another."""
 
 
-def resolve(argv: Sequence[str], program: str = "opendeep train") -> tuple[RunConfig, Launch]:
+def resolve(argv: Sequence[str], program: str = "opendeep train", trains: bool = False) -> tuple[RunConfig, Launch]:
     """The configuration that the arguments after the program's name ask for, and what they say about the process.
 
     Prints help and raises SystemExit(0) for `--help`. Raises ConfigError for an unknown recipe or field, a value of
     the wrong type, and settings that cannot work together; every problem found is in its message.
+
+    Args:
+        trains: the program trains in --workdir: it may take the configuration of the run there, or of one to branch
+            from, in place of a recipe.
     """
     process, rest = _parse_process_flags(argv, program)
-    wants_help = bool({"-h", "--help"} & set(rest))
-    if not process.config and not wants_help:
+    parent = process["from"].value
+    if parent and not trains:
+        raise ConfigError(f"--from={parent}: {program} has no use for it. Only `opendeep train` and `launch` branch.")
+    if {"-h", "--help"} & set(rest):
+        print_help(load_recipe(process.config) if process.config else RunConfig(), process, program)
+    if parent and not process.workdir:
+        raise ConfigError(f"--from={parent}: --workdir is missing: say where the branch is to be, in a new directory.")
+    if process.config:
+        base = recipe = load_recipe(process.config)
+    else:
         _group(rest, dict(_leaves(RunConfig, RunConfig())))  # a misspelt --confg is the better answer
-        raise ConfigError(
-            "--config is missing: say what to run, as in --config=quickstart. "
-            f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file."
-        )
-    recipe = load_recipe(process.config) if process.config else RunConfig()
-    if wants_help:
-        print_help(recipe, process, program)
-    name = recipe_title(process.config)
+        base, recipe = _without_recipe(process.workdir if trains else None, parent)
+    name = recipe_title(process.config or "")
     job = process.coordinator_address, process.num_processes, process.process_id
-    config = apply(recipe, rest)
-    if process.workdir and not any(argument.partition("=")[0] == "--name" for argument in rest):
-        recipe, config = (dataclasses.replace(c, name=run_title(c.name, process.workdir)) for c in (recipe, config))
-    launch = Launch(name, process.workdir or f"runs/{name}", process.verbosity, recipe, *job, process.config)
+    workdir, config = process.workdir or f"runs/{name}", apply(base, rest)
+    named = any(argument.partition("=")[0] == "--name" for argument in rest)
+    if process.workdir and recipe is not None and not named:
+        family = recipe.name if process.config else recipe.name.partition("/")[0]  # a branch is no part of its parent
+        title = run_title(family, process.workdir)
+        recipe, config = (dataclasses.replace(c, name=title) for c in (recipe, config))
+    launch = Launch(name, workdir, process.verbosity, recipe, *job, process.config or "", parent)
     return config, launch
 
 
@@ -83,6 +103,25 @@ def run_title(name: str, workdir: str) -> str:
     """
     directory = Path(workdir).resolve().name
     return name if not directory or directory == name.rpartition("/")[2] else f"{name}/{directory}"
+
+
+def _without_recipe(workdir: str | None, parent: str) -> tuple[RunConfig, RunConfig | None]:
+    """The configuration of the run in `workdir`, or of the one that it is to branch from; and which it is compared to.
+
+    Raises ConfigError where there is neither.
+    """
+    if workdir and Path(workdir, CONFIG_FILE).exists():
+        return load_run_config(workdir), None
+    if parent:
+        config = load_run_config(parent_of(parent)[0], f"--from={parent}")
+        return config, config
+    others = Path(workdir).parent.glob(f"*/{CONFIG_FILE}") if workdir else ()
+    there = did_you_mean(Path(workdir or "").name, sorted(path.parent.name for path in others))
+    missing = f", and --workdir={workdir} holds no run to go on with.{there} To start one, say" if workdir else ": say"
+    raise ConfigError(
+        f"--config is missing{missing} what to run, as in --config=quickstart. "
+        f"Recipes: {', '.join(recipe_names())}. Your own is the path of a .py file."
+    )
 
 
 def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -132,6 +171,8 @@ def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagV
     process = flags.FlagValues()
     flags.DEFINE_string("config", None, "Recipe: a name, NAME:SIZE, or the path of a .py file.", flag_values=process)
     flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
+    text = "Begin as a branch: with the checkpoint of another RUN (or RUN@STEP), weights and moments."
+    flags.DEFINE_string("from", "", text, flag_values=process)
     flags.DEFINE_integer("verbosity", -1, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
     text = "Of a job of several processes that no environment describes: host:port of process 0."
     flags.DEFINE_string("coordinator_address", "", text, flag_values=process)
@@ -198,7 +239,7 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
             return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
     if elsewhere := ours(name, SETTINGS, [*fields, "config", "workdir"]):
         return f"there is no such setting. Did you mean --{elsewhere}?{_EPOCHS if 'epoch' in name else ''} See --help."
-    known = [*fields, "config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id"]
+    known = [*fields, "config", "workdir", "from", "verbosity", "coordinator_address", "num_processes", "process_id"]
     same_ending = [field for field in known if field.rpartition(".")[2] == last]
     in_group = [f"{group}.{sibling}".lstrip(".") for sibling in difflib.get_close_matches(last, siblings, n=1)]
     hint = did_you_mean(name, same_ending or in_group or ([] if group and siblings else known), prefix="--")

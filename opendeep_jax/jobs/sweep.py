@@ -18,7 +18,7 @@ from opendeep_jax.config.load import check_workdir
 from opendeep_jax.jobs.launch import check_engine, check_target
 from opendeep_jax.jobs.sweep_local import LAST_LINES, Command, locked, prepare_data, run_here, train_command
 from opendeep_jax.jobs.sweep_optuna import check_optuna, next_combinations
-from opendeep_jax.jobs.sweep_plan import RECIPE, Run, Sweep, check, save
+from opendeep_jax.jobs.sweep_plan import Run, Sweep, check, save
 from opendeep_jax.jobs.sweep_recipe import recipe_source
 from opendeep_jax.jobs.sweep_results import (
     Row,
@@ -95,7 +95,7 @@ def hand_over(sweep: Sweep, runs: Sequence[Run], target: str) -> None:
         if read_result(run).state in ("finished", "handed over"):
             continue
         command = [sys.executable, "-m", "opendeep_jax", "launch", f"--target={target}"]
-        command += [f"--config={sweep.directory / RECIPE}", f"--workdir={run.workdir}", *run.arguments]
+        command += [*sweep.shared, f"--workdir={run.workdir}", *run.arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = done.stdout.strip()
         if done.returncode:
@@ -130,7 +130,7 @@ def write_best(sweep: Sweep, best: Row) -> Path:
     documentation = (
         f"The best of a sweep of {sweep.base.name}: {settings(best, sweep)}.\n\n"
         f"Result:   {sweep.metric} {mean_text(best)}\n"
-        f"Command:  opendeep train {shlex.quote(f'--config={path}')} --workdir=runs/best"
+        f"Command:  opendeep train {shlex.join([f'--config={path}', *sweep.shared[1:]])} --workdir=runs/best"
     )
     config = dataclasses.replace(best.config, name=f"{sweep.base.name}-best")
     write_atomically(path, recipe_source(config, documentation, [axis.field for axis in sweep.axes]))

@@ -37,8 +37,7 @@ Command = Callable[[Run], list[str]]
 def train_command(sweep: Sweep) -> Command:
     """What starts a run: `opendeep train` on the sweep's recipe with the run's own settings."""
     opendeep = [sys.executable, "-m", "opendeep_jax"]
-    recipe = f"--config={sweep.directory / RECIPE}"
-    return lambda run: [*opendeep, "train", recipe, f"--workdir={run.workdir}", *run.arguments]
+    return lambda run: [*opendeep, "train", *sweep.shared, f"--workdir={run.workdir}", *run.arguments]
 
 
 def prepare_data(sweep: Sweep, runs: Sequence[Run]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.load import HARMLESS, diff, format_diff, load_recipe
+from opendeep_jax.config.load import HARMLESS, diff, format_diff, load_recipe, parent_of
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.jobs.sweep_axes import Axis, Combination, combinations, parse_axes, run_name
@@ -64,8 +64,15 @@ class Sweep:
     metric: str
     draw_seed: int = 0
     """Of what a random search draws."""
+    parent: str = ""
+    """RUN@STEP where all runs are branches of one checkpoint."""
     resolved: dict[tuple[str, ...], RunConfig] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """Combinations whose configuration is known; to work one out takes 30 ms."""
+
+    @property
+    def shared(self) -> list[str]:
+        """What every run's command line begins with: the sweep's recipe, and the checkpoint to branch from."""
+        return [f"--config={self.directory / RECIPE}", *([f"--from={self.parent}"] if self.parent else [])]
 
     def runs_of(self, trial: int, combination: Combination) -> list[Run]:
         """The runs of one combination, one for each seed. Raises ConfigError for settings that cannot work."""
@@ -117,12 +124,14 @@ def plan_sweep(
     seeds: int = 1,
     metric: str = "",
     draw_seed: int = 0,
+    parent: str = "",
 ) -> Sweep:
     """A sweep over `settings`, {dotted name of a field: its values as text}. Nothing is written.
 
     Args:
         directory: where it will be.
         metric: one of METRICS; empty takes held-out bits per byte, or the loss where no text is held out.
+        parent: RUN@STEP to branch all runs from.
     Raises:
         ConfigError: for what cannot be swept so.
     """
@@ -141,7 +150,25 @@ def plan_sweep(
         raise ConfigError(f"--trials={trials}: --method={method} must be told how many combinations to try.")
     if trials and not searches:
         raise ConfigError(f"--trials={trials}: --method={method} runs every combination. Leave it out.")
-    return Sweep(Path(directory), base, parse_axes(base, settings, method), method, trials, seeds, metric, draw_seed)
+    axes = parse_axes(base, settings, method)
+    return Sweep(Path(directory), base, axes, method, trials, seeds, metric, draw_seed, parent)
+
+
+def one_checkpoint(parent: str, directory: str | Path) -> str:
+    """RUN@STEP for the RUN or RUN@STEP of `--from`: a trunk may go on while its branches begin one after the other.
+
+    Without a step it is that of the sweep in `directory`, or else the newest. Raises ConfigError where there is none.
+    """
+    run, step = parent_of(parent)
+    if step is not None:
+        return parent
+    if (Path(directory) / SPEC).exists():
+        before = read_spec(directory).get("from", "")
+        return before if before.rpartition("@")[0] == str(run) else parent
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
+    if not steps:
+        raise ConfigError(f"--from={parent}: {run} has no checkpoint yet. Let `opendeep train` reach its first one.")
+    return f"{run}@{max(steps)}"
 
 
 def check(sweep: Sweep) -> tuple[list[Combination], list[Run]]:
@@ -181,6 +208,7 @@ def save(sweep: Sweep, tried: Sequence[Combination], runs: Sequence[Run]) -> Non
         "seeds": sweep.seeds,
         "metric": sweep.metric,
         "draw_seed": sweep.draw_seed,
+        "from": sweep.parent,
         "combinations": list(tried),
         "runs": [run.name for run in runs],
     }
@@ -213,7 +241,8 @@ def read_sweep(directory: str | Path, metric: str = "") -> tuple[Sweep, list[Run
     base = load_recipe(str(Path(directory) / RECIPE))
     chosen = metric or spec["metric"]
     names = ("method", "trials", "seeds", "draw_seed")
-    sweep = plan_sweep(directory, base, spec["axes"], metric=chosen, **{name: spec[name] for name in names})
+    known = {name: spec[name] for name in names} | {"parent": spec.get("from", "")}
+    sweep = plan_sweep(directory, base, spec["axes"], metric=chosen, **known)
     return sweep, sweep.all_runs(spec["combinations"])
 
 
@@ -222,7 +251,8 @@ def _check_same(sweep: Sweep, before: dict[str, Any]) -> None:
     shared = load_recipe(str(sweep.directory / RECIPE))
     changed = [change for change in diff(shared, sweep.base) if not _is_harmless(change[0])]
     lines = format_diff(changed).strip().replace("\n", "\n  ")
-    if lines or before["method"] != sweep.method or set(before["axes"]) != {axis.field for axis in sweep.axes}:
+    other = before["method"] != sweep.method or before.get("from", "") != sweep.parent
+    if lines or other or set(before["axes"]) != {axis.field for axis in sweep.axes}:
         raise ConfigError(
             f"--workdir={sweep.directory}: it holds another sweep (there -> here).{_changes(sweep, before)}"
             f"{f'{chr(10)}  {lines}{chr(10)}' if lines else ''} Give that sweep's settings to go on with it, or "
@@ -237,8 +267,10 @@ def _check_same(sweep: Sweep, before: dict[str, Any]) -> None:
 
 def _changes(sweep: Sweep, before: dict[str, Any]) -> str:
     here = {"method": sweep.method, "trials": sweep.trials, "seeds": sweep.seeds, "draw_seed": sweep.draw_seed}
+    here["from"] = sweep.parent
     here |= {f"sweep.{axis.field}": axis.text for axis in sweep.axes}
     there = {name: before[name] for name in ("method", "trials", "seeds", "draw_seed")}
+    there["from"] = before.get("from", "")
     there |= {f"sweep.{field}": text for field, text in before["axes"].items()}
     changed = [
         f"{name} {there.get(name, 'none')} -> {here.get(name, 'none')}"

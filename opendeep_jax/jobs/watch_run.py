@@ -16,7 +16,7 @@ from opendeep_jax.train.heartbeat import BEAT_SECONDS, HEARTBEAT
 from opendeep_jax.train.metrics import EVALUATION, EXPERTS, SCALARS
 from opendeep_jax.train.progress import human_count, human_time
 
-SUMMARY = "summary.json"
+SUMMARY, ORIGIN = "summary.json", "origin.json"
 FILES = (CONFIG_FILE, "data.json", SUMMARY, SCALARS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)
 """What a run writes that is looked at."""
 
@@ -45,6 +45,7 @@ class Run:
         self.name = workdir.resolve().name
         self.config = None
         self.summary: dict = {}
+        self.origin: dict = {}
         self.experts: list[list[float]] = []
         self.goodput: Goodput | None = None
         drawn, whole = (SCALARS, EVALUATION), (EVENTS, GOODPUT)
@@ -65,6 +66,8 @@ class Run:
             self._read_config()
         if self._changed(SUMMARY):
             self.summary = read_object(self.workdir / SUMMARY)
+        if self._changed(ORIGIN):
+            self.origin = read_object(self.workdir / ORIGIN)
         if self._changed(EXPERTS):
             self.experts = _matrix((last_record(self.workdir / EXPERTS) or {}).get("load"))
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from opendeep_jax.jobs.watch_run import Run, tokens_text
 from opendeep_jax.train.goodput import KINDS
+from opendeep_jax.train.lineage import lineage
 from opendeep_jax.train.progress import human_time
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -48,7 +49,8 @@ def frame(runs: Sequence[Run], labels: Sequence[str], console: Console, now: flo
 def _panel(run: Run, label: str, console: Console, now: float | None) -> RenderableType:
     width, ascii_only = console.width, console.options.ascii_only
     state, words = run.state(now)
-    head = Text.assemble((_plain(label), "bold"), "  ", (words, STATES[state]))
+    ancestry = f"  {_plain(lineage(run.origin))}".rstrip()
+    head = Text.assemble((_plain(label), "bold"), "  ", (words, STATES[state]), (ancestry, "bright_black"))
     lines = [head, _progress(run, width, ascii_only, now)]
     room = width - LABEL - 28
 

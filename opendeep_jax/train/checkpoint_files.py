@@ -136,13 +136,16 @@ def read_record(path: Path) -> dict:
         raise Unsound(f"its list of digests is damaged ({short(error)})") from error
 
 
-def read_items(path: Path, items: Items, read: Callable[[Path, Items], Items] | None = None) -> Items:
+def read_items(
+    path: Path, items: Items, read: Callable[[Path, Items], Items] | None = None, whole: bool = True
+) -> Items:
     """Arrays of the checkpoint in `path`, on the shardings of the abstract arrays in `items`, digests compared.
 
     In a job of several processes all call it at the same time.
 
     Args:
         read: how a checkpoint that is kept in another form is read; it looks at nothing but this process's part.
+        whole: refuse a checkpoint with arrays of the optimizer that `items` has not.
     Raises:
         Unsound: where something is missing, cannot be decoded, or is not what was saved.
         ConfigError: where the checkpoint is whole, and of arrays with other names, shapes or dtypes.
@@ -150,7 +153,7 @@ def read_items(path: Path, items: Items, read: Callable[[Path, Items], Items] | 
     found, failure = {}, None
     try:
         record = read_record(path)
-        _check_shapes(path, record, items)
+        _check_shapes(path, record, items, whole)
         found = read(path, items) if read else {item: read_arrays(path / item, items[item]) for item in items}
     except Unsound as error:
         failure = error
@@ -203,10 +206,10 @@ def everywhere(failure: Unsound | None) -> None:
         raise failure
 
 
-def _check_shapes(path: Path, record: dict, items: Items) -> None:
+def _check_shapes(path: Path, record: dict, items: Items, whole: bool) -> None:
     saved = record["arrays"]
     wanted = {name: array for arrays in items.values() for name, array in arrays.items()}
-    complete = set(items) == {MODEL, OPTIMIZER}
+    complete = whole and set(items) == {MODEL, OPTIMIZER}
     for name in sorted(set(wanted) - set(saved)) + sorted(set(saved) - set(wanted) if complete else ()):
         here, there = ("no array", "one") if name in saved else ("an array", "none")
         raise _other(path, f"the configuration has {here} {name}, and the checkpoint has {there}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from opendeep_jax.config.load import record_context_length
+from opendeep_jax.config.load import check_workdir, record_context_length
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
@@ -24,6 +24,7 @@ from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.train import drill
+from opendeep_jax.train.branch import finish_branch, remove_unfinished, with_own_tokenizer
 from opendeep_jax.train.checkpoint import Checkpoints, NoneSound, remove_partial_saves
 from opendeep_jax.train.compiling import say_once
 from opendeep_jax.train.corruption import Replay, compare_copies
@@ -51,7 +52,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
     this; the first one prints and writes, and the others get an empty summary.
 
     Args:
-        recipe: what the configuration was made from, for `config_diff.txt`.
+        recipe: what the configuration was made from, for `config_diff.txt`; None leaves it to what is there.
         begun: when the program was started, on the clock of `time.perf_counter`; None says now.
     Raises:
         ConfigError: for data or a directory that the run cannot start from, and for a directory that has gone.
@@ -64,6 +65,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
     workdir, steps = Path(workdir), total_steps(config)
     with contextlib.ExitStack() as stack:
         primary_first("directory", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
+        primary_first("branching", lambda: _finish_branch(config, workdir) if is_primary() else None)
         if (summary := finished_summary(workdir, steps)) is not None:
             if is_primary():
                 record_context_length(config, recipe or config, workdir)
@@ -71,13 +73,20 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))
         try:
-            summary = _train(config, workdir, recipe or config, steps, begun, watchdog)
+            summary = _train(config, workdir, recipe, steps, begun, watchdog)
         except Exception as error:
             if lost := watchdog.lost_peer(error):
                 raise lost from error
             raise
         say(f"report: {_report(workdir)}")
     return summary
+
+
+def _finish_branch(config: RunConfig, workdir: Path) -> None:
+    """What a branch that was killed when it began has left is moved to its places, or deleted."""
+    if finish_branch(workdir):
+        check_workdir(config, workdir)
+    remove_unfinished(workdir)
 
 
 def say(text: str) -> None:
@@ -219,10 +228,13 @@ def is_due(step: int, every: int, *also: int) -> bool:
     return step in also or (every > 0 and step % every == 0)
 
 
-def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begun: float, watchdog: Watchdog) -> dict:
+def _train(
+    config: RunConfig, workdir: Path, recipe: RunConfig | None, steps: int, begun: float, watchdog: Watchdog
+) -> dict:
     use_compilation_cache(config)
+    of_text = with_own_tokenizer(config, workdir)
     if not (workdir / DATA_FILE).exists():  # else the text is there already
-        primary_first("text", lambda: check_data(config))
+        primary_first("text", lambda: check_data(of_text))
     mesh, bones, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
     optimizer = make_optimizer(config, bones.axes())
     clock = Clock(workdir, begun, writes=is_primary())
@@ -237,7 +249,7 @@ def _train(config: RunConfig, workdir: Path, recipe: RunConfig, steps: int, begu
         say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
         check_memory(config, template, mesh.size)
         # Text is tokenized while the step is compiled.
-        opening = pool.submit(primary_first, "data", functools.partial(open_data, config, is_primary(), workdir))
+        opening = pool.submit(primary_first, "data", functools.partial(open_data, of_text, is_primary(), workdir))
         beginning = functools.partial(create_state, config, optimizer, template)
         sources = workdir, checkpoints, template, beginning, watchdog, clock
         state, start = _newest(*sources)

@@ -10,6 +10,7 @@ import numpy as np
 
 from opendeep_jax.config.files import replacing, write_atomically
 from opendeep_jax.train import plots
+from opendeep_jax.train.lineage import lineage
 from opendeep_jax.train.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
 from opendeep_jax.train.progress import human_bytes, human_count, human_time
 from opendeep_jax.train.report_events import events_section, goodput_section
@@ -113,6 +114,8 @@ def _headline(run: RunFiles) -> str:
         status = f"Finished after {run.number('steps'):,} steps."
     else:
         status = f"Not finished: the last logged step is {step:,}" + (f" of {planned:,}." if planned else ".")
+    if ancestry := lineage(run.origin):
+        status += f" Began with: {ancestry}."
     head = f"<h1>{text(run.name)}</h1><p class=status>{text(status)}</p>"
     numbers = tiles(_headline_numbers(run))
     return f"<header><div class=kicker>OpenDeep</div>{head}</header>{_warning(run)}{_verdict(run)}{numbers}"
@@ -315,6 +318,7 @@ def _configuration(run: RunFiles) -> str:
         "",
         details("Summary", table(_flatten(numbers | nested))),
         details("Environment", table(_flatten(environment))),
+        details("Origin", table(_flatten(run.origin))),
     )
 
 

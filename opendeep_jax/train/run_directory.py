@@ -93,7 +93,7 @@ def check_same_data(data: Data, workdir: str | Path) -> None:
         )
 
 
-def save_run(config: RunConfig, recipe: RunConfig, data: Data, workdir: Path) -> None:
+def save_run(config: RunConfig, recipe: RunConfig | None, data: Data, workdir: Path) -> None:
     """Writes what the run is made of: configuration, data, tokenizer and environment.
 
     Raises:

@@ -23,6 +23,8 @@ class RunFiles:
     """Difference of the configuration from its recipe."""
     summary: dict
     environment: dict
+    origin: dict
+    """What the run began from: another run's checkpoint, imported weights, or its seed."""
     steps: list[dict]
     """Lines of metrics.jsonl."""
     evaluations: list[dict]
@@ -79,6 +81,7 @@ def read_run(workdir: str | Path) -> RunFiles:
         diff=diff.read_text(encoding="utf-8", errors="replace") if diff.exists() else "",
         summary=_read_json(workdir / "summary.json"),
         environment=_read_json(workdir / "environment.json"),
+        origin=_read_json(workdir / "origin.json"),
         steps=metrics.read_jsonl(workdir / metrics.SCALARS),
         evaluations=metrics.read_jsonl(workdir / metrics.EVALUATION),
         experts=metrics.read_jsonl(workdir / metrics.EXPERTS, limit=ROUTING_LINES),

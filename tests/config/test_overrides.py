@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import diff, load_recipe
+from opendeep_jax.config.load import check_workdir, diff, load_recipe, save_run_config
 from opendeep_jax.config.overrides import Launch, apply, resolve
 from opendeep_jax.config.schema import RunConfig
 
@@ -191,3 +191,49 @@ def test_a_runs_title_tells_it_from_others_of_its_recipe(arguments, title):
     named = any("--name" in argument for argument in arguments)
     assert launch.recipe.name == ("quickstart" if named else title)
     assert named or launch.recipe == config  # a title that nobody gave is no difference from the recipe
+
+
+def test_a_work_directory_alone_goes_on_with_its_own_configuration_and_its_recipes_differences(tmp_path):
+    recipe = load_recipe("quickstart")
+    ran = dataclasses.replace(recipe, seed=3)
+    (tmp_path / "run").mkdir()
+    save_run_config(ran, recipe, tmp_path / "run")
+    config, launch = resolve([f"--workdir={tmp_path / 'run'}", "--train.log_every=7", "--seed=3"], trains=True)
+    assert (config.seed, config.train.log_every, launch.recipe) == (3, 7, None)
+    check_workdir(config, launch.workdir)
+    save_run_config(config, launch.recipe, launch.workdir)
+    lines = (tmp_path / "run" / "config_diff.txt").read_text().splitlines()
+    assert lines == ["seed             0 -> 3", f"train.log_every  {recipe.train.log_every} -> 7"]
+    back, _ = resolve([f"--workdir={tmp_path / 'run'}", f"--train.log_every={recipe.train.log_every}"], trains=True)
+    save_run_config(back, None, launch.workdir)
+    assert (tmp_path / "run" / "config_diff.txt").read_text() == "seed  0 -> 3\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir={}/new"], r"--config is missing, and --workdir=.*/new holds no run to go on with. To start one"),
+        (["--workdir={}/runn"], r"Did you mean run\?"),
+        (["--workdir={}/run", "--seeed=1"], r"Did you mean --seed\?"),
+        ([], "--config is missing: say what to run"),
+        (["--from={}/run"], "--workdir is missing"),
+        (["--from={}/nowhere", "--workdir={}/new"], "--from=.*/nowhere: no run can be read there"),
+        (["--from={}/run@last", "--workdir={}/new"], "comes the step of a checkpoint"),
+        (["--form={}/run", "--workdir={}/new"], r"Did you mean --from\?"),
+    ],
+)
+def test_what_can_be_neither_begun_nor_gone_on_with_is_said(arguments, message, tmp_path):
+    config = load_recipe("quickstart")
+    (tmp_path / "run").mkdir()
+    save_run_config(config, config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        resolve([argument.format(tmp_path) for argument in arguments], trains=True)
+
+
+def test_only_what_trains_in_a_directory_takes_its_configuration_or_branches(tmp_path):
+    config = load_recipe("quickstart")
+    save_run_config(config, config, tmp_path)
+    with pytest.raises(ConfigError, match="--config is missing: say what to run"):
+        resolve([f"--workdir={tmp_path}"], "opendeep plan")
+    with pytest.raises(ConfigError, match="opendeep plan has no use for it"):
+        resolve([f"--from={tmp_path}", f"--workdir={tmp_path}/new"], "opendeep plan")

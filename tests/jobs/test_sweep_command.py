@@ -11,9 +11,12 @@ from small_models import run_config
 
 import opendeep_jax
 from opendeep_jax.cli.main import main
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import OK
+from opendeep_jax.config.load import save_run_config
 from opendeep_jax.jobs import sweep as sweep_module
-from opendeep_jax.jobs.sweep_plan import check, plan_sweep, save
+from opendeep_jax.jobs.sweep_local import train_command
+from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep, save
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 
@@ -74,3 +77,26 @@ def test_a_sweep_where_nothing_can_be_written_is_one_paragraph(tmp_path, capsys)
     arguments = ["--config=quickstart", "--sweep.optimizer.beta1=0.9", f"--workdir={tmp_path / 'file'}"]
     assert main(["sweep", *arguments]) == 2
     assert "cannot write there (it is a file)" in capsys.readouterr().err
+
+
+def test_all_runs_of_a_sweep_branch_from_one_checkpoint_while_the_trunk_goes_on(tmp_path, monkeypatch, capsys):
+    trunk, directory, asked = tmp_path / "trunk", tmp_path / "sweep", []
+    config = run_config()
+    (trunk / "checkpoints" / "4").mkdir(parents=True)
+    save_run_config(config, config, trunk)
+    monkeypatch.setattr(sweep_module, "run_sweep", lambda sweep, parallel, target: asked.append(sweep) or OK)
+    command = ["sweep", f"--from={trunk}", f"--workdir={directory}", "--sweep.optimizer.learning_rate=1e-3,1e-4"]
+    assert main(command) == OK
+    tried, runs = check(asked[0])
+    save(asked[0], tried, runs)
+    assert [run.config.model for run in runs] == [config.model] * 2
+    started = train_command(asked[0])(runs[0])
+    assert f"--from={trunk}@4" in started and started.index("train") < started.index(f"--from={trunk}@4")
+    (trunk / "checkpoints" / "8").mkdir()
+    assert main(command) == OK and asked[1].parent == asked[0].parent == read_sweep(directory)[0].parent
+    check(asked[1])
+    assert main([word.replace("trunk", "trunk@8") for word in command]) == OK
+    with pytest.raises(ConfigError, match="it holds another sweep"):
+        check(asked[2])
+    assert main(["sweep", f"--from={trunk}", "--sweep.optimizer.learning_rate=1e-3"]) == 2
+    assert "--workdir is missing" in capsys.readouterr().err

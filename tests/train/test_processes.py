@@ -8,8 +8,10 @@ import processes
 import pytest
 
 from opendeep_jax.train.checkpoint import Checkpoints
+from opendeep_jax.train.checkpoint_tools import differences
 from opendeep_jax.train.events import read_events
 from opendeep_jax.train.metrics import read_jsonl
+from opendeep_jax.train.origin import read_origin
 
 STEPS = 10
 
@@ -115,6 +117,17 @@ def test_the_launcher_goes_on_with_the_processes_that_are_left_and_the_same_loss
     assert status == 0, said[-3000:]
     assert "process 1 was killed by SIGKILL" in said and "starting 1 again (1 of 100)" in said
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
+
+
+def test_a_branch_in_two_processes_begins_with_what_one_process_saved(alone, recipe, tmp_path):
+    ended = processes.run(recipe, tmp_path / "branch", f"--from={alone}@8", "--checkpoint.keep=0", processes=2)
+    assert [status for status, _ in ended] == [0, 0], [text[-2000:] for _, text in ended]
+    assert read_origin(tmp_path / "branch")["parent"] == str(alone)
+    np.testing.assert_allclose(losses(tmp_path / "branch"), losses(alone)[8:], rtol=1e-6)
+    assert differences(*(run / "checkpoints" / "8" for run in (tmp_path / "branch", alone))) == []
+    ended = processes.run(recipe, tmp_path / "other", f"--from={alone}@5", processes=2)
+    assert [status for status, _ in ended] == [2, 2]
+    assert sum("no checkpoint of step 5; there are: 8, 10." in text for _, text in ended) == 1
 
 
 LOST = [("sigkill@3:1", 1), ("sigstop@3:1", 1), ("sigkill@3:0", 0), ("sigstop@3:0", 0)]
