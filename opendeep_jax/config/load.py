@@ -200,7 +200,7 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
     return value
 
 
-def record_context_length(config: RunConfig, recipe_config: RunConfig, workdir: str | os.PathLike) -> None:
+def record_context_length(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
     """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
     there, wanted = load_run_config(workdir), config.model.context_length
     if there.model.context_length != wanted:

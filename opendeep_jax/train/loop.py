@@ -68,7 +68,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
         primary_first("branching", lambda: _finish_branch(config, workdir) if is_primary() else None)
         if (summary := finished_summary(workdir, steps)) is not None:
             if is_primary():
-                record_context_length(config, recipe or config, workdir)
+                record_context_length(config, recipe, workdir)
             say(f"finished: all {steps:,} steps are done. Report: {_report(workdir)}")
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))
