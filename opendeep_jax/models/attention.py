@@ -82,12 +82,7 @@ class MultiHeadLatentAttention(nnx.Module):
         core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
         """Attends within each segment, by `over_row` or another core. No layer of this kind slides."""
-        queries = self.queries(x, context)
-        latent, key_rope = self.latents(x)
-        if self.config.rope.interleaved:
-            key_rope = halves_first(key_rope)
-        key_rope = self.turn(key_rope, context.own)
-        out = (core or type(self).over_row)(self, context, *queries, latent, key_rope)
+        out = (core or type(self).over_row)(self, context, *self.queries(x, context), *self.latents(x, context))
         out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
         return psum_scatter(out, "tensor", 1)
 
@@ -140,11 +135,16 @@ class MultiHeadLatentAttention(nnx.Module):
         value = checkpoint_name(project(latent, up_value, precision=self.precision), "key_value")
         return key, value
 
-    def latents(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L kv_rank"], Float[Array, "B L R"]]:
-        """What a cache holds of each position: the normalised latent, and the key part before its rotation."""
+    def latents(
+        self, x: Float[Array, "B L D"], context: Context
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
+        """What a cache holds of each position: the normalised latent, and the rotated part of its key."""
         compressed = checkpoint_name(project(x, self.kv_down[...], precision=self.precision), "kv_latent")
         rank = self.config.kv_lora_rank
-        return self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
+        latent, key_rope = self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
+        if self.config.rope.interleaved:
+            key_rope = halves_first(key_rope)
+        return latent, self.turn(key_rope, context.own)
 
     def split_heads(self, up: Float[Array, "C H Q"], rotated: bool = True) -> tuple[Array, Array]:
         """An up-projection's columns as two matrices [C, H*N], [C, H*…]: cut here, where they are small.
