@@ -1,6 +1,7 @@
 """Looking into jaxprs: what a program computes, before XLA changes it."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import jax
@@ -22,6 +23,20 @@ def shapes_in(jaxpr) -> Iterator[tuple[int, ...]]:
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in subjaxprs(equation):
             yield from shapes_in(inner)
+
+
+def named_sizes(jaxpr, times: int = 1) -> Counter[str]:
+    """Numbers in the activations that a (closed) jaxpr names for remat; a scan's body counts at each turn."""
+    sizes: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        params, turns = equation.params, times
+        if equation.primitive.name == "name":
+            sizes[params["name"]] += times * sum(math.prod(variable.aval.shape) for variable in equation.outvars)
+        elif equation.primitive.name == "scan":
+            turns = times * params["length"]
+        for inner in subjaxprs(equation):
+            sizes += named_sizes(inner, turns)
+    return sizes
 
 
 def matmul_flops(jaxpr) -> int:

@@ -73,7 +73,6 @@ GQA = dataclasses.replace(
     V3, attention=AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=4), mtp=MTPConfig()
 )
 DENSE = dataclasses.replace(GQA, moe=MoEConfig(), tie_embeddings=True)
-FAMILIES = {"v3": V3, "v2": V2, "gqa": GQA, "dense": DENSE}
 GEMMA = dataclasses.replace(
     DENSE,
     norm="rms_zero_centered",
@@ -100,7 +99,13 @@ GPT_OSS = dataclasses.replace(
     activation="clamped_swiglu",
     swiglu_limit=0.5,
     attention=dataclasses.replace(
-        GQA.attention, qkv_bias=True, out_bias=True, sinks=True, window=6, sliding_layers=(0, 2)
+        GQA.attention,
+        qkv_bias=True,
+        out_bias=True,
+        sinks=True,
+        window=6,
+        sliding_layers=(0, 2),
+        rope=RopeConfig(interleaved=False),
     ),
     moe=MoEConfig(
         num_experts=8,
@@ -129,7 +134,7 @@ NEMOTRON = dataclasses.replace(
     norm="layer_zero_centered",
     activation="relu2",
     gated_mlp=False,
-    attention=dataclasses.replace(DENSE.attention, rotary_dim=2),
+    attention=dataclasses.replace(DENSE.attention, rotary_dim=2, rope=RopeConfig(interleaved=False)),
 )
 NEMOTRON_H = dataclasses.replace(
     NEMOTRON,
@@ -142,8 +147,35 @@ NEMOTRON_H = dataclasses.replace(
 )
 """Nemotron-H's: layers of four kinds, experts without a gate. Here attention rotates, so that positions matter."""
 
-OTHERS = {"gemma": GEMMA, "gpt-oss": GPT_OSS, "olmo": OLMO, "nemotron": NEMOTRON, "nemotron-h": NEMOTRON_H}
-"""What other families than DeepSeek's need of the decoder."""
+FAMILIES = {
+    "v3": V3,
+    "v2": V2,
+    "gqa": GQA,
+    "dense": DENSE,
+    "gemma": GEMMA,
+    "gpt-oss": GPT_OSS,
+    "olmo": OLMO,
+    "nemotron": NEMOTRON,
+    "nemotron-h": NEMOTRON_H,
+}
+"""The one table of small models. Whatever is true of a model of any kind is tested of all that are here: decoder,
+parameters, FLOPs, layouts, pipelines, generation, export, plan. A new kind of attention, block or routing is a row."""
+
+NO_EXPERTS = {"expert": "this model has no experts"}
+SLIDES = {"stage": "a pipeline's layers must be alike, and some of these slide"}
+NOT_FOR = {
+    "gqa": {"hf": "as qwen3_moe it would lose", "gguf": "values of model.mlp_size"},  # V3's routing, others' attention
+    "dense": NO_EXPERTS | {"hf": "would lose attention.rope.interleaved"},
+    "gemma": NO_EXPERTS | SLIDES | {"hf": "no Hugging Face form", "gguf": "model.attention.logit_softcap"},  # Gemma 2's
+    "gpt-oss": SLIDES | {"gguf": "model.swiglu_limit"},
+    "olmo": NO_EXPERTS | SLIDES | {"tensor": "needs all heads on a device"},
+    "nemotron": NO_EXPERTS,
+    "nemotron-h": {axis: "a hybrid" for axis in ("stage", "context", "tensor")}
+    | {"expert": "experts without a gate", "hf": "would lose attention.rope", "gguf": "model.layer_pattern"},
+}
+"""By family, the parts of the product that refuse it, each with words of its refusal: mesh axes, `hf` and `gguf`. What
+isn't listed works, and is tested."""
+NOT_FOR["olmo"] |= {"hf": "no Hugging Face form", "gguf": "model.mlp_bias"}  # with Llama's biases
 
 
 def run_config(model: ModelConfig = V3, length: int = 16, batch_size: int = 8, **changes) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: what a layer computes for new tokens, given what it kept of the earlier ones.
+"""Attention over the paged cache: the cores that take the place of training's, given what was kept of earlier tokens.
 
 B rows of this device, T new tokens of each, n = B T of them flat, N pages of a row's table of p positions, S = N p,
 D model width, H heads, G key/value heads, Q size of a head, C latent, R rotated key.
@@ -9,16 +9,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import widened
 from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache, as_numbers, as_stored
-from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from opendeep_jax.models.layers import Context
-from opendeep_jax.ops.linear import project
-from opendeep_jax.ops.rope import halves_first
-from opendeep_jax.parallel.collectives import all_gather, psum_scatter
+from opendeep_jax.models.attention import GroupedQueryAttention, Marks, MultiHeadLatentAttention, Scoring
+from opendeep_jax.parallel.collectives import all_gather
 
 FEW = 16
 """Up to so many new tokens of a row are attended to as single ones: absorbed, or without blocks."""
@@ -71,28 +67,19 @@ def page_size(cache: LayerCache) -> int:
     return pool.shape[PAGE_AXIS[name]]
 
 
-def grouped_query(
-    attention: GroupedQueryAttention,
-    x: Float[Array, "1 n D"],
-    context: Context,
-    cache: LayerCache,
-    places: Places,
-    sliding: bool,
-) -> tuple[Float[Array, "1 n D"], LayerCache]:
-    """A GQA layer's output and its cache with the new tokens in it."""
-    x, rows = all_gather(x, "tensor", 1), places.positions.shape
-    query, key, value = attention.queries_keys_values(x, context.queries, sliding)
+def grouped_core(
+    attention: GroupedQueryAttention, cache: LayerCache, places: Places, query, key, value, scoring: Scoring
+) -> tuple[Float[Array, "1 n H Q"], LayerCache]:
+    """Of a GQA layer: the heads' values for the new tokens' queries, and its cache with their keys and values in it."""
+    rows, dtype = places.positions.shape, value.dtype
     query, key, value = (y.reshape(*rows, *y.shape[2:]) for y in (query, key, value))
     cache = written(cache, {"key": key, "value": value}, places)
-    window = attention.config.window if sliding else None
-    sinks = attention.sinks[...] if attention.config.sinks else None
     if places.first:
         own = places.present.astype(jnp.int32)
-        softcap = attention.config.logit_softcap
-        out = causal_attention(query, key, value, own, own, None, None, attention.scale, window, sinks, softcap)
-        return attention.project_out(out.reshape(1, -1, *out.shape[2:])), cache
+        out = causal_attention(query, key, value, own, own, None, None, *scoring)
+        return out.reshape(1, -1, *out.shape[2:]), cache
     size = page_size(cache)
-    pages, first = _visible_pages(places, size, window)
+    pages, first = _visible_pages(places, size, scoring.window)
     keys, values = (_gathered(cache[name], pages) for name in ("key", "value"))
     at = first[:, None, None] + jnp.arange(pages.shape[1] * size).reshape(-1, size)
     inside = at < places.lengths[:, None, None]
@@ -102,14 +89,10 @@ def grouped_query(
         flat = lambda y: y.reshape(rows[0], -1, *y.shape[3:])  # noqa: E731
         marks = places.present.astype(jnp.int32), flat(inside).astype(jnp.int32), places.positions, flat(at)
         keys, values = flat(keys.transpose(0, 1, 4, 2, 3)), flat(values.transpose(0, 1, 3, 2, 4))
-        out = causal_attention(
-            query, keys, values, *marks, attention.scale, window, sinks, attention.config.logit_softcap
-        )
+        out = causal_attention(query, keys, values, *marks, *scoring)
     else:
-        out = _few(
-            query, keys, values, at, places.positions, attention.scale, window, sinks, attention.config.logit_softcap
-        )
-    return attention.project_out(out.reshape(1, -1, *out.shape[2:]).astype(x.dtype)), cache
+        out = _few(query, keys, values, at, places.positions, *scoring)
+    return out.reshape(1, -1, *out.shape[2:]).astype(dtype), cache
 
 
 def _visible_pages(places: Places, size: int, window: int | None) -> tuple[Int[Array, "B N"], Int[Array, "B"]]:
@@ -157,25 +140,17 @@ def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> F
     return jnp.sum(out, axis=1).transpose(0, 3, 1, 2, 4).reshape(rows, new, heads, size)
 
 
-def latent(
-    attention: MultiHeadLatentAttention,
-    x: Float[Array, "1 n D"],
-    context: Context,
-    cache: LayerCache,
-    places: Places,
-) -> tuple[Float[Array, "1 n D"], LayerCache]:
-    """A latent-attention layer's output and its cache with the new tokens in it.
+def latent_core(
+    attention: MultiHeadLatentAttention, cache: LayerCache, places: Places, nope, rope, latent, key_rope
+) -> tuple[Float[Array, "1 n H*V"], LayerCache]:
+    """Of a latent-attention layer: the heads' values for the new tokens' queries, and its cache with their latents.
 
     A few tokens are attended to with absorbed projections (DeepSeek-V2 report, section 2.1.2): queries go through the
     keys' up-projection, and what comes out of the latents through the values'. For many, as in a prompt, it is cheaper
     to make the keys and values again.
     """
-    rows, rank = places.positions.shape, attention.config.kv_lora_rank
-    nope, rope = attention.queries(x, context)
-    compressed, key_rope = attention.latents(x)
-    key_rope = halves_first(key_rope) if attention.config.rope.interleaved else key_rope
-    key_rope = all_gather(attention.turn(key_rope, context.own), "tensor", 1)
-    new = jnp.concatenate([all_gather(compressed, "tensor", 1), key_rope], axis=-1)
+    rows, rank, dtype = places.positions.shape, attention.config.kv_lora_rank, nope.dtype
+    new = jnp.concatenate([all_gather(latent, "tensor", 1), all_gather(key_rope, "tensor", 1)], axis=-1)
     width = cache["latent"].shape[2]
     new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[2]))).reshape(*rows, width)
     cache = written(cache, {"latent": new}, places)
@@ -191,7 +166,7 @@ def latent(
             pool = _gathered(pool, places.pages).reshape(-1, *pool.shape[1:])
             pages = jnp.repeat(jnp.arange(len(pool)).reshape(places.pages.shape), rows[1], axis=0)
         out = mla_decode(
-            absorbed.astype(x.dtype),
+            absorbed.astype(dtype),
             split(rope),
             pool,
             pages,
@@ -199,7 +174,7 @@ def latent(
             attention.scale,
             attention.implementation if attention.implementation == "reference" else None,
         )
-        out = jnp.einsum("nhc,chv->nhv", *widened(out, up_value.astype(out.dtype))).astype(x.dtype)
+        out = jnp.einsum("nhc,chv->nhv", *widened(out, up_value.astype(out.dtype))).astype(dtype)
     else:
         if places.first:
             held, inside, orders = new, places.present, (None, None)
@@ -207,24 +182,17 @@ def latent(
             held = _gathered(cache["latent"], places.pages).reshape(rows[0], -1, width)
             at = jnp.broadcast_to(jnp.arange(held.shape[1]), held.shape[:2])
             inside, orders = at < places.lengths[:, None], (places.positions, at)
-            held = jnp.where(inside[..., None], held, 0).astype(x.dtype)
-        up_key, up_value = attention.split_heads(up, rotated=False)
-        out = flash_mla(
+            held = jnp.where(inside[..., None], held, 0).astype(dtype)
+        marks = zip((places.present.astype(jnp.int32), inside.astype(jnp.int32)), orders, strict=True)
+        out = attention.flash(
             nope.reshape(*rows, -1),
             rope.reshape(*rows, -1),
-            project(held[..., :rank], up_key, precision=attention.precision),
+            held[..., :rank],
             held[..., rank : rank + attention.config.qk_rope_head_dim],
-            project(held[..., :rank], up_value, precision=attention.precision),
-            places.present.astype(jnp.int32),
-            inside.astype(jnp.int32),
-            *orders,
-            num_heads=heads,
-            scale=attention.scale,
-            implementation=attention.implementation,
+            *(Marks(*mark) for mark in marks),
         )
-    out = project(
-        out.reshape(1, rows[0] * rows[1], -1),
-        attention.out[...].reshape(-1, x.shape[-1]),
-        precision=attention.precision,
-    )
-    return psum_scatter(out, "tensor", 1), cache
+    return out.reshape(1, rows[0] * rows[1], -1), cache
+
+
+CORES = {GroupedQueryAttention.over_row: grouped_core, MultiHeadLatentAttention.over_row: latent_core}
+"""The core over a cache that takes the place of each core of training's."""

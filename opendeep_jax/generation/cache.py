@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import ModelConfig
 
@@ -35,6 +36,11 @@ def page_shapes(config: ModelConfig, page_size: int, platform: str = "cpu") -> d
     if attention.kind == "mla":
         width = attention.kv_lora_rank + attention.qk_rope_head_dim
         return {"latent": (page_size, -(-width // TPU_LANES) * TPU_LANES if platform == "tpu" else width)}
+    if attention.kind != "gqa":
+        raise ConfigError(
+            f"model.attention.kind = {attention.kind!r}: generation knows no cache for it. Say in "
+            "generation/cache.py:page_shapes what it keeps of a position."
+        )
     heads, size = attention.num_kv_heads, attention.head_dim
     return {"key": (heads, size, page_size), "value": (heads, page_size, size)}
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opendeep_jax.generation.attention import Places, grouped_query, latent
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.generation.attention import CORES, Places
 from opendeep_jax.generation.cache import LayerCache
 from opendeep_jax.generation.weights import Bones, Weights
-from opendeep_jax.models.decoder import MixerBlock, angles
+from opendeep_jax.models.decoder import angles
 from opendeep_jax.models.layers import Context, Positions
 from opendeep_jax.models.mamba2 import Mamba2, Memory
 from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size
@@ -73,45 +74,43 @@ def forward(
     # Embedded as rows of one token: a device's columns or rows of the table are told to others as in training.
     x = outside.embedding(own_tokens(rows.tokens.reshape(1, -1)))
     for layer, held in enumerate(cache[: bones.config.num_layers]):
-        block = bones.block(layer, weights)
-        if bones.config.layer_pattern:
-            x, held = through_mixer(block, x, context, held, at, rows)
-        else:
-            x, held = through_block(block, x, context, held, at, layer in bones.config.attention.sliding_layers)
+        sliding = layer in bones.config.attention.sliding_layers
+        x, held = through_layer(bones.block(layer, weights), x, context, held, at, rows, sliding)
         layers.append(held)
-    hidden = all_gather(outside.final_norm(x), "tensor", 1)
+    hidden = all_gather(outside.outputs(x, context).hidden, "tensor", 1)
     return hidden.reshape(*rows.tokens.shape, -1), (*layers, *cache[len(layers) :])
 
 
-def through_block(block, x, context: Context, cache: LayerCache, at: Places, sliding: bool):
-    """x [1, n, D] after a block, and the block's cache."""
+def through_layer(layer, x, context: Context, cache: LayerCache, at: Places, rows: Rows, sliding: bool = False):
+    """x [1, n, D] (of a MTP module, its two inputs) after a layer of the model's, and the layer's cache.
+
+    The layer is training's own, called as training calls it; what it kept of earlier tokens comes in with its core.
+
+    Raises:
+        ConfigError: for a layer whose core has none here that takes its place.
+    """
     kept = []
 
-    def attend(x):
-        out, held = through_attention(block.attention, x, context, cache, at, sliding)
+    def core(mixer, context, *given):
+        if type(mixer).over_row is Mamba2.over_row:
+            out, held = recurrent(mixer, *given, cache, at, rows)
+        elif type(mixer).over_row in CORES:
+            out, held = CORES[type(mixer).over_row](mixer, cache, at, *given)
+        else:
+            raise ConfigError(
+                f"{type(mixer).__name__} has a core of its own, and generation knows none over a cache for it. Write "
+                "one beside those of generation/attention.py, and list it in CORES."
+            )
         kept.append(held)
         return out
 
-    x, _ = block.feed_forward(block.add_attention(x, attend), context)
-    return x, kept[0]
-
-
-def through_attention(attention, x, context: Context, cache: LayerCache, at: Places, sliding: bool):
-    """What attention gives for x [1, n, D], and its cache."""
-    if attention.config.kind == "mla":
-        return latent(attention, x, context, cache, at)
-    return grouped_query(attention, x, context, cache, at, sliding)
-
-
-def through_mixer(block: MixerBlock, x, context: Context, cache: LayerCache, at: Places, rows: Rows):
-    """x [1, n, D] after a hybrid's layer, and the layer's cache."""
-    if block.kind == "*":
-        out, cache = through_attention(block.attention, block.norm(x), context, cache, at, sliding=False)
-    elif block.kind == "M":
-        out, cache = recurrent(block.mamba, block.norm(x), cache, at, rows)
-    else:
-        return block(x, context)[0], cache
-    return x + out, cache
+    x, _ = layer(x, context, sliding, core)
+    if cache and len(kept) != 1:
+        raise ConfigError(
+            f"{type(layer).__name__} called its core {len(kept)} times: generation keeps what it is given once. Let "
+            "what mixes positions call `core` (models/attention.py)."
+        )
+    return x, kept[0] if kept else cache
 
 
 def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: Places, rows: Rows):

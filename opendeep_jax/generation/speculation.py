@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.generation.cache import LayerCache
-from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_block
+from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_layer
 from opendeep_jax.generation.programs import limited
 from opendeep_jax.generation.sampling import RowSampling, choose
 from opendeep_jax.generation.weights import Bones, Weights
@@ -100,6 +100,6 @@ def _module(bones, weights, hidden, following, cache, rows, first=False):
     """The first MTP module's outputs [B, T, D] for positions whose model outputs and following tokens these are."""
     at, outside, module = places(rows, first), bones.outside(weights), bones.mtp(weights, 0)
     flat = own_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
-    x = module.combined(flat, outside.embedding(own_tokens(following.reshape(1, -1))))
-    x, cache = through_block(module.block, x, context_of(bones, at), cache, at, sliding=False)
-    return all_gather(module.norm(x), "tensor", 1).reshape(hidden.shape), cache
+    inputs = flat, outside.embedding(own_tokens(following.reshape(1, -1)))
+    x, cache = through_layer(module, inputs, context_of(bones, at), cache, at, rows)
+    return all_gather(x, "tensor", 1).reshape(hidden.shape), cache

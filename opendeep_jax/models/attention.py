@@ -1,5 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2 report, section 2.1; V3, 2.1.1) and grouped-query attention.
 
+Queries, keys, values, norms, gates and the output's projection are made here, for training and generation alike; what
+lies between is the core: `over_row`, or what a cache gives in its place (`generation/attention.py:CORES`).
+
 Departs from the reports in nothing. Heads are divided over the `tensor` axis: each device makes the queries of its
 heads for the tokens of that axis' devices, and keys for those of `context` too. What travels for that are MLA's
 latents, which are an order of magnitude narrower than the keys and values made of them.
@@ -8,10 +11,13 @@ B batch, L length, D model width, H heads, G key/value heads, N/R sizes of a hea
 Q = N + R size of a head, V value head size, C rank of a latent.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_mla import flash_mla
 from kernels_pallas.flash_mla.blocks import attention as causal_attention
@@ -29,6 +35,23 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> "MultiHeadLatentAtten
     """The attention that the configuration names."""
     kinds = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
     return kinds[config.attention.kind](config, rngs=rngs)
+
+
+class Marks(NamedTuple):
+    """What a core sees of tokens' places; `layers.Positions` has the same two."""
+
+    segment_ids: Int[Array, "B L"]
+    order: Int[Array, "B L"] | None
+
+
+class Scoring(NamedTuple):
+    """What a core of grouped-query attention does to its scores; each core takes these, in this order."""
+
+    scale: float
+    window: Array | int | None
+    """Tokens that a query sees, itself included; None for all."""
+    sinks: Float[Array, "H"] | None
+    softcap: float
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -52,13 +75,35 @@ class MultiHeadLatentAttention(nnx.Module):
         self.precision, self.scale = config.precision, softmax_scale(attention)
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: Context, sliding: Array | None = None
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        sliding: Array | bool | None = None,
+        core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attends within each segment. No layer of this kind slides."""
-        queries, keys = context.queries, context.keys
-        out = flash_mla(
-            *self.queries(x, context),
-            *self.keys_values(x, context),
+        """Attends within each segment, by `over_row` or another core. No layer of this kind slides."""
+        out = (core or type(self).over_row)(self, context, *self.queries(x, context), *self.latents(x, context))
+        out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
+        return psum_scatter(out, "tensor", 1)
+
+    def over_row(self, context: Context, nope, rope, latent, key_rope) -> Float[Array, "B L H*V"]:
+        """The core of training: the heads' values for the two parts of their queries, which see their segments.
+
+        Args:
+            latent, key_rope: of this device's own tokens, the latter rotated, as all heads share it.
+        """
+        key_rope, latent = all_gather(key_rope, KEYS, 1), all_gather(latent, KEYS, 1)
+        return self.flash(nope, rope, latent, key_rope, context.queries, context.keys)
+
+    def flash(self, nope, rope, latent, key_rope, queries: Marks, keys: Marks) -> Float[Array, "B L H*V"]:
+        """Attention to the keys and values that latents [B, S, C] and rotated keys [B, S, R] stand for."""
+        key, value = self.keys_values(latent)
+        return flash_mla(
+            nope,
+            rope,
+            key,
+            key_rope,
+            value,
             queries.segment_ids,
             keys.segment_ids,
             queries.order,
@@ -67,8 +112,6 @@ class MultiHeadLatentAttention(nnx.Module):
             scale=self.scale,
             implementation=self.implementation,
         )
-        out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
-        return psum_scatter(out, "tensor", 1)
 
     def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L H*N"], Array]:
         """The two parts of this device's heads' queries, heads side by side, the second rotated."""
@@ -83,23 +126,25 @@ class MultiHeadLatentAttention(nnx.Module):
         rope = checkpoint_name(project(latent, rope, precision=self.precision), "query")
         return nope, self.turn(rope, context.queries)
 
-    def keys_values(self, x: Float[Array, "B L D"], context: Context) -> tuple[Array, Array, Array]:
-        """The row's keys without position [B, S, H*N], the rotated part that heads share [B, S, R], values."""
-        latent, key_rope = self.latents(x)
-        if self.config.rope.interleaved:
-            key_rope = halves_first(key_rope)
-        key_rope = all_gather(self.turn(key_rope, context.own), KEYS, 1)
-        latent = all_gather(latent, KEYS, 1)
+    def keys_values(self, latent: Float[Array, "B S C"]) -> tuple[Array, Array]:
+        """Keys without position [B, S, H*N] and values [B, S, H*V]. A cache that absorbs the up-projection into its
+        queries (`generation.attention.latent_core`) repeats this in other words.
+        """
         up_key, up_value = self.split_heads(self.kv_up[...], rotated=False)
         key = checkpoint_name(project(latent, up_key, precision=self.precision), "key_value")
         value = checkpoint_name(project(latent, up_value, precision=self.precision), "key_value")
-        return key, key_rope, value
+        return key, value
 
-    def latents(self, x: Float[Array, "B L D"]) -> tuple[Float[Array, "B L kv_rank"], Float[Array, "B L R"]]:
-        """What a cache holds of each position: the normalised latent, and the key part before its rotation."""
+    def latents(
+        self, x: Float[Array, "B L D"], context: Context
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
+        """What a cache holds of each position: the normalised latent, and the rotated part of its key."""
         compressed = checkpoint_name(project(x, self.kv_down[...], precision=self.precision), "kv_latent")
         rank = self.config.kv_lora_rank
-        return self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
+        latent, key_rope = self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
+        if self.config.rope.interleaved:
+            key_rope = halves_first(key_rope)
+        return latent, self.turn(key_rope, context.own)
 
     def split_heads(self, up: Float[Array, "C H Q"], rotated: bool = True) -> tuple[Array, Array]:
         """An up-projection's columns as two matrices [C, H*N], [C, H*…]: cut here, where they are small.
@@ -144,24 +189,30 @@ class GroupedQueryAttention(nnx.Module):
         self.config = attention
         self.precision, self.scale = config.precision, softmax_scale(attention)
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context, sliding: Array | None) -> Float[Array, "B L D"]:
-        """Attends within each segment; `sliding` is a bool scalar, whether this layer has a window."""
-        x, queries, keys = all_gather(x, "tensor", 1), context.queries, context.keys
-        query, key, value = self.queries_keys_values(x, queries, sliding)
-        out = causal_attention(
-            query,
-            all_gather(key, "context", 1),
-            all_gather(value, "context", 1),
-            queries.segment_ids,
-            keys.segment_ids,
-            queries.order,
-            keys.order,
-            self.scale,
-            self.window(sliding),
-            self.sinks[...] if self.config.sinks else None,
-            self.config.logit_softcap,
-        )
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        sliding: Array | bool | None = None,
+        core: Callable | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Attends within each segment, by `over_row` or another core; `sliding`: whether this layer has a window."""
+        x = all_gather(x, "tensor", 1)
+        query, key, value = self.queries_keys_values(x, context.queries, sliding)
+        out = (core or type(self).over_row)(self, context, query, key, value, self.scoring(sliding))
         return self.project_out(out)
+
+    def over_row(self, context: Context, query, key, value, scoring: Scoring) -> Float[Array, "B L H Q"]:
+        """The core of training: the heads' values for queries, which see their segments."""
+        queries, keys = context.queries, context.keys
+        key, value = all_gather(key, "context", 1), all_gather(value, "context", 1)
+        marks = queries.segment_ids, keys.segment_ids, queries.order, keys.order
+        return causal_attention(query, key, value, *marks, *scoring)
+
+    def scoring(self, sliding: Array | bool | None) -> Scoring:
+        """What is done to the scores of a layer that slides or not."""
+        sinks = self.sinks[...] if self.config.sinks else None
+        return Scoring(self.scale, self.window(sliding), sinks, self.config.logit_softcap)
 
     def queries_keys_values(
         self, x: Float[Array, "B L D"], positions: Positions, sliding: Array | None
@@ -186,10 +237,12 @@ class GroupedQueryAttention(nnx.Module):
         interleaved = self.config.rope.interleaved
         return rotate(query, *angles, interleaved), rotate(key, *angles, interleaved), value
 
-    def window(self, sliding: Array | None) -> Array | None:
+    def window(self, sliding: Array | bool | None) -> Array | int | None:
         """Tokens that a query sees, itself included; None for all."""
         if not self.config.sliding_layers:
             return None
+        if isinstance(sliding, bool):
+            return self.config.window if sliding else None
         return jnp.where(sliding, self.config.window, jnp.iinfo(jnp.int32).max)
 
     def project_out(self, out: Float[Array, "B L H Q"]) -> Float[Array, "B L D"]:

@@ -32,11 +32,12 @@ from opendeep_jax.models.layers import (
     weight,
 )
 from opendeep_jax.models.mamba2 import Mamba2
-from opendeep_jax.models.moe import MoE, RouterStats
+from opendeep_jax.models.moe import MoE
 from opendeep_jax.ops.linear import matmul, project
 from opendeep_jax.ops.rope import rotations
 from opendeep_jax.parallel.axes import gather_weight
 from opendeep_jax.parallel.collectives import all_gather
+from opendeep_jax.parallel.shares import Shares, meet
 
 
 class Block(nnx.Module):
@@ -56,41 +57,43 @@ class Block(nnx.Module):
         self.is_moe, self.placement, self.batch_parts = is_moe, placement, config.execution.batch_parts
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: Context, sliding: Array | None = None
-    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
-        """The residual stream after this block, and what its router did if it has one.
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        sliding: Array | bool | None = None,
+        core: Callable | None = None,
+    ) -> tuple[Float[Array, "B L D"], Shares]:
+        """The residual stream after this block, and its report: its own shares of metrics, and its router's.
 
-        `sliding` is a bool scalar, whether this block's attention has a window; None where no block's has.
+        Args:
+            sliding: whether this block's attention has a window; None where no block's has.
+            core: takes the place of attention's own, as a cache does.
         """
         x = checkpoint_name(x, "block_input")
         if not self.is_moe:
-            return self.feed_forward(self.attend(x, context, sliding), context)
+            return self.feed_forward(self.add_attention(x, context, sliding, core), context)
         # Parts of the rows follow each other, so that one's attention can hide what another's experts send.
         parts = min(self.batch_parts, x.shape[0])
         contexts = [_rows(context, part, parts) for part in range(parts)]
-        attended = [self.attend(_rows(x, part, parts), contexts[part], sliding) for part in range(parts)]
-        outs, stats = zip(*(self.feed_forward(a, c) for a, c in zip(attended, contexts, strict=True)), strict=True)
+        attended = [self.add_attention(_rows(x, part, parts), contexts[part], sliding, core) for part in range(parts)]
+        outs, reports = zip(*(self.feed_forward(a, c) for a, c in zip(attended, contexts, strict=True)), strict=True)
         if parts == 1:
-            return outs[0], stats[0]
-        return jnp.concatenate(outs), jax.tree.map(lambda *shares: sum(shares), *stats)
+            return outs[0], reports[0]
+        return jnp.concatenate(outs), functools.reduce(meet, reports)
 
-    def attend(self, x: Float[Array, "B L D"], context: Context, sliding: Array | None) -> Float[Array, "B L D"]:
+    def add_attention(
+        self, x: Float[Array, "B L D"], context: Context, sliding: Array | bool | None, core: Callable | None
+    ) -> Float[Array, "B L D"]:
         """The residual stream between the block's two halves."""
-        return self.add_attention(x, lambda x: self.attention(x, context, sliding))
-
-    def add_attention(self, x: Float[Array, "B L D"], attention: Callable[[Array], Array]) -> Float[Array, "B L D"]:
-        """The residual stream with what an attention, this block's or one that reads a cache, makes of it."""
-        out = attention(self.attention_norm(x) if self.placement != "post" else x)
+        out = self.attention(self.attention_norm(x) if self.placement != "post" else x, context, sliding, core)
         out = self.attention_post_norm(out) if self.placement != "pre" else out
         return checkpoint_name(x + out, "residual")
 
-    def feed_forward(
-        self, x: Float[Array, "B L D"], context: Context
-    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
-        """The residual stream with the block's second half, and what its router did."""
+    def feed_forward(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Shares]:
+        """The residual stream with the block's second half, and the block's report."""
         inner = self.mlp_norm(x) if self.placement != "post" else x
-        out, stats = self.moe(inner, context) if self.is_moe else (self.mlp(inner), None)
-        return x + (self.mlp_post_norm(out) if self.placement != "pre" else out), stats
+        out, report = self.moe(inner, context) if self.is_moe else (self.mlp(inner), {})
+        return x + (self.mlp_post_norm(out) if self.placement != "pre" else out), report
 
 
 def _rows(tree, part: int, parts: int):
@@ -113,19 +116,29 @@ class MixerBlock(nnx.Module):
             self.moe = MoE(config, rngs=rngs)
         self.kind, self.is_moe = kind, kind == "E"
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats | None]:
-        """The residual stream after this layer, and what its router did if it has one."""
-        x, stats = checkpoint_name(x, "block_input"), None
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        context: Context,
+        sliding: Array | bool | None = None,
+        core: Callable | None = None,
+    ) -> tuple[Float[Array, "B L D"], Shares]:
+        """The residual stream after this layer, and its report. No layer of a hybrid slides.
+
+        Args:
+            core: takes the place of the mixer's own, as a cache does.
+        """
+        x, report = checkpoint_name(x, "block_input"), {}
         inner = self.norm(x)
         if self.kind == "M":
-            out = self.mamba(inner, context)
+            out = self.mamba(inner, context, core)
         elif self.kind == "*":
-            out = self.attention(inner, context, None)
+            out = self.attention(inner, context, sliding, core)
         elif self.kind == "-":
             out = self.mlp(inner)
         else:
-            out, stats = self.moe(inner, context)
-        return x + out, stats
+            out, report = self.moe(inner, context)
+        return x + out, report
 
 
 def make_block(config: ModelConfig, stack: str, rngs: nnx.Rngs) -> Block | MixerBlock:
@@ -150,12 +163,18 @@ class MTPModule(nnx.Module):
         self.norm = make_norm(config, D)
         self.is_moe, self.precision = self.block.is_moe, config.precision
 
-    def __call__(self, inputs: tuple[Array, Array], context: Context) -> tuple[Array, RouterStats | None]:
-        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalised output [B, L, D] and what
-        the router did. The block's input is [normalised embedding; normalised hidden state], projected to D.
+    def __call__(
+        self,
+        inputs: tuple[Array, Array],
+        context: Context,
+        sliding: Array | bool | None = None,
+        core: Callable | None = None,
+    ) -> tuple[Array, Shares]:
+        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalised output [B, L, D] and the
+        block's report. The block's input is [normalised embedding; normalised hidden state], projected to D.
         """
-        x, stats = self.block(self.combined(*inputs), context)
-        return self.norm(x), stats
+        x, report = self.block(self.combined(*inputs), context, sliding, core)
+        return self.norm(x), report
 
     def combined(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """What the module's block takes."""
@@ -170,10 +189,8 @@ class Output(NamedTuple):
     """Normalised output; the head makes the next token's logits of it."""
     mtp_hidden: tuple[Float[Array, "B L D"], ...]
     """The same of each MTP module, for the token 2, 3, … further on."""
-    moe_layers: RouterStats | None
-    """The main model's routers, [n, …]."""
-    mtp: tuple[RouterStats, ...]
-    """Each MTP module's router."""
+    reports: dict[str, Shares]
+    """What layers have measured, by where they are in the model: of stacked layers [n, …], then of MTP modules."""
 
 
 class Decoder(nnx.Module):
@@ -234,25 +251,25 @@ class Decoder(nnx.Module):
             order: each position's index in its row, where devices have parts of it.
         """
         context = self.context(tokens, segment_ids, positions, order)
-        x, dense = self.embedding(tokens), self.config.num_leading_dense_layers
+        x, dense, reports = self.embedding(tokens), self.config.num_leading_dense_layers, {}
         if self.config.layer_pattern:
             stacks = {name: getattr(self, name) for name in self.config.layer_stacks}
-            x, stats = run_layers(stacks, x, context, self.config)
+            x, reports = run_layers(stacks, x, context, self.config)
         else:
-            x, _ = scan_layers(self.dense_layers, x, context, self.config)
-            x, stats = scan_layers(self.moe_layers, x, context, self.config, first=dense)
-        return self.outputs(x, context, mtp_tokens)._replace(moe_layers=stats)
+            x, reports["dense_layers"] = scan_layers(self.dense_layers, x, context, self.config)
+            x, reports["moe_layers"] = scan_layers(self.moe_layers, x, context, self.config, first=dense)
+        out = self.outputs(x, context, mtp_tokens)
+        return out._replace(reports=reports | out.reports)
 
     def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
         """What comes after the last block: its norm, and the MTP modules."""
         hidden = previous = self.final_norm(x)
-        mtp_hidden, mtp_stats = [], []
-        for module, following in zip(self.mtp, mtp_tokens, strict=False):
+        mtp_hidden, reports = [], {}
+        for i, (module, following) in enumerate(zip(self.mtp, mtp_tokens, strict=False)):
             layer, state = one_layer(module, context, self.config, scanned=False)
-            previous, router = layer((previous, self.embedding(following)), state)
+            previous, reports[f"mtp.{i}.block"] = layer((previous, self.embedding(following)), state)
             mtp_hidden.append(previous)
-            mtp_stats.append(router)
-        return Output(hidden, tuple(mtp_hidden), None, tuple(mtp_stats))
+        return Output(hidden, tuple(mtp_hidden), reports)
 
     def context(
         self,
@@ -294,8 +311,8 @@ def shift_left(x: Array, count: int) -> Array:
 
 
 def one_layer(block: nnx.Module, context: Context, config: ModelConfig, scanned: bool):
-    """The block as a function (x, arrays[, sliding]) -> (x, router stats), which keeps what its remat policy says, and
-    its arrays.
+    """The block as a function (x, arrays[, sliding]) -> (x, report), which keeps what its remat policy says, and its
+    arrays.
 
     Weights are gathered inside, and so again in the backward pass unless everything is kept.
     """
@@ -326,10 +343,10 @@ def _kept(config: ModelConfig):
 
 def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig, first: int = 0):
     """Runs stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
-    layers' router stats, stacked.
+    layers' reports, stacked.
     """
     if layers is None:
-        return x, None
+        return x, {}
     layer, state = one_layer(layers, context, config, scanned=True)
     arrays = (state,)
     if sliding := config.attention.sliding_layers:
@@ -339,17 +356,16 @@ def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelCon
 
 
 def run_layers(stacks: dict[str, nnx.Module], x, context: Context, config: ModelConfig):
-    """Runs a hybrid's layers in their order, each by itself; returns x and the routers' stats, stacked."""
-    layers, left, stats = {}, {}, []
+    """Runs a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
+    layers, left, reports = {}, {}, {name: [] for name in stacks}
     for name, stack in stacks.items():
         layers[name], state = one_layer(stack, context, config, scanned=False)
         left[name] = iter(unstacked(state))
     for kind in config.layer_pattern:
         name = HYBRID_STACKS[kind]
-        x, router = layers[name](x, next(left[name]))
-        if router is not None:
-            stats.append(router)
-    return x, jax.tree.map(lambda *each: jnp.stack(each), *stats) if stats else None
+        x, report = layers[name](x, next(left[name]))
+        reports[name].append(report)
+    return x, {name: jax.tree.map(lambda *each: jnp.stack(each), *stack) for name, stack in reports.items()}
 
 
 def unstacked(state) -> list:

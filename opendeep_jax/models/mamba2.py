@@ -8,6 +8,7 @@ state size, G groups, K positions of the convolution.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -54,8 +55,14 @@ class Mamba2(nnx.Module):
         self.output = weight(rngs, (size, D), (None, "embed"), std, dtype)
         self.config, self.precision = mamba, config.precision
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> Float[Array, "B L D"]:
-        """Mixes the positions of each document."""
+    def __call__(
+        self, x: Float[Array, "B L D"], context: Context, core: Callable | None = None
+    ) -> Float[Array, "B L D"]:
+        """Mixes the positions of each document, by `over_row` or another core."""
+        return (core or type(self).over_row)(self, context, x)
+
+    def over_row(self, context: Context, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The core of training: a row begins without memory."""
         documents = document_numbers(context.own.segment_ids)
         return self.continued(x, documents, context.valid, self.nothing(len(x), x.dtype))[0]
 

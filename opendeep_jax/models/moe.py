@@ -3,12 +3,10 @@
 B batch, L length, D model width, E experts, K chosen per token, F expert width.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.layers import Context, FeedForward, bias, weight
@@ -17,19 +15,11 @@ from opendeep_jax.ops.dispatch import ExpertKind, routed_experts
 from opendeep_jax.ops.exchange import exchanged_experts, most_devices
 from opendeep_jax.ops.linear import project
 from opendeep_jax.parallel.collectives import axis_size
+from opendeep_jax.parallel.shares import Shares, Sum
 
 
 class RouterBias(nnx.Variable):
     """What is added to an expert's score for selection only. Moved by the expert load, never by a gradient."""
-
-
-class RouterStats(NamedTuple):
-    """What a router did with this device's tokens; with a leading layers axis for stacked layers."""
-
-    load: Int[Array, "E"]
-    """Tokens that chose each expert."""
-    balance_loss: Float[Array, ""]
-    """Sequence-wise balance loss, summed over rows: this device's share of each row's."""
 
 
 class MoE(nnx.Module):
@@ -59,8 +49,10 @@ class MoE(nnx.Module):
             config.precision, moe.expert_bias, config.activation, config.swiglu_alpha, config.swiglu_limit
         )
 
-    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], RouterStats]:
-        """Shared plus routed experts of each position, and what the router did."""
+    def __call__(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L D"], Shares]:
+        """Shared plus routed experts of each position, and the router's report: `load`, int32 [E] tokens that chose
+        each expert, and `balance_loss`, the sequence-wise one summed over rows.
+        """
         weights, indices, scores = self.route(x)
         indices = checkpoint_name(indices, "routing")
         counts = routing.expert_counts(indices, context.valid, self.config.num_experts)
@@ -68,7 +60,7 @@ class MoE(nnx.Module):
         out = self.routed(x, indices, weights, context)
         if self.config.num_shared_experts:
             out += self.shared(x)
-        return out, RouterStats(jnp.sum(counts, axis=0), jnp.sum(balance))
+        return out, {"load": Sum(jnp.sum(counts, axis=0)), "balance_loss": Sum(jnp.sum(balance))}
 
     def route(self, x: Float[Array, "B L D"]) -> tuple[Array, Array, Array]:
         """Weights and indices [B, L, K] of the chosen experts and all scores [B, L, E], in float32."""

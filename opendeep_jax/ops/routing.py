@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from opendeep_jax.config.rules import LENGTH_AXES
 from opendeep_jax.parallel.collectives import axis_size, psum
 
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+"""Of the logits [B, L, E] of each token's experts, by the names of `MoEConfig.scoring`: scores of at least 0."""
+
 
 def route(
     logits: Float[Array, "B L E"], bias: Float[Array, "E"] | None, moe
@@ -20,7 +23,7 @@ def route(
     Selection goes by `score + bias` inside the groups that a token keeps; the weights are the scores without bias,
     normalised over the chosen if `moe.normalize_weights`, times `moe.routed_scaling_factor`.
     """
-    scores = jax.nn.sigmoid(logits) if moe.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    scores = SCORES[moe.scoring](logits)
     selection = jax.lax.stop_gradient(scores if bias is None else scores + bias)
     if moe.num_groups > 1:
         selection = jnp.where(kept_groups(selection, moe), selection, -jnp.inf)

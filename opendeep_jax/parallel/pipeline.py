@@ -23,38 +23,42 @@ from jaxtyping import Array, Float
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.parallel.collectives import axis_index, axis_size
 from opendeep_jax.parallel.schedule import IDLE, Layout, Schedule, Slots, assign_slots
+from opendeep_jax.parallel.shares import meet, nothing
 
 Tree = Any
 
 
 class Pieces(NamedTuple):
-    """A model cut where the pipeline cuts it. All losses are this device's share; all sums are added over microbatches.
+    """A model cut where the pipeline cuts it. Losses are this device's share; what else is measured comes as shares
+    (`parallel/shares.py`), which meet those of the other microbatches.
 
     No collective in a piece may reach over the stage axis, and none may be a `ppermute`: on a CPU XLA lets that
     one wait for all devices, also those of stages that run something else.
     """
 
-    embed: Callable[[Tree, Tree], Array]
-    """(shared, microbatch) -> x: what comes before the stacked layers, on the first stage."""
+    embed: Callable[[Tree, Tree], tuple[Array, Tree]]
+    """(shared, microbatch) -> (x, shares): what comes before the stacked layers, on the first stage. It has no loss."""
     layer: Callable[[Tree, Tree, Array, Tree], tuple[Array, Array, Tree]]
-    """(weights, constants, x, microbatch) -> (x, loss, sums) of one layer; x keeps its shape and dtype, the loss is
+    """(weights, constants, x, microbatch) -> (x, loss, shares) of one layer; x keeps its shape and dtype, the loss is
     float32."""
     output: Callable[[Tree, Array, Tree], tuple[Array, Tree]]
-    """(shared, x, microbatch) -> (loss, sums): what comes after the stacked layers, on the last stage."""
+    """(shared, x, microbatch) -> (loss, shares): what comes after the stacked layers, on the last stage."""
 
 
 class Result(NamedTuple):
-    """This device's share of a batch's loss, gradients and sums."""
+    """This device's share of a batch's loss, gradients and metrics."""
 
     loss: Float[Array, ""]
     shared_gradients: Tree
     """Of `shared`; zero on stages that do not use a weight, so to be summed over the stage axis too."""
     layer_gradients: Tree
     """Of this stage's layers [v*n, ...]; zero in empty places."""
-    output_sums: Tree
-    """`output`'s sums; zero on all stages but the last."""
-    layer_sums: Tree
-    """`layer`'s sums, of this stage's layers [v*n, ...]."""
+    embed_shares: Tree
+    """`embed`'s; nothing on all stages but the first."""
+    output_shares: Tree
+    """`output`'s; nothing on all stages but the last."""
+    layer_shares: Tree
+    """`layer`'s, of this stage's layers [v*n, ...]; nothing in empty places."""
 
 
 class Work(NamedTuple):
@@ -114,9 +118,9 @@ def pipelined_value_and_grad(
     slots = assign_slots(schedule)
     one_microbatch = jax.tree.map(lambda x: x[0], microbatches)
     one_layer, one_constant = jax.tree.map(lambda x: x[0], (layers, constants))
-    x_like = jax.eval_shape(pieces.embed, shared, one_microbatch)
-    _, output_sums_like = jax.eval_shape(pieces.output, shared, x_like, one_microbatch)
-    _, _, layer_sums_like = jax.eval_shape(pieces.layer, one_layer, one_constant, x_like, one_microbatch)
+    x_like, embed_like = jax.eval_shape(pieces.embed, shared, one_microbatch)
+    _, output_like = jax.eval_shape(pieces.output, shared, x_like, one_microbatch)
+    _, _, layer_like = jax.eval_shape(pieces.layer, one_layer, one_constant, x_like, one_microbatch)
     zero = jnp.zeros((), jnp.float32)
 
     def work_of(row, direction: str) -> Work:
@@ -147,11 +151,11 @@ def pipelined_value_and_grad(
                 index = work.chunk * places + place
                 return pieces.layer(_pick(layers, index), _pick(constants, index), x, work.microbatch)
 
-            x, *shares = lax.cond(work.at(place), run, lambda: (x, zero, zeros(layer_sums_like)))
-            return (x, kept), shares
+            x, *measured = lax.cond(work.at(place), run, lambda: (x, zero, nothing(layer_like)))
+            return (x, kept), measured
 
-        (x, kept), (losses, sums) = lax.scan(step, (x, kept), jnp.arange(places))
-        return x, kept, jnp.sum(losses), sums
+        (x, kept), (losses, shares) = lax.scan(step, (x, kept), jnp.arange(places))
+        return x, kept, jnp.sum(losses), shares
 
     def backward_chunk(work, gradient, kept, slot, total):
         """The gradient of a chunk's input from that of its output; its layers' gradients are added to `total`."""
@@ -176,26 +180,32 @@ def pipelined_value_and_grad(
         """The forward of this tick's part; returns the new state and what the next stage gets."""
         work, slot = work_of(row, "forward"), row["forward_input"]
         inputs, shared_gradients = state["inputs"], state["shared_gradients"]
-        x = lax.cond(work.is_part(0), lambda: pieces.embed(shared, work.microbatch), lambda: inputs[slot, 0])
+        arrived = lambda: (inputs[slot, 0], nothing(embed_like))  # noqa: E731
+        x, embed_shares = lax.cond(work.is_part(0), lambda: pieces.embed(shared, work.microbatch), arrived)
         if keep == "layers":
-            y, inputs, loss, sums = forward_chunk(work, x, inputs, slot)
+            y, inputs, loss, shares = forward_chunk(work, x, inputs, slot)
         else:
-            y, _, loss, sums = forward_chunk(work, x, zeros(x_like, 1, places), 0)
+            y, _, loss, shares = forward_chunk(work, x, zeros(x_like, 1, places), 0)
             inputs = inputs.at[slot, 0].set(x)
 
         def close():
             output = jax.value_and_grad(pieces.output, argnums=(0, 1), has_aux=True)
-            (loss, sums), (weights, gradient) = output(shared, y, work.microbatch)
-            return loss, sums, gradient, add(shared_gradients, weights)
+            (loss, shares), (weights, gradient) = output(shared, y, work.microbatch)
+            return loss, shares, gradient, add(shared_gradients, weights)
 
-        idle = zero, zeros(output_sums_like), zeros(x_like), shared_gradients
-        output_loss, output_sums, gradient, shared_gradients = lax.cond(work.is_part(last), close, lambda: idle)
+        idle = zero, nothing(output_like), zeros(x_like), shared_gradients
+        output_loss, output_shares, gradient, shared_gradients = lax.cond(work.is_part(last), close, lambda: idle)
         state |= {
             "inputs": inputs,
             "gradients": state["gradients"].at[row["output_gradient"]].set(gradient),
             "loss": state["loss"] + loss + output_loss,
-            "output_sums": add(state["output_sums"], output_sums),
-            "layer_sums": jax.tree.map(lambda sum, new: _add_at(sum, work.chunk, new), state["layer_sums"], sums),
+            "embed_shares": meet(state["embed_shares"], embed_shares),
+            "output_shares": meet(state["output_shares"], output_shares),
+            "layer_shares": jax.tree.map(
+                lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, work.chunk, 0),
+                state["layer_shares"],
+                meet(_pick(state["layer_shares"], work.chunk), shares),
+            ),
             "shared_gradients": shared_gradients,
         }
         return state, y
@@ -211,7 +221,7 @@ def pipelined_value_and_grad(
         shared_gradients = state["shared_gradients"]
 
         def open_up():
-            _, transpose = jax.vjp(lambda shared: pieces.embed(shared, work.microbatch), shared)
+            _, transpose = jax.vjp(lambda shared: pieces.embed(shared, work.microbatch)[0], shared)
             return add(shared_gradients, *transpose(gradient))
 
         shared_gradients = lax.cond(work.is_part(0), open_up, lambda: shared_gradients)
@@ -233,14 +243,15 @@ def pipelined_value_and_grad(
         "inputs": zeros(x_like, slots.num_inputs + 1, places if keep == "layers" else 1),
         "gradients": zeros(x_like, slots.num_gradients + 1),
         "loss": zero,
-        "output_sums": zeros(output_sums_like),
-        "layer_sums": zeros(layer_sums_like, schedule.chunks, places),
+        "embed_shares": nothing(embed_like),
+        "output_shares": nothing(output_like),
+        "layer_shares": nothing(layer_like, schedule.chunks, places),
         "shared_gradients": zeros(shared, dtype=gradient_dtype),
         "layer_gradients": zeros(layers, dtype=gradient_dtype),
     }
     state, _ = lax.scan(tick, state, _rows(schedule, slots, stage))
     count = schedule.chunks * places
-    state["layer_sums"] = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), state["layer_sums"])
+    state["layer_shares"] = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), state["layer_shares"])
     return Result(*(state[name] for name in Result._fields))
 
 

@@ -4,12 +4,19 @@ Letters: D model width, F expert width, E experts, K experts per token, V vocabu
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 from opendeep_jax.config.rules import MESH_AXES, ROW_AXES
 from opendeep_jax.config.schedule import Stage, micro_batches
-from opendeep_jax.config.schema import ModelConfig, RunConfig
+from opendeep_jax.config.schema import (
+    ExecutionConfig,
+    ModelConfig,
+    ParallelConfig,
+    RematConfig,
+    RunConfig,
+)
 from opendeep_jax.models.accounting import count_parameters, layer_kinds, mixer_matmul_parameters, remat_field
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -61,17 +68,12 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     Args:
         axes: size of each mesh axis (`axis_sizes`).
     """
-    model, optimizer = config.model, config.optimizer
+    model = config.model
     D, V, moe = model.hidden_size, model.vocab_size, model.moe
     width = SIZES[model.dtype]
     counted, routed = count_parameters(model), routed_parameters(model)
     shards = axes["fsdp"] * axes["tensor"] * axes["stage"]
     local = (counted.total + counted.mtp - routed) / shards + routed / (shards * axes["expert"])
-    moments = SIZES[optimizer.first_moment_dtype] + SIZES[optimizer.second_moment_dtype]
-    if optimizer.kind == "muon":  # one moment; two for embedding and head
-        outer = V * D * (1 if model.tie_embeddings else 2) / (counted.total + counted.mtp)
-        moments = SIZES[optimizer.first_moment_dtype] + outer * SIZES[optimizer.second_moment_dtype]
-    zero1 = axes["data"] if config.parallel.shard_optimizer_over_replicas else 1
     tokens = local_tokens(config, stage, axes)
     # Micro-batches of a pipeline that wait.
     in_flight = min(axes["stage"], micros_of(config, stage, axes))
@@ -84,13 +86,42 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
     return {
         "weights": local * SIZES[model.weight_dtype],
         "gradients": local * SIZES[model.weight_dtype],
-        "optimizer": local * moments / zero1,
+        "optimizer": _optimizer_bytes(config, axes),
         "activations": tokens * in_flight * _kept(model, axes) * width,
         "one block": tokens * (4 * D + heads + widest) * width,
         "expert rows": rows * padded * 2 * (2 * D + 3 * moe.expert_size) * width,
         "gathered weights": (2 if axes["fsdp"] > 1 else 1) * gathered * width,
         "logits": 2 * min(config.train.loss_chunk, tokens) * V * 4,
     }
+
+
+def _optimizer_bytes(config: RunConfig, axes: dict[str, int]) -> int:
+    """What the optimizer keeps, as the run would lay it out: every array that its state really has."""
+    from jax.sharding import AbstractMesh
+
+    from opendeep_jax.train.state import bytes_on_each_device, placed_state
+
+    # What cannot change the optimizer's state is left out, so that it is looked up for many layouts at once.
+    plain = dataclasses.replace(config.model, remat=RematConfig(), execution=ExecutionConfig())
+    train = dataclasses.replace(config.train, accumulation_steps=1, rows_per_device=0)
+    plain = dataclasses.replace(config, model=plain, parallel=ParallelConfig(), train=train)
+    skeleton, state = _abstract_state(plain)
+    mesh = AbstractMesh(tuple(axes[axis] for axis in MESH_AXES), MESH_AXES)
+    zero_1 = config.parallel.shard_optimizer_over_replicas
+    return bytes_on_each_device(placed_state(state, skeleton, mesh, zero_1).opt_state)
+
+
+@functools.cache
+def _abstract_state(config: RunConfig):
+    """A run's skeleton and the shapes of its first state."""
+    import jax
+
+    from opendeep_jax.models.parameters import skeleton
+    from opendeep_jax.train.optimizer import make_optimizer
+    from opendeep_jax.train.state import init_state
+
+    bones = skeleton(config.model)
+    return bones, jax.eval_shape(lambda: init_state(config, make_optimizer(config, bones.axes())))
 
 
 def _widest(model: ModelConfig, kind: str) -> int:

@@ -15,14 +15,14 @@ from opendeep_jax.config.schedule import micro_batches
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.decoder import one_layer, scan_layers
-from opendeep_jax.models.moe import RouterStats
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
-from opendeep_jax.parallel.collectives import axis_size, psum
+from opendeep_jax.parallel.collectives import axis_size
 from opendeep_jax.parallel.pipeline import Pieces, from_stages, pipelined_value_and_grad, to_stages
 from opendeep_jax.parallel.schedule import Layout, make_schedule, stage_layout
+from opendeep_jax.parallel.shares import Sum, all_entries, meet, numbers, over_devices
 from opendeep_jax.train.inputs import Inputs, TargetCounts
-from opendeep_jax.train.losses import ROUTERS, balance_losses, losses
+from opendeep_jax.train.losses import layer_losses, loads, total_loss
 
 
 def stacked_layers(config: RunConfig) -> str:
@@ -68,10 +68,9 @@ def pipelined_gradients(
         out_specs=(param_specs, whole, PartitionSpec("stage")),
         check_vma=False,
     )
-    grads, metrics, layer_load = divided(lay_out(params), lay_out(router_bias), inputs, counts, step)
+    grads, metrics, layer_loads = divided(lay_out(params), lay_out(router_bias), inputs, counts, step)
     grads = {name: from_stages(layout, g) if name.startswith(prefix) else g for name, g in grads.items()}
-    if config.model.num_moe_layers:
-        metrics["load"][ROUTERS] = from_stages(layout, layer_load)
+    metrics["load"] |= {name: from_stages(layout, load) for name, load in layer_loads.items()}
     return grads, metrics
 
 
@@ -96,7 +95,12 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
     def embed(shared, microbatch):
         model, (inputs, context) = model_of(shared), microbatch
         x = model.embedding(inputs.batch.tokens)
-        return x if stack == "dense_layers" else scan_layers(model.dense_layers, x, context, config.model)[0]
+        if stack == "dense_layers":
+            return x, {}
+        x, report = scan_layers(model.dense_layers, x, context, config.model)
+        loss, metrics = layer_losses(config, {"dense_layers": report}, counts)
+        assert loss is None, "leading dense layers run where a pipeline takes no loss"
+        return x, metrics
 
     def layer(weights, constant, x, microbatch):
         function, state = one_layer(getattr(model_of(shared), stack), microbatch[1], config.model, scanned=True)
@@ -105,16 +109,14 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
             (path, variable.replace(arrays[f"{stack}.{'.'.join(map(str, path))}"]))
             for path, variable in nnx.to_flat_state(state)
         ]
-        x, stats = function(x, nnx.from_flat_state(flat))
-        if stats is None:
-            return x, jnp.float32(0), RouterStats(jnp.zeros((0,), jnp.int32), jnp.float32(0))
-        balance, weighted = balance_losses(config, [stats], counts)
-        return x, weighted, RouterStats(stats.load, balance)
+        x, report = function(x, nnx.from_flat_state(flat))
+        loss, metrics = layer_losses(config, {stack: report}, counts)
+        return x, jnp.float32(0) if loss is None else loss, {"metrics": metrics, "load": loads({stack: report})}
 
     def output(shared, x, microbatch):
         model, (inputs, context) = model_of(shared), microbatch
         out = model.outputs(x, context, [module.tokens for module in inputs.mtp])
-        return losses(config, model, out, inputs, counts, step)
+        return total_loss(config, model, out, inputs, counts, step)
 
     batch = inputs.batch
     context = model_of(shared).context(batch.tokens, batch.segment_ids, batch.positions, inputs.order)
@@ -129,9 +131,10 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
     )
     grads = {**result.shared_gradients, **result.layer_gradients}
     grads = sum_over_copies(grads, specs, mesh)
-    metrics = dict(result.output_sums)
-    if config.model.num_moe_layers:
-        metrics["balance_loss"] = metrics.get("balance_loss", 0.0) + jnp.sum(result.layer_sums.balance_loss)
-    metrics["loss"] = result.loss
+    metrics = dict(result.output_shares)
+    for more in (all_entries(result.layer_shares["metrics"]), result.embed_shares):
+        metrics |= {name: meet(metrics[name], share) if name in metrics else share for name, share in more.items()}
+    metrics["loss"] = Sum(result.loss)
     within_stage = tuple(name for name in mesh.axis_names if name != "stage")
-    return grads, psum(metrics, mesh.axis_names), psum(result.layer_sums.load, within_stage)
+    layer_loads = numbers(over_devices(result.layer_shares["load"], within_stage))
+    return grads, numbers(over_devices(metrics, mesh.axis_names)), layer_loads

@@ -74,11 +74,15 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; no array is made."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    return placed_state(shapes, skeleton, mesh, config.parallel.shard_optimizer_over_replicas)
+
+
+def placed_state(shapes: TrainState, skeleton: Skeleton, mesh, zero_1: bool) -> TrainState:
+    """A state's shapes and dtypes with the shardings of `state_shardings`; the mesh may be abstract."""
 
     def placed(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    zero_1 = config.parallel.shard_optimizer_over_replicas
     return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh, zero_1))
 
 

@@ -19,11 +19,12 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
-from opendeep_jax.parallel.collectives import axis_size, psum
+from opendeep_jax.parallel.collectives import axis_size
+from opendeep_jax.parallel.shares import Shares, meet, nothing, numbers, over_devices
 from opendeep_jax.train.drill import spoil_gradients
 from opendeep_jax.train.health import judge
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
-from opendeep_jax.train.losses import Metrics, losses
+from opendeep_jax.train.losses import Metrics, total_loss
 from opendeep_jax.train.optimizer import at_step, learning_rate
 from opendeep_jax.train.pipelined import pipelined_gradients
 from opendeep_jax.train.state import TrainState, state_shardings
@@ -99,19 +100,19 @@ def device_gradients(
     """One device's program: gradients of its weights' parts, and the global batch's metrics."""
     grads, sums = own_gradients(config, skeleton, params, router_bias, inputs, counts, step)
     mesh = jax.sharding.get_abstract_mesh()
-    return sum_over_copies(grads, specs, mesh), psum(sums, mesh.axis_names)
+    return sum_over_copies(grads, specs, mesh), numbers(over_devices(sums, mesh.axis_names))
 
 
 def own_gradients(
     config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, inputs: Inputs, counts, step
-) -> tuple[Arrays, Metrics]:
+) -> tuple[Arrays, Shares]:
     """What a device computes from its own rows: gradients divided like the weights, and its share of every metric.
 
     Over the devices that hold copies of a weight, gradients are still to be added up: once, after all micro-batches.
     """
     gradient = jax.value_and_grad(batch_loss, argnums=2, has_aux=True)
 
-    def micro_gradient(micro: Inputs) -> tuple[Arrays, Metrics]:
+    def micro_gradient(micro: Inputs) -> tuple[Arrays, Shares]:
         (_, sums), grads = gradient(config, skeleton, params, router_bias, micro, counts, step)
         return grads, sums
 
@@ -121,14 +122,15 @@ def own_gradients(
         grads, sums = micro_gradient(inputs)
     else:
         cut = jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), inputs)
-        shapes = jax.eval_shape(micro_gradient, jax.tree.map(lambda x: x[0], cut))
+        shapes, none = jax.eval_shape(micro_gradient, jax.tree.map(lambda x: x[0], cut))
         # Sums of bfloat16 gradients are kept in float32.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, "float32" if x.dtype == jnp.bfloat16 else x.dtype), shapes)
 
         def accumulate(total, micro):
-            return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
+            grads, sums = micro_gradient(micro)
+            return (jax.tree.map(jnp.add, total[0], grads), meet(total[1], sums)), None
 
-        (grads, sums), _ = jax.lax.scan(accumulate, zeros, cut)
+        (grads, sums), _ = jax.lax.scan(accumulate, (zeros, nothing(none)), cut)
     return grads, sums
 
 
@@ -140,12 +142,12 @@ def batch_loss(
     inputs: Inputs,
     counts: TargetCounts,
     step,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array, Shares]:
     """These rows' share of the global batch's loss, and their share of every metric."""
     model, batch = skeleton.model(params, router_bias), inputs.batch
     mtp_tokens = [module.tokens for module in inputs.mtp]
     out = model.forward(batch.tokens, batch.segment_ids, batch.positions, mtp_tokens, inputs.order)
-    return losses(config, model, out, inputs, counts, step)
+    return total_loss(config, model, out, inputs, counts, step)
 
 
 def bias_update_speed(config: RunConfig, step) -> jax.Array:

@@ -6,13 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small_models import FAMILIES, OTHERS, random_model
+from small_models import FAMILIES, random_model
 
 from opendeep_jax.config.schema import MTPConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.params import SamplingParams
 
-MODELS = FAMILIES | OTHERS | {"gqa with mtp": dataclasses.replace(FAMILIES["gqa"], mtp=MTPConfig(depth=1))}
+MODELS = FAMILIES | {"gqa with mtp": dataclasses.replace(FAMILIES["gqa"], mtp=MTPConfig(depth=1))}
 LENGTH = 128
 SETTINGS = {"slots": 4, "max_length": LENGTH, "page_size": 8, "prefill_tokens": 32}
 

@@ -7,24 +7,85 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generators import LENGTH, SETTINGS, engine_of, greedy, logits_of, mixed_requests, model_of
-from small_models import random_model
+from generators import LENGTH, SETTINGS, engine_of, logits_of, mixed_requests, model_of
+from small_models import FAMILIES, random_model
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
+from opendeep_jax.generation.forward import Rows, forward
 from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.programs import make_cache
+from opendeep_jax.generation.weights import take_apart
+from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from opendeep_jax.models.decoder import Block, MixerBlock
+from opendeep_jax.models.layers import FeedForward
+from opendeep_jax.models.mamba2 import Mamba2
+from opendeep_jax.models.moe import MoE
 from opendeep_jax.parallel.mesh import make_mesh
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-@pytest.mark.parametrize("family", ["v3", "v2", "gqa", "gemma", "gpt-oss", "olmo", "nemotron", "nemotron-h"])
-def test_greedy_output_is_that_of_the_model_without_a_cache(family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_and_its_probabilities_are_those_of_the_model_without_a_cache(family):
     prompts = [list(range(1, 1 + length)) for length in (1, 7, 45)]  # within a chunk, and over several
-    out = engine_of(family).generate(prompts, GREEDY)
+    out = engine_of(family).generate(prompts, dataclasses.replace(GREEDY, logprobs=0))
     for prompt, completion in zip(prompts, out, strict=True):
-        assert completion.tokens == greedy(family, prompt, 20) and completion.finish == "length"
+        logits = logits_of(family, prompt + completion.tokens)[len(prompt) - 1 : -1]
+        assert completion.tokens == logits.argmax(-1).tolist() and completion.finish == "length"
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(20), completion.tokens]
+        np.testing.assert_allclose([one.logprob for one in completion.logprobs], logprobs, atol=1e-4)
+
+
+def called(modules, program) -> list[str]:
+    """The names of the modules that are called while a program is traced, in order."""
+    calls = []
+
+    def counting(module, call):
+        return lambda *given: calls.append(module.__name__) or call(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "__call__", counting(module, module.__call__))
+        jax.eval_shape(program)
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_called_as_training_calls_them(family):
+    """So what is added to a layer, an attention or a mixer is in generation too."""
+    model = model_of(family)
+    bones, weights = take_apart(model)
+    one, cache = jnp.ones(1, jnp.int32), make_cache(bones, 4, 8, 1)
+    modules = (Block, MixerBlock, MultiHeadLatentAttention, GroupedQueryAttention, Mamba2, MoE, FeedForward)
+    generated = called(modules, lambda: forward(bones, weights, cache, Rows(one[None], one, one, one[None], one)))
+    trained = called(modules, lambda: model(jnp.ones((1, 8), jnp.int32)))  # layers of a kind are traced once
+    assert set(generated) == set(trained)
+    assert len([name for name in generated if name.endswith("Block")]) == model.config.num_layers
+
+
+class OwnCore(GroupedQueryAttention):
+    """An attention whose scores are not those that a cache knows."""
+
+    def over_row(self, context, query, key, value, scoring):
+        return super().over_row(context, query, key, value, scoring._replace(scale=-scoring.scale))
+
+
+def test_a_core_that_the_cache_does_not_know_is_refused(monkeypatch):
+    from opendeep_jax.models import attention
+
+    monkeypatch.setattr(attention, "GroupedQueryAttention", OwnCore)
+    engine = Engine(random_model(model_of("dense").config), EngineConfig(**SETTINGS))
+    with pytest.raises(ConfigError, match="OwnCore has a core of its own, and generation knows none over a cache"):
+        engine.generate([[1]], GREEDY)
+
+
+def test_an_attention_that_calls_no_core_is_refused(monkeypatch):
+    monkeypatch.setattr(GroupedQueryAttention, "__call__", lambda self, x, *_: x)
+    engine = Engine(random_model(model_of("dense").config), EngineConfig(**SETTINGS))
+    with pytest.raises(ConfigError, match="Block called its core 0 times"):
+        engine.generate([[1]], GREEDY)
 
 
 def test_two_hundred_requests_that_come_and_go_get_token_for_token_what_each_gets_alone():

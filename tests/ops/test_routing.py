@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from small_models import compiled
 
 from opendeep_jax.config.schema import MoEConfig
-from opendeep_jax.ops.routing import expert_counts, route, sequence_balance_loss, updated_bias
+from opendeep_jax.ops.routing import SCORES, expert_counts, route, sequence_balance_loss, updated_bias
 
 V3 = MoEConfig(
     num_experts=12, experts_per_token=3, num_groups=4, groups_per_token=2, routed_scaling_factor=2.5, expert_size=1
@@ -63,6 +64,10 @@ def test_choice_and_weights_are_those_of_the_reports(case, biased):
         want = route_one(logits[at], bias, moe)
         got = dict(zip(indices[at].tolist(), weights[at].tolist(), strict=True))
         assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_every_score_that_a_configuration_can_name_has_its_function():
+    assert set(get_args(get_type_hints(MoEConfig)["scoring"])) == SCORES.keys()
 
 
 def test_the_bias_selects_and_does_not_weigh():

@@ -22,6 +22,7 @@ from opendeep_jax.config.schema import (
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.health import new_health
+from opendeep_jax.train.metric_table import METRICS
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import abstract_batch
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, state_shardings
@@ -80,9 +81,8 @@ CUTS = {
     "expert 8, two parts": {"devices": 8, "expert": 8, "execution": {"batch_parts": 2}},
     "fsdp 2 x expert 4, small buffers": {"devices": 8, "fsdp": 2, "expert": 4, "execution": {"exchange_buffer": 0.3}},
     "fsdp 2 x context 4": {"devices": 8, "fsdp": 2, "context": 4},
-    "expert 2 x context 2 x tensor 2": {"devices": 8, "expert": 2, "context": 2, "tensor": 2},
-    "stage 2 x fsdp 2 x expert 2": {"devices": 8, "stage": 2, "fsdp": 2, "expert": 2, "accumulation": 2},
 }
+"""Beside those of `test_layouts.py`."""
 
 
 @pytest.fixture(scope="module", params=CUTS)
@@ -94,7 +94,7 @@ def cut(request):
 def test_a_cut_batch_has_the_loss_and_gradients_of_the_whole_one(cut, reference):
     (_, whole, whole_metrics), (_, parts, metrics) = reference, cut
     assert metrics.keys() == whole_metrics.keys()
-    for name in ("loss", "lm_loss", "mtp_loss", "balance_loss"):
+    for name in METRICS:
         np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(metrics["grad_norm"], whole_metrics["grad_norm"], rtol=1e-4)
     for name, grad in whole.opt_state.items():

@@ -3,13 +3,19 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from small_models import V3, run_config
+from jaxprs import named_sizes
+from small_models import FAMILIES, V3, random_arrays, run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, load_run_config
+from opendeep_jax.config.schema import RematConfig
+from opendeep_jax.models.accounting import layer_kinds
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train import summary
@@ -47,6 +53,26 @@ def test_saving_fewer_activations_is_estimated_as_less_memory():
         return summary.memory_estimate(config, *state_of(config))["activations"]
 
     assert activations("full") < activations("named") < activations("none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_as_wide_as_the_layers_name_them(family):
+    model, tokens = dataclasses.replace(FAMILIES[family], remat=RematConfig(dense="none", moe="none")), 8
+    text = np.ones((1, tokens), np.int32)
+
+    def total(params, router_bias):
+        out = skeleton(model).model(params, router_bias).forward(text, mtp_tokens=[text] * model.mtp.depth)
+        return sum(jnp.sum(hidden) for hidden in (out.hidden, *out.mtp_hidden))
+
+    arrays = jax.eval_shape(lambda: random_arrays(skeleton(model)))
+    named = named_sizes(jax.make_jaxpr(jax.grad(total))(*arrays).jaxpr)
+    expected = Counter()
+    for kind, layers in layer_kinds(model):
+        for name, width in {"block_input": model.hidden_size, **summary.activation_widths(model, kind)}.items():
+            expected[name] += layers * width * tokens
+        if "E" in kind:
+            expected["routing"] += layers * model.moe.num_experts  # rows of each expert, not of each token
+    assert named == +expected  # without what has no width
 
 
 @pytest.mark.parametrize("kind, name", [("*-", "expert_gate"), ("*E", "expert_gate")])
