@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 from jax._src import distributed
 
-from opendeep_jax.config.exits import RESUME, Resume
+from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.parallel.distributed import host_of, share, words
+from opendeep_jax.parallel.distributed import ended_peer, host_of, share, tell_end, words
 from opendeep_jax.train.checkpoint_files import short
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.last_words import leave_last_words
@@ -52,6 +52,7 @@ class Watchdog:
         self._hosts: dict[str, str] = {}
         self._looking = False  # for the peer whose loss a failure may be
         self._answered = time.monotonic()  # when the coordination service last did
+        self._ended_peer: PeerEnded | None = None
         self._ended = threading.Event()
         limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
         self._interval = min(max(min(limits, default=60.0) / 10, 0.1), 5.0)
@@ -95,7 +96,7 @@ class Watchdog:
         """Notes what the loop begins to do now, and at which step."""
         self._doing, self._step, self._since = what, self._step if step is None else step, time.monotonic()
 
-    def lost_peer(self, error: BaseException) -> Resume | None:
+    def lost_peer(self, error: BaseException) -> Resume | PeerEnded | None:
         """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
 
         A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was. Where all
@@ -106,12 +107,14 @@ class Watchdog:
         self._looking = True
         end = time.monotonic() + self.faults.peer_seconds + 2 * self._interval
         while time.monotonic() < end:
+            if self._ended_peer:
+                return self._ended_peer
             if missing := self._missing():
                 traceback.print_exception(error, file=self._file)
                 text = self._diagnosis(missing)
                 self._leave_traces(text, missing)
                 return Resume(text)
-            time.sleep(self._interval)
+            time.sleep(min(self._interval, 1.0))
         if not re.search(OUT_OF_TOUCH, str(error), re.IGNORECASE):
             return None
         traceback.print_exception(error, file=self._file)
@@ -125,10 +128,12 @@ class Watchdog:
         return Resume(text)
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(min(self._interval, 1.0)):
             missing = self._missing()
             if self._looking:
                 continue
+            if self._ended_peer and not self._ended.wait(1.0):  # which the main thread may be about to do by itself
+                self._give_up(str(self._ended_peer), [], self._ended_peer.status)
             patience = self.faults.hang_seconds * SLOWER.get(self._doing, 1.0)
             if missing:
                 self._give_up(self._diagnosis(missing), missing)
@@ -138,9 +143,13 @@ class Watchdog:
     def _talk(self) -> None:
         """Tells the others what this process does, and hears what they do, until the end."""
         process, told = jax.process_index(), 0
+        due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
-            while not self._ended.wait(self._interval):
-                told += 1
+            while not self._ended.wait(min(self._interval, 1.0)):
+                self._ended_peer = self._ended_peer or ended_peer()
+                if time.monotonic() < due:
+                    continue
+                due, told = time.monotonic() + self._interval, told + 1
                 share(f"beat/{process}", f"{told}|{self._step}|{self._doing}")
                 heard = words("beat")
                 if len(self._hosts) < jax.process_count():
@@ -188,11 +197,14 @@ class Watchdog:
     def _host(self, peer: int) -> str:
         return self._hosts.get(str(peer), "an unknown host")
 
-    def _give_up(self, text: str, missing: list[int]) -> None:
+    def _give_up(self, text: str, missing: list[int], status: int = RESUME) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
-        self._leave_traces(text, missing)
+        if status == RESUME:
+            self._leave_traces(text, missing)
+        else:
+            tell_end(status, text)
         self._farewell()
-        self._exit(RESUME)
+        self._exit(status)
 
     def _leave_traces(self, text: str, missing: list[int]) -> None:
         """Writes this process's stacks; and the event, if no process before this one is left to do it."""
