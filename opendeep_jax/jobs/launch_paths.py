@@ -1,6 +1,7 @@
 """Every path of a run against what the machines of its job will see: one shared directory."""
 
 import glob
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,9 +30,10 @@ def check_paths(config: RunConfig, command: Sequence[str], workdir: str, shared:
         if kind == "cache" and path == TrainConfig().compilation_cache:  # nobody's choice: where it is kept from now on
             extra.append(f"{flag}={Path(workdir).parent / 'xla_cache'}")
         elif kind == "local":
-            if not Path(path).is_absolute() or ".." in Path(path).parts:
+            if not re.fullmatch(r"/[\w@%+=./-]+", path, flags=re.ASCII) or ".." in Path(path).parts:
                 problems.append(
-                    f"{flag}={path}: is a directory on each machine's own disk, and so must be an absolute path there."
+                    f"{flag}={path}: is a directory on each machine's own disk, and so must be an absolute path there, "
+                    "of letters, digits and @%+=._-."
                 )
         elif not _inside(path, shared):
             problems.append(
