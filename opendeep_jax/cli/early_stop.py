@@ -38,26 +38,54 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
+    unsaid = threading.Lock()
+
+    def say(number: int) -> None:
+        """Whichever thread is first says it."""
+        if unsaid.acquire(blocking=False):
+            name, status = signal.Signals(number).name, STATUSES[number]
+            os.write(2, f"\nopendeep train: {note(name, status)}\n".encode())
+
     def unwind(number, frame):
+        say(number)
         raise EarlyStop(STATUSES[number])
 
     def listen() -> None:
         while (heard := os.read(reader, 1)) and heard[0] not in STATUSES:
             pass
-        if not heard:
-            return
-        name, status = signal.Signals(heard[0]).name, STATUSES[heard[0]]
-        os.write(2, f"\nopendeep train: {note(name, status)}\n".encode())
-        told_to_stop()
-        time.sleep(UNWIND_SECONDS)
-        exit(status)
+        if heard:
+            say(heard[0])
+            told_to_stop()
+            time.sleep(UNWIND_SECONDS)
+            exit(STATUSES[heard[0]])
+        os.close(reader)
 
+    armed = [True]
+
+    # The signals of a forked child are not this process's: a pool ends its workers by SIGTERM.
+    def hold_back() -> None:
+        if armed:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STATUSES)
+
+    def let_in() -> None:
+        if armed:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUSES)
+
+    def in_the_child() -> None:
+        if armed:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            let_in()
+
+    os.register_at_fork(before=hold_back, after_in_parent=let_in, after_in_child=in_the_child)
     waker = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {number: signal.signal(number, unwind) for number in STATUSES}
     threading.Thread(target=listen, name="early stops", daemon=True).start()
     try:
         yield
     finally:
+        armed.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(waker)

@@ -146,7 +146,7 @@ class Watchdog:
         due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
             while not self._ended.wait(min(self._interval, 1.0)):
-                self._ended_peer = self._ended_peer or ended_peer()
+                self._hear_of_ends()
                 if time.monotonic() < due:
                     continue
                 due, told = time.monotonic() + self._interval, told + 1
@@ -159,6 +159,9 @@ class Watchdog:
                     word = heard.get(str(peer), "")
                     if self._news.get(peer, (None, 0))[0] != word:
                         self._news[peer] = word, now
+
+    def _hear_of_ends(self) -> None:
+        self._ended_peer = self._ended_peer or ended_peer()
 
     def _missing(self) -> list[int]:
         """Processes that were not heard of for too long."""

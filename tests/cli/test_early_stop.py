@@ -87,3 +87,21 @@ def test_another_thread_has_no_signals_to_look_after():
     thread.start()
     thread.join()
     assert done == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_signal_to_a_forked_worker_is_not_the_runs():
+    program = """
+import os, signal, sys, time
+from opendeep_jax.cli.early_stop import early_stops
+with early_stops(exit=lambda status: os._exit(9)):
+    worker = os.fork()
+    if not worker:
+        time.sleep(10)
+        os._exit(8)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+    time.sleep(0.2)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
