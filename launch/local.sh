@@ -6,7 +6,8 @@
 set -u
 stopped=0
 children=()
-trap 'stopped=1; kill -TERM "${children[@]}" 2>/dev/null' TERM INT  # each finishes its step, saves and ends with 75
+trap 'stopped=1; kill -TERM "${children[@]}" 2>/dev/null' TERM INT # each finishes its step, saves and ends with 75
+export OPENDEEP_JOB=local-$$                                       # by which a run counts the starts that got nowhere
 
 for ((start = 0; start <= {{restarts}}; start++)); do
   port=$((20000 + RANDOM % 10000)) # a new one each time: the last start's may not be free yet
@@ -17,14 +18,24 @@ for ((start = 0; start <= {{restarts}}; start++)); do
     children+=($!)
   done
   ((!stopped)) || kill -TERM "${children[@]}" 2>/dev/null # told between two starts
-  status=0
+  final=0 killed=0 error=0 again=0
   for child in "${children[@]}"; do
     wait "$child" && ended=0 || ended=$?
     while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the child has ended
       wait "$child" && ended=0 || ended=$?
     done
-    ((ended == 0 || status == 2 || status == 3)) || status=$ended # those two stay: starting again is no cure
+    case $ended in
+      0) ;;
+      2 | 3 | 130) final=$ended ;; # whatever the others end with: starting again is no cure
+      75) again=1 ;;
+      *) ((ended > 128)) && killed=1 || error=$ended ;; # a killed peer explains an error of another
+    esac
   done
+  status=0
+  ((!again)) || status=75
+  ((!error)) || status=$error
+  ((!killed)) || status=75
+  ((!final)) || status=$final
   ((status == 75 && !stopped)) || exit "$status"
 done
 exit 75

@@ -32,12 +32,16 @@ local:
                  again. (default: 0)
 
 clusters:
-  --topology     The cluster, as `opendeep plan` takes it: v5p:4x4x4, 2*v6e:16x16, h100:4x8 (nodes x GPUs).
+  --topology     The cluster, as `opendeep plan` takes it: v5p:4x4x4, 2*v6e:16x16, h100:4x8 (nodes x GPUs), gb200:18x4.
   --image        Container image with opendeep installed.
   --shared       Directory of the file system that all machines share; --workdir and --data.directory are in it.
                  (default: /shared)
   --job_name     Name of the job; the work directory's if not given.
   --grace_seconds  From being told to stop to being killed: a step and a save. (default: 300)
+  --env          NAME=value of a variable of the run's environment, or NAME where its value is to be in no file;
+                 may be given several times, or several after one.
+  --secret       gke: a Secret of Kubernetes, whose keys become variables. tpu-vm: a file under --shared with lines
+                 NAME=value. (slurm and skypilot take the values of --env=NAME from where the job is submitted)
   --volume       gke, skypilot: the claim or volume that holds the shared file system.
   --namespace    gke: namespace. (default: default)
   --queue        gke: Kueue's LocalQueue; none if not given.
@@ -45,6 +49,9 @@ clusters:
   --time         slurm: time limit, such as 7-00:00:00. (default: 24:00:00)
   --account      slurm: account.
   --partition    slurm: partition.
+  --qos          slurm: quality of service.
+  --reservation  slurm: reservation.
+  --sbatch       slurm: any other option of sbatch, as name=value; may be given several times, or several after one.
   --project      tpu-vm: Google Cloud project.
   --zone         tpu-vm: its zone.
   --nfs          tpu-vm: what is mounted at --shared, as host:/export.
@@ -56,8 +63,10 @@ MOST_RESTARTS = 1_000_000
 """Every engine, and the shell, can count so far."""
 SETTINGS = (
     *("image", "shared", "job_name", "grace_seconds", "volume", "namespace", "queue", "spot"),
-    *("time", "account", "partition", "project", "zone", "nfs"),
+    *("time", "account", "partition", "qos", "reservation", "project", "zone", "nfs", "secret"),
 )
+LISTS = ("env", "sbatch")
+"""Settings that take several values."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         sys.exit(0)
+    argv, lists = _take_lists(argv)
     values = make_flags(
         target=("local", ""),
         restarts=(100, ""),
@@ -99,7 +109,8 @@ def main(argv: Sequence[str]) -> int:
     config, launch = resolve(rest, "opendeep launch", trains=True)
     settings = tuple((name, values[name].value) for name in SETTINGS if values[name].value)
     if values.target == "local":
-        return _local(values, config, launch, rest, settings)
+        given = [(name, entry) for name in LISTS for entry in lists[name]]
+        return _local(values, config, launch, rest, (*settings, *given))
     if values.processes:
         raise ConfigError(
             f"--processes={values.processes}: is for --target=local; a cluster's processes follow from --topology."
@@ -112,6 +123,8 @@ def main(argv: Sequence[str]) -> int:
         values.topology,
         values.restarts,
         settings,
+        tuple(lists["env"]),
+        tuple(lists["sbatch"]),
     )
     text = render(job)
     if values.dry_run:
@@ -119,6 +132,24 @@ def main(argv: Sequence[str]) -> int:
         return 0
     check_engine(values.target)
     return submit(job, text)
+
+
+def _take_lists(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """`argv` without the settings that take several values, and those: `--env=A --env B C=1` gives A, B and C=1."""
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {name: [] for name in LISTS}
+    taking = None
+    for word in argv:
+        flag, equals, value = word[2:].partition("=")
+        if word.startswith("--") and flag in LISTS:
+            lists[flag] += [value] if equals else []
+            taking = None if equals and flag == "env" and "=" not in value else flag
+        elif word.startswith("-") or taking is None:
+            rest.append(word)
+            taking = None
+        else:
+            lists[taking].append(word)
+    return rest, lists
 
 
 def _local(

@@ -1,5 +1,6 @@
 """`opendeep COMMAND ...`: finds the command, and turns every failure a user can mend into one paragraph."""
 
+import contextlib
 import errno
 import importlib
 import os
@@ -7,10 +8,11 @@ import sys
 from collections.abc import Sequence
 
 import opendeep_jax
+from opendeep_jax.cli.early_stop import EarlyStop, early_stops
 from opendeep_jax.cli.large_pages import restart_with_large_pages
 from opendeep_jax.cli.process import choose_platform
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, Resume, Stopped
+from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, PeerEnded, Resume, Stopped
 from opendeep_jax.config.load import did_you_mean, recipe_names
 from opendeep_jax.config.synonyms import COMMANDS as OTHER_NAMES
 from opendeep_jax.config.synonyms import ours
@@ -81,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(_no_command(command, rest))
-        # Imported only now, so that `opendeep --help` and a wrong command answer at once.
-        module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
-        return module.main(rest) or 0
+        with early_stops() if command == "train" else contextlib.nullcontext():
+            # Imported only now, so that `opendeep --help` and a wrong command answer at once.
+            module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
+            return module.main(rest) or 0
     except (Exception, KeyboardInterrupt) as error:
         status = explained(command, error)
         if status is None:
@@ -105,29 +108,36 @@ def _no_command(word: str, rest: Sequence[str]) -> str:
 
 def explained(command: str, error: BaseException) -> int | None:
     """Prints what ended a command, in one paragraph, and returns the exit status; None for a bug."""
+    status, text = explanation(command, error)
+    if text:
+        print(text, file=sys.stderr)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def explanation(command: str, error: BaseException) -> tuple[int | None, str]:
+    """The exit status after what ended a command (None for a bug), and the paragraph, if one is to be printed."""
     if isinstance(error, ConfigError):
-        if not getattr(error, "already_said", False):
-            print(f"opendeep: {error}", file=sys.stderr)
-        return MEND
+        return MEND, "" if getattr(error, "already_said", False) else f"opendeep: {error}"
+    if isinstance(error, EarlyStop):
+        return error.status, ""  # said already
     if isinstance(error, KeyboardInterrupt):
         cure = " Give the same command to go on." if command == "train" else ""
-        print(f"\nopendeep {command}: interrupted.{cure}", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED, f"\nopendeep {command}: interrupted.{cure}"
     if isinstance(error, Resume):
         cure = "" if "the same command" in str(error) else " Give the same command to go on"
-        print(f"\nopendeep {command}: {error}{cure} (exit status {RESUME}).", file=sys.stderr)
-        return RESUME
+        return RESUME, f"\nopendeep {command}: {error}{cure} (exit status {RESUME})."
     if isinstance(error, Stopped):
-        print(f"\nopendeep {command}: {error}", file=sys.stderr)
-        return STOPPED
+        return STOPPED, f"\nopendeep {command}: {error}"
+    if isinstance(error, PeerEnded):
+        return error.status, f"\nopendeep {command}: {error}"
     if isinstance(error, BrokenPipeError):  # `opendeep train --help | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return OK, ""
     if isinstance(error, OSError) and error.errno in MENDABLE:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}", file=sys.stderr)
-        return MEND
-    return None
+        return MEND, f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}"
+    return None, ""
 
 
 def script() -> int:

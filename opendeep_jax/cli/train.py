@@ -1,18 +1,20 @@
 """`opendeep train --config=RECIPE --workdir=DIRECTORY --dotted.name=value ...`, or `--from=RUN@STEP --workdir=NEW`"""
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from opendeep_jax.cli.process import process_start, set_verbosity
+from opendeep_jax.cli.starts import counted
 from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.exits import BUG
 from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import Launch, resolve
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.parallel.cluster import find_cluster
+from opendeep_jax.parallel.cluster import Cluster, find_cluster
 from opendeep_jax.train.trackers import check_trackers
 
 
@@ -23,6 +25,24 @@ def main(argv: Sequence[str]) -> None:
     """
     config, launch = resolve(argv, trains=True)
     cluster = find_cluster(os.environ, launch.coordinator_address, launch.num_processes, launch.process_id)
+    # Of a TPU pod JAX finds the place later; a pod of GKE has the name of its node, which may change.
+    host = "-".join(os.environ.get(name, "0") for name in ("MEGASCALE_SLICE_ID", "TPU_WORKER_ID"))
+    process = (
+        (host if "TPU_WORKER_ID" in os.environ else socket.gethostname())
+        if cluster is None
+        else str(cluster.process_id)
+    )
+    try:
+        with counted(launch.workdir, process, os.environ, _is_bug):
+            _train(config, launch, cluster)
+    except BaseException as error:
+        job = sys.modules.get("opendeep_jax.parallel.distributed")
+        if job is not None and job.in_job():
+            _leave(error)
+        raise
+
+
+def _train(config: RunConfig, launch: Launch, cluster: Cluster | None) -> None:
     check_trackers(config)
     if cluster is None:
         check_start(config, launch)
@@ -33,23 +53,24 @@ def main(argv: Sequence[str]) -> None:
     from opendeep_jax.parallel.distributed import primary_first, start
 
     set_verbosity(launch.verbosity)
-    start(cluster)
-    try:
-        if cluster is not None:
-            primary_first("workdir", lambda: check_start(config, launch))
-        primary_first("devices", lambda: check_devices(config, jax.device_count()))
+    start(cluster, config.faults.join_seconds)
+    if cluster is not None:
+        primary_first("workdir", lambda: check_start(config, launch))
+    primary_first("devices", lambda: check_devices(config, jax.device_count()))
 
-        from opendeep_jax.train.loop import train
+    from opendeep_jax.train.loop import train
 
-        if launch.parent:
-            from opendeep_jax.train.branch import begin_branch
+    if launch.parent:
+        from opendeep_jax.train.branch import begin_branch
 
-            begin_branch(config, launch.recipe, launch.workdir, launch.parent)
-        train(config, launch.workdir, launch.recipe, process_start())
-    except BaseException as error:
-        if jax.process_count() > 1:
-            _leave(error)
-        raise
+        begin_branch(config, launch.recipe, launch.workdir, launch.parent)
+    train(config, launch.workdir, launch.recipe, process_start())
+
+
+def _is_bug(error: BaseException) -> bool:
+    from opendeep_jax.cli.main import explanation
+
+    return explanation("train", error)[0] is None and isinstance(error, Exception)
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
@@ -64,7 +85,7 @@ def check_start(config: RunConfig, launch: Launch) -> None:
 
 def _leave(error: BaseException) -> NoReturn:
     """Ends this process of a job without the farewells at exit, which would wait for peers that may be gone."""
-    from opendeep_jax.cli.main import explained
+    from opendeep_jax.cli.main import explained, explanation
     from opendeep_jax.parallel.distributed import leave_together
 
     status = explained("train", error)
@@ -73,5 +94,5 @@ def _leave(error: BaseException) -> NoReturn:
         status = BUG
     sys.stdout.flush()
     sys.stderr.flush()
-    leave_together()
+    leave_together(status, explanation("train", error)[1] or repr(error))
     os._exit(status)

@@ -17,5 +17,17 @@ class Resume(Exception):
     """Ends this process with status RESUME: it was told to stop, or lost a peer. The message says which."""
 
 
+class ToldToStop(Resume):
+    """A signal asked for it: no fault, however often it happens."""
+
+
+class PeerEnded(Exception):
+    """Ends this process as another one of the job has ended: with a status that starting again would not change."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+
+
 class Stopped(Exception):
     """Ends this process with status STOPPED; the message is the diagnosis, in one paragraph."""

@@ -52,6 +52,9 @@ class FaultsConfig:
     Compilation may take ten times as long."""
     peer_seconds: float = 60.0
     """A process that was not heard of for so long is named by all others, which then exit; 0 waits for ever."""
+    join_seconds: float = 300.0
+    """Seconds that the processes of a job wait, at the start, until all are there; then they say who is missing, and
+    end with status 75."""
     drill: tuple[str, ...] = ()
     """Faults to make on purpose, such as nan_gradient@12, sigkill@20:1 (a step, a process), to see what happens."""
 

@@ -122,4 +122,3 @@ def ours(word: str, table: dict[str, str], known: Sequence[str] | None = None) -
             if (known is None or name in known) and spelling in others.split():
                 return name
     return ""
-

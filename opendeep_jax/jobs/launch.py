@@ -6,6 +6,7 @@ A template is the file itself with `{{name}}` where a value goes; a line whose v
 is checked before: the run's configuration against the cluster's devices, and every value that goes into a file.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -22,9 +23,18 @@ from opendeep_jax.config.load import did_you_mean
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.config.synonyms import TARGETS as OTHER_TARGETS
 from opendeep_jax.config.synonyms import ours
-from opendeep_jax.jobs.launch_hardware import GKE_ACCELERATORS, SKYPILOT_ACCELERATORS, TPU_VM_TYPES, chips_per_host
+from opendeep_jax.jobs.launch_environment import check_environment, check_sbatch, environment_values
+from opendeep_jax.jobs.launch_hardware import (
+    GKE_ACCELERATORS,
+    NOT_PLANNED,
+    SKYPILOT_ACCELERATORS,
+    TPU_VM_TYPES,
+    chips_per_host,
+    parse_cluster,
+)
+from opendeep_jax.jobs.launch_paths import check_paths
 from opendeep_jax.parallel.chips import CHIPS
-from opendeep_jax.plan.topology import Topology, parse_topology
+from opendeep_jax.plan.topology import Topology
 
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 """A job's name: what Kubernetes, Google Cloud and SkyPilot all take, with room for what they append."""
@@ -50,6 +60,10 @@ class Job:
     """Times that the job is started again."""
     settings: tuple[tuple[str, str], ...] = ()
     """The target's own settings that were given, by name; `Target` says which it takes."""
+    env: tuple[str, ...] = ()
+    """Environment variables of the run, as NAME=value, or NAME for those whose value is to be in no file."""
+    sbatch: tuple[str, ...] = ()
+    """Options of sbatch, as name=value."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +85,13 @@ class Target:
 
 
 TARGETS = {
-    "slurm": Target("slurm.sh", "gpu", ("sbatch",), ("image",), ("time", "account", "partition")),
+    "slurm": Target("slurm.sh", "gpu", ("sbatch",), ("image",), ("time", "account", "partition", "qos", "reservation")),
     "gke-tpu": Target(
         "gke_tpu.yaml",
         "tpu",
         ("kubectl", "create", "--filename"),
         ("image", "volume"),
-        ("namespace", "queue", "spot"),
+        ("namespace", "queue", "spot", "secret"),
         GKE_ACCELERATORS,
     ),
     "gke-gpu": Target(
@@ -85,7 +99,7 @@ TARGETS = {
         "gpu",
         ("kubectl", "create", "--filename"),
         ("image", "volume"),
-        ("namespace", "queue", "spot"),
+        ("namespace", "queue", "spot", "secret"),
         GKE_ACCELERATORS,
     ),
     "tpu-vm": Target(
@@ -93,7 +107,7 @@ TARGETS = {
         "tpu",
         ("bash",),
         ("image", "nfs", "project", "zone"),
-        ("spot",),
+        ("spot", "secret"),
         {chip: kind for chip, (kind, *_) in TPU_VM_TYPES.items()},
     ),
     "skypilot": Target(
@@ -128,20 +142,32 @@ def render(job: Job) -> str:
     given = dict(job.settings)
     _check_settings(job, target, given)
     topology = _check_topology(job, target)
+    shared = given.get("shared", "/shared")
     settings = {"shared": "/shared", "namespace": "default", "time": "24:00:00", "grace_seconds": "300", **given}
     settings.setdefault("job_name", job_name(job.workdir))
     _check_values(settings)
-    _check_paths(job, settings["shared"])
+    if job.sbatch and job.target != "slurm":
+        raise ConfigError(f"--sbatch={job.sbatch[0]}: is for --target=slurm. Leave it out.")
+    check_sbatch(job.sbatch)
+    check_environment(job.target, job.env, settings.get("secret", ""), job.config)
+    if job.target == "tpu-vm" and "secret" in settings and not Path(settings["secret"]).is_relative_to(shared):
+        raise ConfigError(f"--secret={settings['secret']}: must be a file under {shared}, with lines NAME=value.")
+    extra = check_paths(job.config, job.command, job.workdir, shared)
+    job = dataclasses.replace(job, command=(*job.command[:2], *extra, *job.command[2:]))
     if broken := [word for word in job.command if not word.isprintable()]:
         raise ConfigError(f"{broken[0]!r}: a setting that goes into a job's file must be one line. Put it in a recipe.")
     values = {
         **{name: settings.get(name, "") for name in (*COMMON, *target.needs, *target.takes)},
         "name": settings["job_name"],
         "restarts": str(job.restarts),
+        "workdir": shlex.quote(job.workdir),
+        "local": job.config.checkpoint.local_directory,
+        "sbatch": "\n".join(f"#SBATCH --{option}" for option in job.sbatch),
         "chip": topology.chip.name.upper() if topology.chip.platform == "gpu" else f"TPU {topology.chip.name}",
         "topology": "x".join(map(str, topology.shape)),
         "accelerator": (target.accelerators or {}).get(topology.chip.name, ""),
         **(_of_slices(topology) if target.platform == "tpu" else _of_nodes(topology)),
+        **environment_values(job.target, job.env, settings.get("secret", "")),
         **_of_target(job, target, topology, settings),
     }
     return fill(template_directory().joinpath(target.template).read_text(encoding="utf-8"), values)
@@ -164,7 +190,9 @@ def submit(job: Job, text: str) -> int:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / target.template
         file.write_text(text, encoding="utf-8")
-        return subprocess.run([*target.submit, str(file)]).returncode
+        secrets = [name for name in job.env if "=" not in name] if job.target == "skypilot" else []
+        by_name = [word for name in secrets for word in ("--secret", name)]
+        return subprocess.run([*target.submit, *by_name, str(file)]).returncode
 
 
 def check_target(name: str) -> None:
@@ -215,7 +243,7 @@ def _check_settings(job: Job, target: Target, given: dict[str, str]) -> None:
 
 
 def _check_topology(job: Job, target: Target) -> Topology:
-    topology = parse_topology(job.topology)
+    topology = parse_cluster(job.topology)
     chip = topology.chip
     if chip.platform != target.platform:
         fitting = [name for name, other in TARGETS.items() if other.platform == chip.platform]
@@ -224,10 +252,12 @@ def _check_topology(job: Job, target: Target) -> Topology:
             f"none. Use --target={' or '.join(fitting)}."
         )
     if target.accelerators is not None and chip.name not in target.accelerators:
-        chips = [name for name in target.accelerators if CHIPS[name].platform == target.platform]
+        chips = [name for name in target.accelerators if {**CHIPS, **NOT_PLANNED}[name].platform == target.platform]
         raise ConfigError(
             f"--topology={job.topology}: --target={job.target} can't have {chip.name}. Chips there: {', '.join(chips)}."
         )
+    if job.target == "gke-gpu" and topology.shape != (8,):
+        raise ConfigError(f"--topology={job.topology}: --target=gke-gpu has nodes of eight GPUs.")
     try:
         check_devices(job.config, topology.device_count)
     except ConfigError as error:
@@ -252,23 +282,6 @@ def _check_values(settings: dict[str, str]) -> None:
             raise ConfigError(f"--{name}={value}: must be {words}.")
 
 
-def _check_paths(job: Job, shared: str) -> None:
-    """What every machine has to see lies on the file system that all of them mount, under the same path."""
-    paths = {"--workdir": job.workdir, "--data.directory": job.config.data.directory}
-    for word, after in zip(job.command, (*job.command[1:], ""), strict=True):
-        flag, equals, value = word.lstrip("-").partition("=")
-        recipe = value if equals else after
-        if flag == "config" and recipe.endswith(".py"):
-            paths["--config"] = recipe
-    for flag, path in paths.items():
-        inside = Path(path).is_absolute() and Path(path).is_relative_to(shared) and ".." not in Path(path).parts
-        if not inside:
-            raise ConfigError(
-                f"{flag}={path}: every machine of the job has to see it, so it must be an absolute path under the file "
-                f"system that they share, {shared}. Give {flag}={shared}/..., or name another one with --shared."
-            )
-
-
 def _of_slices(topology: Topology) -> dict[str, str]:
     here = chips_per_host(topology)
     hosts = topology.chips // topology.slices // here
@@ -290,12 +303,16 @@ def _of_target(job: Job, target: Target, topology: Topology, settings: dict[str,
         patience = max(int(job.config.faults.peer_seconds), 60) + int(settings["grace_seconds"])
         # Pyxis sets a registry off from the image's path by a #; paths of .sqsh files stay.
         image = re.sub(r"^([^/#]+[.:][^/#]+)/", r"\1#", settings["image"])
-        return {"command": shell, "wait_seconds": str(patience), "image": image}
+        local = job.config.checkpoint.local_directory
+        mounts = ",".join(f"{path}:{path}" for path in (settings["shared"], local) if path)
+        return {"command": shell, "wait_seconds": str(patience), "image": image, "mounts": mounts}
     if job.target == "skypilot":
         image = "docker:" + settings["image"].removeprefix("docker:")
         return {"command": shell, "use_spot": str(spot).lower(), "errors": str(min(job.restarts, 3)), "image": image}
     several = topology.slices > 1
     kind, runtime, counted = TPU_VM_TYPES[topology.chip.name]
+    machines = [f"{name}-{index}" for index in range(topology.slices)] if several else [name]
+    asked = repr((job.command, topology.name, job.env, sorted(settings.items()), job.restarts))
     return {
         "command": shell,
         "spot": "--spot" * spot,
@@ -304,5 +321,6 @@ def _of_target(job: Job, target: Target, topology: Topology, settings: dict[str,
         "node_id": "" if several else name,
         "node_count": str(topology.slices) if several else "",
         "node_prefix": name if several else "",
-        "first_node": f"{name}-0" if several else name,
+        "machines": " ".join(machines),
+        "request": hashlib.sha256(asked.encode()).hexdigest()[:12],
     }

@@ -18,6 +18,7 @@ from opendeep_jax.jobs.child import child_command
 POLL_SECONDS = 0.05
 KILL_SECONDS = 30.0
 """From SIGTERM to SIGKILL, for processes that outstay the others."""
+BEGAN = int(time.time())
 PAUSE_SECONDS = 1.0
 """Before all are started again."""
 
@@ -128,17 +129,21 @@ def _wait(children: Sequence[subprocess.Popen], patience: float) -> None:
 def _start(
     command: Sequence[str], index: int, count: int, address: str, environment: Mapping[str, str], cores: set[int]
 ) -> subprocess.Popen:
-    own = {
-        "OPENDEEP_COORDINATOR_ADDRESS": address,
-        "OPENDEEP_NUM_PROCESSES": str(count),
-        "OPENDEEP_PROCESS_ID": str(index),
-    }
-    own = own if count > 1 else {}
+    own = (
+        {}
+        if count == 1
+        else {
+            "OPENDEEP_COORDINATOR_ADDRESS": address,
+            "OPENDEEP_NUM_PROCESSES": str(count),
+            "OPENDEEP_PROCESS_ID": str(index),
+        }
+    )
     output = subprocess.PIPE if index else None
     # A session of their own: Ctrl-C reaches this process alone, which passes it on once.
     return subprocess.Popen(
         child_command(command, signal.SIGTERM, cores),
-        env={**os.environ, **environment, **own},
+        # By the job's name a run counts the starts that got nowhere (cli/starts.py).
+        env={**os.environ, "OPENDEEP_JOB": f"local-{os.getpid()}-{BEGAN}", **environment, **own},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if index else None,

@@ -237,7 +237,7 @@ def _draw_axis(panel, sweep: Sweep, table: Sequence[Row], axis: Axis) -> list[Li
     shift = _shift(panel, sorted(places.values()), len(groups))
     names, drawn = [], []
     for number, (name, group) in enumerate(groups.items()):
-        hue, dashes = (look(number) if joined else (0, ()))
+        hue, dashes = look(number) if joined else (0, ())
         color = SERIES[hue]
         group = sorted(group, key=lambda row: places[value_of(row.config, axis.field)])
         x = [shift(places[value_of(row.config, axis.field)], number) for row in group]

@@ -36,7 +36,6 @@ DOING = {"compile": "compiling", "data preparation": "preparing text", "restore"
 """Words for what takes a process minutes before and between steps."""
 
 
-
 class Run:
     """A run's directory, looked at again and again: `look()` takes in what is new since the last time."""
 

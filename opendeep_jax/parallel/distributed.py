@@ -12,15 +12,19 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-from jax._src import cloud_tpu_init, distributed
+from jax._src import cloud_tpu_init, clusters, distributed
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.exits import BUG, MEND, STOPPED, PeerEnded, Resume
 from opendeep_jax.parallel.cluster import Cluster
+from opendeep_jax.parallel.roll_call import roll_call
 
 Result = TypeVar("Result")
 
 _words: dict[str, str] = {}  # of a job of one process
 _FOREVER = 7 * 86_400.0
+FAREWELL_SECONDS = {BUG: 10.0, MEND: 10.0, STOPPED: 10.0}
+"""Process 0 waits so long for the others to end with it; a process that hangs is not to keep it for ever."""
 
 
 class AlreadySaid(ConfigError):
@@ -33,31 +37,35 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
     """Joins the job, if there is one; then `jax.devices()` are those of all processes.
 
     Raises:
-        ConfigError: where the others can't be reached within `timeout` seconds.
+        Resume: where the others can't be reached within `timeout` seconds.
+        ConfigError: where they are not parts of one job.
     """
     if distributed.global_state.client is not None or (cluster is None and not _on_tpu_pod()):
         return
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: train/interrupt.py
     # Who is missing is found, and said, by train/watchdog.py; JAX itself, which only aborts, comes long after it.
-    patience = {"heartbeat_timeout_seconds": 3600, "initialization_timeout": int(timeout)}
-    where = cluster or Cluster("TPU pod", "", 0, 0)
+    patience = {"heartbeat_timeout_seconds": 3600, "initialization_timeout": max(int(timeout), 60)}
+    where = cluster or _tpu_pod(timeout)
+    if where.num_processes > 1:
+        roll_call(where, timeout)
     try:
-        if cluster is None:
-            jax.distributed.initialize(**patience)
-        else:
+        if where.num_processes:
             jax.distributed.initialize(
-                cluster.coordinator_address,
-                cluster.num_processes,
-                cluster.process_id,
-                local_device_ids=cluster.local_device_ids,
+                where.coordinator_address,
+                where.num_processes,
+                where.process_id,
+                local_device_ids=where.local_device_ids,
                 cluster_detection_method="deactivate",
                 **patience,
             )
+        else:
+            jax.distributed.initialize(**patience)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"This is process {where.process_id} of {where.num_processes} ({where.found_by}), and the job did not come "
-            f"together at {where.coordinator_address} within {timeout:.0f} seconds: {str(error).splitlines()[0]}. See "
-            "whether all processes were started with the same command, and whether that address can be reached."
+        raise Resume(
+            f"process {where.process_id} of {where.num_processes} ({where.found_by}) did not join the job at "
+            f"{where.coordinator_address} within {timeout:g} seconds: {str(error).splitlines()[0]}. See whether all "
+            "processes were started with the same command, and whether that address can be reached; then start the "
+            "same command again"
         ) from error
     share(f"host/{jax.process_index()}", socket.gethostname())
 
@@ -65,6 +73,21 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
 def _on_tpu_pod() -> bool:
     """Whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are none."""
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
+
+
+def _tpu_pod(timeout: float) -> Cluster:
+    """This process's place among the hosts of a TPU pod, as JAX finds it; of no processes where it finds none."""
+    with contextlib.suppress(RuntimeError, ValueError, AttributeError, TypeError):
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
+        address, count, process, local = found
+        if address and count and process is not None:
+            return Cluster("TPU pod", address, count, process, tuple(local) if local else None)
+    return Cluster("TPU pod", "", 0, 0)
+
+
+def in_job() -> bool:
+    """Whether this process has joined a job of several."""
+    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
 
 
 def is_primary() -> bool:
@@ -116,22 +139,45 @@ def words(prefix: str) -> dict[str, str]:
 
 
 def wait_for(name: str, timeout: float = _FOREVER) -> str:
-    """A shared word, as soon as it is there. Raises TimeoutError."""
-    end = time.monotonic() + timeout
+    """A shared word, as soon as it is there. Raises TimeoutError, and PeerEnded where nobody will share it any more."""
+    end, looked = time.monotonic() + timeout, time.monotonic()
     while (text := peek(name)) is None:
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now > end:
             raise TimeoutError(name)
+        if now - looked > 1.0:
+            looked = now
+            if ended := ended_peer():
+                raise ended
         time.sleep(0.05)
     return text
 
 
-def leave_together(seconds: float = 3.0) -> None:
-    """Called last by a process that is about to exit. The first one waits for the others, for so long at most: with it
-    goes the coordination service, and JAX aborts whoever still listens to that."""
+def ended_peer() -> PeerEnded | None:
+    """Another process that has ended with a status which all are to end with: a bug, something to mend, a diagnosis."""
+    for process, word in words("ended").items():
+        status, _, text = word.partition(" ")
+        if int(status) in (BUG, MEND, STOPPED) and int(process) != jax.process_index():
+            where = f"process {process} on {host_of(int(process))} has ended with status {status}, and so does"
+            return PeerEnded(int(status), f"{where} process {jax.process_index()}. It said: {text.strip()}")
+    return None
+
+
+def tell_end(status: int, text: str = "") -> None:
+    """Tells the others that this process is about to exit, and how."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
+        share(f"ended/{jax.process_index()}", f"{status} {text}")
+        share(f"left/{jax.process_index()}", "")
+
+
+def leave_together(status: int, text: str = "") -> None:
+    """Called last by a process that is about to exit with `status`, `text` being what it said. The first one waits for
+    the others, for a while: with it goes the coordination service, and JAX aborts whoever still listens to that."""
+    seconds = FAREWELL_SECONDS.get(status, 3.0)
 
     def leave() -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
-            share(f"left/{jax.process_index()}", "")
+        tell_end(status, text)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
             while is_primary() and len(words("left")) < jax.process_count():
                 time.sleep(0.05)
 

@@ -1,6 +1,6 @@
 """Whose weights an imported run began with: imported.json in its work directory, for the cards of what becomes of it.
 
-    {"source": "Qwen/Qwen3-0.6B", "license": "apache-2.0", "base_model": "Qwen/Qwen3-0.6B-Base", "languages": ["en"]}
+{"source": "Qwen/Qwen3-0.6B", "license": "apache-2.0", "base_model": "Qwen/Qwen3-0.6B-Base", "languages": ["en"]}
 """
 
 import json

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from opendeep_jax.config.exits import Resume
+from opendeep_jax.config.exits import ToldToStop
 from opendeep_jax.parallel.distributed import peek, propose
 
 STEPS_AHEAD = 2
@@ -41,10 +41,10 @@ class StopRequests:
         return self._last_step is not None and step >= self._last_step
 
     def end(self) -> Exception | KeyboardInterrupt:
-        """What the run ends with, once its state is saved: KeyboardInterrupt for Ctrl-C, else Resume."""
+        """What the run ends with, once its state is saved: KeyboardInterrupt for Ctrl-C, else ToldToStop."""
         if self.signal == "SIGINT":
             return KeyboardInterrupt()
-        return Resume("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
+        return ToldToStop("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
 
 
 @contextlib.contextmanager
@@ -62,11 +62,14 @@ def stop_requests() -> Iterator[StopRequests]:
         requests.signal = signal.Signals(number).name
         os.write(2, NOTE.encode())  # print is not safe inside a signal handler
 
-    before = {}
+    before, waker = {}, -1
     if threading.current_thread() is threading.main_thread():
+        waker = signal.set_wakeup_fd(-1)  # cli/early_stop.py, which would not wait for the step
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if waker >= 0:
+            signal.set_wakeup_fd(waker)

@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 from jax._src import distributed
 
-from opendeep_jax.config.exits import RESUME, Resume
+from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.parallel.distributed import host_of, share, words
+from opendeep_jax.parallel.distributed import ended_peer, host_of, share, tell_end, words
 from opendeep_jax.train.checkpoint_files import short
 from opendeep_jax.train.events import record_event
 from opendeep_jax.train.heartbeat import BEAT_SECONDS, beat
@@ -53,6 +53,7 @@ class Watchdog:
         self._hosts: dict[str, str] = {}
         self._looking = False  # for the peer whose loss a failure may be
         self._answered = time.monotonic()  # when the coordination service last did
+        self._ended_peer: PeerEnded | None = None
         self._ended = threading.Event()
         limits = [s for s in (faults.peer_seconds, faults.hang_seconds) if s]
         self._interval = min(max(min(limits, default=60.0) / 10, 0.1), BEAT_SECONDS)
@@ -102,7 +103,7 @@ class Watchdog:
         if not jax.process_index():
             beat(self.workdir, self._doing, self._step, ended)
 
-    def lost_peer(self, error: BaseException) -> Resume | None:
+    def lost_peer(self, error: BaseException) -> Resume | PeerEnded | None:
         """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
 
         A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was. Where all
@@ -113,12 +114,14 @@ class Watchdog:
         self._looking = True
         end = time.monotonic() + self.faults.peer_seconds + 2 * self._interval
         while time.monotonic() < end:
+            if self._ended_peer:
+                return self._ended_peer
             if missing := self._missing():
                 traceback.print_exception(error, file=self._file)
                 text = self._diagnosis(missing)
                 self._leave_traces(text, missing)
                 return Resume(text)
-            time.sleep(self._interval)
+            time.sleep(min(self._interval, 1.0))
         if not re.search(OUT_OF_TOUCH, str(error), re.IGNORECASE):
             return None
         traceback.print_exception(error, file=self._file)
@@ -133,13 +136,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         beaten = time.monotonic()
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(min(self._interval, 1.0)):
             if time.monotonic() - beaten > 0.9 * BEAT_SECONDS:
                 self._beat()
                 beaten = time.monotonic()
             missing = self._missing()
             if self._looking:
                 continue
+            if self._ended_peer and not self._ended.wait(1.0):  # which the main thread may be about to do by itself
+                self._give_up(str(self._ended_peer), [], self._ended_peer.status)
             patience = self.faults.hang_seconds * SLOWER.get(self._doing, 1.0)
             if missing:
                 self._give_up(self._diagnosis(missing), missing)
@@ -149,9 +154,13 @@ class Watchdog:
     def _talk(self) -> None:
         """Tells the others what this process does, and hears what they do, until the end."""
         process, told = jax.process_index(), 0
+        due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
-            while not self._ended.wait(self._interval):
-                told += 1
+            while not self._ended.wait(min(self._interval, 1.0)):
+                self._hear_of_ends()
+                if time.monotonic() < due:
+                    continue
+                due, told = time.monotonic() + self._interval, told + 1
                 share(f"beat/{process}", f"{told}|{self._step}|{self._doing}")
                 heard = words("beat")
                 if len(self._hosts) < jax.process_count():
@@ -161,6 +170,9 @@ class Watchdog:
                     word = heard.get(str(peer), "")
                     if self._news.get(peer, (None, 0))[0] != word:
                         self._news[peer] = word, now
+
+    def _hear_of_ends(self) -> None:
+        self._ended_peer = self._ended_peer or ended_peer()
 
     def _missing(self) -> list[int]:
         """Processes that were not heard of for too long."""
@@ -199,12 +211,15 @@ class Watchdog:
     def _host(self, peer: int) -> str:
         return self._hosts.get(str(peer), "an unknown host")
 
-    def _give_up(self, text: str, missing: list[int]) -> None:
+    def _give_up(self, text: str, missing: list[int], status: int = RESUME) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
-        self._leave_traces(text, missing)
+        if status == RESUME:
+            self._leave_traces(text, missing)
+        else:
+            tell_end(status, text)
         self._beat(ended=True)
         self._farewell()
-        self._exit(RESUME)
+        self._exit(status)
 
     def _leave_traces(self, text: str, missing: list[int]) -> None:
         """Writes this process's stacks; and the event, if no process before this one is left to do it."""

@@ -279,7 +279,7 @@ def test_a_skypilot_task_has_only_fields_that_there_are():
     task = read_yaml(rendered("skypilot"))
     assert set(task) <= {"name", "num_nodes", "resources", "volumes", "envs", "run"}
     assert set(task["resources"]) == {"accelerators", "image_id", "use_spot", "network_tier", "job_recovery"}
-    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 3}
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75], "max_restarts_on_errors": 0}
     assert task["resources"]["accelerators"] == "H100:8" and task["num_nodes"] == 2
     assert task["volumes"] == {"/shared": "shared"}
     assert all(isinstance(value, str) for value in task["envs"].values())

@@ -14,8 +14,9 @@ import jax
 import pytest
 
 import opendeep_jax
-from opendeep_jax.config.exits import RESUME, Resume
+from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.parallel import distributed
 from opendeep_jax.train.events import read_events
 from opendeep_jax.train.heartbeat import HEARTBEAT
 from opendeep_jax.train.watchdog import SLOWER, STACKS, Watchdog
@@ -207,3 +208,21 @@ def test_while_process_0_is_there_it_is_not_blamed():
 @pytest.mark.parametrize("end", ["farewell()", "farewell(); farewell(); os.abort()"])
 def test_a_farewell_calls_the_last_words_off(end):
     assert "without a word" not in last_words(end)[1]
+
+
+@pytest.mark.parametrize("status, ends", [(1, [1]), (2, [2]), (3, [3]), (0, []), (75, []), (130, [])])
+def test_a_process_ends_as_another_one_has_ended_for_good(status, ends, end, tmp_path, capsys, monkeypatch):
+    """And not with that one's loss (75), or JAX's abort: launchers start again after those."""
+    said = {"1": f"{status} opendeep: the disk is full"}
+    monkeypatch.setattr(distributed, "words", lambda prefix: said if prefix == "ended" else {})
+    monkeypatch.setattr(distributed, "host_of", lambda process: "node001")
+    watchdog = Watchdog(tmp_path, FaultsConfig(peer_seconds=1.0), end)
+    watchdog._hear_of_ends()
+    with watchdog:
+        end.happened.wait(4 if ends else 0.5)
+    assert end.statuses[:1] == ends
+    failure = watchdog.lost_peer(RuntimeError("connection reset"))
+    if ends:
+        text = capsys.readouterr().err
+        assert f"process 1 on node001 has ended with status {status}" in text and "the disk is full" in text
+        assert isinstance(watchdog._ended_peer, PeerEnded) and failure is None  # one process has no peers to lose
