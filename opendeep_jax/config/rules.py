@@ -237,7 +237,7 @@ def _operations_problems(run: Any) -> Iterator[str]:
     saving, faults = run.checkpoint, run.faults
     yield from at_least(0, "checkpoint", saving, "every", "keep", "keep_every", "keep_best", "local_every")
     yield from at_least(0, "faults", faults, "rollback_after", "check_replicas_every", "replay_every")
-    yield from at_least(0, "faults", faults, "hang_seconds", "peer_seconds")
+    yield from at_least(0, "faults", faults, "hang_seconds", "peer_seconds", "join_seconds")
     yield from at_least(1, "faults", faults, "max_rollbacks")
     yield from above_zero("faults", faults, "spike_zscore")
     yield from at_least(0, "hardware", run.hardware, "peak_tflops")
