@@ -176,7 +176,7 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
 
 def _settle(config: RunConfig, recipe: RunConfig | None, workdir: Path, parent: Parent, notes: list[str]) -> None:
     """Add what belongs to the checkpoint, and then say that the branch is whole."""
-    staged, changes = workdir / STAGED, diff(parent.config, config)
+    staged, changes = workdir / STAGED, [change for change in diff(parent.config, config) if change[0] != "name"]
     for name in TEXT_FILES:
         if (parent.workdir / name).is_file():
             shutil.copyfile(parent.workdir / name, staged / name)
