@@ -327,7 +327,7 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
 
 
 def _is_open(name: str) -> bool:
-    return _is_among(name, OPEN_UNTIL_TRAINED) and not _is_among(name, KEPT_FROM_IMPORT)
+    return is_among(name, OPEN_UNTIL_TRAINED) and not is_among(name, KEPT_FROM_IMPORT)
 
 
 def _check_own_weights(config: RunConfig, workdir: Path) -> None:
