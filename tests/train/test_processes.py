@@ -150,14 +150,14 @@ def test_a_lost_peer_is_named_in_bounded_time(drill, missing, recipe, alone, tmp
     assert any("loop.py" in path.read_text() for path in stacks)
 
 
-@pytest.mark.parametrize("limited", ["0", "1"])
-def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limited", ["0"])
+def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe, alone, tmp_path, monkeypatch):
     """Here its files may not grow. The others would end with 75, or aborted by JAX, and a cluster would start again."""
     start = subprocess.Popen
 
     def with_a_limit(command, env, **more):
         if env["OPENDEEP_PROCESS_ID"] == limited:
-            command = ["bash", "-c", 'ulimit -f 8; exec "$@"', "run", *command]
+            command = ["bash", "-c", 'ulimit -f 40; exec "$@"', "run", *command]
         return start(command, env=env, **more)
 
     monkeypatch.setattr(subprocess, "Popen", with_a_limit)
@@ -169,7 +169,9 @@ def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe
 
 def test_a_peer_that_does_not_come_is_named_and_asked_for_again(recipe, tmp_path):
     started = processes.start(recipe, tmp_path / "run", "--faults.join_seconds=1", processes=3)
-    started.pop(1).kill()
+    absent = started.pop(1)
+    absent.kill()
+    absent.communicate()
     for status, text in processes.finish(started):
         assert status == 75 and "process 1 of 3 (environment) did not come within 1 seconds" in text
         assert "Traceback" not in text and "coordination" not in text
