@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import processes
@@ -147,6 +148,33 @@ def test_a_lost_peer_is_named_in_bounded_time(drill, missing, recipe, alone, tmp
     assert f"process {missing} on " in said and "start the same command again" in said, said[-3000:]
     stacks = list((tmp_path / "run" / "stacks").iterdir())
     assert any("loop.py" in path.read_text() for path in stacks)
+
+
+@pytest.mark.parametrize("limited", ["0"])
+def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe, alone, tmp_path, monkeypatch):
+    """Here its files may not grow. The others would end with 75, or aborted by JAX, and a cluster would start again."""
+    start = subprocess.Popen
+
+    def with_a_limit(command, env, **more):
+        if env["OPENDEEP_PROCESS_ID"] == limited:
+            command = ["bash", "-c", 'ulimit -f 40; exec "$@"', "run", *command]
+        return start(command, env=env, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", with_a_limit)
+    ended = processes.run(recipe, tmp_path / "run", "--checkpoint.every=4", processes=2)
+    assert [status for status, _ in ended] == [2, 2], [text[-2000:] for _, text in ended]
+    other = ended[1 - int(limited)][1]
+    assert f"process {limited} on " in other and "has ended with status 2" in other and "may be so large" in other
+
+
+def test_a_peer_that_does_not_come_is_named_and_asked_for_again(recipe, tmp_path):
+    started = processes.start(recipe, tmp_path / "run", "--faults.join_seconds=1", processes=3)
+    absent = started.pop(1)
+    absent.kill()
+    absent.communicate()
+    for status, text in processes.finish(started):
+        assert status == 75 and "process 1 of 3 (environment) did not come within 1 seconds" in text
+        assert "Traceback" not in text and "coordination" not in text
 
 
 def test_what_process_0_refuses_all_refuse_and_it_is_said_once(recipe, tmp_path):
