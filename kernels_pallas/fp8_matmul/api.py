@@ -66,7 +66,7 @@ def fp8_matmul(
         NotImplementedError: for a named implementation that this platform lacks, or that can't take these sizes.
     """
     sizes = jnp.full((1,), x.shape[0], jnp.int32)
-    return _run(implementation, True, x, w[None], sizes)
+    return _product(_implementation(implementation, *w.shape), True, x, w[None], sizes)
 
 
 def fp8_grouped_matmul(
@@ -87,13 +87,14 @@ def fp8_grouped_matmul(
     Raises:
         ValueError, NotImplementedError: as `fp8_matmul`.
     """
-    return _run(implementation, False, lhs, rhs, group_sizes)
+    return _product(_implementation(implementation, *rhs.shape[1:]), False, lhs, rhs, group_sizes)
 
 
-def _run(name, dense, x, w, group_sizes):
-    """The product by name, or by the first of the platform's whose units this chip has and that takes the sizes."""
+def _implementation(name, inner, outputs):
+    """By name, or the first of the platform's whose units this chip has and that takes matrices of these sizes."""
     fitting = {key: entry for key, entry in IMPLEMENTATIONS.items() if chip() in CHIPS.get(key, (chip(),))}
-    choose("fp8_matmul", IMPLEMENTATIONS, name)
+    if name is not None:
+        choose("fp8_matmul", IMPLEMENTATIONS, name)
     if name is not None and name not in fitting:
         raise NotImplementedError(
             f"fp8_matmul: implementation = {name!r} needs FP8 units of {' or '.join(CHIPS[name])}, and this program "
@@ -101,8 +102,8 @@ def _run(name, dense, x, w, group_sizes):
         )
 
     def checked(products):
-        products.check(*w.shape[1:])
-        return _product(products, dense, x, w, group_sizes)
+        products.check(inner, outputs)
+        return products
 
     table = {key: (functools.partial(checked, products), where) for key, (products, where) in fitting.items()}
     return run("fp8_matmul", table, name)

@@ -40,7 +40,8 @@ def mla_decode(query_latent, query_rope, cache, page_table, lengths, scale, inte
     check_dtypes("mla_decode", ON_TPU, query_latent, query_rope, cache)
     together = max(1, min(POSITIONS // page, page_table.shape[1]))
     needed = vmem(heads, together * page, width, latent, cache.dtype.itemsize)
-    fit("mla_decode", [together], lambda _: needed, on_chip("tpu").memory - MIB, "vector memory")
+    memory = on_chip("tpu").memory - MIB
+    fit("mla_decode", [together], lambda _: needed, memory, "vector memory")
     lengths, page_table = lengths.astype(jnp.int32), page_table.astype(jnp.int32)
     steps = jnp.maximum(1, pl.cdiv(jnp.max(lengths), together * page))
 
@@ -69,7 +70,7 @@ def mla_decode(query_latent, query_rope, cache, page_table, lengths, scale, inte
         ),
         out_shape=jax.ShapeDtypeStruct((batch, heads, latent), query_latent.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(needed, 16 * MIB)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=min(max(2 * needed, 16 * MIB), memory)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * positions * heads * (width + latent),

@@ -40,7 +40,7 @@ EVERY = HERE | {"mosaic_tpu, interpreted": interpreted(IMPLEMENTATIONS["mosaic_t
 @pytest.fixture(params=EVERY)
 def use(request, monkeypatch):
     """Makes an implementation the one that is chosen."""
-    monkeypatch.setattr(api, "_implementation", lambda name: EVERY[request.param])
+    monkeypatch.setattr(api, "_implementation", lambda *_: EVERY[request.param])
 
 
 def rounded(x):
@@ -181,7 +181,7 @@ def test_on_hopper_the_products_are_the_same_and_free_of_races(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     products = interpreted(IMPLEMENTATIONS["mosaic_gpu"][0], interpret=plgpu.InterpretGPUParams(detect_races=True))
-    monkeypatch.setattr(api, "_implementation", lambda name: products)
+    monkeypatch.setattr(api, "_implementation", lambda *_: products)
     sizes = np.array([130, 0, 5], np.int32)
     x, w, dy = normal(140, 130), normal(3, 130, 128, seed=1), normal(140, 128, seed=2)
     x[135:] = np.nan
@@ -191,7 +191,7 @@ def test_on_hopper_the_products_are_the_same_and_free_of_races(monkeypatch):
 
 def test_on_tpus_the_products_race_with_nothing(monkeypatch, watching):
     products = interpreted(IMPLEMENTATIONS["mosaic_tpu"][0], interpret=watching)
-    monkeypatch.setattr(api, "_implementation", lambda name: products)
+    monkeypatch.setattr(api, "_implementation", lambda *_: products)
     sizes = np.array([130, 0, 5], np.int32)
     x, w, dy = normal(135, 130), normal(3, 130, 128, seed=1), normal(135, 128, seed=2)
     check(partial(fp8_grouped_matmul, group_sizes=sizes), x, w, dy, grouped_definition(x, w, dy, sizes))
@@ -201,7 +201,15 @@ def test_on_tpus_the_products_race_with_nothing(monkeypatch, watching):
 def test_a_chip_without_units_for_it_emulates_and_refuses_to_be_told_otherwise(monkeypatch, chip, wanted):
     monkeypatch.setattr("kernels_pallas.target.platform", lambda: "tpu")
     monkeypatch.setattr(api, "chip", lambda: chip)
-    assert api._implementation(None) is IMPLEMENTATIONS[wanted][0]
+    assert api._implementation(None, 128, 256) is IMPLEMENTATIONS[wanted][0]
     if wanted == "emulated":
         with pytest.raises(NotImplementedError, match=f"FP8 units of v7x, and this program is for {chip}"):
-            api._implementation("mosaic_tpu")
+            api._implementation("mosaic_tpu", 128, 256)
+
+
+def test_a_contraction_too_long_for_the_vector_memory_is_emulated_and_by_name_refused(monkeypatch):
+    monkeypatch.setattr("kernels_pallas.target.platform", lambda: "tpu")
+    monkeypatch.setattr(api, "chip", lambda: "v7x")
+    assert api._implementation(None, 128, 100_000) is IMPLEMENTATIONS["emulated"][0]  # the gradient's contraction
+    with pytest.raises(NotImplementedError, match="bytes of vector memory"):
+        api._implementation("mosaic_tpu", 100_000, 128)
