@@ -1,12 +1,18 @@
 """`opendeep export hf|gguf --workdir=DIRECTORY|--model=SOURCE --out=…`"""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.flags import make_flags, parse
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import did_you_mean
+
+if TYPE_CHECKING:
+    from opendeep_jax.data.text_codec import TextCodec
 
 HELP = """\
 Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
@@ -47,21 +53,43 @@ def _hf(argv: Sequence[str]) -> None:
     values = _parse(argv, flags, "hf", "Writes config.json, safetensors, tokenizer and a model card.")
     model, codec = _open(values, values.dtype)
 
-    from opendeep_jax.data.text_codec import save_codec
     from opendeep_jax.interop import save_hf
     from opendeep_jax.serving.card_facts import provenance
-    from opendeep_jax.serving.sources import source_kind
 
     with tempfile.TemporaryDirectory() as directory:
         source = values.workdir or values.model
-        if source_kind(source) != "hf":  # whose files are carried along as they are, licence and all
-            save_codec(codec, directory)
-            source = directory
-        facts = provenance(values.workdir or values.model, _step(values), values.license, values.name)
-        save_hf(model, values.out, tokenizer=source, provenance=facts)
+        facts = provenance(source, _step(values), values.license, values.name)
+        save_hf(model, values.out, tokenizer=_texts(source, codec, Path(directory)), provenance=facts)
     print(f"exported: {values.out}")
     if not facts.license:
         print("Its card states no license. Say it with --license=..., or in README.md, before you pass the model on.")
+
+
+def _texts(source: str, codec: "TextCodec", directory: Path) -> Path:
+    """The directory of what shall surround the weights: the source's own, or `directory`, where it is written."""
+    from opendeep_jax.data.text_codec import begins_as_written, save_codec, tokenizer_json
+    from opendeep_jax.interop.hf_text import carried
+    from opendeep_jax.serving.sources import source_kind
+
+    kind = source_kind(source)
+    if kind == "hf" and begins_as_written(codec):
+        return Path(source)  # its files are carried along as they are
+    if kind == "hf":  # what begins a text is said elsewhere than where transformers looks for it
+        for path in carried(Path(source)):
+            shutil.copyfile(path, directory / path.name)
+        write_atomically(directory / "tokenizer.json", tokenizer_json(codec))
+        return directory
+    save_codec(codec, directory)
+    for name, text in _licenses(source).items():
+        write_atomically(directory / name, text)
+    return directory
+
+
+def _licenses(source: str) -> dict[str, str]:
+    from opendeep_jax.interop.gguf_file import read_gguf
+    from opendeep_jax.interop.hf_text import licenses, licenses_of_gguf
+
+    return licenses(Path(source)) if Path(source).is_dir() else licenses_of_gguf(read_gguf(source).fields)
 
 
 def _gguf(argv: Sequence[str]) -> None:
@@ -80,8 +108,16 @@ def _gguf(argv: Sequence[str]) -> None:
 
     from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
     from opendeep_jax.interop.gguf import save_gguf
+    from opendeep_jax.interop.hf_text import GGUF_LICENSE
+    from opendeep_jax.serving.card_facts import provenance
 
     tokenizer = gguf_fields_from_codec(codec, model.config.vocab_size, values.pre)
+    source = values.workdir or values.model
+    known = {
+        GGUF_LICENSE: next(iter(_licenses(source).values()), ""),
+        "general.license": provenance(source, _step(values)).license,
+    }
+    tokenizer |= {key: text for key, text in known.items() if text}
     save_gguf(model, values.out, values.type, tokenizer, values.name)
     print(f"exported: {values.out}")
 

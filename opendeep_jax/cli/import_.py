@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     recipe = load_recipe(flags.config) if flags.config else _own_text(source)
 
     from opendeep_jax.config.overrides import apply
+    from opendeep_jax.interop.hf_text import licenses, licenses_of_gguf
     from opendeep_jax.train.imported_from import facts_of_gguf, facts_of_hf, write_imported_from
     from opendeep_jax.train.imported_run import check_importable, import_run
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         file = read_gguf(source)
         facts = facts_of_gguf(source, file.fields)
         model_config, codec = config_of(file), codec_from_gguf_fields(file.fields)
+        beside = licenses_of_gguf(file.fields)
     else:
         from opendeep_jax.data.text_codec import codec_from_hf
         from opendeep_jax.interop import config_from_hf, load_hf
@@ -66,13 +68,14 @@ def main(argv: Sequence[str]) -> None:
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)
         model_config, codec = config_from_hf(source), codec_from_hf(source)
+        beside = licenses(source)
     config = apply(_with_model(recipe, model_config), overrides)
     model = load_gguf(source) if kind == "gguf" else load_hf(source)
     # The files have the last word: announced MTP modules may not be there, and a tied model may have its own head.
     mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)
     found = {"mtp": mtp, "tie_embeddings": model.config.tie_embeddings}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
-    import_run(model, codec, config, flags.out)
+    import_run(model, codec, config, flags.out, beside)
     write_imported_from(flags.out, facts)
     print(f"imported: {flags.out}\n{_next(config, flags.out, flags.config)}")
 

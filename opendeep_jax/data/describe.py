@@ -25,6 +25,7 @@ def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
                 "epochs": epochs[i],
                 "licenses": whole["licenses"],
                 "left_out": whole["left_out"],
+                "lost_bytes": whole.get("lost_bytes", 0),
                 "content_hash": whole["content_hash"],
             }
         )
@@ -83,4 +84,7 @@ def table(described: dict) -> str:
     if described["left_out"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in described["left_out"].items())
         lines += ["", f"left out: {reasons}"]
+    for source in described["sources"]:
+        if source["lost_bytes"]:
+            lines += ["", f"{source['name']}: the tokenizer has no token for {source['lost_bytes']:,} bytes"]
     return "\n".join([*lines, "", f"content hash {described['content_hash']}"])

@@ -4,6 +4,7 @@ Nothing is recorded while training: a batch is a function of configuration and s
 the packing plans, and are answered for steps to come as for those done. JAX is not needed, nor are the sources.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import load_recipe, load_run_config
+from opendeep_jax.config.load import IMPORTED_RECIPE, load_recipe, load_run_config
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.describe import describe
@@ -20,6 +21,7 @@ from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepar
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
+from opendeep_jax.data.text_codec import TextCodec, codec_from_hf, codec_from_tokenizer
 from opendeep_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 # Pieces whose text `where` reads together.
@@ -109,6 +111,31 @@ def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Toke
         "tokenizer_config.json beside it if there was one: from data.directory/tokenizers, or from where "
         "data.tokenizer was read."
     )
+
+
+def run_codec(workdir: str | Path) -> TextCodec:
+    """The text codec of the run in `workdir`. Prompts begin as the run's documents do; for somebody else's weights, as
+    their own tokenizer says, whatever the run separates documents with. Raises ConfigError as `run_tokenizer` does."""
+    tokenizer = run_tokenizer(workdir)
+    return codec_from_hf(workdir) if _imported(Path(workdir)) else codec_from_tokenizer(tokenizer)
+
+
+def _imported(workdir: Path) -> bool:
+    """Whether a run, or the one that it is a branch of, began with somebody else's weights."""
+    seen: set[Path] = set()
+    while workdir not in seen:
+        seen.add(workdir)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(workdir, IMPORTED_RECIPE).read_text("utf-8").startswith('"""The recipe of this imported run'):
+                return True
+        try:
+            origin = json.loads(Path(workdir, "origin.json").read_text("utf-8"))
+            if origin["kind"] == "import":
+                return True
+            workdir = Path(origin["parent"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return False
 
 
 def open_side(name: str) -> tuple[dict, Prepared]:
@@ -201,9 +228,12 @@ def _plain_spans(
 
 def _text(plain: np.ndarray, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> dict:
     """Bytes and text of `spans` of the tokens `plain`, with which a document begins."""
-    ends = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[plain])])
+    sizes = tokenizer.token_bytes[plain]
+    sizes[1:2] = tokenizer.first_bytes[plain[1:2]]  # behind the begin mark
+    ends = np.concatenate([[0], np.cumsum(sizes)])
     covered = [[int(ends[start]), int(ends[stop])] for start, stop in spans]
-    text = "".join(tokenizer.decode(plain[start:stop]) for start, stop in spans)
+    whole = tokenizer.decode(plain).encode("utf-8")  # what a token says depends on those before it
+    text = "".join(whole[start:stop].decode("utf-8", "replace") for start, stop in covered)
     return {"bytes": [span for span in covered if span[0] < span[1]], "text": text}
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import tokenizers
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.data.chat_template import check_text, render_chat
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.data.spelling import Spelling, byte_characters, say, spell
+from opendeep_jax.data.tokenizer import Tokenizer, not_random
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-LARGEST_ID = 1 << 24
 SPACE = "▁"
 """How SentencePiece writes a space."""
 
@@ -43,16 +44,25 @@ class TextCodec:
     """A Jinja program."""
     special: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """The template's names of special tokens: bos_token, eos_token, ..."""
+    after_begin: tuple[int, ...] = ()
+    """Ids that a text begins with behind begin_id, where it takes more than one (GLM: `[gMASK]<sop>`)."""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The model's generation_config.json, if it has one."""
 
     @functools.cached_property
+    def spelling(self) -> Spelling:
+        """What each id says, by the tokenizer's own decoder. Raises ConfigError for decoders without such a thing."""
+        return spell(self.library)
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return len(self.pieces)
 
-    @functools.cached_property
+    @property
     def pieces(self) -> list[bytes]:
         """UTF-8 that each id stands for, special tokens' names included; incomplete characters are possible."""
-        return _pieces(self.library)
+        return self.spelling.pieces
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
@@ -76,32 +86,52 @@ class TextCodec:
         return (self.library if special else self._plain).encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a plain text that the model shall go on with: begin_id first, where the model expects it."""
-        begin = [self.begin_id] if self.add_begin and self.begin_id is not None else []
-        return begin + self.encode(text)
+        """Ids of a plain text that the model shall go on with, begun as its tokenizer begins a text."""
+        ids = self.encode(text)
+        self._warn(text, ids)
+        return self.begun(ids)
+
+    def begun(self, ids: Sequence[int]) -> list[int]:
+        """Ids behind what a text begins with, where the model expects that and they do not begin so already."""
+        begin = [self.begin_id, *self.after_begin] if self.add_begin and self.begin_id is not None else []
+        return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)
+
+    def stop_ids(self, stop: Iterable[str]) -> dict[int, str]:
+        """Special tokens among stop strings, by their ids: they are never seen in the text, and end it all the same."""
+        found = ((self.library.token_to_id(text), text) for text in stop)
+        return {i: text for i, text in found if i in self.special_ids}
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Ids of a conversation, up to where the answer begins. Raises ConfigError as `apply_chat` does."""
-        return self.encode(self.apply_chat(messages, **variables), special=True)
+        text = self.apply_chat(messages, **variables)
+        ids = self.encode(text, special=True)
+        self._warn(text, ids)
+        return ids
+
+    def _warn(self, text: str, ids: Sequence[int]) -> None:
+        """Says which letters of a prompt the tokenizer has no token for."""
+        if sum(self.spelling.lengths(ids)) == len(text.encode("utf-8")):
+            return
+        lost = set(text) - set(self.decode(ids, special=True))
+        normalize = self.library.normalizer.normalize_str if self.library.normalizer else str
+        lost = {letter for letter in lost if letter.strip() and normalize(letter) == letter}
+        if lost:
+            shown = "".join(sorted(lost))[:20]
+            logging.getLogger(__name__).warning("The tokenizer has no token for %r: the model does not see it.", shown)
+
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """The text of ids; incomplete UTF-8 gives U+FFFD, and ids outside of the vocabulary nothing.
+        """The text of ids, as the library's own decoder has it; ids outside of the vocabulary give nothing.
 
         Args:
             special: Write special tokens' names; else they give nothing.
         """
-        text = b"".join(self.piece(i, special) for i in ids).decode("utf-8", "replace")
-        return text[1:] if self._strips_space and text.startswith(" ") else text
+        return say(self.spelling, ids, () if special else self.special_ids)
 
     def piece(self, i: int, special: bool = False) -> bytes:
-        """UTF-8 of one id, as `decode` writes it."""
+        """UTF-8 of one id, as `decode` writes it behind others."""
         hidden = not 0 <= i < len(self.pieces) or (i in self.special_ids and not special)
         return b"" if hidden else self.pieces[i]
-
-    @functools.cached_property
-    def _strips_space(self) -> bool:
-        decoder = json.dumps(json.loads(self.library.to_str())["decoder"])
-        return '"Strip"' in decoder or '"Metaspace"' in decoder
 
     def apply_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -113,43 +143,6 @@ class TextCodec:
                 "/v1/completions), or put a chat_template.jinja beside its tokenizer.json."
             )
         return render_chat(self.chat_template, messages, self.special, add_generation_prompt, **variables)
-
-
-def byte_characters() -> dict[str, int]:
-    """GPT-2's character for each byte, which byte-level tokens are written in: `Ġ` is 32, the space."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-def _pieces(library: tokenizers.Tokenizer) -> list[bytes]:
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    largest = max(vocabulary.values(), default=-1)
-    if largest > LARGEST_ID:  # the library would count up to it when it writes itself out
-        raise ConfigError(f"The tokenizer has an id of {largest:,}: no vocabulary is that large. Fetch it again.")
-    decoder = json.dumps(json.loads(library.to_str())["decoder"])
-    if '"ByteLevel"' in decoder:
-        characters = byte_characters()
-
-        def text_of(token: str) -> bytes:
-            numbers = [characters.get(character) for character in token]
-            return token.encode("utf-8", "replace") if None in numbers else bytes(numbers)
-    elif any(kind in decoder for kind in ('"ByteFallback"', '"Metaspace"', SPACE, json.dumps(SPACE)[1:-1])):
-
-        def text_of(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes.fromhex(token[3:5])
-            return token.replace(SPACE, " ").encode("utf-8", "replace")
-    else:
-        raise ConfigError(
-            f"The tokenizer's decoder is {decoder[:80]}: only byte-level and SentencePiece tokenizers can be read."
-        )
-    pieces = [b""] * (largest + 1)
-    for token, i in vocabulary.items():
-        pieces[i] = text_of(token)
-    for i, token in library.get_added_tokens_decoder().items():
-        pieces[i] = token.content.encode("utf-8", "replace")
-    return pieces
 
 
 def codec_from_hf(directory: str | Path) -> TextCodec:
@@ -186,12 +179,13 @@ def codec_from_tokenizer(tokenizer: Tokenizer) -> TextCodec:
         ordered = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
         library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in ordered])
         codec = TextCodec(library)
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
-    ends = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    ends = {name: codec.library.id_to_token(i) for name, i in ends.items()}
     return dataclasses.replace(
         codec,
         begin_id=tokenizer.bos_id,
         add_begin=True,
+        after_begin=(),
         end_ids=tuple(dict.fromkeys((tokenizer.eos_id, *codec.end_ids))),
         special={name: text for name, text in ends.items() if text} | dict(codec.special),
     )
@@ -204,6 +198,8 @@ def _codec(path: Path) -> TextCodec:
         raise ConfigError(f"{path} is not a whole tokenizer.json ({error}). Fetch it again.") from error
     library.no_truncation()
     library.no_padding()
+    for said in not_random(library):
+        logging.getLogger(__name__).warning("%s: %s", path, said)
     settings = _read_json(path.with_name("special_tokens_map.json")) | _read_json(
         path.with_name("tokenizer_config.json")
     )
@@ -211,16 +207,36 @@ def _codec(path: Path) -> TextCodec:
     extra = settings.get("extra_special_tokens")
     special |= {name: _content(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
     begin_id = library.token_to_id(special.get("bos_token", ""))
-    first = library.encode("a", add_special_tokens=True).ids[:1]
-    add_begin = settings.get("add_bos_token")
+    first = leading_ids(library)
+    generation = _read_json(path.with_name("generation_config.json"))
     return TextCodec(
         library,
-        begin_id=begin_id,
-        add_begin=bool(first == [begin_id] if add_begin is None else add_begin),
-        end_ids=_end_ids(library, special, _read_json(path.with_name("generation_config.json"))),
+        begin_id=first[0] if first else begin_id,
+        add_begin=bool(first or (settings.get("add_bos_token") and begin_id is not None)),
+        after_begin=first[1:],
+        end_ids=_end_ids(library, special, generation, _read_json(path.with_name("config.json"))),
         chat_template=_template(path, settings),
         special=special,
+        generation=generation,
     )
+
+
+def leading_ids(library: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Ids that the tokenizer's post-processor puts before a text."""
+    found: list[int] = []
+    pending = [] if library.post_processor is None else [json.loads(library.post_processor.__getstate__())]
+    while pending:
+        step = pending.pop(0)
+        if step["type"] == "Sequence":
+            pending = step["processors"] + pending
+        elif step["type"] == "TemplateProcessing":
+            for part in step["single"]:
+                if "SpecialToken" not in part:
+                    break
+                found += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        elif step["type"] in ("BertProcessing", "RobertaProcessing"):
+            found.append(step["cls"][1])
+    return tuple(found)
 
 
 def _content(token: Any) -> str:
@@ -228,10 +244,15 @@ def _content(token: Any) -> str:
     return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
-def _end_ids(library: tokenizers.Tokenizer, special: Mapping[str, str], generation: Mapping) -> tuple[int, ...]:
-    given = generation.get("eos_token_id")
-    given = given if isinstance(given, list) else [given]
-    found = [library.token_to_id(special.get("eos_token", "")), *given]
+def _end_ids(
+    library: tokenizers.Tokenizer, special: Mapping[str, str], generation: Mapping, config: Mapping
+) -> tuple[int, ...]:
+    """Ids that end a text by any of a model's files: the tokenizer's first."""
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    found: list[Any] = [library.token_to_id(special.get("eos_token", ""))]
+    for given in (generation.get("eos_token_id"), config.get("eos_token_id"), inner.get("eos_token_id")):
+        found += given if isinstance(given, list) else [given]
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
 
 
@@ -269,18 +290,65 @@ def save_codec(codec: TextCodec, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    names = {i: token for token, i in codec.library.get_vocab(with_added_tokens=True).items()}
+    named = codec.library.id_to_token
     settings: dict[str, Any] = dict(codec.special) | {"add_bos_token": codec.add_begin}
-    if codec.begin_id in names:
-        settings["bos_token"] = names[codec.begin_id]
-    if codec.end_ids:
-        settings["eos_token"] = names[codec.end_ids[0]]
-        generation = {"bos_token_id": codec.begin_id, "eos_token_id": list(codec.end_ids)}
+    if codec.begin_id is not None and named(codec.begin_id) is not None:
+        settings.setdefault("bos_token", named(codec.begin_id))
+    if codec.end_ids and named(codec.end_ids[0]) is not None:
+        settings["eos_token"] = named(codec.end_ids[0])
+    if generation := generation_config(codec):
         write_atomically(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if codec.chat_template is not None:
         write_atomically(directory / "chat_template.jinja", codec.chat_template)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     write_atomically(directory / "tokenizer_config.json", text)
-    write_atomically(directory / "tokenizer.json", codec.library.to_str(pretty=True))
+    write_atomically(directory / "tokenizer.json", tokenizer_json(codec))
     return directory / "tokenizer.json"
+
+
+def generation_config(codec: TextCodec) -> dict[str, Any]:
+    """The model's generation_config.json, with all ids that end a text."""
+    generation = dict(codec.generation)
+    given = generation.get("eos_token_id")
+    known = [*(given if isinstance(given, list) else [given]), *codec.end_ids[:1]]
+    if not set(codec.end_ids) <= set(known) or (codec.end_ids and given is None):
+        generation["eos_token_id"] = list(codec.end_ids)
+    pad = codec.library.token_to_id(codec.special.get("pad_token", ""))
+    for name, i in (("bos_token_id", codec.begin_id), ("pad_token_id", pad)):
+        if not codec.generation and i is not None:
+            generation[name] = i
+    return generation
+
+
+def begins_as_written(codec: TextCodec) -> bool:
+    """Whether the tokenizer's own post-processor begins texts as the codec does."""
+    begin = (codec.begin_id, *codec.after_begin) if codec.add_begin and codec.begin_id is not None else ()
+    return leading_ids(codec.library) == begin
+
+
+def tokenizer_json(codec: TextCodec) -> str:
+    """The tokenizer.json of a codec, whose post-processor begins a text as `TextCodec.begun` does: transformers, vLLM
+    and the harness go by that alone."""
+    if begins_as_written(codec):
+        return codec.library.to_str(pretty=True)
+    description = json.loads(codec.library.to_str())
+    begin = [codec.begin_id, *codec.after_begin] if codec.add_begin and codec.begin_id is not None else []
+    names = {i: codec.library.id_to_token(i) for i in begin}
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()}
+
+    def opened(text: str, kind: int) -> list[dict[str, Any]]:
+        marks = [{"SpecialToken": {"id": names[i], "type_id": kind}} for i in begin]
+        return [*marks, {"Sequence": {"id": text, "type_id": kind}}]
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": opened("A", 0),
+        "pair": opened("A", 0) + opened("B", 1),
+        "special_tokens": special,
+    }
+    before = description["post_processor"] or {}
+    parts = before.get("processors", [before] if before else [])
+    parts = [part for part in parts if part["type"] == "ByteLevel"]
+    description["post_processor"] = {"type": "Sequence", "processors": [*parts, template]} if parts else template
+    return json.dumps(description, indent=2, ensure_ascii=False)

@@ -1,9 +1,9 @@
 """Text as it is generated: tokens in, certain text out; stop strings; and a model's thinking apart from its answer."""
 
-import codecs
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from opendeep_jax.data.spelling import Speech
 from opendeep_jax.data.text_codec import TextCodec
 
 
@@ -19,14 +19,16 @@ class TextStream:
         """
         Args:
             codec: The model's.
-            stop: Texts that end the text, and are no part of it; empty ones count for nothing.
+            stop: Texts that end the text, and are no part of it; empty ones count for nothing. The name of a special
+                token ends it at that token.
             special: Whether special tokens are text.
         """
         self.codec, self.special = codec, special
         self.stop = tuple(text for text in stop if text)
         self.matched: str | None = None
         """The stop string that ended the text."""
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._speech = Speech(codec.spelling, () if special else codec.special_ids)
+        self._stop_ids = {} if special else codec.stop_ids(self.stop)
         self._held = ""
 
     @property
@@ -36,11 +38,20 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""
-        return self._take(self._characters.decode(b"".join(self.codec.piece(i, self.special) for i in ids)))
+        if not self._stop_ids:
+            return self._take(self._speech.push(ids))
+        text = ""
+        for i in ids:
+            if i in self._stop_ids and not self.stopped:
+                text += self.finish()
+                self.matched = self.matched or self._stop_ids[i]
+                break
+            text += self._take(self._speech.push((i,)))
+        return text
 
     def finish(self) -> str:
         """The rest, when no more tokens come; a half character is U+FFFD, as in `TextCodec.decode`."""
-        text = self._take(self._characters.decode(b"", final=True))
+        text = self._take(self._speech.finish())
         if self.stopped:
             return text
         rest, self._held = self._held, ""

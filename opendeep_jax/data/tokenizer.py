@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, a byte-level BPE trained on the sources, or any `tokenizer.json`."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
 from opendeep_jax.data.cuts import EncodeBatch, begins_words_at_cuts, in_pieces
 from opendeep_jax.data.files import write_file
+from opendeep_jax.data.spelling import spell
 
 # The special tokens of our own tokenizers, with their DeepSeek-V3 names. Ids 1 and 2 begin and end a document.
 SPECIAL_TOKENS = (
@@ -57,6 +59,8 @@ PRE_TOKENIZER = tokenizers.pre_tokenizers.Sequence(
 # The same words in ASCII text, which Python's expressions find in a tenth of the library's time.
 ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 REMEMBERED_WORDS = 1 << 20
+PROBE = "The quick brown fox jumps over the lazy dog."
+WHITE = b" \t\n\r\v\f"
 # Remembering words takes a third of the library's processor time, but one core, and the library uses all.
 FEW_CORES = 3
 
@@ -81,13 +85,19 @@ class Tokenizer:
     special_tokens: dict[str, int]
     """All special tokens' ids."""
     token_bytes: np.ndarray
-    """int32 [V]: UTF-8 bytes each token stands for; 0 for special tokens."""
+    """int32 [V]: UTF-8 bytes each token stands for behind others; 0 for special tokens."""
+    first_bytes: np.ndarray
+    """int32 [V]: those of a document's first token, whose leading space SentencePiece's decoders cut off."""
+    solid_bytes: np.ndarray
+    """int32 [V]: those of a token that are no white space."""
     content_hash: str
     """SHA-256 of all that decides what it does."""
     path: str = ""
     """Its tokenizer.json, if it has one."""
     fim_ids: tuple[int, int, int] | None = None
     """Special tokens of fill-in-the-middle, if it has them: they stand before the prefix, the suffix and the middle."""
+    unknown_id: int | None = None
+    """Stands for what it has no token for."""
 
     def __reduce__(self):
         return _reopen, (self.name, self.path, self.content_hash)
@@ -100,6 +110,22 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of one text, without special tokens."""
         return self.encode_batch([text])[0]
+
+    def lost_bytes(self, text: bytes, ids: np.ndarray) -> int:
+        """Return how many bytes of a UTF-8 text its ids do not say, unknown tokens saying nothing.
+
+        White space that a decoder puts between words counts where the text has some, and makes up for nothing else.
+        """
+        said = int(self.token_bytes[ids].sum())
+        if len(ids):
+            said += int(self.first_bytes[ids[0]]) - int(self.token_bytes[ids[0]])
+        unknown = self.unknown_id is not None and (ids == self.unknown_id)
+        if said == len(text) and not np.any(unknown):
+            return 0
+        if self.unknown_id is not None:
+            ids, said = ids[~unknown], said - int(unknown.sum()) * int(self.token_bytes[self.unknown_id])
+        solid = len(text.translate(None, WHITE)) - int(self.solid_bytes[ids].sum())
+        return max(len(text) - said, solid, 0)
 
 
 @functools.lru_cache(maxsize=4)
@@ -129,6 +155,8 @@ def byte_tokenizer() -> Tokenizer:
         eos_id=special[SPECIAL_TOKENS[2]],
         special_tokens=special,
         token_bytes=np.array([1] * 256 + [0] * len(special), np.int32),
+        first_bytes=np.array([1] * 256 + [0] * len(special), np.int32),
+        solid_bytes=np.array([byte not in WHITE for byte in range(256)] + [0] * len(special), np.int32),
         content_hash=hashlib.sha256(repr(("bytes", SPECIAL_TOKENS)).encode()).hexdigest(),
         fim_ids=tuple(special[name] for name in FILL_IN_THE_MIDDLE[0]),
     )
@@ -177,12 +205,23 @@ def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
     library.no_truncation()
     library.no_padding()
     library.encode_special_tokens = True  # Text that spells a special token stays text.
+    for said in not_random(library):
+        logging.getLogger(__name__).warning("%s: %s", path, said)
 
     special = {t["content"]: t["id"] for t in description.get("added_tokens") or () if t["special"]}
+    token_bytes, first_bytes, solid_bytes = _token_bytes(library)
+    model = description["model"]
+    unknown_id = model["unk_id"] if "unk_id" in model else library.token_to_id(model.get("unk_token") or "")
     bos_id, eos_id = _boundaries(library, path)
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # The library raises bare Exception, as for words without an unknown token.
+            raise ConfigError(
+                f"The tokenizer {path} cannot write a text ({error}). Take one that has all bytes, such as "
+                "--data.tokenizer=bpe:8192."
+            ) from error
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     if _splits_into_our_words(description) and _threads() <= FEW_CORES:
@@ -193,18 +232,29 @@ def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return library.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=True)
 
-    return Tokenizer(
+    found = Tokenizer(
         name=name or str(path),
         encode_batch=encode_batch,
         decode=decode,
         bos_id=bos_id,
         eos_id=eos_id,
         special_tokens=special,
-        token_bytes=_token_bytes(library, description),
+        token_bytes=token_bytes,
+        first_bytes=first_bytes,
+        solid_bytes=solid_bytes,
+        unknown_id=unknown_id,
         content_hash=hashlib.sha256(repr((text, bos_id, eos_id)).encode()).hexdigest(),
         path=str(path),
         fim_ids=_fim_ids(library),
     )
+    with contextlib.suppress(ConfigError):  # which the text may not meet
+        ids = found.encode(PROBE)
+        if found.token_bytes[ids].sum() > len(PROBE) + 1:
+            logging.getLogger(__name__).warning(
+                "%s: its decoder makes %r of %r, so bytes of tokens, and with them bits per byte, are not the text's.",
+                path, decode(ids), PROBE,
+            )  # fmt: skip
+    return found
 
 
 def _threads() -> int:
@@ -268,22 +318,25 @@ def _boundaries(library: tokenizers.Tokenizer, path: Path) -> tuple[int, int]:
     )
 
 
-def _token_bytes(library: tokenizers.Tokenizer, description: dict) -> np.ndarray:
-    """int32 [V]: bytes of each token. Exact for byte-level BPE, where each character of a token's name is one byte."""
-    byte_level = '"ByteLevel"' in json.dumps([description.get("decoder"), description.get("pre_tokenizer")])
-    added = {token["id"]: token for token in description.get("added_tokens") or ()}
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
-    for name, i in vocabulary.items():
-        if i in added:
-            sizes[i] = 0 if added[i]["special"] else len(name.encode("utf-8"))
-        elif byte_level:
-            sizes[i] = len(name)
-        elif len(name) == 6 and name.startswith("<0x"):  # SentencePiece's bytes, <0x0A> for a new line.
-            sizes[i] = 1
-        else:
-            sizes[i] = len(name.removeprefix("##").replace("▁", " ").encode("utf-8"))
-    return sizes
+def _token_bytes(library: tokenizers.Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int32 [V] each: bytes of a token behind others, where it begins a text, and without white space."""
+    spelling = spell(library)
+    special = {i for i, token in library.get_added_tokens_decoder().items() if token.special}
+    said = [b"" if i in special else piece for i, piece in enumerate(spelling.pieces)]
+    sizes = np.array([len(piece) for piece in said], np.int32)
+    solid = np.array([len(piece.translate(None, WHITE)) for piece in said], np.int32)
+    if not spelling.first and not spelling.strip[1]:
+        return sizes, sizes, solid
+    return sizes, np.array([spelling.lengths([i], special)[0] for i in range(len(sizes))], np.int32), solid
+
+
+def not_random(library: tokenizers.Tokenizer) -> list[str]:
+    """Switch off what makes a tokenizer encode a text differently each time; return what was switched off."""
+    dropout = getattr(library.model, "dropout", None)  # Unigram's sampling is never read from a file
+    if not dropout:
+        return []
+    library.model.dropout = None
+    return [f"its BPE leaves out merges at random (dropout {dropout:g}), which is switched off here."]
 
 
 def open_tokenizer(

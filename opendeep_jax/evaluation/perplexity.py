@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of any text under any model, read in overlapping windows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.sources import list_files, list_parts, read_part
 from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.evaluation.intervals import bootstrap
-from opendeep_jax.evaluation.windows import windows
+from opendeep_jax.evaluation.windows import Window, windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.scoring import score
 
@@ -68,25 +68,23 @@ def perplexity(
     if not 1 <= stride < length:
         raise ConfigError(f"--stride={stride}: must be at least 1 and less than the window of {length} tokens.")
     pieces = [
-        (index, window)
+        (index, window, size)
         for index, document in enumerate(documents)
-        for window in windows(codec.encode_prompt(document), length, stride)
+        for window, size in _sized_windows(codec, document, length, stride)
     ]
     if not pieces:
         raise ConfigError("The text has no token that another one foretells. Give a longer one.")
     together = max(engine.shards, 1)
     sums = []  # of each window: nats, tokens, bytes
     for begin in range(0, len(pieces), together):
-        batch = [window for _, window in pieces[begin : begin + together]]
-        for window, scored in zip(
-            batch, score(engine, [w.tokens for w in batch], [w.first for w in batch]), strict=True
-        ):
-            size = sum(len(codec.piece(token, special=True)) for token in window.tokens[window.first :])
+        batch = pieces[begin : begin + together]
+        found = score(engine, [w.tokens for _, w, _ in batch], [w.first for _, w, _ in batch])
+        for (*_, size), scored in zip(batch, found, strict=True):
             sums.append((-math.fsum(scored.logprobs), len(scored.logprobs), size))
         progress(begin + len(batch), len(pieces))
     rows, drawn = np.array(sums, np.float64), "windows"
     if len(documents) >= ENOUGH_DOCUMENTS:
-        of = np.array([index for index, _ in pieces])
+        of = np.array([index for index, *_ in pieces])
         rows, drawn = np.stack([rows[of == index].sum(0) for index in np.unique(of)]), "documents"
     nats, tokens, size = rows.sum(0)
 
@@ -108,3 +106,18 @@ def perplexity(
         "drawn": drawn,
         "seed": seed,
     }
+
+
+def _sized_windows(codec: TextCodec, document: str, length: int, stride: int) -> Iterator[tuple[Window, int]]:
+    """A document's windows, and the bytes that each one's scored tokens stand for.
+
+    Together with an unscored first token's they are the document's bytes: what no token says, as of an unknown letter,
+    is counted with the first window.
+    """
+    ids = codec.encode_prompt(document)
+    sizes = codec.spelling.lengths(ids, codec.special_ids)
+    unsaid, at = len(document.encode("utf-8")) - sum(sizes), 1
+    for window in windows(ids, length, stride):
+        end = at + len(window.tokens) - window.first
+        yield window, sum(sizes[at:end]) + unsaid
+        unsaid, at = 0, end

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from opendeep_jax.interop.hf_config import read_json
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 MAX_TOKENIZER_BYTES = 256 * 2**20
+GGUF_LICENSE = "opendeep.license"
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -20,9 +23,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
+    *LICENSES,
 )
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Names that tokenizers give to what begins, ends and pads a text, for a tokenizer.json that comes alone.
@@ -71,10 +72,47 @@ def text_files(source: str | Path | None) -> TextFiles:
     if "tokenizer_config.json" not in copied and "tokenizer.json" in copied:
         settings, ids = _settings(copied["tokenizer.json"])
         written["tokenizer_config.json"] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    elif "tokenizer.json" in copied:
+        ids |= _named(copied["tokenizer.json"], read_json(copied["tokenizer_config.json"]))
+    ends: dict[int, None] = {}
     for path in (source / "config.json", source / "generation_config.json"):
         if path.is_file():
-            ids |= {key: value for key, value in read_json(path).items() if key in IDS and value is not None}
+            found = {key: value for key, value in read_json(path).items() if key in IDS and value is not None}
+            end = found.pop("eos_token_id", None)
+            ends |= dict.fromkeys(end if isinstance(end, list) else [] if end is None else [end])
+            ids |= found
+    if ends:
+        ids["eos_token_id"] = next(iter(ends)) if len(ends) == 1 else list(ends)
     return TextFiles(copied, written, ids)
+
+
+def carried(directory: Path) -> list[Path]:
+    """The files of a model's directory that say something about its text, config.json among them."""
+    return [directory / name for name in ("config.json", *FILES) if (directory / name).is_file()]
+
+
+def licenses(directory: Path) -> dict[str, str]:
+    """The texts of the license files in a model's directory."""
+    paths = [directory / name for name in LICENSES if (directory / name).is_file()]
+    return {path.name: path.read_text("utf-8", "replace") for path in paths}
+
+
+def licenses_of_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The license file whose text a GGUF of ours carries."""
+    text = fields.get(GGUF_LICENSE)
+    return {"LICENSE": text} if isinstance(text, str) and text else {}
+
+
+def _named(tokenizer: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """Ids of the tokens that a tokenizer_config.json names."""
+    names = {f"{key}_id": settings.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    names = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
+    if not any(names.values()):
+        return {}
+    added = read_json(tokenizer, MAX_TOKENIZER_BYTES).get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    known = {entry.get("content"): entry.get("id") for entry in entries}
+    return {key: known[name] for key, name in names.items() if isinstance(name, str) and name in known}
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

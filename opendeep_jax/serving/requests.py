@@ -131,10 +131,7 @@ def chat(body: ChatRequest, codec: TextCodec, limits: Limits, name: str) -> Aske
 
 def _encoded(codec: TextCodec, text: str) -> list[int]:
     """A prompt's ids, begun as the model's own tokenizer would begin a text."""
-    ids = codec.encode(text, special=True)
-    if codec.add_begin and codec.begin_id is not None and ids[:1] != [codec.begin_id]:
-        return [codec.begin_id, *ids]
-    return ids
+    return codec.begun(codec.encode(text, special=True))
 
 
 def _check_prompt(prompt: list[int], tokens: int, field: str, tokens_field: str, limits: Limits) -> None:

@@ -55,8 +55,6 @@ def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
 
 def open_codec(source: str | Path) -> tuple["TextCodec", str]:
     """The text codec of a source, and the name of its model. Raises ConfigError where its files are not sound."""
-    from opendeep_jax.data import text_codec
-
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":
@@ -65,11 +63,13 @@ def open_codec(source: str | Path) -> tuple["TextCodec", str]:
 
             return codec_from_gguf_fields(read_gguf(path).fields), path.stem
         case "hf":
-            return text_codec.codec_from_hf(path), path.name
-        case "run":
-            from opendeep_jax.data.provenance import run_tokenizer
+            from opendeep_jax.data.text_codec import codec_from_hf
 
-            return text_codec.codec_from_tokenizer(run_tokenizer(path)), load_run_config(path).name or path.name
+            return codec_from_hf(path), path.name
+        case "run":
+            from opendeep_jax.data.provenance import run_codec
+
+            return run_codec(path), load_run_config(path).name or path.name
 
 
 def open_weights(source: str | Path, dtype: str = "", step: int | None = None, mesh: "Mesh | None" = None) -> "Decoder":

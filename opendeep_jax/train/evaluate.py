@@ -17,6 +17,7 @@ from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, HeldOut, open_data
+from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
@@ -30,7 +31,7 @@ from opendeep_jax.train.run_directory import check_same_data
 Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
 
-def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarray, mesh: Mesh) -> Evaluator:
+def make_evaluator(config: RunConfig, skeleton: Skeleton, tokenizer: Tokenizer, mesh: Mesh) -> Evaluator:
     """A function of params, router biases and batches that measures the main model's loss on the batches, of which it
     takes the rows that `held_out_batches` gives this process.
 
@@ -38,15 +39,18 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, token_bytes: np.ndarra
     the UTF-8 bytes that they stand for. An end of text costs its bits and stands for no byte.
 
     Args:
-        token_bytes: int32 [tokenizer's vocabulary], the bytes of each token.
+        tokenizer: It says how many bytes each token stands for.
     """
-    sizes = np.pad(token_bytes, (0, config.model.vocab_size - len(token_bytes)))
+    rest = (0, config.model.vocab_size - tokenizer.vocab_size)
+    sizes, first_sizes = np.pad(tokenizer.token_bytes, rest), np.pad(tokenizer.first_bytes, rest)
 
     def device_sums(params, router_bias, inputs):
         model, batch = skeleton.model(params, router_bias), inputs.batch
         hidden = model.forward(batch.tokens, batch.segment_ids, batch.positions, order=inputs.order).hidden
         nats, _ = summed_cross_entropy(config, hidden, model.head_kernel(), batch.targets, batch.loss_mask)
-        num_bytes = jnp.sum(jnp.where(batch.loss_mask, jnp.asarray(sizes)[batch.targets], 0))
+        begins = batch.tokens == tokenizer.bos_id
+        said = jnp.where(begins, jnp.asarray(first_sizes)[batch.targets], jnp.asarray(sizes)[batch.targets])
+        num_bytes = jnp.sum(jnp.where(batch.loss_mask, said, 0))
         return psum((nats, jnp.sum(batch.loss_mask), num_bytes), ROW_AXES + LENGTH_AXES)
 
     whole, specs = PartitionSpec(), weight_specs(skeleton, mesh)
@@ -113,6 +117,6 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     skeleton, params, router_bias = split(model)
     data = open_data(config, workdir=workdir)
     check_same_data(data, workdir)
-    evaluate = make_evaluator(config, skeleton, data.tokenizer.token_bytes, mesh)
+    evaluate = make_evaluator(config, skeleton, data.tokenizer, mesh)
     batches = held_out_batches(config, data, mesh, config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | compressors(data.held_out_text())

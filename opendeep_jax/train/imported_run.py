@@ -1,6 +1,7 @@
 """A run that begins with somebody else's weights: a work directory whose checkpoint is of step 0."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -46,13 +47,16 @@ def check_importable(workdir: str | Path) -> None:
         raise ConfigError(f"--out={workdir}: holds a run or a model already. Choose another directory.")
 
 
-def import_run(model: Decoder, codec: TextCodec, config: RunConfig, workdir: str | Path) -> RunConfig:
+def import_run(
+    model: Decoder, codec: TextCodec, config: RunConfig, workdir: str | Path, beside: Mapping[str, str] | None = None
+) -> RunConfig:
     """Writes a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
 
     Args:
         model: In float32, the dtype of master weights.
         codec: Its tokenizer, which becomes the run's.
         config: The run's; `model` is that of the weights, `data.tokenizer` is set here.
+        beside: Names and texts of other files to write into it, such as the license.
 
     Returns:
         The configuration as it was written.
@@ -65,6 +69,8 @@ def import_run(model: Decoder, codec: TextCodec, config: RunConfig, workdir: str
     check_importable(workdir)
     with only_writer(workdir):
         path = save_codec(codec, workdir)
+        for name, text in (beside or {}).items():
+            write_atomically(workdir / name, text)
         load_tokenizer(path)  # refuses what no run could train with
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path.resolve())))
         bones, params, router_bias = split(model)
@@ -73,6 +79,7 @@ def import_run(model: Decoder, codec: TextCodec, config: RunConfig, workdir: str
         write_origin(workdir, "import")  # before the weights: without them, nothing is ever trained here
         with Checkpoints(workdir, config.checkpoint) as checkpoints:
             checkpoints.save(state)
-        write_atomically(workdir / RECIPE_FILE, RECIPE.format(path=workdir / RECIPE_FILE, workdir=workdir))
+        recipe = workdir / RECIPE_FILE
+        write_atomically(recipe, RECIPE.format(path=recipe, workdir=workdir))
         save_run_config(config, config, workdir)  # last: what has a config.json is a whole run
     return config

@@ -66,7 +66,7 @@ class Observer:
         lines = read_jsonl(workdir / SCALARS)
         self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
         self.peak = peak * mesh.size
-        self.evaluator = make_evaluator(config, bones, data.tokenizer.token_bytes, mesh)
+        self.evaluator = make_evaluator(config, bones, data.tokenizer, mesh)
         self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def _begin(self, step: int) -> None:

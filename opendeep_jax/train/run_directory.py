@@ -20,7 +20,7 @@ from opendeep_jax.data.pipeline import Data
 from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
 
 SUMMARY, ENVIRONMENT = "summary.json", "environment.json"
-TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """A copy of the file beside the run's tokenizer that names its boundaries; `bytes` has neither."""
 
 
@@ -104,9 +104,10 @@ def save_run(config: RunConfig, recipe: RunConfig | None, data: Data, workdir: P
     if data.tokenizer.path:
         original = Path(data.tokenizer.path)
         write_atomically(workdir / TOKENIZER_FILE, original.read_text(encoding="utf-8"))
-        settings = original.with_name(TOKENIZER_SETTINGS)
-        if settings.exists():
-            write_atomically(workdir / TOKENIZER_SETTINGS, settings.read_text(encoding="utf-8"))
+        for name in TOKENIZER_SETTINGS:
+            settings = original.with_name(name)
+            if settings.exists():
+                write_atomically(workdir / name, settings.read_text(encoding="utf-8"))
     write_atomically(workdir / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     save_run_config(config, recipe, workdir)
 

@@ -62,4 +62,5 @@ def make_store(
 def large_tokenizer() -> Tokenizer:
     """The bytes, with boundaries whose ids are above 65,535."""
     sizes = np.ones(70_000, np.int32)
-    return dataclasses.replace(byte_tokenizer(), token_bytes=sizes, bos_id=69_998, eos_id=69_999)
+    arrays = dict.fromkeys(("token_bytes", "first_bytes", "solid_bytes"), sizes)
+    return dataclasses.replace(byte_tokenizer(), **arrays, bos_id=69_998, eos_id=69_999)

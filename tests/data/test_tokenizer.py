@@ -172,8 +172,16 @@ def test_tokenizer_without_boundaries_is_refused_with_the_cure(tmp_path):
 
 
 def test_sentencepiece_names_count_their_bytes(tmp_path):
-    word_level(tmp_path / "tokenizer.json", ["<s>", "</s>"], words=("<0x0A>", "▁the", "é"))
-    assert load_tokenizer(tmp_path / "tokenizer.json").token_bytes.tolist() == [1, 4, 2, 0, 0]
+    path = tmp_path / "tokenizer.json"
+    word_level(path, ["<s>", "</s>"], words=("<0x0A>", "▁the", "é"))
+    library = tokenizers.Tokenizer.from_file(str(path))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(steps)
+    library.save(str(path))
+    found = load_tokenizer(path)
+    assert found.token_bytes.tolist() == [1, 4, 2, 0, 0]
+    assert found.first_bytes.tolist() == [1, 3, 2, 0, 0]
 
 
 def test_settings_for_cutting_and_padding_are_ignored(tmp_path):

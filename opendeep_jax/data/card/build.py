@@ -101,6 +101,7 @@ def _source(
         manifest = store.manifest
         card |= {name: manifest[name] for name in COUNTS} | {"licenses": manifest["licenses"]}
         card |= {"content_hash": manifest["content_hash"], "lengths": _lengths(store)}
+        card["lost_bytes"] = manifest.get("lost_bytes", 0)
         for reason, number in manifest["left_out"].items():
             card["dropped"] = card["dropped"] | {reason: {"documents": number, "bytes": 0}}
     text = _text_source(config, source, curation, store)

@@ -189,6 +189,7 @@ def _write_index(
     totals = dict.fromkeys((*COUNTS, "file_bytes"), 0)
     licenses: dict[str, dict[str, int]] = {}
     left_out: dict[str, int] = {}
+    lost_bytes = 0
     digest = hashlib.sha256()
     for name in names:
         path = directory / "shards" / name / "shard.json"
@@ -212,6 +213,7 @@ def _write_index(
                 entry[key] += counts[key]
         for reason, entry in manifest["left_out"].items():
             left_out[reason] = left_out.get(reason, 0) + entry["documents"]
+        lost_bytes += manifest.get("lost_bytes", 0)  # shards of earlier versions do not say
         digest.update(bytes.fromhex(manifest["content_hash"]))
 
     if before and before["content_hash"] != digest.hexdigest():
@@ -240,6 +242,7 @@ def _write_index(
         **totals,
         "licenses": licenses,
         "left_out": left_out,
+        "lost_bytes": lost_bytes,
         "content_hash": digest.hexdigest(),
         "index": index_facts(index),
     }

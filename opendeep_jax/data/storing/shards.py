@@ -22,6 +22,8 @@ from opendeep_jax.data.tokenizer import Tokenizer
 BATCH_CHARACTERS = 1 << 20
 # Ids of documents left out for one reason that the manifest names.
 EXAMPLES = 20
+# Of a shard's bytes, what its tokens may leave unsaid.
+MOST_LOST = 0.01
 
 
 @dataclasses.dataclass
@@ -35,6 +37,10 @@ class Collected:
     """Tokens."""
     byte_lengths: list[int] = dataclasses.field(default_factory=list)
     left_out: dict[str, dict] = dataclasses.field(default_factory=dict)
+    lost_bytes: int = 0
+    """Bytes of text that no token says."""
+    worst: tuple[int, str, str] = (0, "", "")
+    """Of the document that lost most: bytes, id, and the first letters that it lost."""
 
     def leave_out(self, reason: str, id: str) -> None:
         """Counts a document that is left out."""
@@ -74,6 +80,7 @@ def write_shard(
                 left -= min(size, left)
             advance(left)
         tokens.close()
+        _refuse_losses(source, tokenizer, collected)
         digest = content_hash(tokens.digest, collected.lengths, collected.ids, collected.urls, collected.licenses)
         if known_hash not in (None, digest):
             raise ConfigError(
@@ -91,6 +98,7 @@ def write_shard(
             "bytes": sum(collected.byte_lengths),
             "licenses": _count_licenses(collected),
             "left_out": collected.left_out,
+            "lost_bytes": collected.lost_bytes,
             "content_hash": digest,
             "files": files,
         }
@@ -162,8 +170,12 @@ def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter
     for document, ids in zip(batch, encoded, strict=True):
         end = at + len(ids) + 2
         row[at], row[at + 1 : end - 1], row[end - 1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        text = document.text
-        text_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+        text = document.text.encode("utf-8")
+        text_bytes = len(text)
+        if lost := tokenizer.lost_bytes(text, ids):
+            collected.lost_bytes += lost
+            if lost > collected.worst[0]:
+                collected.worst = (lost, document.id, _lost_letters(document.text, tokenizer.decode(ids)))
         collected.ids.append(document.id)
         collected.urls.append(document.url)
         collected.licenses.append(document.license)
@@ -173,6 +185,27 @@ def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter
     del encoded  # a long document's are large
     tokens.write(row)
     return size
+
+
+def _lost_letters(text: str, said: str) -> str:
+    """The first letters of a text that are not in what its tokens say."""
+    said_letters = set(said)
+    return "".join(dict.fromkeys(letter for letter in text if letter not in said_letters))[:8]
+
+
+def _refuse_losses(source: SourceConfig, tokenizer: Tokenizer, collected: Collected) -> None:
+    """Raises ConfigError where the tokenizer cannot write too much of the text."""
+    size = sum(collected.byte_lengths)
+    if collected.lost_bytes <= MOST_LOST * size:
+        return
+    lost, id, letters = collected.worst
+    what = f"{letters!r}" if letters else "some of its white space"
+    raise ConfigError(
+        f"The tokenizer {tokenizer.name} cannot write the text of source {source.name!r}: {collected.lost_bytes:,} of "
+        f"{size:,} bytes are lost ({collected.lost_bytes / size:.1%}, and at most {MOST_LOST:.0%} may be). Document "
+        f"{id} alone loses {lost:,}, as of {what}. Take one that has all bytes: --data.tokenizer=bpe:8192, "
+        "--data.tokenizer=bytes, or a byte-level tokenizer.json."
+    )
 
 
 class _TokenWriter:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import small_store
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,3 +284,28 @@ def test_a_prepare_with_workers_that_is_stopped_is_continued(source, undisturbed
     assert "In a worker" not in errors and "Fatal" not in errors
     prepare(directory, source)
     assert files(directory) == undisturbed
+
+
+def letters(path):
+    """A tokenizer of English letters only."""
+    names = {name: i for i, name in enumerate(["<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz.\n"])}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(names, [], unk_token="<unk>"))
+    library.pre_tokenizer, library.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    library.add_special_tokens(["<s>", "</s>"])
+    library.save(str(path))
+    return load_tokenizer(path)
+
+
+def test_text_that_the_tokenizer_cannot_write_is_refused_with_a_document_and_a_cure(tmp_path):
+    tokenizer = letters(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"100.0%.*Document .* as of 'Каждый'") as refusal:
+        small_store.make_store(tmp_path / "a", ["Каждый"] * 3, tokenizer)
+    assert "--data.tokenizer=bpe:8192" in str(refusal.value) and not (tmp_path / "a/store/store.json").exists()
+
+
+def test_a_few_lost_bytes_are_counted_in_the_manifest(tmp_path):
+    texts = ["the quick brown fox " * 30 + "é", "a b"]
+    store = small_store.make_store(tmp_path, texts, letters(tmp_path / "tokenizer.json"))
+    assert store.manifest["lost_bytes"] == len("é".encode())
+    whole = small_store.make_store(tmp_path / "whole", texts)
+    assert whole.manifest["lost_bytes"] == 0
