@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import yaml
 from small_models import DENSE, random_model, write_text
 
@@ -20,11 +22,12 @@ from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
 from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
-from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer
+from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer, save_codec
 from opendeep_jax.data.tokenizer import byte_tokenizer
-from opendeep_jax.interop import load_hf
+from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
+from opendeep_jax.serving.sources import open_codec
 from opendeep_jax.train.checkpoint import load_model
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
@@ -245,3 +248,38 @@ def test_the_commands_and_programs_of_the_page_run(small, capsys):
     for program in blocks("python"):
         exec(program, names)
     assert capsys.readouterr().out == "What is the capital of France?\n\n"
+
+
+def test_an_imported_runs_text_and_license_go_along_to_both_exports_and_back(small):
+    """Of a tokenizer without a begin token, whose end is no separator that a prompt may begin with."""
+    model, _ = small
+    Path("model").mkdir()
+    codec = codec_from_tokenizer(byte_tokenizer())
+    sampling = {"eos_token_id": [258, 256], "temperature": 0.6}
+    plain = dataclasses.replace(
+        codec, begin_id=None, add_begin=False,
+        special={"eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"},
+        end_ids=(258, 256), generation=sampling, chat_template=TEMPLATE,
+    )  # fmt: skip
+    save_hf(model, "model", tokenizer=save_codec(plain, "text").parent)
+    Path("model/LICENSE").write_text("Do as you like.\nBut well.\n")
+    import_.main(["hf", "model", "--out=run", "--model.dtype=float32"])
+    export.main(["hf", "--workdir=run", "--out=hub", "--dtype=float32"])
+    export.main(["gguf", "--workdir=run", "--out=run.gguf", "--type=f32"])
+    import_.main(["gguf", "run.gguf", "--out=again", "--model.dtype=float32"])
+    for place in ("run", "hub", "run.gguf", "again"):
+        found, _ = open_codec(place)
+        assert found.encode_prompt("Hi") == list(b"Hi") and found.begin_id is None, place
+        assert (found.end_ids, found.generation, found.chat_template) == ((258, 256), sampling, TEMPLATE), place
+        assert found.special == plain.special, place
+    for place in ("run", "hub", "again"):
+        assert Path(place, "LICENSE").read_text().strip() == "Do as you like.\nBut well.", place
+    config = json.loads(Path("hub/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, [258, 256], 256)
+
+
+def test_an_exported_run_of_ours_begins_texts_by_its_post_processor(small_run):
+    export.main(["hf", f"--workdir={small_run}", "--out=hub", "--dtype=float32"])
+    codec, _ = open_codec(small_run)
+    library = tokenizers.Tokenizer.from_file("hub/tokenizer.json")  # which is all that transformers goes by
+    assert library.encode("größe").ids == codec.encode_prompt("größe") == [codec.begin_id, *codec.encode("größe")]
