@@ -42,7 +42,7 @@ def codec_from_gguf_fields(fields: Mapping[str, Any]) -> TextCodec:
     used = max((i for i, type_ in enumerate(types) if type_ != UNUSED), default=-1) + 1
     tokens, types = tokens[:used], types[:used]  # the rest only fills the model's embedding up
     try:
-        own = json.loads(fields.get(OWN) or "{}")
+        own = _own(fields)
         if kind == "llama":  # whose user-defined tokens are written with spaces, and merged from SentencePiece's
             pairs = list(zip(tokens, types, strict=True))
             tokens = [t if t.strip(" ") or type_ != USER_DEFINED else t.replace(" ", SPACE) for t, type_ in pairs]
@@ -61,6 +61,18 @@ def codec_from_gguf_fields(fields: Mapping[str, Any]) -> TextCodec:
     except Exception as error:  # the library raises bare Exception, and a hostile file whatever it likes
         raise ConfigError(f"The file's tokenizer is damaged ({error}). Download it again.") from error
     return _with_ends(library, fields, tokens, kind, own)
+
+
+def _own(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of ours says beyond GGUF's keys. Raises ValueError or TypeError where it is none."""
+    own = json.loads(fields.get(OWN) or "{}")
+    kinds = {"end_ids": list, "after_begin": list, "special": dict, "generation": dict, "flags": dict}
+    if not isinstance(own, dict) or not all(isinstance(own.get(name, kind()), kind) for name, kind in kinds.items()):
+        raise TypeError(f"{OWN} is of another kind")
+    ids = [*own.get("end_ids", ()), *own.get("after_begin", ())]
+    if not all(type(i) is int for i in ids) or not all(isinstance(t, str) for t in own.get("special", {}).values()):
+        raise TypeError(f"{OWN} has ids or names of another kind")
+    return own
 
 
 def _with_ends(

@@ -255,6 +255,12 @@ WHOLE = {
         {"tokenizer.ggml.pre": "klingon"},
         {"tokenizer.ggml.merges": ["x y"]},
         {"tokenizer.ggml.merges": [1, 2]},
+        {"opendeep.tokenizer": "[]"},
+        {"opendeep.tokenizer": "{"},
+        {"opendeep.tokenizer": 7},
+        {"opendeep.tokenizer": '{"end_ids": ["x"]}'},
+        {"opendeep.tokenizer": '{"special": {"bos_token": 3}}'},
+        {"opendeep.tokenizer": '{"decoder": {"type": "None"}}'},
         {"tokenizer.ggml.model": "llama"},
         {
             "tokenizer.ggml.model": "llama",
