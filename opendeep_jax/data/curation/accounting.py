@@ -12,7 +12,7 @@ from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.curation.plan import Plan
 from opendeep_jax.data.files import write_file
 
-VERSION = 1
+VERSION = 2
 """Of the accounting, and of all that decides the result: raised when either changes, so that nothing old is reused."""
 
 ENGINES = ("datatrove", "rensa", "fasttext-numpy2-wheel", "pyarrow")
