@@ -159,7 +159,6 @@ def write_clusters(curation: CurationConfig, pairs: Path, directory: Path) -> No
 
 def _minhash_settings(curation: CurationConfig):
     from datatrove.pipeline.dedup.minhash import MinhashConfig
-
     from datatrove.utils.text import TextNormConfig
 
     return MinhashConfig(

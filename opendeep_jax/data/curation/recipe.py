@@ -16,10 +16,13 @@ Step = Callable[[Any], str | None]
 
 EVALUATION_OVERLAP = "evaluation overlap"
 
-# Letters of any script count, as addresses may have them; what \w has, datatrove's own expression looks for in ASCII only,
-# and takes hours over a megabyte of base64. Here every character is looked at a fixed number of times.
-LOCAL_END = re.compile(r"[^\w!#$%&'*+/=?^`{|}~.-]")
-DOMAIN = re.compile(r"[\w-]+(?:\.[\w-]+)+|\[[\w.:-]+\]")
+# Before and behind an @. datatrove's own expression takes hours over a megabyte of base64; here every character is
+# looked at a fixed number of times. An address in Latin letters ends where another script begins, which may be the
+# sentence around it, written without spaces; one in another script has all letters.
+LATIN = "A-Za-z0-9_\u00c0-\u024f"
+LOCAL_SIGNS = frozenset("!#$%&'*+-/=?^_`{|}~.")
+DOMAINS = [re.compile(rf"[{letters}-]+(?:\.[{letters}-]+)+") for letters in (LATIN, r"\w")]
+LITERAL = re.compile(r"\[[\w.:-]+\]")
 QUOTED = re.compile(r'"[^"\n]{1,64}"\Z')
 
 
@@ -136,16 +139,26 @@ def mask_emails(text: str, replacement: str = "email@example.com") -> tuple[str,
     parts, done, count = [], 0, 0
     at = text.find("@")
     while at >= 0:
-        domain = DOMAIN.match(text, at + 1)
-        begin = _local_begin(text, done, at) if domain else at
-        end = domain.end() if domain else at
-        while domain and text[end - 1] in "-_":  # no name ends so
-            end -= 1
-        if begin < at and (text[end - 1] == "]" or "." in text[at + 1 : end]):
+        end = _domain_end(text, at)
+        begin = _local_begin(text, done, at) if end > at else at
+        if begin < at:
+            while (further := _domain_end(text, end)) > end:  # an address with a second domain behind it
+                end = further
             parts += [text[done:begin], replacement]
             done, count = end, count + 1
         at = text.find("@", max(at + 1, done))
     return "".join([*parts, text[done:]]), count
+
+
+def _domain_end(text: str, at: int) -> int:
+    """Where the domain behind the @ ends; `at` if there is no @, or no domain behind it."""
+    if not text.startswith("@", at):
+        return at
+    domain = next(filter(None, (pattern.match(text, at + 1) for pattern in (*DOMAINS, LITERAL))), None)
+    end = domain.end() if domain else at
+    while end > at + 1 and text[end - 1] in "-_":  # no name ends so
+        end -= 1
+    return end if domain and (text[end - 1] == "]" or "." in text[at + 1 : end]) else at
 
 
 def _local_begin(text: str, done: int, at: int) -> int:
@@ -153,8 +166,10 @@ def _local_begin(text: str, done: int, at: int) -> int:
     if at > done and text[at - 1] == '"':
         quoted = QUOTED.search(text, max(done, at - 66), at)
         return quoted.start() if quoted else at
-    begin = at
-    while begin > done and not LOCAL_END.match(text[begin - 1]):
+    begin, latin = at, at > done and text[at - 1] < "\u0250"
+    while begin > done and (
+        text[begin - 1] in LOCAL_SIGNS or (text[begin - 1].isalnum() and (not latin or text[begin - 1] < "\u0250"))
+    ):
         begin -= 1
     while begin < at and not (text[begin].isalnum() or text[begin] == "_"):
         begin += 1
