@@ -249,8 +249,8 @@ def test_a_path_on_the_command_line_clears_what_belonged_to_the_old_text():
         "old/part.jsonl": dataclasses.replace(old, path="old/part.jsonl"),
         "old/*.jsonl": old,
     }.items():
-        for given in ([f"--data.sources.0.path={argument}"], ["--data.sources.0.path", argument]):
-            assert apply(recipe, given).data.sources == (expected,)
+        for given_as in ([f"--data.sources.0.path={argument}"], ["--data.sources.0.path", argument]):
+            assert apply(recipe, given_as).data.sources == (expected,)
     (found,) = apply(recipe, ["--data.sources.0.license=CC0-1.0", "--data.sources.0.path=x.txt"]).data.sources
     assert found == SourceConfig("x", "x.txt", 2.0, "CC0-1.0", epochs=3.0)
     (found,) = apply(RunConfig(), ["--data.sources.0.path=x.txt"]).data.sources

@@ -4,6 +4,7 @@ A record is what a line of JSON, a row of Parquet or of a `datasets` dataset, or
 they keep a record, or a small batch of them, in memory, never a file.
 """
 
+import contextlib
 import csv
 import difflib
 import io
@@ -209,7 +210,8 @@ def _lines(part: Part, fields: Fields) -> Iterator[tuple[int, bytes]]:
 def _as_text(content: BinaryIO, file: SourceFile, encoding: str) -> Iterator[str]:
     """Lines, decoded; bytes that are none of the encoding's become surrogates, which are found later."""
     try:
-        yield from io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="\n")
+        with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="\n") as lines:
+            yield from lines
     except UnicodeError as error:  # an encoding of several bytes a sign has no way on
         raise damaged(file.path, f"it is not {encoding}: {error}") from error
 
@@ -222,8 +224,10 @@ def _read_json(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes |
     if lines:
         yield from _read_lines(part, fields)
         return
-    with open_content(file.path, file.name) as content:
-        stream = io.TextIOWrapper(content, fields.encoding or "utf-8-sig", "surrogateescape", newline="")
+    with (
+        open_content(file.path, file.name) as content,
+        io.TextIOWrapper(content, fields.encoding or "utf-8-sig", "surrogateescape", newline="") as stream,
+    ):
         try:
             for number, value in enumerate(read_values(stream), start=1):
                 yield number, _record(value, fields)
@@ -236,7 +240,8 @@ def _read_json(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes |
 
 def _check_header(file: SourceFile, fields: Fields) -> None:
     """Raises ConfigError for a column that a table's first row does not name, or names twice."""
-    names = next(_rows(file, fields), (0, []))[1]
+    with contextlib.closing(_rows(file, fields)) as rows:
+        names = next(rows, (0, []))[1]
     for name in fields.names:
         if names.count(name) == 1 or (name in fields.optional and name not in names):
             continue

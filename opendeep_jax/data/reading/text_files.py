@@ -37,16 +37,16 @@ def _utf8(content: bytes, file: SourceFile, encoding: str) -> bytes:
 
 
 def _pieces(content: BinaryIO, file: SourceFile, separator: str, encoding: str) -> Iterator[str]:
-    stream = io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="")
     lines = "\n" in separator
     rest = carry = ""
     try:
-        while block := stream.read(BLOCK):
-            block = carry + block
-            carry = "\r" if lines and block.endswith("\r") else ""  # its line end may be cut in two
-            block = block.removesuffix(carry) if carry else block
-            *whole, rest = (rest + (block.replace("\r\n", "\n") if lines else block)).split(separator)
-            yield from whole
+        with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="") as stream:
+            while block := stream.read(BLOCK):
+                block = carry + block
+                carry = "\r" if lines and block.endswith("\r") else ""  # its line end may be cut in two
+                block = block.removesuffix(carry)
+                *whole, rest = (rest + (block.replace("\r\n", "\n") if lines else block)).split(separator)
+                yield from whole
     except UnicodeError as error:
         raise damaged(file.path, f"it is not {encoding}: {error}") from error
     yield rest + carry
