@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 4_000_000
 SAMPLED_FROM = 16
 SAMPLED_CHARACTERS = 1_000_000
+# Where text is less of a source than this, the rest is not counted as text that could be sampled.
+WIDE = 0.5
 # Fewer are packed in the blink of an eye.
 SHOWN_DOCUMENTS = 1_000_000
 
@@ -298,9 +300,10 @@ def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[So
 def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction: float) -> Iterator[str]:
     """Training documents of about `budget` bytes, from parts and documents that a hash of their names chooses."""
     parts = sorted(parts, key=lambda part: hash_id(f"{part.file.name} {part.begin}"))
+    share = _text_share(source, parts)
     size = kept = 0
     while parts and kept < len(parts) and size < SAMPLED_FROM * budget:
-        size += parts[kept].size
+        size += parts[kept].size * share
         kept += 1
     found, first = False, None
     for part in parts[:kept]:
@@ -314,6 +317,15 @@ def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction:
                 yield document.text[:SAMPLED_CHARACTERS]
     if not found and first is not None:
         yield first[:SAMPLED_CHARACTERS]
+
+
+def _text_share(source: SourceConfig, parts: list) -> float:
+    """Bytes of text in a byte of the parts, by the first: 1 unless it is below a half, as beside embeddings."""
+    if not parts or source.text_url or not parts[0].size:
+        return 1.0
+    texts = (document.text for document in read_part(source, parts[0], lambda reason, name: None))
+    share = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts) / parts[0].size
+    return share if 0 < share < WIDE else 1.0
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:

@@ -31,7 +31,7 @@ def write_accounting(plan: Plan) -> None:
         counts = [stage[rank] for stage in (filtered, finished) for rank in ranks]
         totals = {
             name: sum(count.get(name, 0) for count in counts)
-            for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "bytes_trimmed")
+            for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "bytes_trimmed", "not_english")
         }
         sources[source.name] = {
             "license": source.license,

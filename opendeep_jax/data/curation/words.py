@@ -119,3 +119,22 @@ def _hash(word: str) -> int:
     import xxhash
 
     return xxhash.xxh3_64_intdigest(word.encode("utf-8"))
+
+
+FOREIGN = re.compile(r"[^\W\d_\u0000-\u024f]")
+ENGLISH = re.compile(r"\b(the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
+JUDGED = 50
+"""Words that a text must have before the lack of English ones says anything."""
+
+
+def may_be_english(text: str) -> bool:
+    """False for a text that is mostly in another script than Latin, or has 50 words and hardly one of English's usual.
+
+    The usual ones, and that there must be two of them, are Gopher's (Rae et al. 2021).
+    """
+    text = text[:PIECE]
+    letters = sum(map(str.isalpha, text))
+    if 2 * len(FOREIGN.findall(text)) > letters:
+        return False
+    found = {match[0].lower() for match in ENGLISH.finditer(text)}
+    return len(found) >= 2 or len(text.split()) < JUDGED

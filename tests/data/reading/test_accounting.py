@@ -266,7 +266,8 @@ def test_names_do_not_depend_on_the_order_of_the_disk_nor_on_links(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_separator_parts_the_documents_of_a_text_file(tmp_path, monkeypatch, block, end):
     monkeypatch.setattr("opendeep_jax.data.reading.text_files.BLOCK", block)
-    (tmp_path / "a.txt").write_bytes(end.join(["one", "", "", "two é", "more", ""]).encode() + b"\xff bad" + end.encode())
+    content = end.join(["one", "", "", "two é", "more", ""]).encode() + b"\xff bad" + end.encode()
+    (tmp_path / "a.txt").write_bytes(content)
     assert [d.text for d in read(tmp_path, separator="\\n")[0]] == ["one", "two é", "more"]
     found, counts = read(tmp_path, separator="\\n\\n")
     assert ([d.text for d in found], counts) == (["one"], {"not UTF-8": 1})
@@ -278,7 +279,8 @@ def test_a_separator_parts_the_documents_of_a_text_file(tmp_path, monkeypatch, b
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
 def test_other_encodings_are_read_where_they_are_named(tmp_path, name, encoding):
-    content = {"a.txt": "naïve", "a.jsonl": '{"text": "naïve"}\n', "a.json": '[{"text": "naïve"}]', "a.csv": "text\nnaïve"}
+    record = '{"text": "naïve"}'
+    content = {"a.txt": "naïve", "a.jsonl": f"{record}\n", "a.json": f"[{record}]", "a.csv": "text\nnaïve"}
     (tmp_path / name).write_bytes(content[name].encode(encoding))
     assert texts(tmp_path, encoding=encoding) == ["naïve"]
 
