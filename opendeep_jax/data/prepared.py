@@ -90,6 +90,7 @@ class Prepared:
             "fim": self.fim._asdict(),
             "tokenizer_hash": self.tokenizer_hash,
             "left_out_files": self.left_out_files,
+            "exact_mixture": self.order.exact,
         }
 
 
@@ -102,7 +103,7 @@ def reopen(config: RunConfig, record: dict) -> Prepared:
         kind = PlanKind(**plan["kind"] | {"share": tuple(plan["kind"]["share"])})
         plans[plan["source"], kind] = open_plan(root / plan["directory"])
     fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
-    order = Order(config)
+    order = Order(config, exact=record.get("exact_mixture", False))
     order.supply({key: plan.rows for key, plan in plans.items()})
     held_out_plans = [open_plan(root / name) for name in record["held_out_plans"]]
     left_out = record.get("left_out_files", [])
@@ -142,8 +143,10 @@ def check_data(config: RunConfig) -> None:
         _check_tokenizer(open_tokenizer(config.data.tokenizer, "", list, Path()), config)
 
 
-def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepared]:
+def prepare(config: RunConfig, progress: bool = True, exact_mixture: bool = True) -> tuple[Tokenizer, Prepared]:
     """Opens what a run's batches are made of; curates, tokenizes and packs first what is not there yet.
+
+    `exact_mixture` is False for a run that began when weights with long patterns were rounded.
 
     Raises ConfigError for sources, tokenizers and directories that cannot serve.
     """
@@ -156,7 +159,7 @@ def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepar
     _check_tokenizer(tokenizer, config)
     fim = FimRule(config.seed, data.fim_rate, tokenizer.fim_ids) if data.fim_rate else NO_FIM
     stores = [_prepare_store(config, source, tokenizer, progress) for source in sources]
-    order = Order(config)
+    order = Order(config, exact_mixture)
     plans = {
         (source, kind): _plan(config, stores[source], kind, source, fim, progress) for source, kind in order.demand
     }
@@ -241,7 +244,7 @@ def repair(config: RunConfig, record: dict, tokenizer: Tokenizer, progress: bool
             _make_store(config, source, list_files(source), root / name, tokenizer, progress)
     stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
     fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
-    for source, kind in Order(config).demand:
+    for source, kind in Order(config, exact=record.get("exact_mixture", False)).demand:
         _plan(config, stores[source], kind, source, fim, progress)
     for source, store in enumerate(stores):
         _plan(config, store, _held_out_kind(config), source, fim, progress)
