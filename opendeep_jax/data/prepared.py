@@ -151,7 +151,7 @@ def prepare(config: RunConfig, progress: bool = True, exact_mixture: bool = True
     Raises ConfigError for sources, tokenizers and directories that cannot serve.
     """
     data = config.data
-    left_out = _say_what_is_unread(config)
+    left_out = say_what_is_unread(config)
     sources = curated_sources(config, progress)
     for source in sources:
         check_can_hold_out(source, data.held_out_fraction)
@@ -173,7 +173,7 @@ def prepare(config: RunConfig, progress: bool = True, exact_mixture: bool = True
     return tokenizer, prepared
 
 
-def _say_what_is_unread(config: RunConfig) -> list[dict[str, int]]:
+def say_what_is_unread(config: RunConfig) -> list[dict[str, int]]:
     """Files of each source that hold no document, by reason. Warns of them, and of licences that nobody knows."""
     found = []
     for number, source in enumerate(config.data.sources):
