@@ -73,10 +73,14 @@ def _curate(argv: Sequence[str]) -> None:
             "gopher_quality c4 --data.curation.minhash_deduplication=True."
         )
     from opendeep_jax.data.curation import parse_options, read_accounting
-    from opendeep_jax.data.prepared import curated_sources
+    from opendeep_jax.data.prepared import curated_sources, say_what_is_unread
 
+    unread = say_what_is_unread(config)
     sources = curated_sources(config, executor=executor, options=parse_options(options))
-    print(json.dumps(read_accounting(sources), indent=2, ensure_ascii=False))
+    accounting = read_accounting(sources)
+    for source, files in zip(config.data.sources, unread, strict=True):
+        accounting["sources"][source.name]["left_out_files"] = files
+    print(json.dumps(accounting, indent=2, ensure_ascii=False))
 
 
 def _prepare(argv: Sequence[str]) -> None:

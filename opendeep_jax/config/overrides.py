@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
@@ -27,7 +28,8 @@ from opendeep_jax.config.load import (
     recipe_names,
     recipe_title,
 )
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.schema import RunConfig, SourceConfig
+from opendeep_jax.config.source_paths import same_text, source_name
 from opendeep_jax.config.synonyms import SETTINGS, ours
 
 TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -129,6 +131,7 @@ def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
     Raises ConfigError as `resolve` does.
     """
+    recipe = _with_sources(recipe, arguments)
     fields = dict(_leaves(RunConfig, recipe))
     overrides = _group(arguments, fields)
     for name, values in overrides.items():
@@ -149,6 +152,30 @@ def apply(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
                 config = dataclasses.replace(config, model=config.model.reaching())
     check_run(config)
     return config
+
+
+_SOURCE_PATH = re.compile(r"--data\.sources\.(\d+)\.path(?:=(.*))?", re.DOTALL)
+
+
+def _with_sources(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """`recipe` with new sources where the arguments give a path: behind the last one, or in the place of another text.
+
+    A source that gets another text keeps its weight and epochs. Its name, license, citation and fields belonged to the
+    old one; the path gives it a name.
+    """
+    sources = list(recipe.data.sources)
+    paths = {}
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
+        if match := _SOURCE_PATH.fullmatch(argument):
+            paths[int(match[1])] = after if match[2] is None else match[2]
+    for number, path in sorted(paths.items()):
+        if number < len(sources) and path and not same_text(sources[number].path, path):
+            old = sources[number]
+            others = [source.name for source in sources if source is not old]
+            sources[number] = SourceConfig(source_name(path, others), path, weight=old.weight, epochs=old.epochs)
+        elif number == len(sources) and path:
+            sources.append(SourceConfig(source_name(path, [source.name for source in sources]), path))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(sources)))
 
 
 def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
@@ -236,6 +263,9 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
         return f"is a group of settings; set one of them, such as --{inside[0]}."
     for entries in _tuples_of_dataclasses(RunConfig):
         if name == entries or (name.startswith(f"{entries}.") and not siblings):
+            if entries == "data.sources":
+                new = 1 + max(int(field.split(".")[2]) for field in fields if field.startswith("data.sources."))
+                return f"there is no such source. A further one begins with its path: --data.sources.{new}.path=FILE."
             return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
     if elsewhere := ours(name, SETTINGS, [*fields, "config", "workdir"]):
         return f"there is no such setting. Did you mean --{elsewhere}?{_EPOCHS if 'epoch' in name else ''} See --help."

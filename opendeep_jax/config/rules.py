@@ -4,12 +4,14 @@ A sentence is `field = value: rule. cure.` The rules assume that every value is 
 looks at that first). Standard library only.
 """
 
+import codecs
 import math
 import re
 import struct
 from collections.abc import Iterator
 from typing import Any
 
+from opendeep_jax.config.conditions import parse_condition
 from opendeep_jax.config.model_rules import hybrid_mesh_problems
 from opendeep_jax.config.operations import DRILL_KINDS, DRILLS
 from opendeep_jax.config.schedule import micro_batches, padded_rows, total_steps
@@ -58,8 +60,16 @@ def _data_problems(run: Any) -> Iterator[str]:
         if not source.name.strip() or source.name in names[:index]:
             yield problem(f"{where}.name", source.name, "must not be empty or shared by two sources", "Rename it")
         for rule in source.keep:
-            if "=" not in rule:
-                yield problem(f"{where}.keep", rule, "must be written field=value", "As in license_type=permissive")
+            if parse_condition(rule) is None:
+                cure = "As in license_type=permissive, or score>=3 with a number"
+                yield problem(f"{where}.keep", rule, "must be written field=value", cure)
+        if source.encoding and not _is_encoding(source.encoding):
+            yield problem(f"{where}.encoding", source.encoding, "is no encoding of text", "As in latin-1 or utf-16")
+        yield from fraction(where, source, "held_out_end", below_one=True)
+        if source.held_out_end > 0 and not 0.001 <= data.held_out_fraction <= 0.5:
+            rule = f"holds nothing out where data.held_out_fraction is {data.held_out_fraction}"
+            cure = "Set --data.held_out_fraction between 0.001 and 0.5, or held_out_end to 0"
+            yield problem(f"{where}.held_out_end", source.held_out_end, rule, cure)
         if not source.text_field:
             yield problem(f"{where}.text_field", "", "must name the field that holds the text", "Usually it is 'text'")
         if not source.path and source.name != "python_stdlib":
@@ -93,6 +103,13 @@ def _data_problems(run: Any) -> Iterator[str]:
         yield problem("data.sources.0.weight", weights[0], "one source must weigh more than 0", "Give one a weight")
     yield from _curation_problems(data.curation)
     yield from _phase_problems(run)
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        return False
 
 
 def _curation_problems(curation: Any) -> Iterator[str]:

@@ -33,9 +33,9 @@ class SourceConfig:
     name: str = "python_stdlib"
     """Name in logs and provenance. `python_stdlib` with an empty path is the embedded source."""
     path: str = ""
-    """File, directory or glob of .parquet, .jsonl (plain, .gz, .zst), .array_record, .txt, .md or .py files, here or
-    under gs://, s3://, hf:// and the like; `datasets:NAME?split=train` for a Hugging Face dataset; a directory that
-    `opendeep data prepare` wrote; empty for the embedded source."""
+    """File, directory or glob of .parquet, .jsonl, .json, .csv, .tsv, .array_record, .txt, .md or .py files (those of
+    text also .gz, .bz2, .xz, .zst), here or under gs://, s3://, hf:// and the like; `datasets:NAME?split=train` for a
+    Hugging Face dataset; a directory that `opendeep data prepare` wrote; empty for the embedded source."""
     weight: float = 1.0
     """Share of training tokens drawn from this source, relative to the other weights."""
     license: str = ""
@@ -53,11 +53,19 @@ class SourceConfig:
     text_url: str = ""
     """Where the text is kept when records only point at it, as `s3://bucket/{blob_id}` with the record's fields."""
     keep: tuple[str, ...] = ()
-    """Records to keep, as `field=value`; all must hold. The others are counted as left out."""
+    """Records to keep, as `field=value`, `!=`, or `score>=3` (also `<=`, `>`, `<`); all must hold. The others are
+    counted as left out."""
     bad_documents: Literal["refuse", "leave_out"] = "refuse"
-    """A record whose text is null, empty or not UTF-8 stops everything with its place, or is left out and counted."""
+    """A record that is malformed, or whose text is null, empty or not UTF-8, stops everything with its place, or is
+    left out and counted."""
     epochs: float = 1.0
     """How often its text may be trained on. A run that would need more is refused."""
+    separator: str = ""
+    """What parts the documents in a text file: `\\n` makes each line one, `\\n\\n` each paragraph; empty: each file."""
+    encoding: str = ""
+    """Encoding of files of text, lines and tables, such as `latin-1`; empty is UTF-8."""
+    held_out_end: float = 0.0
+    """Share of each document, at its end, that is held out as a document of its own: for sources of few documents."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ COUNTS = ("documents", "bytes", "tokens")
 
 def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
     """Counts in all and by source and split, packing plans with their rates of padding and truncation, phases, what
-    was left out, and where everything is (`record`, for `prepared.reopen`)."""
+    was left out (documents, and files that hold none), and where everything is (`record`, for `prepared.reopen`)."""
     sources = []
     epochs = prepared.order.epochs()
     weights = sum(source.weight for source in prepared.config.data.sources)
@@ -18,13 +18,13 @@ def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
         sources.append(
             {
                 "name": source.name,
-                "license": source.license,
+                "license": source.license or ("by document" if source.license_field else "unknown"),
                 "share": source.weight / weights if weights else 0.0,
                 **{f"train_{key}": whole[key] - held_out[key] for key in COUNTS},
                 **{f"held_out_{key}": held_out[key] for key in COUNTS},
                 "epochs": epochs[i],
                 "licenses": whole["licenses"],
-                "left_out": whole["left_out"],
+                "left_out": whole["left_out"] | (prepared.left_out_files[i] if prepared.left_out_files else {}),
                 "lost_bytes": whole.get("lost_bytes", 0),
                 "content_hash": whole["content_hash"],
             }
@@ -66,7 +66,7 @@ def table(described: dict) -> str:
     for source in described["sources"]:
         lines.append(
             f"{source['name']:<20} {source['train_documents']:>14,} {source['train_tokens']:>18,} "
-            f"{source['held_out_tokens']:>14,} {source['epochs']:>8.3f}  {source['license']}"
+            f"{source['held_out_tokens']:>14,} {source['epochs']:>8.3f}  {source['license'] or 'unknown'}"
         )
     lines += ["", f"{'rows of':<20} {'length':>14} {'rows':>18} {'padding':>14} {'cut':>8}  packing"]
     for plan in described["plans"]:

@@ -17,7 +17,7 @@ import numpy as np
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import rows_before, stage_at, stages, step_of_row, tokens_before, total_steps
 from opendeep_jax.config.schema import DataPhase, RunConfig
-from opendeep_jax.data.mixture import Mixture, make_mixture
+from opendeep_jax.data.mixture import ExactMixture, Mixture, make_mixture
 from opendeep_jax.data.plan import PlanKind
 from opendeep_jax.data.shuffle import shuffled, unshuffled
 
@@ -32,7 +32,7 @@ class PhaseOrder:
     phase: DataPhase
     length: int
     packing: str
-    mixture: Mixture
+    mixture: Mixture | ExactMixture
     rows: int
     """Rows that the run trains on in this phase."""
     first: dict[int, int]
@@ -51,12 +51,15 @@ class Located(NamedTuple):
 
 
 class Order:
-    """The order of a run's rows. `rows` (of each plan's epoch) must be known before rows are located."""
+    """The order of a run's rows. `rows` (of each plan's epoch) must be known before rows are located.
 
-    def __init__(self, config: RunConfig):
-        self.config = config
+    Without `exact`, it is that of runs which began when weights with long patterns were rounded.
+    """
+
+    def __init__(self, config: RunConfig, exact: bool = True):
+        self.config, self.exact = config, exact
         self.steps = total_steps(config)
-        self.phases = _phases(config, self.steps)
+        self.phases = _phases(config, self.steps, exact)
         self.rows: dict[PlanKey, int] = {}
 
     @property
@@ -135,13 +138,13 @@ class Order:
         return sorted(found)
 
 
-def _phases(config: RunConfig, steps: int) -> list[PhaseOrder]:
+def _phases(config: RunConfig, steps: int, exact: bool) -> list[PhaseOrder]:
     data = config.data
     plain = []
     for index, phase in enumerate(data.phases or (DataPhase(),)):
         weights = phase.weights or [source.weight for source in data.sources]
         length = next(stage.length for stage in stages(config) if stage.phase == index)
-        plain.append((phase, make_mixture(weights), length, rows_before(config, steps, index)))
+        plain.append((phase, make_mixture(weights, exact), length, rows_before(config, steps, index)))
 
     first: dict[tuple, int] = {}  # rows taken so far, by (source, length, packing)
     begun = []

@@ -16,7 +16,7 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.describe import describe
 from opendeep_jax.data.fim import NO_FIM
 from opendeep_jax.data.prepared import Prepared, prepare
-from opendeep_jax.data.provenance import open_recorded
+from opendeep_jax.data.provenance import open_recorded, recorded_mixture
 from opendeep_jax.data.rows import empty_batch, write_rows
 from opendeep_jax.data.tokenizer import Tokenizer
 
@@ -133,4 +133,4 @@ def open_data(config: RunConfig, progress: bool = True, workdir: str | Path | No
     Raises ConfigError for sources, tokenizers and directories that cannot serve.
     """
     recorded = open_recorded(config, workdir) if workdir else None
-    return Data(*(recorded or prepare(config, progress)))
+    return Data(*(recorded or prepare(config, progress, recorded_mixture(workdir) if workdir else True)))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,16 +20,30 @@ from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
 from opendeep_jax.data.reading.formats import SourceFile
-from opendeep_jax.data.sources import fingerprint, fraction_of, hash_id, held_out, list_files, list_parts, read_part
-from opendeep_jax.data.store import VERSION, Store, check_files, open_store
+from opendeep_jax.data.reading.listing import FIELDS_OF_RECORDS, is_store, list_files, list_source
+from opendeep_jax.data.sources import (
+    LATER_FIELDS,
+    fingerprint,
+    fraction_of,
+    hash_id,
+    held_out,
+    list_parts,
+    read_in_order,
+    read_part,
+)
+from opendeep_jax.data.store import VERSION, Store, check_files, open_store, read_manifest
 from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.data.tokenizer import Tokenizer, open_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Text that a BPE is trained on: more costs start-up time and gains little. It is drawn from at most so many times as
 # much, so that a trillion tokens need not be read for it, and from no document more than a megabyte.
 SAMPLE_BYTES = 4_000_000
 SAMPLED_FROM = 16
 SAMPLED_CHARACTERS = 1_000_000
+# Where text is less of a source than this, the rest is not counted as text that could be sampled.
+WIDE = 0.5
 # Fewer are packed in the blink of an eye.
 SHOWN_DOCUMENTS = 1_000_000
 
@@ -47,6 +62,8 @@ class Prepared:
     order: Order
     fim: FimRule
     tokenizer_hash: str
+    left_out_files: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    """Files of each source that hold no document, by reason, in the order of data.sources."""
 
     @property
     def content_hash(self) -> str:
@@ -72,6 +89,8 @@ class Prepared:
             "held_out_plans": [place(plan.directory) for plan in self.held_out],
             "fim": self.fim._asdict(),
             "tokenizer_hash": self.tokenizer_hash,
+            "left_out_files": self.left_out_files,
+            "exact_mixture": self.order.exact,
         }
 
 
@@ -84,10 +103,11 @@ def reopen(config: RunConfig, record: dict) -> Prepared:
         kind = PlanKind(**plan["kind"] | {"share": tuple(plan["kind"]["share"])})
         plans[plan["source"], kind] = open_plan(root / plan["directory"])
     fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
-    order = Order(config)
+    order = Order(config, exact=record.get("exact_mixture", False))
     order.supply({key: plan.rows for key, plan in plans.items()})
     held_out_plans = [open_plan(root / name) for name in record["held_out_plans"]]
-    return Prepared(config, stores, plans, held_out_plans, order, fim, record["tokenizer_hash"])
+    left_out = record.get("left_out_files", [])
+    return Prepared(config, stores, plans, held_out_plans, order, fim, record["tokenizer_hash"], left_out)
 
 
 def check_root(config: RunConfig) -> Path:
@@ -111,8 +131,10 @@ def check_plans(prepared: Prepared) -> None:
 def check_data(config: RunConfig) -> None:
     """Raises ConfigError for what `prepare` would refuse, as far as it shows without reading the text."""
     for source in config.data.sources:
-        if not _is_store(source):
+        if not is_store(source):
             list_files(source)
+        else:
+            _check_store_fields(source)
     if config.data.curation.active:
         from opendeep_jax.data.curation import check_curation
 
@@ -121,18 +143,23 @@ def check_data(config: RunConfig) -> None:
         _check_tokenizer(open_tokenizer(config.data.tokenizer, "", list, Path()), config)
 
 
-def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepared]:
+def prepare(config: RunConfig, progress: bool = True, exact_mixture: bool = True) -> tuple[Tokenizer, Prepared]:
     """Opens what a run's batches are made of; curates, tokenizes and packs first what is not there yet.
+
+    `exact_mixture` is False for a run that began when weights with long patterns were rounded.
 
     Raises ConfigError for sources, tokenizers and directories that cannot serve.
     """
     data = config.data
+    left_out = say_what_is_unread(config)
     sources = curated_sources(config, progress)
+    for source in sources:
+        check_can_hold_out(source, data.held_out_fraction)
     tokenizer = prepare_tokenizer(config, progress, sources)
     _check_tokenizer(tokenizer, config)
     fim = FimRule(config.seed, data.fim_rate, tokenizer.fim_ids) if data.fim_rate else NO_FIM
     stores = [_prepare_store(config, source, tokenizer, progress) for source in sources]
-    order = Order(config)
+    order = Order(config, exact_mixture)
     plans = {
         (source, kind): _plan(config, stores[source], kind, source, fim, progress) for source, kind in order.demand
     }
@@ -141,9 +168,68 @@ def prepare(config: RunConfig, progress: bool = True) -> tuple[Tokenizer, Prepar
     for store, plan in zip(stores, held_out_plans, strict=True):
         _check_splits(store, plan, config)
     order.supply({key: plan.rows for key, plan in plans.items()})
-    prepared = Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash)
+    prepared = Prepared(config, stores, plans, held_out_plans, order, fim, tokenizer.content_hash, left_out)
     check_plans(prepared)
     return tokenizer, prepared
+
+
+def say_what_is_unread(config: RunConfig) -> list[dict[str, int]]:
+    """Files of each source that hold no document, by reason. Warns of them, and of licences that nobody knows."""
+    found = []
+    for number, source in enumerate(config.data.sources):
+        left_out = {} if is_store(source) else list_source(source).left_out
+        found.append({reason: len(names) for reason, names in left_out.items()})
+        if left_out:
+            told = "; ".join(f"{len(names)} × {reason}, as {names[0]}" for reason, names in left_out.items())
+            logger.warning("Source %r (%s): not all that is there is read: %s.", source.name, source.path, told)
+        known = source.license or source.license_field
+        if is_store(source):
+            known = known or "" not in read_manifest(Path(source.path))["licenses"]
+        if not known:
+            logger.warning(
+                "Source %r (%s): its license is unknown. Say what it is with --data.sources.%d.license=NAME.",
+                *(source.name, source.path, number),
+            )
+    return found
+
+
+def _check_store_fields(source: SourceConfig) -> None:
+    """Raises ConfigError for fields of a finished store that say how its text would be read."""
+    for name in (*FIELDS_OF_RECORDS, *LATER_FIELDS):
+        if getattr(source, name) != getattr(SourceConfig(), name):
+            raise ConfigError(
+                f"Source {source.name!r} ({source.path}) has {name}={getattr(source, name)!r}, which would have no "
+                "effect: its path is a finished token store. Leave it out, or prepare the text anew with it."
+            )
+
+
+def check_can_hold_out(source: SourceConfig, fraction: float) -> None:
+    """Raises ConfigError if a source's documents cannot be divided into some to train on and some to hold out.
+
+    It reads documents until it has seen both, which is soon in a large source.
+    """
+    if not fraction or is_store(source) or source.text_url:
+        return
+    found: set[bool] = set()
+    documents = 0
+    for document in read_in_order(source, list_files(source)):
+        documents += 1
+        found.add(bool(held_out(hash_id(document.id), fraction)))
+        if len(found) == 2:
+            return
+    if documents:
+        raise ConfigError(_cannot_hold_out(source.name, source.path, documents, fraction, found == {True}))
+
+
+def _cannot_hold_out(name: str, path: str, documents: int, fraction: float, all_held_out: bool) -> str:
+    return (
+        f"Source {name!r} ({path or 'the embedded source'}) has no documents "
+        f"{'for training' if all_held_out else 'held out'}: a hash of each id divides its {documents:,} documents with "
+        f"data.held_out_fraction={fraction}. Hold out the end of each document with "
+        f"--data.sources.N.held_out_end={min(max(fraction, 0.001), 0.5):g} (N is the source's number, from 0), divide "
+        "its texts with --data.sources.N.separator, give it more documents (one a file, or one a record), or change "
+        "data.held_out_fraction (0 holds nothing out)."
+    )
 
 
 def repair(config: RunConfig, record: dict, tokenizer: Tokenizer, progress: bool = True) -> Prepared:
@@ -154,11 +240,11 @@ def repair(config: RunConfig, record: dict, tokenizer: Tokenizer, progress: bool
     """
     root = Path(config.data.directory)
     for source, name in zip(curated_sources(config, progress), record["stores"], strict=True):
-        if not _is_store(source):
+        if not is_store(source):
             _make_store(config, source, list_files(source), root / name, tokenizer, progress)
     stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
     fim = FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
-    for source, kind in Order(config).demand:
+    for source, kind in Order(config, exact=record.get("exact_mixture", False)).demand:
         _plan(config, stores[source], kind, source, fim, progress)
     for source, store in enumerate(stores):
         _plan(config, store, _held_out_kind(config), source, fim, progress)
@@ -191,7 +277,7 @@ def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[So
     if not data.tokenizer.startswith("bpe:"):
         return open_tokenizer(data.tokenizer, "", list, Path(data.directory, "tokenizers"))
     sources = curated_sources(config, progress) if sources is None else sources
-    for source in filter(_is_store, sources):
+    for source in filter(is_store, sources):
         raise ConfigError(
             f"data.tokenizer is {data.tokenizer}, which is trained on text, but source {source.name!r} ({source.path}) "
             "is tokenized already. Set --data.tokenizer to the tokenizer.json that it was made with."
@@ -217,9 +303,10 @@ def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[So
 def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction: float) -> Iterator[str]:
     """Training documents of about `budget` bytes, from parts and documents that a hash of their names chooses."""
     parts = sorted(parts, key=lambda part: hash_id(f"{part.file.name} {part.begin}"))
+    share = _text_share(source, parts)
     size = kept = 0
     while parts and kept < len(parts) and size < SAMPLED_FROM * budget:
-        size += parts[kept].size
+        size += parts[kept].size * share
         kept += 1
     found, first = False, None
     for part in parts[:kept]:
@@ -233,6 +320,15 @@ def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction:
                 yield document.text[:SAMPLED_CHARACTERS]
     if not found and first is not None:
         yield first[:SAMPLED_CHARACTERS]
+
+
+def _text_share(source: SourceConfig, parts: list) -> float:
+    """Bytes of text in a byte of the parts, by the first: 1 unless it is below a half, as beside embeddings."""
+    if not parts or source.text_url or not parts[0].size:
+        return 1.0
+    texts = (document.text for document in read_part(source, parts[0], lambda reason, name: None))
+    share = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts) / parts[0].size
+    return share if 0 < share < WIDE else 1.0
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:
@@ -249,13 +345,10 @@ def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:
         )
 
 
-def _is_store(source: SourceConfig) -> bool:
-    return bool(source.path) and Path(source.path, "store.json").is_file()
-
-
 def _prepare_store(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer, progress: bool) -> Store:
     """Opens the store of a source; tokenizes the source first if that was not done, or not to its end."""
-    if _is_store(source):
+    if is_store(source):
+        _check_store_fields(source)
         store = open_store(Path(source.path), tokenizer.content_hash)
         check_files(store)
         return store
@@ -304,11 +397,7 @@ def _check_splits(store: Store, held_out_plan: Plan, config: RunConfig) -> None:
         )
     documents = held_out_plan.manifest["documents"]
     if documents == store.documents or (fraction and not documents):
-        raise ConfigError(
-            f"{where} has no documents {'for training' if documents else 'held out'}: a hash of each id divides its "
-            f"{store.documents:,} documents with data.held_out_fraction={fraction}. Give it more documents (one a "
-            "file, or one a record), or change data.held_out_fraction (0 holds nothing out)."
-        )
+        raise ConfigError(_cannot_hold_out(source["name"], source["path"], store.documents, fraction, bool(documents)))
 
 
 @contextlib.contextmanager

@@ -90,6 +90,13 @@ def open_recorded(config: RunConfig, workdir: str | Path) -> tuple[Tokenizer, Pr
     return run_tokenizer(workdir, config.data.tokenizer, record["tokenizer_hash"]), prepared
 
 
+def recorded_mixture(workdir: str | Path) -> bool:
+    """Whether the run in `workdir`, begun or not, mixes by exact weights: all do that did not begin before it."""
+    if not Path(workdir, DATA_FILE).exists():
+        return True
+    return read_description(workdir)["record"].get("exact_mixture", False)
+
+
 def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Tokenizer:
     """The tokenizer of the run in `workdir`: its copy there, called `name`, or bytes.
 

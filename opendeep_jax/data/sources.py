@@ -5,26 +5,22 @@ machines agree, whatever they read and in which order.
 """
 
 import dataclasses
-import glob
 import hashlib
+import itertools
 import json
-import os
-import re
-import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.conditions import Condition, parse_condition
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.reading.formats import (
-    DATASETS,
     MISSING,
-    SUFFIXES_IN_WORDS,
     Fields,
+    Malformed,
     Part,
     SourceFile,
     cut,
@@ -33,20 +29,22 @@ from opendeep_jax.data.reading.formats import (
     read_records,
 )
 from opendeep_jax.data.reading.linked import ENCODING, LINK, fetch_texts
-from opendeep_jax.data.reading.remote import is_remote, list_remote, open_binary, reaching
+from opendeep_jax.data.reading.listing import list_files as list_files
+from opendeep_jax.data.reading.listing import list_source as list_source
+from opendeep_jax.data.reading.listing import valid_text
+from opendeep_jax.data.reading.remote import LISTING_THREADS
+from opendeep_jax.data.reading.text_files import read_texts, separator_of
 from opendeep_jax.data.shuffle import scramble
-
-# Installed packages, tests, and the record of how this machine's interpreter was built.
-LEFT_OUT_OF_STDLIB = re.compile(
-    r"site-packages|dist-packages|tests?|idle_test|idlelib|__pycache__|_sysconfigdata.*|config-.*"
-)
-HIDDEN = re.compile(r"\..*")
-
-LISTING_THREADS = 16
-"""Files that are looked into at one time to find their parts; mostly they wait for a remote host."""
 
 NO_INFLUENCE = ("weight", "epochs", "citation")
 """Fields of a SourceConfig that change no document."""
+
+
+LATER_FIELDS = {"separator": "", "encoding": "", "held_out_end": 0.0}
+"""Fields that came later, with the values that count as their absence: hashes are what they were before."""
+
+CUT_NEAR = 1000
+"""Characters before the place where a document is divided in which white space is looked for."""
 
 
 class Document(NamedTuple):
@@ -56,88 +54,6 @@ class Document(NamedTuple):
     text: str
     url: str = ""
     license: str = ""
-
-
-def list_files(source: SourceConfig) -> list[SourceFile]:
-    """The source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
-    if source.path.startswith(DATASETS):
-        from opendeep_jax.data.reading.columns import dataset_file
-
-        return [dataset_file(source.path)]
-    if is_remote(source.path):
-        files = [SourceFile(*file) for file in list_remote(source.path)]
-        files = [file for file in files if not any(map(HIDDEN.fullmatch, file.name.split("/")))]
-    elif source.path:
-        files = _local_files(*_find(Path(source.path).expanduser()))
-    elif source.name == "python_stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        files = _local_files(root, [path for path in _walk(root, LEFT_OUT_OF_STDLIB) if path.suffix == ".py"])
-    else:
-        raise ConfigError(
-            f"Source {source.name!r} has no path. Only the embedded source python_stdlib can do without one; set the "
-            "source's path to a file, a directory or a glob."
-        )
-    files = sorted(file for file in files if format_of(file))
-    if not files:
-        raise ConfigError(
-            f"Source {source.name!r} is empty: {source.path or 'python_stdlib'} holds no file that ends in "
-            f"{SUFFIXES_IN_WORDS}. Point the source's path to some text."
-        )
-    _check_one_kind(source, files)
-    return files
-
-
-def _check_one_kind(source: SourceConfig, files: list[SourceFile]) -> None:
-    text = [file for file in files if format_of(file) == "text"]
-    if text and len(text) < len(files):
-        record = next(file for file in files if format_of(file) != "text")
-        raise ConfigError(
-            f"Source {source.name!r} ({source.path}) mixes files of records, as {record.name}, with files of text, as "
-            f"{text[0].name}, which may be no more than a README. Say which are meant with a glob in its path, as in "
-            f"**/*{Path(record.name).suffix}."
-        )
-
-
-def _find(path: Path) -> tuple[Path, list[Path]]:
-    """Root that names are relative to, and the files of a file, directory or glob."""
-    with reaching(str(path)):
-        if path.is_dir():
-            return path, list(_walk(path))
-        if path.is_file():
-            return path.parent, [path]
-    if glob.has_magic(str(path)):
-        parts = path.parts
-        root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-        return root, [found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file()]
-    raise ConfigError(f"No such file or directory: {path}. Correct the path of the source in data.sources.")
-
-
-def _walk(root: Path, left_out: re.Pattern = HIDDEN) -> Iterator[Path]:
-    """All files below `root`, without files and directories whose whole name matches `left_out`."""
-
-    def refuse(error: OSError) -> None:
-        with reaching(str(error.filename)):
-            raise error
-
-    seen = set()  # links are followed, also those that lead back
-    for directory, subdirectories, names in os.walk(root, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(directory)) in seen:
-            subdirectories[:] = []
-            continue
-        seen.add(real)
-        subdirectories[:] = [name for name in subdirectories if not left_out.fullmatch(name)]
-        yield from (Path(directory, name) for name in names if not left_out.fullmatch(name))
-
-
-def _local_files(root: Path, paths: list[Path]) -> list[SourceFile]:
-    files = []
-    for path in paths:
-        file = SourceFile(_valid(path.relative_to(root).as_posix()), str(path.absolute()), 0, "")
-        if format_of(file):
-            with reaching(str(path)):
-                status = path.stat()
-            files.append(file._replace(size=status.st_size, stamp=str(status.st_mtime_ns)))
-    return files
 
 
 def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
@@ -157,6 +73,13 @@ def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
     return parts
 
 
+def read_in_order(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
+    """The documents of the files, one after the other; a file is not looked into before its turn."""
+    for file in files:
+        for part in cut(file, _fields(source)):
+            yield from read_part(source, part, lambda reason, id: None)
+
+
 def read_part(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
     """The documents of a part, in order, streamed; `left_out(reason, id)` is called for each record that is not one.
 
@@ -164,14 +87,41 @@ def read_part(source: SourceConfig, part: Part, left_out: Callable[[str, str], N
     file's is its name. Raises ConfigError for damage, fields that are missing or hold no text, and for texts that are
     null, empty or not UTF-8 unless source.bad_documents is `leave_out` (a text file that is not UTF-8 always is).
     """
-    if format_of(part.file) == "text":
-        with open_binary(part.file.path) as content, reaching(part.file.path):
-            text, problem = _decoded(content.read())
-        if text:
-            yield Document(part.file.name, text, license=source.license)
-        elif problem != "empty text":
-            left_out(problem, part.file.name)
-        return
+    read = _read_text if format_of(part.file) == "text" else _read_records
+    documents = read(source, part, left_out)
+    if source.held_out_end:
+        documents = (piece for document in documents for piece in _with_end_apart(document, source.held_out_end))
+    yield from documents
+
+
+def _read_text(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
+    for id, content in read_texts(part.file, separator_of(source.separator), source.encoding):
+        text, problem = _decoded(content)
+        if text is not None:
+            yield Document(id, text, license=source.license)
+        else:
+            left_out(problem.replace("UTF-8", source.encoding.upper() or "UTF-8"), id)
+
+
+def _with_end_apart(document: Document, share: float) -> Iterator[Document]:
+    """The document without its last `share`, under an id that is trained on, and that, under one that is held out.
+
+    The cut is at white space where there is some near.
+    """
+    text = document.text
+    cut = max(len(text) - max(1, round(len(text) * share)), 1)
+    near = max(text.rfind(sign, max(0, cut - CUT_NEAR), cut) for sign in " \n\t")
+    cut = near + 1 if near > 0 else cut
+    names = itertools.chain([document.id], (f"{document.id}#begin-{n}" for n in itertools.count(1)))
+    head = next(name for name in names if fraction_of(hash_id(name), "held_out") >= 0.5)
+    yield document._replace(id=head, text=text[:cut])
+    if cut < len(text):
+        names = (f"{document.id}#end-{n}" for n in itertools.count(1))
+        tail = next(name for name in names if fraction_of(hash_id(name), "held_out") < 0.001)
+        yield document._replace(id=tail, text=text[cut:])
+
+
+def _read_records(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
     records = _kept_records(source, part, left_out)
     if source.text_url:
         records = fetch_texts(source.text_url, source.text_field, records)
@@ -191,16 +141,20 @@ def read_part(source: SourceConfig, part: Part, left_out: Callable[[str, str], N
 
 def _fields(source: SourceConfig) -> Fields:
     text = (*LINK.findall(source.text_url), ENCODING) if source.text_url else (source.text_field,)
-    kept = (name for name, _ in _conditions(source))
+    kept = (condition.field for condition in _conditions(source))
     names = filter(None, (*text, source.id_field, source.url_field, source.license_field, *kept))
-    return Fields(tuple(dict.fromkeys(names)), "" if source.text_url else source.text_field, (ENCODING,))
+    text_field = "" if source.text_url else source.text_field
+    return Fields(tuple(dict.fromkeys(names)), text_field, (ENCODING,), source.encoding)
 
 
-def _conditions(source: SourceConfig) -> list[tuple[str, str]]:
-    for condition in source.keep:
-        if not condition.partition("=")[0] or "=" not in condition:
-            raise ConfigError(f"Source {source.name!r}: keep={condition!r} must be written as field=value.")
-    return [(name, value) for name, _, value in (condition.partition("=") for condition in source.keep)]
+def _conditions(source: SourceConfig) -> list[Condition]:
+    conditions = [parse_condition(text) for text in source.keep]
+    if None in conditions:
+        raise ConfigError(
+            f"Source {source.name!r}: keep={source.keep[conditions.index(None)]!r} must be written as field=value, "
+            "field!=value, or with a number as in score>=3."
+        )
+    return conditions
 
 
 def _kept_records(
@@ -210,6 +164,14 @@ def _kept_records(
     fields, conditions = _fields(source), _conditions(source)
     for number, record in read_records(part, fields):
         where = place(part, number)
+        if isinstance(record, Malformed):
+            if source.bad_documents == "leave_out":
+                left_out("malformed", f"{part.file.name}#{number}")
+                continue
+            raise ConfigError(
+                f"{where} {record}. Each must be a record with the text in a field; correct or remove it, or leave out "
+                "all like it, counted, with --data.sources.N.bad_documents=leave_out."
+            )
         if isinstance(record, bytes):  # a text alone, or a line that cannot even be parsed
             text, record = record, {source.text_field: record}
             if fields.names == (source.text_field,) or _decoded(text)[0] is None:
@@ -225,16 +187,13 @@ def _kept_records(
                 "--data.sources.N.id_field, or leave it empty: then file and line identify a document."
             )
         id = _as_text(record.get(source.id_field)) or f"{part.file.name}#{number}"
-        for name, value in conditions:
-            if not _holds(record.get(name), value):
-                left_out(f"{name} is not {value}", id)
+        for condition in conditions:
+            value = record.get(condition.field)
+            if reason := condition.fails(value, _as_text(value)):
+                left_out(reason, id)
                 break
         else:
             yield where, id, record
-
-
-def _holds(value: Any, wanted: str) -> bool:
-    return _as_text(value).lower() == wanted.lower() if isinstance(value, bool) else _as_text(value) == wanted
 
 
 def _text_of(source: SourceConfig, record: dict[str, Any], where: str) -> tuple[str | None, str]:
@@ -283,16 +242,13 @@ def _as_text(value: Any) -> str:
         return " AND ".join(filter(None, map(_as_text, value)))
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
-    return _valid(str(value))
-
-
-def _valid(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return valid_text(str(value))
 
 
 def fingerprint(source: SourceConfig, files: list[SourceFile]) -> str:
     """SHA-256 over all that decides the documents: names, places, sizes and stamps of files, and how they are read."""
     fields = {name: value for name, value in dataclasses.asdict(source).items() if name not in NO_INFLUENCE}
+    fields = {name: value for name, value in fields.items() if value != LATER_FIELDS.get(name)}
     return hashlib.sha256(json.dumps([fields, files], sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 

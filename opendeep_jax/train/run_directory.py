@@ -1,7 +1,6 @@
 """What a work directory keeps of its run besides numbers and weights, and who may write there."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ import opendeep_jax
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import save_run_config
+from opendeep_jax.config.locks import Held, locked
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.pipeline import Data
 from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
@@ -36,16 +36,13 @@ def only_writer(workdir: str | Path) -> Iterator[None]:
     directory = os.open(workdir, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            with locked(directory, Path(workdir, ".owner"), None):
+                yield
+        except Held as error:
             raise ConfigError(
                 f"--workdir={workdir}: another process is training there, and two would overwrite each other's files. "
                 "Wait for its end or stop it, or give another --workdir."
             ) from error
-        except OSError:
-            pass  # some network file systems have no locks: better to train without one than not at all
-        try:
-            yield
         except Exception as error:
             if _is_there(workdir, directory):
                 raise

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, diff, load_recipe, save_run_config
 from opendeep_jax.config.overrides import Launch, apply, resolve
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.schema import DataConfig, RunConfig, SourceConfig
+from opendeep_jax.config.source_paths import same_text
 
 
 def changed(*arguments: str) -> dict:
@@ -83,7 +84,8 @@ def test_numbers_arrive_exactly(rate, seed):
         ("--work_dir=x", "Did you mean --workdir?"),
         ("--model.moe=1", "is a group of settings; set one of them, such as --model.moe.num_experts."),
         ("--optimizer.phases.0.tokens=1", "Entries of optimizer.phases are added in a recipe file"),
-        ("--data.sources.3.weight=1", "Entries of data.sources are added in a recipe file"),
+        ("--data.sources.3.weight=1", "A further one begins with its path: --data.sources.1.path=FILE"),
+        ("--data.sources.3.path=a.txt", "A further one begins with its path: --data.sources.1.path=FILE"),
         ("--data.sources.0.wait=1", "Did you mean --data.sources.0.weight?"),
         ("--zzz.qqq=1", "there is no such setting. See --help"),
         ("--seed", "a value is missing; expected a whole number."),
@@ -237,3 +239,46 @@ def test_only_what_trains_in_a_directory_takes_its_configuration_or_branches(tmp
         resolve([f"--workdir={tmp_path}"], "opendeep plan")
     with pytest.raises(ConfigError, match="opendeep plan has no use for it"):
         resolve([f"--from={tmp_path}", f"--workdir={tmp_path}/new"], "opendeep plan")
+
+
+def test_a_path_on_the_command_line_clears_what_belonged_to_the_old_text():
+    old = SourceConfig("old", "old/*.jsonl", 2.0, "MIT", "A paper", text_field="body", id_field="id", epochs=3.0)
+    recipe = dataclasses.replace(RunConfig(), data=DataConfig((old,)))
+    for argument, expected in {
+        "mine.jsonl": SourceConfig("mine", "mine.jsonl", 2.0, epochs=3.0),
+        "old/part.jsonl": dataclasses.replace(old, path="old/part.jsonl"),
+        "old/*.jsonl": old,
+    }.items():
+        for given_as in ([f"--data.sources.0.path={argument}"], ["--data.sources.0.path", argument]):
+            assert apply(recipe, given_as).data.sources == (expected,)
+    (found,) = apply(recipe, ["--data.sources.0.license=CC0-1.0", "--data.sources.0.path=x.txt"]).data.sources
+    assert found == SourceConfig("x", "x.txt", 2.0, "CC0-1.0", epochs=3.0)
+    (found,) = apply(RunConfig(), ["--data.sources.0.path=x.txt"]).data.sources
+    assert found == SourceConfig("x", "x.txt")
+
+
+def test_a_further_source_begins_with_its_path():
+    arguments = ["--data.sources.2.path=b/mine.txt", "--data.sources.1.path=a/mine.txt", "--data.sources.1.weight=3"]
+    assert apply(RunConfig(), arguments).data.sources == (
+        *RunConfig().data.sources,
+        SourceConfig("mine", "a/mine.txt", 3.0),
+        SourceConfig("mine-2", "b/mine.txt"),
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("", "mine.jsonl", False),
+        ("hf://datasets/o/n/data/*.parquet", "hf://datasets/o/n/sample/10BT/*.parquet", True),
+        ("hf://datasets/o/n@main/*", "hf://datasets/o/other/*", False),
+        ("datasets:o/n?split=train", "datasets:o/n?split=test", True),
+        ("datasets:o/n", "datasets:o/m", False),
+        ("data/*.jsonl", "./data/x/y.jsonl", True),
+        ("data", "data/../other", False),
+        ("data/a", "data/ab", False),
+        ("*.jsonl", "mine.jsonl", False),
+    ],
+)
+def test_the_same_text_is_told_by_its_path(old, new, same):
+    assert same_text(old, new) == same

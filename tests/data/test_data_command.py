@@ -11,6 +11,8 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.prepared import reopen
+from opendeep_jax.data.provenance import recorded_mixture
 
 
 @pytest.fixture
@@ -137,3 +139,65 @@ def test_a_runs_data_is_made_again_from_sources_that_were_touched_since(configur
     shutil.rmtree(store.directory / "shards/00000000")
     with pytest.raises(ConfigError, match="has changed since"):
         main(["prepare", f"--workdir={tmp_path}"])
+
+
+@pytest.fixture
+def odd(tmp_path) -> list[str]:
+    """Arguments for a directory of records with other files in it."""
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "recipe.py").write_text(
+        "from opendeep_jax.config.schema import RunConfig\n\ndef get_config():\n    return RunConfig()\n"
+    )
+    (tmp_path / "odd/a.jsonl").write_text("".join(f'{{"text": "text {i} {"x" * 600}"}}\n' for i in range(100)))
+    for name in ("all.zip", "page.html", "README.md"):
+        (tmp_path / "odd" / name).write_text("x")
+    data = ["tokenizer=bytes", f"directory={tmp_path / 'data'}", f"sources.0.path={tmp_path / 'odd'}"]
+    run = ["train.steps=2", "train.batch_size=2", "optimizer.warmup_steps=0", *(f"data.{each}" for each in data)]
+    return [f"--config={tmp_path / 'recipe.py'}", *(f"--{each}" for each in run)]
+
+
+UNREAD = {
+    "archive (.zip), which must be unpacked": 1,
+    "file ending in .html, which is not read": 1,
+    "text about the records": 1,
+}
+
+
+def test_files_that_are_not_read_and_unknown_licenses_are_said(odd, tmp_path, capsys, caplog):
+    main(["prepare", *odd])
+    described = json.loads(capsys.readouterr().out)
+    assert described["left_out"] == {f"odd: {reason}": number for reason, number in UNREAD.items()}
+    assert described["train_documents"] + described["held_out_documents"] == 100
+    assert (described["sources"][0]["name"], described["sources"][0]["license"]) == ("odd", "unknown")
+    assert "1 × archive (.zip), which must be unpacked, as all.zip" in caplog.text
+    assert "its license is unknown. Say what it is with --data.sources.0.license=NAME" in caplog.text
+    main(["card", *odd, f"--out={tmp_path / 'card'}"])
+    card = json.loads((tmp_path / "card/card.json").read_text())["sources"][0]
+    assert {reason: counts["documents"] for reason, counts in card["dropped"].items()} == UNREAD
+    assert card["license"] == "unknown" and "PSF" not in (tmp_path / "card/card.md").read_text()
+    caplog.clear()
+    main(["prepare", *odd, "--data.sources.0.license=CC0-1.0"])
+    assert "license" not in caplog.text
+
+
+def test_a_source_that_cannot_be_divided_is_refused_before_anything_is_tokenized(odd, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("A single book of one's own. " * 400)
+    arguments = ["prepare", *odd, f"--data.sources.1.path={tmp_path / 'book.txt'}"]
+    with pytest.raises(ConfigError, match=r"'book' .* no documents held out.*held_out_end=0.05.*0 holds nothing out"):
+        main(arguments)
+    assert not (tmp_path / "data/stores").exists()
+    for cure, documents in (("sources.1.held_out_end=0.05", 102), ("held_out_fraction=0", 101)):
+        main([*arguments, f"--data.{cure}"])
+        described = json.loads(capsys.readouterr().out)
+        assert described["train_documents"] + described["held_out_documents"] == documents
+
+
+def test_a_run_that_began_with_rounded_weights_keeps_them(configure, tmp_path):
+    config = configure()
+    record = open_data(config, progress=False).describe()["record"]
+    assert record["exact_mixture"] and reopen(config, record).order.exact
+    del record["exact_mixture"]
+    assert not reopen(config, record).order.exact
+    assert recorded_mixture(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps({"record": record}))
+    assert not recorded_mixture(tmp_path)

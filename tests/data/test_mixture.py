@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -67,8 +69,8 @@ def test_one_source_takes_every_row():
     assert located(make_mixture([3.5]), (0, 7, 10**15)) == [(0, 0), (0, 7), (0, 10**15)]
 
 
-def test_weights_without_a_short_pattern_are_rounded_and_none_is_lost():
-    mixture = make_mixture([0.123456789, 1, 1e-9])
+def test_weights_of_older_runs_without_a_short_pattern_are_rounded_and_none_is_lost():
+    mixture = make_mixture([0.123456789, 1, 1e-9], exact=False)
     assert abs(len(mixture.sources) - LONGEST_PERIOD) <= 3
     assert abs(mixture.counts[0] / mixture.counts[1] - 0.123456789) < 1e-4
     assert mixture.counts[2] == 1
@@ -78,3 +80,30 @@ def test_weights_without_a_short_pattern_are_rounded_and_none_is_lost():
 def test_weights_below_zero_and_none_above_are_refused(weights):
     with pytest.raises(ConfigError, match="one above 0"):
         make_mixture(weights)
+
+
+LONG = [(15e12, 3e6), (14.8e12, 1.1e9, 7.3e8), (0.123456789, 0.876543211), (1, 1e-9, 1, 2.00000001), (7.1e9, 0, 3e5)]
+
+
+@pytest.mark.parametrize("weights", LONG)
+@pytest.mark.parametrize("rows", [1, 999, 10_000_000, 3_600_000_001])
+def test_weights_of_any_proportion_are_less_than_one_row_off(weights, rows):
+    shares = np.array(weights) / sum(weights)
+    mixture = make_mixture(weights)
+    for n in range(rows, rows + 300):
+        assert np.abs(mixture.taken(n) - shares * n).max() < 1
+    assert mixture.taken(rows).sum() == rows
+
+
+@given(st.lists(st.floats(1e-9, 1e15, allow_subnormal=False), min_size=2, max_size=6), st.integers(0, 10**10))
+def test_exact_mixtures_are_less_than_one_row_off_and_invertible_everywhere(weights, start):
+    mixture = make_mixture(weights)
+    before, exact = mixture.taken(start), [Fraction(str(weight)) for weight in weights]
+    for n in range(start, start + 12):
+        ((source,), (row,)) = mixture.locate(np.array([n]))
+        after = mixture.taken(n + 1)
+        assert row == before[source] and mixture.index_of(source, row) == n
+        assert (after - before).tolist() == [int(i == source) for i in range(len(weights))]
+        before = after
+        for count, weight in zip(after.tolist(), exact, strict=True):
+            assert abs(count - weight / sum(exact) * (n + 1)) <= 1

@@ -15,6 +15,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data import sources
 from opendeep_jax.data.reading import remote
+from opendeep_jax.data.reading.formats import SourceFile
 from opendeep_jax.data.sources import (
     Document,
     fingerprint,
@@ -145,6 +146,10 @@ def test_file_without_permission_is_named(tmp_path, monkeypatch, name):
 def test_a_readme_beside_records_is_not_taken_for_a_document(tmp_path):
     write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "one"}])
     (tmp_path / "README.md").write_text("About these data")
+    listing = sources.list_source(SourceConfig("s", str(tmp_path)))
+    assert [file.name for file in listing.files] == ["a.jsonl.gz"]
+    assert listing.left_out == {"text about the records": ["README.md"]}
+    (tmp_path / "story.md").write_text("A document?")
     with pytest.raises(ConfigError, match=r"mixes files of records, as a.jsonl.gz, with files of text, as README.md"):
         list_files(SourceConfig("s", str(tmp_path)))
     assert names(SourceConfig("s", str(tmp_path / "**/*.gz"))) == ["a.jsonl.gz"]
@@ -286,8 +291,18 @@ def test_fingerprint_follows_what_decides_the_documents(tmp_path):
         assert fingerprint(dataclasses.replace(source, **change), list_files(source)) == first
     for change in ({"text_field": "body"}, {"id_field": "id"}, {"license": "x"}, {"keep": ("a=b",)}):
         assert fingerprint(dataclasses.replace(source, **change), list_files(source)) != first
+    later = {"separator": "x", "encoding": "latin-1", "held_out_end": 0.1}
+    assert set(later) == set(sources.LATER_FIELDS)
+    for name, value in later.items():
+        changed = dataclasses.replace(source, **{name: value})
+        assert fingerprint(changed, list_files(source)) != first
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     assert fingerprint(source, list_files(source)) != first
+
+
+def test_fields_that_came_later_leave_the_fingerprints_of_before():
+    files = [SourceFile("a.jsonl", "/x/a.jsonl", 3, "7")]
+    assert fingerprint(SourceConfig("s", "/x", license="y"), files)[:16] == "915c1078911ad242"
 
 
 def test_stamp_of_a_remote_file_prefers_a_hash_of_its_content():

@@ -16,7 +16,8 @@ from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.data.card.markdown import markdown
 from opendeep_jax.data.card.page import html_page
 from opendeep_jax.data.files import write_file
-from opendeep_jax.data.sources import fraction_of, hash_id, list_files, list_parts, read_part
+from opendeep_jax.data.reading.listing import is_store, list_files, list_source
+from opendeep_jax.data.sources import fraction_of, hash_id, list_parts, read_part
 from opendeep_jax.data.store import Store
 from opendeep_jax.data.tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ def _source(
     card = {
         "name": source.name,
         "path": source.path,
-        "license": source.license,
+        "license": source.license or ("" if source.license_field else "unknown"),
         "citation": source.citation,
         "share": source.weight / weights if weights else 0.0,
         "licenses": {},
@@ -104,6 +105,9 @@ def _source(
         card["lost_bytes"] = manifest.get("lost_bytes", 0)
         for reason, number in manifest["left_out"].items():
             card["dropped"] = card["dropped"] | {reason: {"documents": number, "bytes": 0}}
+    if not is_store(source):
+        for reason, names in list_source(source).left_out.items():
+            card["dropped"] = card["dropped"] | {reason: {"documents": len(names), "bytes": 0}}
     text = _text_source(config, source, curation, store)
     card["samples"] = _stored_samples(store, tokenizer, samples) if store and tokenizer else _samples(text, samples)
     return card

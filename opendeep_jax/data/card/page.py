@@ -85,7 +85,7 @@ def _sources(card: dict) -> str:
 
 
 def _licenses(card: dict) -> str:
-    bars = _bars([(name or "not stated", *_amount(counts)) for name, counts in card["licenses"].items()])
+    bars = _bars([(name or "unknown", *_amount(counts)) for name, counts in card["licenses"].items()])
     lead = "As each document states it, or else its source."
     return _section("Licences", lead, bars, _table(tables.licenses_table(card)))
 

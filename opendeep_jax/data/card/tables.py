@@ -58,7 +58,7 @@ def sources_table(card: dict) -> Table:
 
 def licenses_table(card: dict) -> Table:
     """One row a licence, the largest first."""
-    rows = [(license or "not stated", *counted(counts)) for license, counts in card["licenses"].items()]
+    rows = [(license or "unknown", *counted(counts)) for license, counts in card["licenses"].items()]
     return Table(("Licence", "Documents", "Text", "Tokens"), rows)
 
 

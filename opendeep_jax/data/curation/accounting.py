@@ -12,7 +12,7 @@ from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.curation.plan import Plan
 from opendeep_jax.data.files import write_file
 
-VERSION = 1
+VERSION = 2
 """Of the accounting, and of all that decides the result: raised when either changes, so that nothing old is reused."""
 
 ENGINES = ("datatrove", "rensa", "fasttext-numpy2-wheel", "pyarrow")
@@ -31,7 +31,7 @@ def write_accounting(plan: Plan) -> None:
         counts = [stage[rank] for stage in (filtered, finished) for rank in ranks]
         totals = {
             name: sum(count.get(name, 0) for count in counts)
-            for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "bytes_trimmed")
+            for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "bytes_trimmed", "not_english")
         }
         sources[source.name] = {
             "license": source.license,

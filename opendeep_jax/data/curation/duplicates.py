@@ -159,8 +159,10 @@ def write_clusters(curation: CurationConfig, pairs: Path, directory: Path) -> No
 
 def _minhash_settings(curation: CurationConfig):
     from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.utils.text import TextNormConfig
 
     return MinhashConfig(
+        norm_config=TextNormConfig(norm_numbers=False),
         n_grams=curation.minhash_ngram,
         num_buckets=curation.minhash_buckets,
         hashes_per_bucket=curation.minhash_hashes_per_bucket,

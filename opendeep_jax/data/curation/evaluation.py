@@ -10,7 +10,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CurationConfig
-from opendeep_jax.data.curation.words import simplify, split_words
+from opendeep_jax.data.curation.words import simplify, split_words, tells
 from opendeep_jax.data.files import file_name
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
@@ -50,7 +50,8 @@ def _texts(value: Any) -> Iterator[str]:
 def write_index(curation: CurationConfig, directory: Path) -> dict[str, dict[str, int]]:
     """Writes one file of n-gram hashes for each evaluation set; returns by set its items, n-grams, and short items.
 
-    An item of fewer than curation.evaluation_ngram words has no n-gram, so nothing is ever removed for its sake.
+    An item of fewer than curation.evaluation_ngram words has no n-gram, so nothing is ever removed for its sake; nor is
+    it for an n-gram of numbers alone.
     """
     import numpy as np
     from datatrove.utils.hashing import HashConfig, create_hash_func
@@ -62,7 +63,7 @@ def write_index(curation: CurationConfig, directory: Path) -> dict[str, dict[str
     for name, path in set_names(curation).items():
         hashes, items, short = set(), 0, 0
         for item in read_items(path):
-            grams = list(ngrams(split_words(simplify(item)), curation.evaluation_ngram))
+            grams = [gram for gram in ngrams(split_words(simplify(item)), curation.evaluation_ngram) if tells(gram)]
             items, short = items + 1, short + (not grams)
             hashes.update(map(hash_of, map(" ".join, grams)))
         directory.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,17 @@ documents and the recipe alone, byte by byte, whoever computed it and however of
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
@@ -27,8 +28,10 @@ from opendeep_jax.data.curation.executors import Executor, check_executor, run_s
 from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.files import file_name, writing
-from opendeep_jax.data.sources import fingerprint, list_files, list_parts
+from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
 from opendeep_jax.data.storing.layout import sha256_of
+
+logger = logging.getLogger(__name__)
 
 RESERVED = ("work", "dropped", "logs", "curation.json")
 """Names in the directory of a curation that no source may have."""
@@ -121,6 +124,13 @@ def check_curation(config: DataConfig) -> None:
             f"data.curation.languages is {', '.join(recipe.languages)}, but data.curation.language_model names no "
             f"model that could tell languages. Set it to the path of one: {LANGUAGE_MODEL_CURE}."
         )
+    foreign = [language for language in recipe.languages if language.partition("_")[0] not in ("en", "eng")]
+    if foreign and recipe.quality:
+        raise ConfigError(
+            f"data.curation.languages keeps {', '.join(foreign)}, and data.curation.quality is "
+            f"{', '.join(recipe.quality)}, whose thresholds are those of papers on English text: they would drop most "
+            "of other languages. Curate these languages in a recipe of their own without quality, or keep en alone."
+        )
     for path in recipe.evaluation_sets:
         if Path(path).suffix not in SUFFIXES:
             raise ConfigError(
@@ -148,8 +158,14 @@ def _alone(directory: Path) -> Iterator[None]:
     """Waits until no other process of this machine works on the same curation."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with (
+            open(directory / ".lock", "w") as file,
+            locked(
+                file.fileno(),
+                directory / ".lock.owner",
+                lambda: logger.warning("Waiting for another process that curates in %s.", directory),
+            ),
+        ):
             yield
 
 
@@ -178,4 +194,5 @@ def _curated(source: SourceConfig, directory: Path) -> SourceConfig:
         text_url="",
         keep=(),
         bad_documents="refuse",
+        **LATER_FIELDS,
     )

@@ -25,6 +25,7 @@ from opendeep_jax.data.curation.accounting import write_accounting
 from opendeep_jax.data.curation.plan import Plan, Task, read_plan
 from opendeep_jax.data.curation.recipe import EVALUATION_OVERLAP, Step, filter_steps, final_steps, quiet_datatrove
 from opendeep_jax.data.curation.tables import Dropped, Table, read_table
+from opendeep_jax.data.curation.words import may_be_english
 from opendeep_jax.data.files import write_file, writing
 from opendeep_jax.data.sources import read_part
 
@@ -156,6 +157,8 @@ def _filtered(plan: Plan, task: Task, counts: _Counts, dropped: Dropped) -> Iter
                 counts.totals["bytes_trimmed"] += size - new_size
                 size = new_size
             if reason:
+                if reason.partition(":")[0] in plan.curation.quality and not may_be_english(record.text):
+                    counts.totals["not_english"] += 1
                 counts.drop(reason, size)
                 dropped.add(reason, id=record.id, source=source.name, text=document.text)
             else:
@@ -291,9 +294,21 @@ STAGES: dict[str, Callable[[Plan, int, Advance], dict]] = {
 }
 
 
+MOST_NOT_ENGLISH = 0.1
+"""Share of a source's documents that quality filters may drop without being asked about their language."""
+
+
 def refuse_nothing_left(accounting: dict) -> None:
-    """Raises ConfigError if a source has lost all its documents."""
+    """Raises ConfigError if a source has lost all its documents, or many to thresholds of another language."""
     for name, source in accounting["sources"].items():
+        foreign, recipe = source.get("not_english", 0), accounting["recipe"]
+        if foreign > MOST_NOT_ENGLISH * source["documents_in"] and not recipe["languages"]:
+            raise ConfigError(
+                f"Of the {source['documents_in']} documents of source {name!r}, {foreign} that are not in English were "
+                f"dropped by data.curation.quality ({', '.join(recipe['quality'])}), whose thresholds are those of "
+                "papers on English text and mean nothing for other languages. Leave quality out for this text; or say "
+                "that the others are to go, with --data.curation.languages en and a --data.curation.language_model."
+            )
         if not source["documents_out"]:
             reasons = sorted(source["dropped"].items(), key=lambda item: -item[1]["documents"])
             told = ", ".join(f"{reason} ({counts['documents']})" for reason, counts in reasons[:3])

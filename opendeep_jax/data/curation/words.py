@@ -7,7 +7,7 @@ this one is a regular expression made to agree with it (docs/curation.md has the
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -58,17 +58,26 @@ def word_tokenizer():
 
 
 def simplify(text: str) -> str:
-    """datatrove's `simplify_text`: lower case, no signs or diacritics, each number a 0, single spaces."""
+    """datatrove's `simplify_text`, with numbers as they are: lower case, no signs or diacritics, single spaces."""
     from datatrove.utils.text import simplify_text
 
     return simplify_text(text, simplification(text))
 
 
 def simplification(text: str):
-    """datatrove's TextNormConfig, which spares ASCII the search for diacritics: half of the time, for nothing."""
+    """datatrove's TextNormConfig, which spares ASCII the search for diacritics: half of the time, for nothing.
+
+    Numbers stay: were each a 0, as is its default, all tables of a size would be copies of each other, and any list of
+    13 years a part of any evaluation set with 13 numbers in a row.
+    """
     from datatrove.utils.text import TextNormConfig
 
-    return TextNormConfig(norm_unicode_diacritics=not text.isascii())
+    return TextNormConfig(norm_numbers=False, norm_unicode_diacritics=not text.isascii())
+
+
+def tells(ngram: Sequence[str]) -> bool:
+    """Whether a run of words tells where it is from: one of numbers alone, as in any table or list, does not."""
+    return any(not word.isdecimal() for word in ngram)
 
 
 def pieces(text: str, size: int = PIECE, overlap: int = 0) -> Iterator[str]:
@@ -110,3 +119,22 @@ def _hash(word: str) -> int:
     import xxhash
 
     return xxhash.xxh3_64_intdigest(word.encode("utf-8"))
+
+
+FOREIGN = re.compile(r"[^\W\d_\u0000-\u024f]")
+ENGLISH = re.compile(r"\b(the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
+JUDGED = 50
+"""Words that a text must have before the lack of English ones says anything."""
+
+
+def may_be_english(text: str) -> bool:
+    """False for a text that is mostly in another script than Latin, or has 50 words and hardly one of English's usual.
+
+    The usual ones, and that there must be two of them, are Gopher's (Rae et al. 2021).
+    """
+    text = text[:PIECE]
+    letters = sum(map(str.isalpha, text))
+    if 2 * len(FOREIGN.findall(text)) > letters:
+        return False
+    found = {match[0].lower() for match in ENGLISH.finditer(text)}
+    return len(found) >= 2 or len(text.split()) < JUDGED

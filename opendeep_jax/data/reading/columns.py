@@ -7,6 +7,7 @@ and named instead of failing its whole batch.
 import contextlib
 import difflib
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,23 +228,51 @@ def load_dataset(path: str) -> Any:
             f"Cannot read {path}: the library `datasets` is not installed. Run: pip install 'opendeep-jax[datasets]'."
         ) from error
 
-    name, _, query = path.removeprefix(DATASETS).partition("?")
-    options = dict(parse_qsl(query))
-    unknown = sorted(set(options) - set(DATASET_OPTIONS))
-    if unknown:
-        raise ConfigError(
-            f"{path}: there is no option {unknown[0]!r}. A `datasets:` path takes {', '.join(DATASET_OPTIONS)}, as in "
-            "datasets:NAME?name=CONFIG&split=train."
-        )
-    split = options.pop("split", "train")
+    name, query, options = *path.removeprefix(DATASETS).partition("?")[::2], {}
+    for option, value in parse_qsl(query.replace("+", "%2B"), keep_blank_values=True):  # split=train+test has a plus
+        if option not in DATASET_OPTIONS or option in options or not value:
+            said = "no option" if option not in DATASET_OPTIONS else "no value for" if not value else "a second"
+            raise ConfigError(
+                f"{path}: there is {said} {option!r}. A `datasets:` path takes {', '.join(DATASET_OPTIONS)}, each "
+                "once, as in datasets:NAME?name=CONFIG&split=train."
+            )
+        options[option] = value
+    split = options.pop("split", "")
     try:
-        if not Path(name).expanduser().is_dir():
-            return datasets.load_dataset(name, split=split, **options)
-        dataset = datasets.load_from_disk(str(Path(name).expanduser()))
-        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        directory = Path(name).expanduser()
+        if not directory.is_dir():
+            return datasets.load_dataset(name, split=split or "train", **options)
+        if options:
+            raise ValueError(f"a directory has no option {next(iter(options))!r}, only split")
+        return _of_split(datasets, datasets.load_from_disk(str(directory)), split)
     except Exception as error:  # the library and its hub have many kinds
         reason = f"it has no split {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"Cannot load {path}: {reason}. Correct the name (or the directory that save_to_disk wrote), its options, "
             "or the network and your credentials."
         ) from error
+
+
+def _of_split(datasets: Any, saved: Any, split: str) -> Any:
+    """What `split` (`train`, `train[:10%]`, `train+test`) says of a saved Dataset or DatasetDict; raises KeyError.
+
+    A Dataset, which is one split, has the name that it was saved with, or `train`; all of it is read without `split`.
+    """
+    if not isinstance(saved, datasets.DatasetDict):
+        if not split:
+            return saved
+        saved = {str(saved.split or "train"): saved}
+    split = split or "train"
+    names = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    for name in names:
+        if name not in saved:
+            raise KeyError(name)
+    lengths = {name: len(each) for name, each in saved.items()}
+    ranges = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    parts = [
+        (part.splitname, part.from_ or 0, lengths[part.splitname] if part.to is None else part.to) for part in ranges
+    ]
+    if all((begin, end) == (0, lengths[name]) for name, begin, end in parts) and len(parts) == 1:
+        return saved[parts[0][0]]  # as it is: its fingerprint names the store
+    chosen = [saved[name].select(range(begin, end)) for name, begin, end in parts]
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)

@@ -4,22 +4,24 @@ A record is what a line of JSON, a row of Parquet or of a `datasets` dataset, or
 they keep a record, or a small batch of them, in memory, never a file.
 """
 
-import gzip
+import contextlib
+import csv
+import difflib
 import io
 import json
 import re
-import zlib
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.reading.compression import COMPRESSED, damaged, open_content
+from opendeep_jax.data.reading.examples import parse_example
+from opendeep_jax.data.reading.json_values import is_lines, read_values
 from opendeep_jax.data.reading.remote import is_remote, open_binary
 
 PART_BYTES = 8 * 2**20
 """Size that the parts of a large file have, about."""
-
-OUTPUT_BYTES = 2**20
-"""What a decompressor gives at one time, about, however dense the file is."""
 
 COMPRESSED_RATIO = 4
 """Bytes of text that a byte of a compressed file is taken for in progress bars."""
@@ -32,12 +34,19 @@ DATASETS = "datasets:"
 
 SUFFIXES = {
     "parquet": r"\.parquet",
-    "jsonl": r"\.jsonl",
-    "compressed_jsonl": r"\.jsonl?\.(gz|zst|zstd)",
+    "jsonl": r"\.(jsonl|ndjson)(\.(gz|bz2|xz|zstd?))?",
+    "json": r"\.json(\.(gz|bz2|xz|zstd?))?",
+    "csv": r"\.[ct]sv(\.(gz|bz2|xz|zstd?))?",
     "array_record": r"\.array_record",
-    "text": r"\.(txt|md|py)",
+    "text": r"\.(txt|md|py)(\.(gz|bz2|xz|zstd?))?",
 }
-SUFFIXES_IN_WORDS = ".parquet, .jsonl (or .jsonl.gz, .jsonl.zst), .array_record, .txt, .md, .py"
+SUFFIXES_IN_WORDS = (
+    ".parquet, .array_record, or .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .py (also with .gz, .bz2, .xz, .zst)"
+)
+
+
+class Malformed(str):
+    """Stands for a record that cannot be parsed, and says why."""
 
 
 class SourceFile(NamedTuple):
@@ -62,6 +71,8 @@ class Fields(NamedTuple):
     """The one with the text; nothing where records only point at it."""
     optional: tuple[str, ...] = ()
     """Those that a file may lack; elsewhere in `names` a file with columns must have them."""
+    encoding: str = ""
+    """Of lines and rows of text; nothing where it is UTF-8."""
 
 
 class Part(NamedTuple):
@@ -95,30 +106,35 @@ def cut(file: SourceFile, fields: Fields) -> list[Part]:
         return columns.cut(file, fields)
     if kind == "array_record":
         return _cut_array_record(file)
-    if kind == "jsonl" and file.size > PART_BYTES and not is_remote(file.path):
+    if kind == "csv" and file.size:
+        _check_header(file, fields)
+    compressed = COMPRESSED.search(file.name)
+    if kind == "jsonl" and file.size > PART_BYTES and not (compressed or fields.encoding or is_remote(file.path)):
         return _cut_lines(file)
-    scale = COMPRESSED_RATIO if kind == "compressed_jsonl" else 1
+    scale = COMPRESSED_RATIO if compressed else 1
     return [Part(file, 0, file.size, file.size * scale)] if file.size else []
 
 
-def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | bytes | Malformed]]:
     """(number in the file, from 1; values by field) of each record in a part; text may be bytes that nobody decoded.
 
-    A record that is not UTF-8, so that no field can be told, and one that is only text, are given as bytes. Raises
-    ConfigError for a damaged file, naming it.
+    A record that is not UTF-8, so that no field can be told, and one that is only text, are given as bytes; one that
+    cannot be parsed as Malformed. Raises ConfigError for a damaged file, naming it.
     """
     kind = format_of(part.file)
     if kind in ("parquet", "datasets"):
         from opendeep_jax.data.reading import columns
 
         return columns.read_records(part, fields)
-    return _read_array_record(part, fields) if kind == "array_record" else _read_lines(part, fields)
+    readers = {"array_record": _read_array_record, "json": _read_json, "csv": _read_csv}
+    return readers.get(kind, _read_lines)(part, fields)
 
 
 def place(part: Part, number: int) -> str:
     """Where a record is, in words: `Line 3 of /data/a.jsonl`."""
     kind = format_of(part.file)
-    noun = {"parquet": "Row", "datasets": "Row", "array_record": "Record"}.get(kind, "Line")
+    rows = dict.fromkeys(("parquet", "datasets", "csv"), "Row")
+    noun = (rows | dict.fromkeys(("array_record", "json"), "Record")).get(kind, "Line")
     return f"{noun} {number} of {part.file.path}"
 
 
@@ -147,39 +163,39 @@ def _cut_lines(file: SourceFile) -> list[Part]:
     return parts
 
 
-def _read_lines(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes]]:
-    for number, line in _lines(part):
+def _read_lines(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes | Malformed]]:
+    for number, line in _lines(part, fields):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin a file with a mark
         except UnicodeDecodeError:
             yield number, line
             continue
         if text.strip():
-            yield number, _parse(text, fields, part, number)
+            yield number, _parse(text, fields)
 
 
-def _parse(text: str, fields: Fields, part: Part, number: int) -> dict[str, Any]:
+def _parse(text: str, fields: Fields) -> dict[str, Any] | Malformed:
     try:
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError(f"it is a JSON {type(record).__name__}")
+        return _record(json.loads(text), fields)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{place(part, number)} is not a JSON object: {error}. Each must be one, with the text in a field; "
-            "correct or remove it."
-        ) from error
-    return {name: field_of(record, name) for name in fields.names}
+        return Malformed(f"is not a JSON object: {error}")
 
 
-def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin inside a part, with their numbers."""
-    path = part.file.path
-    with open_binary(path) as content:
-        if format_of(part.file) == "compressed_jsonl":
-            try:
-                yield from enumerate(_decompressed(content, path), start=1)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise _damaged(path, error) from error
+def _record(value: Any, fields: Fields) -> dict[str, Any] | Malformed:
+    if not isinstance(value, dict):
+        return Malformed(f"is not a JSON object: it is a JSON {type(value).__name__}")
+    return {name: field_of(value, name) for name in fields.names}
+
+
+def _lines(part: Part, fields: Fields) -> Iterator[tuple[int, bytes]]:
+    """Lines that begin inside a part, with their numbers, as UTF-8 where fields.encoding says what they are."""
+    with open_content(part.file.path, part.file.name) as content:
+        if fields.encoding:
+            lines = _as_text(content, part.file, fields.encoding)
+            yield from ((number, line.encode("utf-8", "surrogateescape")) for number, line in enumerate(lines, start=1))
+            return
+        if COMPRESSED.search(part.file.name):
+            yield from enumerate(content, start=1)
             return
         number, position = part.lines_before + 1, part.begin
         if part.begin:  # the line that begins before this part is the previous part's
@@ -191,52 +207,80 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
             number, position = number + 1, position + len(line)
 
 
-def _decompressed(content: BinaryIO, path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=content), 2**20)
-    return io.BufferedReader(_ZstandardReader(content, path), 2**20)
+def _as_text(content: BinaryIO, file: SourceFile, encoding: str) -> Iterator[str]:
+    """Lines, decoded; bytes that are none of the encoding's become surrogates, which are found later."""
+    try:
+        with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="\n") as lines:
+            yield from lines
+    except UnicodeError as error:  # an encoding of several bytes a sign has no way on
+        raise damaged(file.path, f"it is not {encoding}: {error}") from error
 
 
-class _ZstandardReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file. zstandard's own reader takes a file that is cut short for a whole one."""
-
-    def __init__(self, content: BinaryIO, path: str):
-        import zstandard
-
-        self.content, self.path, self.pending, self.error = content, path, memoryview(b""), zstandard.ZstdError
-        # Frames with long windows (--long) are read too.
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self.frame, self.rest, self.step = self.decompressor.decompressobj(), b"", 2**12
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.pending:
-            data = self.rest[: self.step] or self.content.read(self.step)
-            self.rest = self.rest[self.step :]
-            if not data:
-                if self.frame is not None:
-                    raise _damaged(self.path, "it ends inside a frame")
-                return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
-            try:
-                self.pending = memoryview(self.frame.decompress(data))
-            except self.error as error:
-                raise _damaged(self.path, error) from error
-            dense = len(self.pending) > OUTPUT_BYTES // 2
-            self.step = max(1, self.step // 2) if dense else min(2**16, self.step * 2)
-            if self.frame.eof:
-                self.frame, self.rest = None, self.frame.unused_data + self.rest
-        size = min(len(buffer), len(self.pending))
-        buffer[:size], self.pending = self.pending[:size], self.pending[size:]
-        return size
+def _read_json(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes | Malformed]]:
+    """A .json file's objects: lines of them, or an array, or several over many lines."""
+    file = part.file
+    with open_content(file.path, file.name) as content:
+        lines = not fields.encoding and is_lines(content)
+    if lines:
+        yield from _read_lines(part, fields)
+        return
+    with (
+        open_content(file.path, file.name) as content,
+        io.TextIOWrapper(content, fields.encoding or "utf-8-sig", "surrogateescape", newline="") as stream,
+    ):
+        try:
+            for number, value in enumerate(read_values(stream), start=1):
+                yield number, _record(value, fields)
+        except ValueError as error:
+            raise ConfigError(
+                f"{file.path} is not JSON: {error}. A .json file holds objects, in lines or in an array; correct it, "
+                "or leave it out of data.sources."
+            ) from error
 
 
-def _damaged(path: str, error: object) -> ConfigError:
-    return ConfigError(
-        f"{path} is damaged or cut short: {error}. Fetch or write the file again, or leave it out of data.sources."
-    )
+def _check_header(file: SourceFile, fields: Fields) -> None:
+    """Raises ConfigError for a column that a table's first row does not name, or names twice."""
+    with contextlib.closing(_rows(file, fields)) as rows:
+        names = next(rows, (0, []))[1]
+    for name in fields.names:
+        if names.count(name) == 1 or (name in fields.optional and name not in names):
+            continue
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) or names[:1] or ["NAME"]
+        said = f"{names.count(name)} columns named {name!r}" if name in names else f"no column {name!r}"
+        raise ConfigError(
+            f"{file.path} has {said}, which its source asks for. Its first row names {', '.join(names)[:300]}. Name "
+            f"the right one, as in --data.sources.N.text_field={near[0]}, or leave the file out."
+        )
+
+
+def _read_csv(part: Part, fields: Fields) -> Iterator[tuple[int, dict | Malformed]]:
+    rows = _rows(part.file, fields)
+    names = next(rows, (0, []))[1]
+    places = {name: names.index(name) if name in names else None for name in fields.names}
+    for number, row in rows:
+        if len(row) != len(names):
+            yield number, Malformed(f"has {len(row)} fields in place of {len(names)}")
+        else:
+            yield number, {name: MISSING if at is None else row[at] for name, at in places.items()}
+
+
+def _rows(file: SourceFile, fields: Fields) -> Iterator[tuple[int, list[str]]]:
+    """(number, values) of each row of a table; number 0 names the columns. Blank lines are no rows."""
+    csv.field_size_limit(sys.maxsize)  # the library's own is 128 KiB, less than many a document
+    tab = re.search(r"\.tsv", file.name, re.IGNORECASE)
+    with open_content(file.path, file.name) as content:
+        lines = _as_text(content, file, fields.encoding)
+        number, rows = -1, csv.reader(lines, delimiter="\t" if tab else ",", strict=True)
+        try:
+            for row in rows:
+                if row:
+                    yield (number := number + 1), row
+        except csv.Error as error:
+            raise ConfigError(
+                f"Row {number + 1} of {file.path} (about line {rows.line_num}) is malformed: {error}. A field with a "
+                "quotation mark, delimiter or line end stands in quotation marks, doubled inside. Correct the row, or "
+                "write the file as JSON lines."
+            ) from error
 
 
 def _array_record_reader(file: SourceFile) -> Any:
@@ -250,7 +294,7 @@ def _array_record_reader(file: SourceFile) -> Any:
     open_binary(file.path).close()  # a file that cannot be read has its own message
     reader = ArrayRecordReader(file.path)
     if not reader.ok() or not reader.num_records():  # what a file without its footer looks like
-        raise _damaged(file.path, "it is not an ArrayRecord file, or holds no record")
+        raise damaged(file.path, "it is not an ArrayRecord file, or holds no record")
     return reader
 
 
@@ -264,22 +308,36 @@ def _cut_array_record(file: SourceFile) -> list[Part]:
     ]
 
 
-def _read_array_record(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes]]:
-    """JSON objects if the file's first record is one, else texts."""
+def _read_array_record(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes | Malformed]]:
+    """JSON objects or tf.train.Examples if the file's first record is one, else texts."""
     reader = _array_record_reader(part.file)
     batch = max(1, min(1024, (part.end - part.begin) * 2**23 // max(1, part.size)))
     try:
-        objects = _is_object(reader.read(0, 1)[0])
+        first = reader.read(0, 1)[0]
+        parse = _parse_json if _is_object(first) else _parse_example if parse_example(first) else _as_it_is
         for begin in range(part.begin, part.end, batch):
             records = reader.read(begin, min(begin + batch, part.end))
-            for number, record in enumerate(records, start=begin + 1):
-                try:
-                    text = record.decode("utf-8") if objects else None
-                except UnicodeDecodeError:
-                    text = None
-                yield number, record if text is None else _parse(text, fields, part, number)
+            yield from ((number, parse(record, fields)) for number, record in enumerate(records, start=begin + 1))
     except (RuntimeError, IndexError) as error:
-        raise _damaged(part.file.path, error) from error
+        raise damaged(part.file.path, error) from error
+
+
+def _parse_json(record: bytes, fields: Fields) -> dict | bytes | Malformed:
+    try:
+        return _parse(record.decode("utf-8"), fields)
+    except UnicodeDecodeError:
+        return record
+
+
+def _as_it_is(record: bytes, fields: Fields) -> bytes:
+    return record
+
+
+def _parse_example(record: bytes, fields: Fields) -> dict | Malformed:
+    features = parse_example(record)
+    if features is None:
+        return Malformed("is not a tf.train.Example, as the file's first record is")
+    return {name: features.get(name, MISSING) for name in fields.names}
 
 
 def _is_object(record: bytes) -> bool:

@@ -3,12 +3,16 @@
 import contextlib
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from opendeep_jax.config.checks import ConfigError
 
 BLOCK_BYTES = 16 * 2**20
 """What a remote file asks for at one time: large enough that the way there and back hardly counts."""
+
+LISTING_THREADS = 16
+"""Files that are looked into at one time to find their sizes or parts; mostly they wait for a remote host."""
 
 STAMPS = ("xet_hash", "blob_id", "ETag", "etag", "md5Hash", "crc32c", "generation", "checksum", "mtime", "created")
 """Names that file systems have for a file's version, a hash of its content before a time."""
@@ -125,23 +129,59 @@ def read_whole(url: str) -> bytes | None:
 def list_remote(url: str) -> list[tuple[str, str, int, str]]:
     """(name below the root, URL, bytes, stamp) of the files of a remote file, directory or glob, in no order.
 
-    Names are relative to the directory, or to what precedes the glob's first sign. Raises ConfigError if there is
-    nothing, or the host cannot be reached.
+    Names are relative to the directory, or to what precedes the glob's first sign. A size that a listing does not
+    tell, as an HTTP server's, is asked for, or else counted. Raises ConfigError if there is nothing, or the host cannot
+    be reached.
     """
     files, path = filesystem(url)
+    http = url.startswith(("http://", "https://"))
     with reaching(url):
-        magic = [position for position in map(path.find, "*?[") if position >= 0]
-        if magic:
+        magic = [position for position in map(path.find, "*[" if http else "*?[") if position >= 0]
+        if magic and not _is_file(files, path):
             root, found = path[: min(magic)].rpartition("/")[0], files.glob(path, detail=True)
-        elif files.isdir(path):
+        elif not (http and _names_a_file(path)) and files.isdir(path):
             root, found = path.rstrip("/"), files.find(path, detail=True)
         else:
-            root, found = path.rpartition("/")[0], {path: files.info(path)}
-    return [
-        (name.removeprefix(root).lstrip("/"), files.unstrip_protocol(name), info.get("size") or 0, _stamp(info))
-        for name, info in found.items()
-        if info.get("type") != "directory"
-    ]
+            root, found = path.partition("?")[0].rpartition("/")[0], {path: files.info(path)}
+    inside = [(name, info) for name, info in found.items() if name.startswith(f"{root}/")] if root else [*found.items()]
+    inside = [(name, info) for name, info in inside if info.get("type") != "directory" and not name.endswith("/")]
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        known = list(pool.map(lambda entry: _with_size(files, *entry), inside))
+    listed = []
+    for (name, _), info in zip(inside, known, strict=True):
+        short = name.removeprefix(root).lstrip("/")
+        short = short.partition("?")[0] if http else short
+        if short:  # a listing's links to itself in another order have none
+            listed.append((short, files.unstrip_protocol(name), info["size"], _stamp(info)))
+    return listed
+
+
+def _is_file(files: Any, path: str) -> bool:
+    """Whether there is a file whose name is `path` to the letter, brackets and all."""
+    try:
+        return bool(files.isfile(path))
+    except Exception:  # a pattern that is no valid address
+        return False
+
+
+def _names_a_file(path: str) -> bool:
+    """Whether an HTTP address ends in a name with a dot: what is there may hold links, and is no directory for that."""
+    return "." in path.partition("?")[0].rpartition("://")[2].partition("/")[2].rpartition("/")[2]
+
+
+def _with_size(files: Any, name: str, info: dict) -> dict:
+    if info.get("size") is not None:
+        return info
+    url = files.unstrip_protocol(name)
+    with reaching(url):
+        info = files.info(name)
+    if info.get("size") is None:
+        size = 0
+        with open_binary(url) as content:
+            while block := content.read(2**20):
+                size += len(block)
+        info = info | {"size": size}
+    return info
 
 
 def _stamp(info: dict) -> str:

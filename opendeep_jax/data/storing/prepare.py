@@ -7,7 +7,6 @@ processes, nor on how often the work was interrupted.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from opendeep_jax import __version__
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
+from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.files import writing
 from opendeep_jax.data.sources import Part
@@ -35,7 +35,7 @@ SHARDS = 64
 SHARD_BYTES = range(2 << 20, 256 << 20)
 # So few shards are made by this process, with the tokenizer library's own threads.
 FEW_SHARDS = 2
-LOCK = ".lock"
+LOCK, OWNER = ".lock", ".lock.owner"
 COUNTS = ("documents", "tokens", "bytes")
 
 logger = logging.getLogger(__name__)
@@ -114,12 +114,12 @@ def _locked(directory: Path) -> Iterator[int]:
         (directory / "shards").mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.warning("Waiting for another process that is preparing %s.", directory)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
+        with locked(
+            descriptor,
+            directory / OWNER,
+            lambda: logger.warning("Waiting for another process that is preparing %s.", directory),
+        ):
+            yield descriptor
     finally:
         os.close(descriptor)
 
@@ -130,7 +130,7 @@ def _sweep(directory: Path) -> None:
         for path in [*directory.glob(".*"), *(directory / "shards").glob(".*")]:
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, OWNER):
                 path.unlink()
 
 

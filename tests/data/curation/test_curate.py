@@ -338,3 +338,22 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
     path = write_source(tmp_path / "one.jsonl", [prose(1)])
     with pytest.raises(ConfigError, match="name of its own"):
         curate(configure(tmp_path / "data", path, path, exact_deduplication=True), progress=False)
+
+
+JAPANESE = "東京の港は今日も静かで、古い風車がゆっくりと回っている。新しい本を読む人が駅に集まる。" * 20
+GERMAN = "Der Hafen ist heute wieder still, und die alte Mühle dreht sich langsam im Wind am Ufer. " * 20
+
+
+@pytest.mark.parametrize("text", [JAPANESE, GERMAN])
+def test_english_thresholds_do_not_drop_other_languages_in_silence(tmp_path, text):
+    texts = [prose(i) for i in range(8)] + [f"{text} {i}" for i in range(2)]
+    config = configure(tmp_path / "data", write_source(tmp_path / "mixed.jsonl", texts), quality=("gopher_quality",))
+    with pytest.raises(ConfigError, match="2 that are not in English were dropped by data.curation.quality"):
+        curate(config, progress=False)
+
+
+def test_english_thresholds_for_other_languages_are_refused_at_once(tmp_path):
+    recipe = {"quality": ("fineweb",), "languages": ("en", "ja"), "language_model": "x"}
+    config = configure(tmp_path / "data", write_source(tmp_path / "a.jsonl", ["x"]), **recipe)
+    with pytest.raises(ConfigError, match="keeps ja, .* fineweb, whose thresholds are those of papers on English"):
+        check_curation(config)

@@ -66,10 +66,12 @@ def test_each_run_of_three_words_is_whole_in_one_piece(words, size):
 def test_shingles_are_equal_just_where_datatroves_are(one, other, ngram):
     pytest.importorskip("datatrove")
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.utils.text import TextNormConfig
 
     from opendeep_jax.data.curation.words import shingles, word_tokenizer
 
-    block = MinhashDedupSignature(".", MinhashConfig(n_grams=ngram), language=word_tokenizer())
+    settings = MinhashConfig(n_grams=ngram, norm_config=TextNormConfig(norm_numbers=False))
+    block = MinhashDedupSignature(".", settings, language=word_tokenizer())
 
     def pattern(get) -> list[list[bool]]:
         values = np.concatenate([np.asarray(get(text)).reshape(-1) for text in (one, other)])

@@ -62,7 +62,8 @@ def planted() -> tuple[list[str], dict[int, int]]:
         texts.append(edited(texts[20 + i], 2, salt=50 + i))
     for i in range(8, 14):  # similar, far from enough
         texts.append(texts[i][: len(texts[i]) // 3] + "\n" + prose(f"other {i}"))
-    texts += ["too few words", "too few words", "", "12 34 5 6 7", "1 2 3 4 5"]  # the last two are equal: numbers are 0
+    texts += ["too few words", "too few words", ""]
+    texts += ["91 34 8 6 7", "12 34 5 6 7", "12, 34; 5 6 7"]  # only the last two are equal
     originals[len(texts) - 1] = len(texts) - 2
     return texts, originals
 

@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 from curation_corpus import NOUNS, prose, write_language_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("datatrove")
 
@@ -15,7 +17,7 @@ from opendeep_jax.config.checks import ConfigError  # noqa: E402
 from opendeep_jax.config.schema import CurationConfig  # noqa: E402
 from opendeep_jax.data.curation import recipe  # noqa: E402
 from opendeep_jax.data.curation.evaluation import write_index  # noqa: E402
-from opendeep_jax.data.curation.recipe import filter_steps, final_steps  # noqa: E402
+from opendeep_jax.data.curation.recipe import filter_steps, final_steps, mask_emails  # noqa: E402
 
 ITEM = " ".join(NOUNS[40:70])
 
@@ -114,10 +116,46 @@ def masked(text: str) -> tuple[str, Counter]:
         ("from 8.8.4.4.", "from 22.214.171.124."),
         ("192.168.0.1 and 127.0.0.1 stay", "192.168.0.1 and 127.0.0.1 stay"),
         ("no address here", "no address here"),
+        ("请联系john@b.com谢谢", "请联系email@example.com谢谢"),
+        ("用户@例子.广告 müller@example.de", "email@example.com email@example.com"),
+        ("'john@x.org', x@[1.2.3.4]", "'email@example.com', email@example.com"),
+        ('"john doe"@x.org;a.@b.org', "email@example.com;email@example.com"),
+        ("q" * 90 + "@b.org", "email@example.com"),
+        ("x@y.org@z.org", "email@example.com"),
     ],
 )
 def test_addresses_are_masked(text, expected):
     assert masked(text)[0] == expected
+
+
+NAMES = st.from_regex(r"[a-zA-Z0-9](?:[a-z0-9._+'%-]{0,80}[a-z0-9_])?", fullmatch=True)
+DOMAINS = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,20}[a-z])?){1,3}", fullmatch=True)
+
+
+@given(
+    st.lists(st.tuples(NAMES, DOMAINS), min_size=1, max_size=30),
+    st.sampled_from([",", ";", ", ", " ", "\n", ">,<", '","', "|", "\t", ":"]),
+)
+def test_no_address_of_a_list_is_left_and_all_are_counted(people, separator):
+    text = separator.join(f"{name}@{domain}" for name, domain in people)
+    found, counts = masked(f"To: {text}")
+    assert found == "To: " + separator.join(["email@example.com"] * len(people))
+    assert counts["email"] == len(people)
+
+
+def test_masking_takes_time_in_proportion_to_the_text():
+    for text in ("a.@" * 100_000, "@a-" * 100_000, "@a." * 100_000, '"' * 100_000 + "@x.org", "-" * 300_000 + "@b-c"):
+        mask_emails(text)  # hours, were any part of it looked at for each of the others
+
+
+YEARS = ", ".join(map(str, range(1998, 2013)))
+
+
+def test_numbers_in_a_row_overlap_with_no_evaluation_set(tmp_path):
+    step = overlap_step(tmp_path, "items.txt", f"f([{', '.join(map(str, range(1, 15)))}]) is 91 but g gives {YEARS}")
+    for text in (YEARS, "\n".join(str(1000 + 37 * i) for i in range(20)), " ".join(map(str, range(1, 15)))):
+        assert step(Document(f"The cup was held in {text}.", "id")) is None
+    assert step(Document(f"11, 12, 13, 14]) is 91 but g gives {YEARS[:40]}", "id")) == "evaluation overlap"
 
 
 def test_masked_addresses_are_counted_by_kind():

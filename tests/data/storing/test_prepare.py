@@ -181,7 +181,7 @@ def test_tokens_of_a_large_shard_are_divided_over_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_while_reading_arrives_as_itself(tmp_path, workers):
     source = small_store.write_source(tmp_path / "source", TEXTS)
-    (Path(source.path) / "000020.jsonl").write_text("not JSON\n")
+    (Path(source.path) / "000020.jsonl").write_text('{"body": "no text"}\n')
     with pytest.raises(ConfigError, match="000020.jsonl"):
         prepare(tmp_path / "store", source, workers=workers)
     assert not (tmp_path / "store/store.json").exists()
