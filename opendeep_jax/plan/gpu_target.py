@@ -18,7 +18,7 @@ runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{name}"
 """
 
-_GPUS = {
+GPUS = {
     "a100": dict(
         name="NVIDIA A100-SXM4-80GB",
         cores=108,
@@ -61,7 +61,7 @@ _GPUS = {
         bandwidth=8_000_000_000_000,
         cache=132_644_864,
         clock=2.062,
-        memory=198_000_000_000,
+        memory=186_000_000_000,
         major=10,
     ),
 }
@@ -75,4 +75,4 @@ def gpu_target(compiler_name: str, shared_memory: int = 0) -> str:
         shared_memory: bytes of it that a block may have; 0 for the chip's.
     """
     per_block = shared_memory or CHIPS[compiler_name].memory
-    return _GPU_TARGET.format(**_GPUS[compiler_name], per_block=per_block, per_core=per_block + KIB)
+    return _GPU_TARGET.format(**GPUS[compiler_name], per_block=per_block, per_core=per_block + KIB)
