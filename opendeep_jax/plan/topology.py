@@ -71,7 +71,7 @@ def parse_topology(text: str, slices: int = 0) -> Topology:
     if not match:
         raise ConfigError(
             f"--topology={text}: is not the name of a cluster. Write chip:shape, such as v5p:8x8x8, v5e:16x16, "
-            f"2*v6e:16x16 for two slices, or h100:256x8 for 256 nodes of eight GPUs."
+            "2*v6e:16x16 for two slices, or h100:256x8 for 256 nodes of eight GPUs."
         )
     times, word, dimensions = match.groups()
     word = ALIASES.get(word.lower(), word.lower())
