@@ -79,6 +79,16 @@ def test_weights_go_through_every_format_unchanged(small):
     assert first == last
 
 
+def test_without_a_recipe_rows_are_no_longer_than_the_model_reads():
+    codec = codec_from_tokenizer(byte_tokenizer())
+    model = random_model(dataclasses.replace(CONFIG, context_length=48))
+    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_from_codec(codec, 264))
+    import_.main(["gguf", "short.gguf", "--out=run"])
+    assert load_run_config("run").data.sequence_length == 48
+    with pytest.raises(ConfigError, match="model.context_length = 48: the run trains rows of 64"):
+        import_.main(["gguf", "short.gguf", "--out=longer", "--data.sequence_length=64"])
+
+
 def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsys):
     Path("corpus").mkdir()
     write_text(Path("corpus"))
