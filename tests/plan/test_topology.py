@@ -86,7 +86,7 @@ def test_every_chip_of_the_plan_is_known_to_kernels_and_the_compiler_and_gpus_ha
     assert {CHIPS[name].compiler_name for name in gpus} == set(GPUS)
     assert set(kernels_pallas.chips.CHIPS) == set(CHIPS) - {"h800"}  # which is an H100 to its kernels
     for name in gpus:  # 95 % of the memory that the compiler is told
-        assert CHIPS[name].memory_bytes == pytest.approx(0.95 * GPUS[CHIPS[name].compiler_name]["memory"], rel=3e-3)
+        assert CHIPS[name].memory_bytes == pytest.approx(0.95 * GPUS[CHIPS[name].compiler_name].memory, rel=3e-3)
 
 
 def test_names_are_checked_without_jax():
