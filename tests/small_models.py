@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,9 @@ FAMILIES = {
 }
 """The one table of small models. Whatever is true of a model of any kind is tested of all that are here: decoder,
 parameters, FLOPs, layouts, pipelines, generation, export, plan. A new kind of attention, block or routing is a row."""
+
+OPTIMIZERS = get_args(get_type_hints(OptimizerConfig)["kind"])
+"""Every update rule there is, to test what is true of any."""
 
 NO_EXPERTS = {"expert": "this model has no experts"}
 SLIDES = {"stage": "a pipeline's layers must be alike, and some of these slide"}

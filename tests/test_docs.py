@@ -6,6 +6,7 @@ one after the other, with a model small enough for seconds.
 """
 
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -45,6 +46,12 @@ def train_commands() -> list[list[str]]:
     """Arguments of the README's `opendeep` commands that do something, in order."""
     lines = [shlex.split(line) for line in commands_of(ROOT / "README.md")]
     return [line[1:] for line in lines if line[0] == "opendeep" and "--help" not in line]
+
+
+def test_the_readme_counts_the_published_models_right():
+    tables = [sizes for path in sorted((ROOT / "configs").glob("*.py")) if (sizes := runpy.run_path(path).get("SIZES"))]
+    counted = f"| {sum(map(len, tables))} published models of {len(tables)} families"
+    assert counted in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page, command", COMMANDS_IN_PAGES)

@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
     from opendeep_jax.plan.describe import describe, description_table
     from opendeep_jax.train.run_files import read_data
 
-    described = describe(config, values.devices, read_data(values.workdir) if values.workdir else None)
+    begun = values.workdir if not values.config else ""  # a recipe's own text need not be that of a run
+    described = describe(config, values.devices, read_data(begun) if begun else None)
     print(json.dumps(described, indent=2) if values.json else description_table(described))
 
 

@@ -69,6 +69,9 @@ def main(argv: Sequence[str]) -> None:
         facts = facts_of_hf(source, named)
         model_config, codec = config_from_hf(source), codec_from_hf(source)
         beside = licenses(source)
+    if not flags.config and model_config.context_length:  # rows are asked for by nobody: no longer than the model reads
+        length = min(recipe.data.sequence_length, model_config.context_length)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=length))
     config = apply(_with_model(recipe, model_config), overrides)
     model = load_gguf(source) if kind == "gguf" else load_hf(source)
     # The files have the last word: announced MTP modules may not be there, and a tied model may have its own head.

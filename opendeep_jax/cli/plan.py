@@ -18,7 +18,7 @@ Compiles a run's training step for a cluster, without one, and says what it woul
 
 usage: opendeep plan --config=RECIPE --topology=NAME [--name=value ...]
 
-  --topology       The cluster: v5p:8x8x8, v5e:16x16, 2*v6e:16x16 (two slices), v7x:4x4x4, h100:256x8 (nodes x 8).
+  --topology       The cluster: v5p:8x8x8, v5e:16x16, 2*v6e:16x16 (two slices), v7x:4x4x4, h100:256x8 (nodes x GPUs).
   --slices         TPU slices of that shape, joined by the data-centre network.
   --rows_per_chip  Rows of a batch for each chip, in one piece; the recipe's own batch if not given.
   --tokens_per_chip  The same in tokens, whole rows.

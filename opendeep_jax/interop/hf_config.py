@@ -224,7 +224,7 @@ def _written(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             raw = _write(family, config)
             lost = differences(config, _model_config(raw))
         except ConfigError as error:
-            problems.append((1, f"as {family.model_type}: {error}"))
+            problems.append((1, f"as {family.model_type}: {str(error).rstrip('.')}"))
             continue
         if not lost:
             return family, raw

@@ -26,15 +26,13 @@ from opendeep_jax.config.synonyms import ours
 from opendeep_jax.jobs.launch_environment import check_environment, check_sbatch, environment_values
 from opendeep_jax.jobs.launch_hardware import (
     GKE_ACCELERATORS,
-    NOT_PLANNED,
     SKYPILOT_ACCELERATORS,
     TPU_VM_TYPES,
     chips_per_host,
-    parse_cluster,
 )
 from opendeep_jax.jobs.launch_paths import check_paths
 from opendeep_jax.parallel.chips import CHIPS
-from opendeep_jax.plan.topology import Topology
+from opendeep_jax.plan.topology import Topology, parse_topology
 
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 """A job's name: what Kubernetes, Google Cloud and SkyPilot all take, with room for what they append."""
@@ -243,7 +241,7 @@ def _check_settings(job: Job, target: Target, given: dict[str, str]) -> None:
 
 
 def _check_topology(job: Job, target: Target) -> Topology:
-    topology = parse_cluster(job.topology)
+    topology = parse_topology(job.topology)
     chip = topology.chip
     if chip.platform != target.platform:
         fitting = [name for name, other in TARGETS.items() if other.platform == chip.platform]
@@ -252,7 +250,7 @@ def _check_topology(job: Job, target: Target) -> Topology:
             f"none. Use --target={' or '.join(fitting)}."
         )
     if target.accelerators is not None and chip.name not in target.accelerators:
-        chips = [name for name in target.accelerators if {**CHIPS, **NOT_PLANNED}[name].platform == target.platform]
+        chips = [name for name in target.accelerators if CHIPS[name].platform == target.platform]
         raise ConfigError(
             f"--topology={job.topology}: --target={job.target} can't have {chip.name}. Chips there: {', '.join(chips)}."
         )

@@ -53,10 +53,13 @@ CHIPS = {
         Chip("v5p", "tpu", 459e12, 459e12, 95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 4.20, "v5p", 1, 3),
         Chip("v6e", "tpu", 918e12, 918e12, 31.25 * GIB, 1640 * GB, 90 * GB, 12.5 * GB, 2.70, "v6e", 1, 2),
         Chip("v7x", "tpu", 2307e12, 4614e12, 189.5 * GIB, 7380 * GB, 100 * GB, 12.5 * GB, 12.0, "tpu7x", 2, 3),
+        Chip("a100", "gpu", 312e12, 312e12, 80.7e9, 2039 * GB, 300 * GB, 25 * GB, 1.50, "a100"),
         Chip("h100", "gpu", _H100_FLOPS, 2 * _H100_FLOPS, 80.7e9, 3352 * GB, 450 * GB, 50 * GB, 2.00, "h100"),
         Chip("h800", "gpu", _H100_FLOPS, 2 * _H100_FLOPS, 80.7e9, 3352 * GB, 200 * GB, 50 * GB, 2.00, "h100"),
         Chip("h200", "gpu", _H100_FLOPS, 2 * _H100_FLOPS, 143.2e9, 4800 * GB, 450 * GB, 50 * GB, 2.50, "h200"),
         Chip("b200", "gpu", 2250e12, 4500e12, 171.0e9, 8000 * GB, 900 * GB, 50 * GB, 4.00, "b200"),
+        Chip("gb200", "gpu", 2500e12, 5000e12, 176.7e9, 8000 * GB, 900 * GB, 50 * GB, 4.50, "gb200"),
     )
 }
-"""TPU links as usually reached; v7x's figures are of the chip, which is two devices. H800: an H100 with less NVLink."""
+"""TPU links as usually reached; v7x's figures are of the chip, which is two devices. H800: an H100 with less NVLink.
+A100: the one with 80 GB."""

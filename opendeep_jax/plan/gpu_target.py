@@ -1,5 +1,7 @@
 """What XLA has to know of a GPU that is not attached."""
 
+from typing import NamedTuple
+
 from kernels_pallas.chips import CHIPS, KIB
 
 _GPU_TARGET = """gpu_device_info {{
@@ -18,52 +20,29 @@ runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{name}"
 """
 
-_GPUS = {
-    "a100": dict(
-        name="NVIDIA A100-SXM4-80GB",
-        cores=108,
-        bandwidth=2_039_000_000_000,
-        cache=41_943_040,
-        clock=1.41,
-        memory=85_174_583_296,
-        major=8,
-    ),
-    "h100": dict(
-        name="NVIDIA H100 80GB HBM3",
-        cores=132,
-        bandwidth=3_352_320_000_000,
-        cache=52_428_800,
-        clock=1.98,
-        memory=84_942_979_072,
-        major=9,
-    ),
-    "h200": dict(
-        name="NVIDIA H200",
-        cores=132,
-        bandwidth=4_800_000_000_000,
-        cache=52_428_800,
-        clock=1.98,
-        memory=150_754_820_096,
-        major=9,
-    ),
-    "b200": dict(
-        name="NVIDIA B200",
-        cores=148,
-        bandwidth=8_000_000_000_000,
-        cache=132_644_864,
-        clock=1.965,
-        memory=180_000_000_000,
-        major=10,
-    ),
-    "gb200": dict(
-        name="NVIDIA GB200",
-        cores=152,
-        bandwidth=8_000_000_000_000,
-        cache=132_644_864,
-        clock=2.062,
-        memory=198_000_000_000,
-        major=10,
-    ),
+
+class Gpu(NamedTuple):
+    """Figures of one GPU."""
+
+    name: str
+    cores: int
+    """Multiprocessors."""
+    bandwidth: int
+    """Bytes/s of its memory."""
+    cache: int
+    """Bytes of its L2 cache."""
+    clock: float
+    """GHz."""
+    memory: int
+    """Bytes."""
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 2_039_000_000_000, 41_943_040, 1.41, 85_174_583_296),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 3_352_320_000_000, 52_428_800, 1.98, 84_942_979_072),
+    "h200": Gpu("NVIDIA H200", 132, 4_800_000_000_000, 52_428_800, 1.98, 150_754_820_096),
+    "b200": Gpu("NVIDIA B200", 148, 8_000_000_000_000, 132_644_864, 1.965, 180_000_000_000),
+    "gb200": Gpu("NVIDIA GB200", 152, 8_000_000_000_000, 132_644_864, 2.062, 186_000_000_000),
 }
 """The H100's figures are what the device reports; those of the others are from their data sheets."""
 
@@ -74,5 +53,7 @@ def gpu_target(compiler_name: str, shared_memory: int = 0) -> str:
     Args:
         shared_memory: bytes of it that a block may have; 0 for the chip's.
     """
-    per_block = shared_memory or CHIPS[compiler_name].memory
-    return _GPU_TARGET.format(**_GPUS[compiler_name], per_block=per_block, per_core=per_block + KIB)
+    on_chip = CHIPS[compiler_name]
+    per_block = shared_memory or on_chip.memory
+    figures = GPUS[compiler_name]._asdict() | {"major": on_chip.generation}
+    return _GPU_TARGET.format(**figures, per_block=per_block, per_core=per_block + KIB)

@@ -12,7 +12,6 @@ Every time here is a bound, not a measurement. Of one step:
 - `slowest`: the three in turn, nothing hidden.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -93,7 +92,7 @@ class Network:
         places = []
         for device in mesh.devices.flat:
             if topology.chip.platform == "gpu":
-                places.append((device.id // math.prod(topology.shape), ()))
+                places.append((device.id // topology.slice_devices, ()))
             else:
                 slice_index = getattr(device, "slice_index", 0) if topology.slices > 1 else 0
                 places.append((slice_index, tuple(device.coords[: len(topology.shape)])))

@@ -2,6 +2,7 @@
 
     v5e:16x16      one slice of 256 TPU v5e       2*v5e:16x16   two of them, joined by the data-centre network
     v7x:4x4x4      64 chips, 128 devices          h100:256x8    256 nodes of eight GPUs
+    gb200:18x4     a rack of 18 trays
 
 Everything is checked before JAX is loaded.
 """
@@ -20,7 +21,10 @@ FLAT_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 """Slices of the chips with a two-dimensional torus."""
 SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 """Slices of the chips with a three-dimensional torus that are smaller than its 4x4x4 cubes."""
-GPUS_PER_NODE = 8
+GPUS_OF_NODES = {"a100": (8, 4, 16), "h100": (8, 4), "h800": (8,), "h200": (8, 4), "b200": (8, 4), "gb200": (4,)}
+"""GPUs that a node has, where such nodes are sold; the usual first."""
+JOINED_NODES = {"gb200": 18}
+"""Nodes that one NVLink switch joins, where it joins several: the trays of a rack."""
 MOST_CHIPS = {"v5p": 8960, "v7x": 9216}
 ALIASES = {"tpu7x": "v7x", "ironwood": "v7x", "v5litepod": "v5e", "trillium": "v6e"}
 
@@ -32,9 +36,9 @@ class Topology:
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    """TPU: chips along each dimension of one slice's torus. GPU: (GPUS_PER_NODE,), which one switch joins."""
+    """TPU: chips along each dimension of one slice's torus. GPU: (GPUs of a node,)."""
     slices: int
-    """Slices (TPU) or nodes (GPU), between which the data-centre network runs."""
+    """Slices (TPU), between which the data-centre network runs, or nodes (GPU)."""
 
     @property
     def chips(self) -> int:
@@ -48,8 +52,8 @@ class Topology:
 
     @property
     def slice_devices(self) -> int:
-        """Devices in one slice or node."""
-        return self.device_count // self.slices
+        """Devices of one slice, or as many as one NVLink switch joins."""
+        return self.device_count // self.slices * JOINED_NODES.get(self.chip.name, 1)
 
     def is_ring(self, dimension: int) -> bool:
         """Whether a dimension of the torus closes: 16 chips (v5e, v6e), or whole cubes of 4x4x4 (v5p, v7x)."""
@@ -67,7 +71,7 @@ def parse_topology(text: str, slices: int = 0) -> Topology:
     if not match:
         raise ConfigError(
             f"--topology={text}: is not the name of a cluster. Write chip:shape, such as v5p:8x8x8, v5e:16x16, "
-            f"2*v6e:16x16 for two slices, or h100:256x8 for 256 nodes of {GPUS_PER_NODE}."
+            "2*v6e:16x16 for two slices, or h100:256x8 for 256 nodes of eight GPUs."
         )
     times, word, dimensions = match.groups()
     word = ALIASES.get(word.lower(), word.lower())
@@ -83,13 +87,16 @@ def parse_topology(text: str, slices: int = 0) -> Topology:
         raise ConfigError(f"--topology={text}: sizes and slices must be at least 1.")
     if chip.platform == "gpu":
         if times or slices:
-            raise ConfigError(f"--topology={text}: GPU clusters have nodes, not slices. Write {word}:NODESx8.")
-        if len(shape) != 2 or shape[1] != GPUS_PER_NODE:
             raise ConfigError(
-                f"--topology={text}: a GPU cluster is written nodes x {GPUS_PER_NODE}, such as "
-                f"{word}:{max(1, math.prod(shape) // GPUS_PER_NODE)}x{GPUS_PER_NODE}."
+                f"--topology={text}: GPU clusters have nodes, not slices. Write {word}:NODESx{GPUS_OF_NODES[word][0]}."
             )
-        return Topology(text, chip, (GPUS_PER_NODE,), shape[0])
+        sizes = GPUS_OF_NODES[word]
+        if len(shape) != 2 or shape[1] not in sizes:
+            raise ConfigError(
+                f"--topology={text}: a node of {word} has {' or '.join(map(str, sorted(sizes)))} GPUs. Write nodes x "
+                f"GPUs, such as {word}:{max(1, -(-math.prod(shape) // sizes[0]))}x{sizes[0]}."
+            )
+        return Topology(text, chip, shape[1:], shape[0])
     _check_slice(text, chip, shape)
     return Topology(f"{count}*{chip.name}:{dimensions}" if count > 1 else text, chip, shape, count)
 
@@ -136,7 +143,7 @@ def compile_only_devices(topology: Topology) -> list:
         described = topologies.get_topology_desc(
             platform="cuda",
             topology_name=chip.compiler_name,
-            topology=f"{topology.slices}x1x{GPUS_PER_NODE}",  # nodes, hosts in each, devices of a host
+            topology=f"{topology.slices}x1x{dimensions}",  # nodes, hosts in each, devices of a host
             target_config=gpu_target(chip.compiler_name),
         )
         return list(described.devices)

@@ -20,6 +20,7 @@ from opendeep_jax.train.health import new_health
 from opendeep_jax.train.state import TrainState
 
 RULES = {"adamw": "AdamW", "muon": "Muon"}
+"""How rules are spelled, where not as `optimizer.kind` has them."""
 NAMED = 3
 """Arrays that a refusal names."""
 
@@ -52,13 +53,13 @@ def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainSt
     kept, notes = {}, []
     for rule in sorted({place[0] for place in mine.values() if place}):
         names = [name for name, place in mine.items() if place and place[0] == rule]
-        found = {name: moments.get(mine[name], "") for name in names}
+        found, called = {name: moments.get(mine[name], "") for name in names}, RULES.get(rule, rule)
         if all(_fits(saved, found[name], items[OPTIMIZER][name]) for name in names):
             kept |= found
-            notes.append(_kept(RULES[rule], saved, found, items[OPTIMIZER]))
+            notes.append(_kept(called, saved, found, items[OPTIMIZER]))
         else:
             notes.append(
-                f"{RULES[rule]}'s moments begin anew, at zero, as the parent has none for all of its weights; the "
+                f"{called}'s moments begin anew, at zero, as the parent has none for all of its weights; the "
                 "schedule has no warm-up for that, so a lower rate may be wise at first"
             )
     rest = [name for name, place in mine.items() if not place and (keep_health or not name.startswith(".health"))]

@@ -340,8 +340,12 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     """
     config = load_run_config(workdir)
     directory = Path(workdir).resolve() / DIRECTORY
-    if not directory.is_dir():
+    steps = steps_in(directory)
+    if not steps:
         raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
     bones = skeleton(config.model.settled())
     axes = bones.axes()
 
@@ -351,10 +355,6 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
             sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    steps = steps_in(directory)
-    if not steps or step not in (None, *steps):
-        there = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
     step = steps[-1] if step is None else step
     kinds = {"params": nnx.Param, "router_bias": RouterBias}
     abstract = {

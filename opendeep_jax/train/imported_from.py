@@ -10,6 +10,7 @@ from typing import Any
 
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.interop.hf_front import HUB_NAME, read_front_matter
+from opendeep_jax.train.origin import ORIGIN, parent_directory
 
 IMPORTED_FROM = "imported.json"
 
@@ -61,10 +62,10 @@ def read_imported_from(workdir: str | Path) -> dict[str, Any]:
         seen.add(path)
         if facts := _object(path / IMPORTED_FROM):
             return facts
-        parent = _object(path / "origin.json").get("parent")
-        if not isinstance(parent, str):
+        origin = _object(path / ORIGIN)
+        if origin.get("kind") != "branch":
             break
-        path = Path(parent)
+        path = parent_directory(origin)
     return {}
 
 

@@ -45,6 +45,11 @@ def read_origin(workdir: str | Path) -> dict[str, Any]:
         ) from error
 
 
+def parent_directory(origin: dict[str, Any]) -> Path:
+    """Return where a branch's parent lies, from wherever it is asked; an empty path where nothing says it."""
+    return Path(str(origin.get("parent_absolute") or origin.get("parent") or ""))
+
+
 def write_origin(workdir: str | Path, kind: str, step: int = 0, **fields: Any) -> dict[str, Any]:
     """Write what a run begins from, in one step, and return it. Raises OSError where the disk does not take it."""
     origin = {"kind": kind, "step": int(step), **fields}

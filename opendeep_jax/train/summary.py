@@ -19,7 +19,7 @@ from opendeep_jax.train.cpu_peak import cpu_peak
 from opendeep_jax.train.progress import human_bytes, human_count
 from opendeep_jax.train.state import TrainState, bytes_on_each_device
 
-OLDER_PEAK_TFLOPS = {"TPU v4": 275, "NVIDIA A100": 312}
+OLDER_PEAK_TFLOPS = {"TPU v4": 275}
 """Dense bfloat16 peaks of devices that have no kernels of ours and no plans, by how their `device_kind` begins."""
 
 

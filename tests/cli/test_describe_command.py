@@ -59,6 +59,12 @@ def test_a_runs_directory_is_described_as_it_was_configured(small_run, capsys):
     assert run["data"]["prepared_tokens"] > 0
 
 
+def test_a_recipe_is_not_described_with_the_text_of_a_run(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps({"train_tokens": 5, "vocab_size": 300}))
+    run = described(capsys, "--config=quickstart", f"--workdir={tmp_path}")
+    assert run["data"]["prepared_tokens"] is None and run["data"]["vocab_size"] is None
+
+
 def test_the_table_has_aligned_columns_and_names_every_part(capsys):
     assert main(["describe", "--config=quickstart"]) == 0
     out = capsys.readouterr().out

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
 from opendeep_jax.serving.sources import open_codec
 from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.train.origin import write_origin
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -80,6 +82,16 @@ def test_weights_go_through_every_format_unchanged(small):
     assert first == last
 
 
+def test_without_a_recipe_rows_are_no_longer_than_the_model_reads():
+    codec = codec_from_tokenizer(byte_tokenizer())
+    model = random_model(dataclasses.replace(CONFIG, context_length=48))
+    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_from_codec(codec, 264))
+    import_.main(["gguf", "short.gguf", "--out=run"])
+    assert load_run_config("run").data.sequence_length == 48
+    with pytest.raises(ConfigError, match="model.context_length = 48: the run trains rows of 64"):
+        import_.main(["gguf", "short.gguf", "--out=longer", "--data.sequence_length=64"])
+
+
 def test_an_imported_run_trains_on_with_what_was_said_at_the_import(small, capsys):
     Path("corpus").mkdir()
     write_text(Path("corpus"))
@@ -120,6 +132,31 @@ def test_a_runs_card_names_it_with_license_text_and_training(small_run, capsys):
     export.main(["hf", f"--workdir={small_run}", "--out=own", "--license=MIT", "--name=Mine", "--dtype=float32"])
     assert front("own")["license"] == "mit" and "# Mine\n" in Path("own/README.md").read_text()
     assert "--license" not in capsys.readouterr().out
+
+
+def test_a_branchs_card_has_the_training_and_text_of_the_runs_before_it(small_run):
+    shutil.copytree(small_run, "branch")
+    config = load_run_config(small_run)
+    source = dataclasses.replace(config.data.sources[0], name="annealing text", license="CC-BY-4.0")
+    data = dataclasses.replace(config.data, sources=(source,))
+    branch = dataclasses.replace(config, name="annealed", data=data)
+    save_run_config(branch, branch, "branch")
+
+    def card(parent: str) -> str:
+        write_origin("branch", "branch", 8, parent="as/it/was/called", parent_absolute=parent)
+        export.main(["hf", "--workdir=branch", "--out=out", "--license=MIT"])
+        text = Path("out/README.md").read_text()
+        shutil.rmtree("out")
+        return text
+
+    first, last = tokens_before(config, 8), tokens_before(config, config.train.steps)
+    whole, alone = card(str(small_run)), card("/nowhere")
+    own = f"Trained for {config.train.steps - 8} steps on {last - first:,} tokens, as the run annealed."
+    before = f"Trained for 8 steps on {first:,} tokens, as the run {config.name}."
+    assert 0 < whole.index(before) < whole.index(own) and f"| tokens trained on | {last:,} |" in whole
+    assert f"| {config.data.sources[0].name} | 100.0% of {first:,} tokens | CC0-1.0 |" in whole
+    assert f"| annealing text | 100.0% of {last - first:,} tokens | CC-BY-4.0 |" in whole
+    assert own in alone and "as/it/was/called at step 8): its text is not in this card." in alone
 
 
 def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):

@@ -19,7 +19,7 @@ def network(name: str, **axes: int) -> Network:
     """A mesh laid over a topology in the order of its coordinates."""
     topology = parse_topology(name)
     if topology.chip.platform == "gpu":
-        places = [(device // 8, ()) for device in range(topology.device_count)]
+        places = [(device // topology.slice_devices, ()) for device in range(topology.device_count)]
     else:
         within = list(itertools.product(*map(range, topology.shape)))
         places = [(index, place) for index in range(topology.slices) for place in within]
@@ -72,6 +72,12 @@ def test_what_crosses_nodes_takes_both_networks():
     assert across[SWITCH] == pytest.approx(2 * 7e9 / 450e9)
     assert net.seconds(message("all-to-all", range(16)))[DCN] == pytest.approx(4e9 / 50e9)
     assert net.seconds(message("collective-permute", (0, 8))) == {DCN: pytest.approx(8e9 / 50e9)}
+
+
+def test_the_trays_of_a_rack_are_joined_by_its_switch():
+    net = network("gb200:36x4", data=2, fsdp=72)
+    assert set(net.seconds(message("all-gather", range(72)))) == {SWITCH}
+    assert set(net.seconds(message("all-gather", (0, 72)))) == {DCN}
 
 
 def test_slices_are_joined_by_the_slow_network():

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+import kernels_pallas.chips
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.parallel.chips import CHIPS
-from opendeep_jax.plan.topology import check_compiler, parse_topology
+from opendeep_jax.plan.gpu_target import GPUS
+from opendeep_jax.plan.topology import GPUS_OF_NODES, JOINED_NODES, check_compiler, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,9 @@ from opendeep_jax.plan.topology import check_compiler, parse_topology
         ("v6e:16x16", 4, 1024, 1024, 4),
         ("h100:256x8", 0, 2048, 2048, 256),
         ("B200:1x8", 0, 8, 8, 1),
+        ("a100:2x16", 0, 32, 32, 2),
+        ("h200:3x4", 0, 12, 12, 3),
+        ("gb200:36x4", 0, 144, 144, 36),
     ],
 )
 def test_a_name_says_chips_and_slices(name, slices, chips, devices, count):
@@ -39,7 +44,9 @@ def test_a_name_says_chips_and_slices(name, slices, chips, devices, count):
         ("v5p:6x8x8", 0, "v5p:8x8x8"),
         ("v5p:64x64x64", 0, "a pod of v5p has 8,960"),
         ("h100:256", 0, "h100:32x8"),
-        ("h100:4x4", 0, "h100:2x8"),
+        ("h100:4x6", 0, "h100:3x8"),
+        ("gb200:2x8", 0, "gb200:4x4"),
+        ("a100:0x8", 0, "at least 1"),
         ("h100:4x8", 2, "nodes, not slices"),
         ("2*v5e:2x2", 3, "2 slices"),
         ("0*v5e:2x2", 0, "at least 1"),
@@ -71,6 +78,15 @@ def test_a_missing_compiler_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"pip install 'opendeep-jax\[{extra}\]'"):
         check_compiler(parse_topology(name))
+
+
+def test_every_chip_of_the_plan_is_known_to_kernels_and_the_compiler_and_gpus_have_nodes():
+    gpus = {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
+    assert set(GPUS_OF_NODES) == gpus and set(JOINED_NODES) <= gpus
+    assert {CHIPS[name].compiler_name for name in gpus} == set(GPUS)
+    assert set(kernels_pallas.chips.CHIPS) == set(CHIPS) - {"h800"}  # which is an H100 to its kernels
+    for name in gpus:  # 95 % of the memory that the compiler is told
+        assert CHIPS[name].memory_bytes == pytest.approx(0.95 * GPUS[CHIPS[name].compiler_name].memory, rel=3e-3)
 
 
 def test_names_are_checked_without_jax():

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from processes import tiny_config
 from rich.console import Console
+from small_models import DENSE, run_config
 
 from opendeep_jax.cli.main import main
 from opendeep_jax.cli.train import check_start
@@ -23,14 +25,17 @@ from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
 from opendeep_jax.data.passed_over import read_passed_over
 from opendeep_jax.data.tokenizer import train_bpe
 from opendeep_jax.jobs import watch_run, watch_terminal
+from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train import branch, loop
 from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
-from opendeep_jax.train.checkpoint_files import read_record, steps_in
+from opendeep_jax.train.branch_state import plan_move
+from opendeep_jax.train.checkpoint_files import read_record, steps_in, to_items
 from opendeep_jax.train.checkpoint_tools import average, differences, open_arrays
 from opendeep_jax.train.metrics import read_jsonl
-from opendeep_jax.train.optimizer import learning_rate_schedule
+from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from opendeep_jax.train.origin import read_origin
+from opendeep_jax.train.state import init_state
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +364,17 @@ def test_a_branch_reads_other_text_with_its_parents_tokenizer(trunk, tmp_path):
     same = f"--data.tokenizer={parent / 'tokenizer.json'}"
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'named'}", same)
     assert with_own_tokenizer(load_run_config(parent), parent).data.tokenizer == "bpe:300"
+
+
+def test_a_rule_added_later_keeps_its_moments_or_begins_anew_by_its_own_name():
+    config = run_config(DENSE)
+    template = jax.eval_shape(lambda: init_state(config, make_optimizer(config, skeleton(DENSE).axes())))
+    saved = {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+        for item in to_items(template).values()
+        for name, array in item.items()
+    }
+    later = SimpleNamespace(optimizer=SimpleNamespace(kind="later"))  # all that is read of it
+    record = {"step": 3, "arrays": saved}
+    said = [plan_move(record, there, later, template, keep_health=True).notes[0] for there in (later, config)]
+    assert said[0] == "later's moments are kept" and said[1].startswith("later's moments begin anew")

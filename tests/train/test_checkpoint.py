@@ -108,6 +108,10 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path)
     with pytest.raises(ConfigError, match="no run can be read there"):
         load_model(tmp_path)
     save_run_config(CONFIG, CONFIG, tmp_path)
+    for step in (None, 3):
+        with pytest.raises(ConfigError, match="has no checkpoint yet"):
+            load_model(tmp_path, step)
+    (tmp_path / "checkpoints").mkdir()  # as of a run before its first one
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         load_model(tmp_path)
     save(tmp_path, state_on(1, 2), state_on(1, 4))

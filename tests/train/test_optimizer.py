@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import DENSE, compiled, packed_batch, random_arrays, run_config
+from small_models import DENSE, OPTIMIZERS, compiled, packed_batch, random_arrays, run_config
 
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
@@ -157,7 +157,7 @@ def moments(state, *kinds):
     }
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_moments_are_stored_in_their_own_dtypes(kind):
     config = run(kind=kind, first_moment_dtype="bfloat16", second_moment_dtype="bfloat16")
     params, state = three_steps(config)
@@ -320,7 +320,7 @@ def test_rounding_is_the_same_on_any_mesh_and_after_a_restart():
 # ---- the run's step
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_passed_over(kind):
     model = dataclasses.replace(DENSE, num_layers=1, num_dense_layers=1)
     settings = {"schedule": "cosine", "warmup_steps": 3, "learning_rate": 1e-3, "weight_decay": 0.3}
