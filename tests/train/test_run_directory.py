@@ -58,7 +58,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoints_before(method, tm
 def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=8000))
-        with pytest.raises(OSError, match=r"No space left on device: a checkpoint takes 8.33 KiB, 7.81 KiB are free"):
+        with pytest.raises(OSError, match=r"No space left on device: a checkpoint takes 9.33 KiB, 7.81 KiB are free"):
             checkpoints.save(state_at(1))
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9000))
         checkpoints.save(state_at(1))
