@@ -119,7 +119,6 @@ class TextCodec:
             shown = "".join(sorted(lost))[:20]
             logging.getLogger(__name__).warning("The tokenizer has no token for %r: the model does not see it.", shown)
 
-
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of ids, as the library's own decoder has it; ids outside of the vocabulary give nothing.
 
