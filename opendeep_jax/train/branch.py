@@ -91,7 +91,7 @@ def check_branch(config: RunConfig, workdir: str | Path, parent: str) -> None:
                 "to go on with that run, or give the branch a new --workdir."
             )
         return check_workdir(config, workdir)
-    check_workdir(config, workdir)
+    check_workdir(config, workdir, branches=True)
     check_tokenizer(config, open_parent(config, parent))
 
 

@@ -61,7 +61,7 @@ def read_imported_from(workdir: str | Path) -> dict[str, Any]:
         seen.add(path)
         if facts := _object(path / IMPORTED_FROM):
             return facts
-        parent = _object(path / "origin.json").get("parent")
+        parent = _object(path / "origin.json").get("parent_absolute")
         if not isinstance(parent, str):
             break
         path = Path(parent)

@@ -220,6 +220,10 @@ def test_a_work_directory_alone_goes_on_with_its_own_configuration_and_its_recip
         (["--from={}/nowhere", "--workdir={}/new"], "--from=.*/nowhere: no run can be read there"),
         (["--from={}/run@last", "--workdir={}/new"], "comes the step of a checkpoint"),
         (["--form={}/run", "--workdir={}/new"], r"Did you mean --from\?"),
+        (["--config=quickstart", "--from=", "--workdir={}/new"], "--from=: it has no value"),
+        (["--config=quickstart", "--from", "", "--workdir={}/new"], "--from=: it has no value"),
+        (["--config=quickstart", "--workdir="], "--workdir=: it has no value"),
+        (["--config=", "--workdir={}/run"], "--config=: it has no value"),
     ],
 )
 def test_what_can_be_neither_begun_nor_gone_on_with_is_said(arguments, message, tmp_path):

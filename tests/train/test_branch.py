@@ -28,9 +28,10 @@ from opendeep_jax.train import branch, loop
 from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
 from opendeep_jax.train.checkpoint_files import read_record, steps_in
 from opendeep_jax.train.checkpoint_tools import average, differences, open_arrays
+from opendeep_jax.train.imported_from import read_imported_from, write_imported_from
 from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.optimizer import learning_rate_schedule
-from opendeep_jax.train.origin import read_origin
+from opendeep_jax.train.origin import read_origin, write_origin
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +360,17 @@ def test_a_branch_reads_other_text_with_its_parents_tokenizer(trunk, tmp_path):
     same = f"--data.tokenizer={parent / 'tokenizer.json'}"
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'named'}", same)
     assert with_own_tokenizer(load_run_config(parent), parent).data.tokenizer == "bpe:300"
+
+
+def test_an_imported_run_is_branched_from_and_its_source_is_known_in_any_directory(trunk, tmp_path, monkeypatch):
+    home = shutil.copytree(trunk, tmp_path / "tuned")
+    config = load_run_config(home)
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(home / "tokenizer.json")))
+    save_run_config(own, own, home)
+    write_origin(home, "import")
+    write_imported_from(home, {"source": "organization/model"})
+    monkeypatch.chdir(tmp_path)
+    start("--from=tuned@4", "--workdir=branch")
+    assert steps_in(tmp_path / "branch" / "checkpoints") == [4]
+    monkeypatch.chdir(tmp_path.parent)
+    assert read_imported_from(tmp_path / "branch") == {"source": "organization/model"}
