@@ -84,8 +84,11 @@ def resolve(argv: Sequence[str], program: str = "opendeep train", trains: bool =
     if process.config:
         base = recipe = load_recipe(process.config)
     else:
-        _group(rest, dict(_leaves(RunConfig, RunConfig())))  # a misspelt --confg is the better answer
-        base, recipe = _without_recipe(process.workdir if trains else None, parent)
+        try:
+            base, recipe = _without_recipe(process.workdir if trains else None, parent)
+        except ConfigError:
+            _check_flags(rest)  # a misspelt --confg is the better answer
+            raise
     name = recipe_title(process.config or "")
     job = process.coordinator_address, process.num_processes, process.process_id
     workdir, config = process.workdir or f"runs/{name}", apply(base, rest)
@@ -234,6 +237,15 @@ def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[s
     if problems:
         raise ConfigError("\n".join(problems))
     return overrides
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
+    fields = dict(_leaves(RunConfig, RunConfig()))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and "." not in name and name not in fields:
+            raise ConfigError(f"--{name}: {_why_unknown(name, fields)}")
 
 
 def _why_unknown(name: str, fields: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, diff, load_recipe, save_run_config
 from opendeep_jax.config.overrides import Launch, apply, resolve
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.config.schema import DataPhase, RunConfig
 
 
 def changed(*arguments: str) -> dict:
@@ -207,6 +207,17 @@ def test_a_work_directory_alone_goes_on_with_its_own_configuration_and_its_recip
     back, _ = resolve([f"--workdir={tmp_path / 'run'}", f"--train.log_every={recipe.train.log_every}"], trains=True)
     save_run_config(back, None, launch.workdir)
     assert (tmp_path / "run" / "config_diff.txt").read_text() == "seed  0 -> 3\n"
+
+
+@pytest.mark.parametrize("place", ["--workdir={}/run", "--from={}/run@5 --workdir={}/branch"])
+def test_without_a_recipe_the_entries_of_the_runs_own_configuration_are_set_as_its_recipes_are(place, tmp_path):
+    phases = DataPhase("a", tokens=10**6), DataPhase("b", sequence_length=128)
+    recipe = load_recipe("quickstart")
+    ran = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, phases=phases))
+    (tmp_path / "run").mkdir()
+    save_run_config(ran, recipe, tmp_path / "run")
+    config, _ = resolve([*place.format(tmp_path, tmp_path).split(), "--data.phases.1.sequence_length=64"], trains=True)
+    assert config.data.phases == (phases[0], DataPhase("b", sequence_length=64))
 
 
 @pytest.mark.parametrize(
