@@ -4,12 +4,14 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from opendeep_jax.cli.flags import check_misspelt, make_flags
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import CONFIG_FILE
 from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -115,6 +117,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--processes={values.processes}: is for --target=local; a cluster's processes follow from --topology."
         )
+    if launch.parent and not Path(launch.workdir, CONFIG_FILE).exists():  # else it is a branch already
+        from opendeep_jax.train.branch_parent import check_tokenizer, open_parent  # JAX takes a while
+
+        check_tokenizer(config, open_parent(config, launch.parent))
     job = Job(
         values.target,
         config,

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     settings, rest = _take_settings(argv)
     values, rest = _parse(rest)
 
-    from opendeep_jax.config.overrides import resolve  # tyro takes a while
+    from opendeep_jax.config.overrides import refuse_empty, resolve  # tyro takes a while
     from opendeep_jax.jobs.sweep import report, run_sweep
     from opendeep_jax.jobs.sweep_plan import one_checkpoint, plan_sweep, read_sweep
 
@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
         sweep, runs = read_sweep(values.workdir, values.metric)
         report(sweep, runs)
         return 0
-    parent = values["from"].value
+    for name in ("config", "workdir", "from"):
+        refuse_empty(name, values[name].value)
+    parent = values["from"].value or ""
     if parent and not values.workdir:
         raise ConfigError(f"--from={parent}: --workdir is missing: say where the sweep of its branches is to be.")
     if parent:
@@ -90,8 +92,6 @@ def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """The sweep's own flags, and the arguments that belong to the recipe."""
     values = make_flags(
-        config=("", ""),
-        workdir=("", ""),
         trials=(0, ""),
         seeds=(1, ""),
         parallel=(1, ""),
@@ -99,7 +99,8 @@ def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         metric=("", ""),
         draw_seed=(0, ""),
     )
-    flags.DEFINE_string("from", "", "", flag_values=values)
+    for name in ("config", "workdir", "from"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
     methods = ["grid", "zip", "random", "optuna"]
     flags.DEFINE_enum("method", "grid", methods, "", flag_values=values)
     flags.DEFINE_boolean("collect", False, "", flag_values=values)

@@ -282,12 +282,15 @@ def parent_of(text: str) -> tuple[Path, int | None]:
     return Path(run), int(step)
 
 
-def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
+def check_workdir(config: RunConfig, workdir: str | os.PathLike, branches: bool = False) -> None:
     """Makes `workdir` and raises ConfigError unless `config` can be run or resumed in it.
 
     Refused are a path that is no directory or cannot be written, a nearly full disk, and the directory of a run that
     computes something else. Fields in HARMLESS may differ, those in ROUNDING too with a printed line that says what
     follows, and a constant schedule may be made longer.
+
+    Args:
+        branches: what begins here begins from a checkpoint, and not from its seed.
     """
     workdir = Path(workdir)
     try:
@@ -306,7 +309,8 @@ def check_workdir(config: RunConfig, workdir: str | os.PathLike) -> None:
             f"{SMALLEST_FREE_BYTES / 2**20:.0f} MiB or more. Free some space, or choose a directory on another disk."
         )
     if not (workdir / CONFIG_FILE).exists():
-        _check_own_weights(config, workdir)
+        if not branches:
+            _check_own_weights(config, workdir)
         return
     changes = diff(load_run_config(workdir), config)
     rounding = [entry for entry in changes if is_among(entry[0], ROUNDING)]

@@ -74,7 +74,9 @@ def resolve(argv: Sequence[str], program: str = "opendeep train", trains: bool =
             from, in place of a recipe.
     """
     process, rest = _parse_process_flags(argv, program)
-    parent = process["from"].value
+    for name in ("config", "workdir", "from"):
+        refuse_empty(name, process[name].value)
+    parent = process["from"].value or ""
     if parent and not trains:
         raise ConfigError(f"--from={parent}: {program} has no use for it. Only `opendeep train` and `launch` branch.")
     if {"-h", "--help"} & set(rest):
@@ -84,8 +86,11 @@ def resolve(argv: Sequence[str], program: str = "opendeep train", trains: bool =
     if process.config:
         base = recipe = load_recipe(process.config)
     else:
-        _group(rest, dict(_leaves(RunConfig, RunConfig())))  # a misspelt --confg is the better answer
-        base, recipe = _without_recipe(process.workdir if trains else None, parent)
+        try:
+            base, recipe = _without_recipe(process.workdir if trains else None, parent)
+        except ConfigError:
+            _check_flags(rest)  # a misspelt --confg is the better answer
+            raise
     name = recipe_title(process.config or "")
     job = process.coordinator_address, process.num_processes, process.process_id
     workdir, config = process.workdir or f"runs/{name}", apply(base, rest)
@@ -96,6 +101,12 @@ def resolve(argv: Sequence[str], program: str = "opendeep train", trains: bool =
         recipe, config = (dataclasses.replace(c, name=title) for c in (recipe, config))
     launch = Launch(name, workdir, process.verbosity, recipe, *job, process.config or "", parent)
     return config, launch
+
+
+def refuse_empty(name: str, value: str | None) -> None:
+    """Raise ConfigError for a flag that is given without a value: a shell's variable that is not set, nearly always."""
+    if value == "":
+        raise ConfigError(f"--{name}=: it has no value. Give one (is a variable of the shell empty?), or leave it out.")
 
 
 def run_title(name: str, workdir: str) -> str:
@@ -199,7 +210,7 @@ def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagV
     flags.DEFINE_string("config", None, "Recipe: a name, NAME:SIZE, or the path of a .py file.", flag_values=process)
     flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME if not given.", flag_values=process)
     text = "Begin as a branch: with the checkpoint of another RUN (or RUN@STEP), weights and moments."
-    flags.DEFINE_string("from", "", text, flag_values=process)
+    flags.DEFINE_string("from", None, text, flag_values=process)
     flags.DEFINE_integer("verbosity", -1, "Log level: 1 debug, 0 info, -1 warnings.", flag_values=process)
     text = "Of a job of several processes that no environment describes: host:port of process 0."
     flags.DEFINE_string("coordinator_address", "", text, flag_values=process)
@@ -253,6 +264,15 @@ def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[s
     if problems:
         raise ConfigError("\n".join(problems))
     return overrides
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
+    fields = dict(_leaves(RunConfig, RunConfig()))
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and "." not in name and name not in fields:
+            raise ConfigError(f"--{name}: {_why_unknown(name, fields)}")
 
 
 def _why_unknown(name: str, fields: dict[str, Any]) -> str:

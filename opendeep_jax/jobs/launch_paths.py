@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import parent_of
 from opendeep_jax.config.paths import paths
 from opendeep_jax.config.schema import RunConfig, TrainConfig
 
@@ -69,5 +70,5 @@ def _given(command: Sequence[str]) -> list[tuple[str, str]]:
         if not found["config"].endswith(".py"):
             del found["config"]  # a recipe that ships with OpenDeep
     if "from" in found:
-        found["from"] = found["from"].rpartition("@")[0] or found["from"]
+        found["from"] = str(parent_of(found["from"])[0])
     return list(found.items())

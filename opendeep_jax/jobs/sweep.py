@@ -57,7 +57,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
     if sweep.method == "optuna":
         check_optuna(sweep)
     tried, runs = check(sweep)
-    check_workdir(sweep.base, sweep.directory)
+    check_workdir(sweep.base, sweep.directory, branches=bool(sweep.parent))
     with locked(sweep.directory, "sweeps", seconds=5.0):
         if sweep.method == "optuna":  # what another process has added while this one waited
             tried, runs = check(sweep)

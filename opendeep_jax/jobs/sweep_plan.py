@@ -160,15 +160,16 @@ def one_checkpoint(parent: str, directory: str | Path) -> str:
     Without a step it is that of the sweep in `directory`, or else the newest. Raises ConfigError where there is none.
     """
     run, step = parent_of(parent)
-    if step is not None:
-        return parent
     if (Path(directory) / SPEC).exists():
         before = read_spec(directory).get("from", "")
-        return before if before.rpartition("@")[0] == str(run) else parent
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
+        return before if step is None and before.rpartition("@")[0] == str(run) else parent
+    steps = sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
     if not steps:
         raise ConfigError(f"--from={parent}: {run} has no checkpoint yet. Let `opendeep train` reach its first one.")
-    return f"{run}@{max(steps)}"
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"--from={parent}: {run} has no checkpoint of step {step}; there are: {there}.")
+    return f"{run}@{steps[-1]}" if step is None else parent
 
 
 def check(sweep: Sweep) -> tuple[list[Combination], list[Run]]:

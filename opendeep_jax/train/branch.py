@@ -37,7 +37,8 @@ from opendeep_jax.config.load import (
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.data.passed_over import PASSED_OVER, read_passed_over
-from opendeep_jax.data.provenance import TOKENIZER_FILE
+from opendeep_jax.data.prepared import check_data
+from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
 from opendeep_jax.parallel.mesh import make_mesh
@@ -90,9 +91,19 @@ def check_branch(config: RunConfig, workdir: str | Path, parent: str) -> None:
                 f"--from={parent}: --workdir={workdir} holds a run already, and it {_began(origin)}. Leave --from out "
                 "to go on with that run, or give the branch a new --workdir."
             )
-        return check_workdir(config, workdir)
-    check_workdir(config, workdir)
+        return _check_begun(config, workdir)
+    check_workdir(config, workdir, branches=True)
     check_tokenizer(config, open_parent(config, parent))
+
+
+def _check_begun(config: RunConfig, workdir: Path) -> None:
+    try:
+        check_workdir(config, workdir)
+    except ConfigError as error:
+        if (workdir / DATA_FILE).exists():
+            raise
+        cure = f"Nothing has been trained there yet: delete {workdir} to begin with these settings."
+        raise ConfigError(f"{error} {cure}") from error
 
 
 def _is_parent(run: Path, origin: dict) -> bool:
@@ -149,12 +160,14 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
         comparable = all(is_among(name, SAME_LOSS) for name, _, _ in changes)
         move = plan_move(parent.record, parent.config, config, template, keep_health=comparable)
         if move.refusal:
-            lines = format_diff([change for change in changes if change[0].startswith("model.")]).strip()
+            lines = format_diff([change for change in changes if change[0].startswith("model.")]).splitlines()
+            differences = "\n  ".join(lines or ["none differs in config.json"])
             raise ConfigError(
                 f"--from={given}: the weights of {parent.workdir} do not fit this configuration: {move.refusal}. "
                 "A branch may change what is done with the weights, and none of their shapes. Take these back (there "
-                f"-> here):\n  {lines or 'none differs in config.json'}".replace("\n", "\n  ")
+                f"-> here):\n  {differences}"
             )
+        primary_first("branch/text", lambda: check_data(_with_tokenizer(config, parent.workdir)))
         notes = [*move.notes, *_notes(config, parent, changes)]
         if is_primary():
             say("\n".join([f"branch of {parent.workdir} at step {parent.step:,}", *(f"  {note}" for note in notes)]))
@@ -226,8 +239,13 @@ def remove_unfinished(workdir: str | Path) -> None:
 
 def with_own_tokenizer(config: RunConfig, workdir: str | Path) -> RunConfig:
     """`config` as a branch reads its text: with the tokenizer that it has from its parent, whatever the sources."""
+    return _with_tokenizer(config, workdir) if read_origin(workdir)["kind"] == "branch" else config
+
+
+def _with_tokenizer(config: RunConfig, workdir: str | Path) -> RunConfig:
+    """`config` with the tokenizer that a work directory keeps, if it keeps one."""
     path = Path(workdir, TOKENIZER_FILE).absolute()
-    if read_origin(workdir)["kind"] != "branch" or not path.exists():
+    if not path.exists():
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
 

@@ -172,10 +172,11 @@ class Recovery:
         if before >= self.faults.max_rollbacks:
             times = "once" if before == 1 else f"{before} times"
             diagnosis = (
-                f"stopped at step {at_step:,}: {fault}. The run has gone back to step {to_step:,} {times} "
-                f"without reaching a new checkpoint (faults.max_rollbacks = {self.faults.max_rollbacks}), so a further "
-                f"attempt would end the same way. {self.workdir / 'events.jsonl'} names the steps, their "
-                f"documents and their devices. {self._cure(fault, to_step, before)}"
+                f"stopped at step {at_step:,}: {fault}. The run has gone back to the weights of step {last_update:,} "
+                f"{times} without reaching a checkpoint of later ones (faults.max_rollbacks = "
+                f"{self.faults.max_rollbacks}), so a further attempt would end the same way. "
+                f"{self.workdir / 'events.jsonl'} names the steps, their documents and their devices. "
+                f"{self._cure(fault, to_step, before)}"
             )
             if self.writes:
                 record_event(self.workdir, "stopped", at_step, diagnosis)

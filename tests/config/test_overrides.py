@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, diff, load_recipe, save_run_config
 from opendeep_jax.config.overrides import Launch, apply, resolve
-from opendeep_jax.config.schema import DataConfig, RunConfig, SourceConfig
+from opendeep_jax.config.schema import DataConfig, DataPhase, RunConfig, SourceConfig
 from opendeep_jax.config.source_paths import same_text
 
 
@@ -211,6 +211,17 @@ def test_a_work_directory_alone_goes_on_with_its_own_configuration_and_its_recip
     assert (tmp_path / "run" / "config_diff.txt").read_text() == "seed  0 -> 3\n"
 
 
+@pytest.mark.parametrize("place", ["--workdir={}/run", "--from={}/run@5 --workdir={}/branch"])
+def test_without_a_recipe_the_entries_of_the_runs_own_configuration_are_set_as_its_recipes_are(place, tmp_path):
+    phases = DataPhase("a", tokens=10**6), DataPhase("b", sequence_length=128)
+    recipe = load_recipe("quickstart")
+    ran = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, phases=phases))
+    (tmp_path / "run").mkdir()
+    save_run_config(ran, recipe, tmp_path / "run")
+    config, _ = resolve([*place.format(tmp_path, tmp_path).split(), "--data.phases.1.sequence_length=64"], trains=True)
+    assert config.data.phases == (phases[0], DataPhase("b", sequence_length=64))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -222,6 +233,10 @@ def test_a_work_directory_alone_goes_on_with_its_own_configuration_and_its_recip
         (["--from={}/nowhere", "--workdir={}/new"], "--from=.*/nowhere: no run can be read there"),
         (["--from={}/run@last", "--workdir={}/new"], "comes the step of a checkpoint"),
         (["--form={}/run", "--workdir={}/new"], r"Did you mean --from\?"),
+        (["--config=quickstart", "--from=", "--workdir={}/new"], "--from=: it has no value"),
+        (["--config=quickstart", "--from", "", "--workdir={}/new"], "--from=: it has no value"),
+        (["--config=quickstart", "--workdir="], "--workdir=: it has no value"),
+        (["--config=", "--workdir={}/run"], "--config=: it has no value"),
     ],
 )
 def test_what_can_be_neither_begun_nor_gone_on_with_is_said(arguments, message, tmp_path):

@@ -11,6 +11,7 @@ from rendered_jobs import NEEDS, RUN, bash, container, programs, read_yaml, rend
 
 from opendeep_jax.cli.launch import main
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_recipe, save_run_config
 from opendeep_jax.config.paths import PATHS, paths
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.jobs.launch import TARGETS, template_directory
@@ -116,8 +117,20 @@ def test_where_the_shared_directory_is_here_what_is_read_must_be_there(tmp_path)
         check(tmp_path, f"--from={tmp_path}/trunk@100")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.jsonl").write_text("{}")
-    (tmp_path / "trunk").mkdir()
-    assert check(tmp_path, f"--from={tmp_path}/trunk@100", path=f"{tmp_path}/corpus/*.jsonl")
+    for name in ("trunk", "trunk@1"):
+        (tmp_path / name).mkdir()
+        assert check(tmp_path, f"--from={tmp_path}/{name}@100", path=f"{tmp_path}/corpus/*.jsonl")
+        assert check(tmp_path, f"--from={tmp_path}/{name}", path=f"{tmp_path}/corpus/*.jsonl")
+
+
+def test_a_checkpoint_to_branch_from_that_is_not_there_is_said_before_a_job_waits_for_it(tmp_path):
+    config = load_recipe("quickstart")
+    (tmp_path / "trunk" / "checkpoints" / "4").mkdir(parents=True)
+    save_run_config(config, config, tmp_path / "trunk")
+    command = ["--target=slurm", f"--from={tmp_path}/trunk@5", f"--workdir={tmp_path}/branch", "--image=a:1"]
+    command += [f"--shared={tmp_path}", f"--data.directory={tmp_path}/data", "--topology=h100:2x8", "--dry_run"]
+    with pytest.raises(ConfigError, match="has no checkpoint of step 5; there are: 4"):
+        main([*command, "--parallel.fsdp=-1"])
 
 
 def test_a_link_that_leads_out_of_the_shared_directory_is_seen(tmp_path):

@@ -100,3 +100,12 @@ def test_all_runs_of_a_sweep_branch_from_one_checkpoint_while_the_trunk_goes_on(
         check(asked[2])
     assert main(["sweep", f"--from={trunk}", "--sweep.optimizer.learning_rate=1e-3"]) == 2
     assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_a_sweep_from_a_checkpoint_that_is_not_there_starts_no_run(tmp_path, capsys):
+    (tmp_path / "trunk" / "checkpoints" / "4").mkdir(parents=True)
+    save_run_config(run_config(), run_config(), tmp_path / "trunk")
+    command = f"--from={tmp_path}/trunk@5", f"--workdir={tmp_path}/sweep", "--sweep.optimizer.learning_rate=1e-3"
+    assert main(["sweep", *command]) == 2
+    assert "has no checkpoint of step 5; there are: 4" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

@@ -32,9 +32,10 @@ from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with
 from opendeep_jax.train.branch_state import plan_move
 from opendeep_jax.train.checkpoint_files import read_record, steps_in, to_items
 from opendeep_jax.train.checkpoint_tools import average, differences, open_arrays
+from opendeep_jax.train.imported_from import read_imported_from, write_imported_from
 from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.origin import read_origin
+from opendeep_jax.train.origin import read_origin, write_origin
 from opendeep_jax.train.state import init_state
 
 
@@ -292,6 +293,8 @@ REFUSALS = [
     ("{trunk}@6", "--train.steps=0 --train.total_tokens=1000", "Set --train.total_tokens above 1536"),
     ("{trunk}@4", "--model.hidden_size=32", "kv_down is [1, 32, 12] here and [1, 16, 12] there"),
     ("{trunk}@4", "--model.hidden_size=32", "model.hidden_size  16 -> 32"),
+    ("{trunk}@4", "--model.num_layers=3 --model.mlp_size=48", "\n  model.num_layers  2 -> 3\n  model.mlp_size"),
+    ("{trunk}@4", "--data.sources.0.path={here}/none/*.md", "Point the source's path to some text"),
     ("{trunk}@4", "--model.tie_embeddings=True", "params.head.kernel is only there"),
     ("{trunk}@4", "--model.mtp.depth=1", "is not there"),
     ("{trunk}@4", "--data.tokenizer=bpe:300", "Set it as it is there"),
@@ -304,7 +307,9 @@ def test_what_no_branch_can_begin_with_is_refused_before_anything_is_compiled(
 ):
     monkeypatch.setattr(branch, "make_state", lambda *_: pytest.fail("reads the parent's arrays"))
     parent = parent.format(trunk=trunk, here=tmp_path)
-    assert message in refused(f"--from={parent}", f"--workdir={tmp_path / 'branch'}", *settings.split())
+    assert message in refused(
+        f"--from={parent}", f"--workdir={tmp_path / 'branch'}", *settings.format(here=tmp_path).split()
+    )
     assert not (tmp_path / "branch" / "config.json").exists()
 
 
@@ -319,6 +324,7 @@ def test_a_branch_needs_a_directory_of_its_own(trunk, tmp_path):
     start(f"--from={trunk}", f"--workdir={tmp_path / 'branch'}")  # the step is that of its beginning
     said = refused(f"--from={trunk}@4", f"--workdir={tmp_path / 'branch'}", "--optimizer.learning_rate=1")
     assert "optimizer.learning_rate  0.01 -> 1.0" in said and "--workdir=NEW` goes on" in said
+    assert f"Nothing has been trained there yet: delete {tmp_path / 'branch'}" in said
 
 
 def test_a_damaged_parent_is_refused_with_its_other_checkpoints_and_none_is_taken_in_its_place(trunk, tmp_path):
@@ -357,7 +363,8 @@ def test_a_branch_reads_other_text_with_its_parents_tokenizer(trunk, tmp_path):
     save_run_config(config, config, parent)
     (parent / "data.json").unlink()
     (parent / "tokenizer.json").write_text(train_bpe(["import value\n" * 9], 264))
-    config, _ = start(f"--from={parent}@4", f"--workdir={workdir}", f"--data.sources.0.path={tmp_path}")
+    (tmp_path / "other.md").write_text("import another\n")
+    config, _ = start(f"--from={parent}@4", f"--workdir={workdir}", f"--data.sources.0.path={tmp_path}/*.md")
     assert config.data.tokenizer == "bpe:300"
     own = Path(with_own_tokenizer(config, workdir).data.tokenizer)
     assert own == workdir / "tokenizer.json" and own.read_text() == (parent / "tokenizer.json").read_text()
@@ -378,3 +385,18 @@ def test_a_rule_added_later_keeps_its_moments_or_begins_anew_by_its_own_name():
     record = {"step": 3, "arrays": saved}
     said = [plan_move(record, there, later, template, keep_health=True).notes[0] for there in (later, config)]
     assert said[0] == "later's moments are kept" and said[1].startswith("later's moments begin anew")
+
+
+def test_an_imported_run_is_branched_from_and_its_source_is_known_in_any_directory(trunk, tmp_path, monkeypatch):
+    home = shutil.copytree(trunk, tmp_path / "tuned")
+    config = load_run_config(home)
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(home / "tokenizer.json")))
+    save_run_config(own, own, home)
+    (home / "tokenizer.json").write_text(train_bpe(["import value\n" * 9], 264))
+    write_origin(home, "import")
+    write_imported_from(home, {"source": "organization/model"})
+    monkeypatch.chdir(tmp_path)
+    start("--from=tuned@4", "--workdir=branch")
+    assert steps_in(tmp_path / "branch" / "checkpoints") == [4]
+    monkeypatch.chdir(tmp_path.parent)
+    assert read_imported_from(tmp_path / "branch") == {"source": "organization/model"}

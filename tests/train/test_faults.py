@@ -199,7 +199,7 @@ def test_a_run_that_goes_back_to_one_place_too_often_stops_and_goes_on_when_told
     run = Run(recipe, "stopped")
     assert run.train(rollback_after=1, max_rollbacks=1) == STOPPED
     (event,) = run.events("stopped")
-    assert "gone back to step 8 once" in event["text"] and event["text"] in capsys.readouterr().err
+    assert "gone back to the weights of step 8 once" in event["text"] and event["text"] in capsys.readouterr().err
     assert run.train(rollback_after=1, max_rollbacks=5) == OK
     assert steps_in(run.workdir / "checkpoints")[-1] == STEPS
 

@@ -158,7 +158,7 @@ def test_a_process_that_does_not_write_decides_the_same_in_silence(make, tmp_pat
 def test_going_back_too_often_to_one_step_stops_with_a_diagnosis(make, tmp_path):
     for first in (5, 6):  # as two starts of the run: the count outlives them
         make(max_rollbacks=2).go_back(GoBack("bad", first, first), 9, 4)
-    with pytest.raises(Stopped, match="gone back to step 4 2 times.*faults.max_rollbacks = 2.*learning rate"):
+    with pytest.raises(Stopped, match="the weights of step 4 2 times.*faults.max_rollbacks = 2.*learning rate"):
         make(max_rollbacks=2).go_back(GoBack("bad", 7, 7), 9, 4)
     (event,) = read_events(tmp_path, "stopped")
     assert event["step"] == 9 and "\n" not in event["text"]
@@ -219,7 +219,7 @@ def test_going_back_to_later_checkpoints_of_the_same_weights_is_no_progress(make
     run = make(max_rollbacks=2)
     for step in (28, 36):
         run.go_back(GoBack("bad", step - 6, step + 1), step + 1, step, last_update=21)
-    with pytest.raises(Stopped, match="gone back to step 44 2 times"):
+    with pytest.raises(Stopped, match="gone back to the weights of step 21 2 times"):
         run.go_back(GoBack("bad", 38, 45), 45, 44, last_update=21)
 
 
