@@ -1,5 +1,6 @@
 """A request on its way, what the engine reports of it, and the engine's settings."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Request:
     """Tokens of the prompt that are in the cache."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, by the MTP module."""
+
+    @functools.cached_property
+    def distinct(self) -> frozenset[int]:
+        """The prompt's tokens."""
+        return frozenset(self.prompt)
 
     @property
     def length(self) -> int:

@@ -165,8 +165,8 @@ async def _answer(request: Request, schema: type, read: Callable[..., Asked]) ->
 async def _whole(served: Served, asked: Asked, job: Job) -> dict[str, Any]:
     async with job, asyncio.timeout(served.config.request_seconds):
         scores = None
-        if asked.scores_prompts:
-            scores = await served.service.score(asked.prompts, [1] * len(asked.prompts))
+        if asked.scores_prompts >= 0:
+            scores = await served.service.score(asked.prompts, [1] * len(asked.prompts), asked.scores_prompts)
         async for _ in _pieces(served, asked, job):
             pass
     choices = [asked.choice(index, scores) for index in range(len(asked.answers))]
