@@ -27,7 +27,7 @@ class EngineConfig:
     slots: int = 8
     """Requests that run at a time. Each step computes all of them."""
     max_length: int = 0
-    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most."""
+    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most; commands more."""
     page_size: int = 0
     """Positions of a page; 0 takes 64, and on a TPU 128, as many as its lanes."""
     cache_tokens: int = 0

@@ -1,6 +1,7 @@
 """From the body of a request to prompts and parameters, and back from answers to OpenAI's JSON."""
 
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,13 +108,21 @@ def completion(
     )  # fmt: skip
 
 
-def chat(body: ChatRequest, codec: TextCodec, limits: Limits, name: str, defaults: Mapping[str, float] = NONE) -> Asked:
+def chat(
+    body: ChatRequest,
+    codec: TextCodec,
+    limits: Limits,
+    name: str,
+    defaults: Mapping[str, float] = NONE,
+    seconds: float = math.inf,
+) -> Asked:
     """Reads a chat request. Raises ApiError for what cannot be, ConfigError where the template refuses it.
 
     Args:
         defaults: as for `completion`.
+        seconds: The template may take so long; raises TimeoutError then.
     """
-    text = rendered(body, codec)
+    text = rendered(body, codec, seconds)
     prompt = codec.encode(text, special=True)
     tokens = _room(prompt, body.answer_tokens or limits.max_length, "messages", limits)
     wanted = (body.top_logprobs or 0) if body.logprobs else -1
@@ -153,7 +162,7 @@ def _encoded(codec: TextCodec, text: str) -> list[int]:
     return codec.begun(codec.encode(text, special=True))
 
 
-def rendered(body: ChatRequest, codec: TextCodec) -> str:
+def rendered(body: ChatRequest, codec: TextCodec, seconds: float = math.inf) -> str:
     """The text of a conversation. Raises ApiError for tools that the model's template or our reading of it lacks."""
     arguments, tools = body.template_arguments, body.tools if body.tool_choice != "none" else None
     called = any(message.tool_calls or message.role == "tool" for message in body.messages)
@@ -167,7 +176,7 @@ def rendered(body: ChatRequest, codec: TextCodec) -> str:
         )
     if tools:
         arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    return codec.apply_chat([message.for_template() for message in body.messages], **arguments)
+    return codec.apply_chat([message.for_template() for message in body.messages], seconds=seconds, **arguments)
 
 
 def _room(prompt: list[int], tokens: int, field: str, limits: Limits) -> int:

@@ -331,7 +331,9 @@ class ChatRequest(Sampling):
     def _logprobs_belong_together(self):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs = true.")
-        taken = {"messages", "add_generation_prompt"} & set(self.chat_template_kwargs or {})
+        taken = {"messages", "add_generation_prompt", "seconds", "template", "special"} & set(
+            self.chat_template_kwargs or {}
+        )
         if taken:
             raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} is given by the server.")
         return self
