@@ -10,7 +10,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jinja2
@@ -182,7 +182,7 @@ GROWING = ("replace", "join", "format")
 def _check_size(name: str, values: Sequence[Any]) -> None:
     """Raises SecurityError where an operator, filter or method would make much of little."""
     texts = [value for value in values if isinstance(value, str)]
-    lists = [value for value in values if isinstance(value, list | tuple)]
+    lists = [value for value in values if isinstance(value, Sized) and not isinstance(value, str)]
     size = 0
     if name in PADDING:
         size = max((abs(value) for value in values if isinstance(value, int)), default=0) * (
@@ -206,6 +206,7 @@ def _checked(name: str, plain: Callable) -> Callable:
     @functools.wraps(plain)
     def checked(*given, **named):
         _step()
+        given = [list(value) if isinstance(value, Iterator) else value for value in given]  # so that it has a length
         _check_size(name, [*given, *named.values()])
         return plain(*given, **named)
 

@@ -75,9 +75,9 @@ def _together(engine: "Engine", texts, first, top) -> list[Scored]:
                 if wanted.stop > wanted.start:
                     scored.logprobs.extend(logprobs[row, wanted].tolist())
                     scored.greedy.extend(greedy[row, wanted].tolist())
-                    pairs = (zip(*(array[row, place, :top].tolist() for array in best), strict=True)
-                             for place in range(wanted.start, wanted.stop))  # fmt: skip
-                    scored.top.extend(map(tuple, pairs))
+                    for place in range(wanted.start, wanted.stop) if top else ():
+                        pairs = (array[row, place, :top].tolist() for array in best)
+                        scored.top.append(tuple(zip(*pairs, strict=True)))
     finally:
         for request, pool in zip(requests, engine.pools, strict=True):
             if request:
