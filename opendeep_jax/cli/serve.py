@@ -73,10 +73,7 @@ def main(argv: Sequence[str]) -> int:
         from opendeep_jax.generation.requests import EngineConfig
 
         settings = {name: values[name].value for name in ("slots", "max_length", "cache_tokens", "speculate")}
-        engine = open_engine(choice, codec, EngineConfig(**settings))
-        of = "" if engine.capacity == engine.model.max_length else f" of the model's {engine.model.max_length:,}"
-        print(f"context: {engine.capacity:,} tokens{of}, in {engine.slots} slots", file=sys.stderr, flush=True)
-        return engine
+        return open_engine(choice, codec, EngineConfig(**settings))
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     warm_up = partial(compiling, longest=values.warm_up) if values.warm_up else no_warm_up
@@ -90,9 +87,6 @@ def main(argv: Sequence[str]) -> int:
         origins=_origins(values.cors_origins),
     )
     defaults = sampling_defaults(choice.source)
-    if defaults:
-        said = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
-        print(f"sampling by generation_config.json where a request says nothing: {said}", file=sys.stderr)
     app = make_app(name, service, codec, config, defaults)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -100,7 +94,14 @@ def main(argv: Sequence[str]) -> int:
         print("opendeep serve: whoever reaches this address can use the model: no --api_key is set.", file=sys.stderr)
 
     def started(_) -> None:
-        print(f"{name} answers at http://{shown}:{port} (API: http://{shown}:{port}/v1)", flush=True)
+        print(f"{name} answers at http://{shown}:{port} (API: http://{shown}:{port}/v1)")
+        engine = service.engine
+        of = "" if engine.capacity == engine.model.max_length else f" of the model's {engine.model.max_length:,}"
+        print(f"context: {engine.capacity:,} tokens{of}, for each of {engine.slots} answers at once")
+        if defaults:
+            said = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+            print(f"sampling by generation_config.json where a request says nothing: {said}")
+        sys.stdout.flush()
 
     status = OK if run(app, service, listening, values.drain_seconds, started) else INTERRUPTED
     if service.at_work:  # the interpreter's own end would tear the thread out of a running program, and abort
