@@ -10,7 +10,6 @@ from opendeep_jax.config.checks import ConfigError
 PURPOSE = """Talks with a model in the terminal: a run's, a Hugging Face directory, or a .gguf file.
 
 With --prompt, or with text piped to it, it answers once and ends; standard output then has the answer alone."""
-DEFAULT_LENGTH = 8192
 USAGE = "--model=SOURCE|--workdir=RUN [--system=TEXT] [--prompt=TEXT] [--name=value ...]"
 FLAGS = {
     "system": ("", "Instruction that the conversation begins with."),
@@ -21,7 +20,7 @@ FLAGS = {
     "top_p": (0.95, "Sample among the likeliest tokens that together have this probability."),
     "min_p": (0.0, "Sample among tokens at least this likely, relative to the likeliest."),
     "seed": (-1, "Seed of the sampling; -1 draws one."),
-    "max_length": (0, f"Longest conversation in tokens; 0 takes the model's context, at most {DEFAULT_LENGTH}."),
+    "max_length": (0, "Longest conversation in tokens; 0 takes the model's context, as far as memory holds it."),
 }
 LEAST = {"max_tokens": 0, "max_length": 0, "seed": -1}
 
@@ -29,7 +28,7 @@ LEAST = {"max_tokens": 0, "max_length": 0, "seed": -1}
 def main(argv: Sequence[str]) -> None:
     """Talks until /quit, or answers once. Raises ConfigError for a source that is none and settings that can't be."""
     values, choice = read_flags(FLAGS, argv, "opendeep chat", PURPOSE, USAGE, LEAST)
-    params = sampling(values, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
+    params = sampling(values, choice.source, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
 
     from opendeep_jax.serving.terminal import answer, chat, piped_input
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     codec, name = open_codec(choice.source)
     codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
     config = EngineConfig(slots=1, max_length=values.max_length)
-    engine = open_engine(choice, codec, config, default_length=DEFAULT_LENGTH)
+    engine = open_engine(choice, codec, config)
     conversation = Conversation(engine, codec, params, values.max_tokens, values.system)
     if question:
         answer(conversation, question, Console(highlight=False))

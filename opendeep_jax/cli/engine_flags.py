@@ -14,7 +14,7 @@ from opendeep_jax.config.rules import MESH_AXES
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.serving.engines import ENGINE_AXES, Choice
-from opendeep_jax.serving.sources import check_choice, source_kind
+from opendeep_jax.serving.sources import check_choice, sampling_defaults, source_kind
 
 SOURCE = {
     "model": ("", "A run's work directory, a Hugging Face directory, or a .gguf file."),
@@ -68,13 +68,18 @@ def read_flags(
     return values, Choice(source, values.dtype, step, parallel)
 
 
-def sampling(values: flags.FlagValues, **given: int) -> SamplingParams:
+def sampling(values: flags.FlagValues, source: str, **given: int) -> SamplingParams:
     """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
+
+    What is not on the command line is as the model's own generation_config.json has it, if that says something.
 
     Raises ConfigError for a value that makes no sense.
     """
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     try:
-        return SamplingParams(**{name: values[name].value for name in names} | given)
+        asked = {name: values[name].value for name in names}
+        own = sampling_defaults(source)
+        own = {name: value for name, value in own.items() if name not in names or not values[name].present}
+        return SamplingParams(**asked | own | given)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error

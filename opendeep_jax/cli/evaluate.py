@@ -134,12 +134,12 @@ def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
 def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
     """The engine and the codec of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
-    from opendeep_jax.generation.requests import EngineConfig
+    from opendeep_jax.generation.requests import DEFAULT_LENGTH, EngineConfig
     from opendeep_jax.serving.engines import open_engine
     from opendeep_jax.serving.sources import open_codec
 
     codec, name = open_codec(choice.source)
-    engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length))
+    engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH)
     about = {"model": describe_model(engine.model, name, choice.source, choice.step), "versions": versions()}
     return engine, codec, about
 

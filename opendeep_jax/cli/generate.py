@@ -32,7 +32,7 @@ FLAGS = {
     "seed": (0, "Seed of the sampling."),
     "stop": ("", "Text that ends a continuation."),
     "slots": (8, "Continuations that are written at once."),
-    "max_length": (0, "Longest prompt and continuation together, in tokens; 0 takes the model's, at most 4096."),
+    "max_length": (0, "Longest prompt and continuation together, in tokens; 0 takes the model's, as memory allows."),
     "speculate": (0, "Tokens to guess ahead with a multi-token prediction module."),
 }
 LEAST = {"max_length": 0, "speculate": 0, "slots": 1, "n": 1}
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     values, choice = read_flags(FLAGS, argv, "opendeep generate", PURPOSE, USAGE, LEAST)
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")
-    params = sampling(values, max_tokens=values.max_tokens)
+    params = sampling(values, choice.source, max_tokens=values.max_tokens)
 
     from opendeep_jax.serving.continuation import continued, read_prompts
 

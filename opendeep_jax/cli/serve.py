@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,14 @@ FLAGS = {
     "port": (8000, "Port to listen on; 0 takes a free one."),
     "api_key": ("", "Key that clients must bring; the environment's OPENDEEP_API_KEY does the same, unseen by ps."),
     "slots": (8, "Answers that are written at once."),
-    "max_length": (0, "Longest prompt and answer together, in tokens; 0 takes the model's context, at most 4096."),
+    "max_length": (
+        0,
+        "Longest prompt and answer together, in tokens; 0 takes the model's context, as far as memory holds it.",
+    ),
     "cache_tokens": (0, "Tokens that the cache holds, of all slots together; 0 takes slots times max_length."),
     "speculate": (0, "Tokens to guess ahead with a multi-token prediction module."),
     "warm_up": (512, "Between requests, compiles what those of up to so many tokens need; 0 leaves it to them."),
+    "cors_origins": ("", "Web pages that may call /v1 from a browser, such as https://chat.example; * for any."),
     "max_waiting": (256, "Prompts that may wait for a slot; more are told to come back."),
     "max_body": (2 << 20, "Longest body of a request, in bytes."),
     "timeout": (600.0, "An answer takes at most so many seconds, its wait included."),
@@ -57,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     from opendeep_jax.serving.run import listen, run
     from opendeep_jax.serving.server import ServerConfig, make_app
     from opendeep_jax.serving.service import EngineService, no_warm_up
-    from opendeep_jax.serving.sources import open_codec
+    from opendeep_jax.serving.sources import open_codec, sampling_defaults
 
     listening = listen(values.host, values.port)  # a port that is taken is said before the model is read
     codec, name = open_codec(choice.source)
@@ -74,21 +79,47 @@ def main(argv: Sequence[str]) -> int:
     warm_up = partial(compiling, longest=values.warm_up) if values.warm_up else no_warm_up
     service = EngineService(make_engine, values.max_waiting, warm_up)
     hosts = LOCAL if values.host in LOCAL and not key else ()
-    config = ServerConfig(api_key=key, hosts=hosts, max_body_bytes=values.max_body, request_seconds=values.timeout)
-    app = make_app(name, service, codec, config)
+    config = ServerConfig(
+        api_key=key,
+        hosts=hosts,
+        max_body_bytes=values.max_body,
+        request_seconds=values.timeout,
+        origins=_origins(values.cors_origins),
+    )
+    defaults = sampling_defaults(choice.source)
+    app = make_app(name, service, codec, config, defaults)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if values.host not in LOCAL and not key:
         print("opendeep serve: whoever reaches this address can use the model: no --api_key is set.", file=sys.stderr)
 
     def started(_) -> None:
-        print(f"{name} answers at http://{shown}:{port} (API: http://{shown}:{port}/v1)", flush=True)
+        print(f"{name} answers at http://{shown}:{port} (API: http://{shown}:{port}/v1)")
+        engine = service.engine
+        of = "" if engine.capacity == engine.model.max_length else f" of the model's {engine.model.max_length:,}"
+        print(f"context: {engine.capacity:,} tokens{of}, for each of {engine.slots} answers at once")
+        if defaults:
+            said = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+            print(f"sampling by generation_config.json where a request says nothing: {said}")
+        sys.stdout.flush()
 
     status = OK if run(app, service, listening, values.drain_seconds, started) else INTERRUPTED
     if service.at_work:  # the interpreter's own end would tear the thread out of a running program, and abort
         sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _origins(given: str) -> tuple[str, ...]:
+    """The origins that --cors_origins names. Raises ConfigError for one that no browser would send."""
+    origins = tuple(filter(None, (origin.strip() for origin in given.split(","))))
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ConfigError(
+                f"--cors_origins={origin}: must be * or scheme://host[:port], without a path, as browsers send it: "
+                "https://chat.example,http://localhost:3000."
+            )
+    return origins
 
 
 def compiling(engine: "Engine", longest: int) -> Iterator[str]:

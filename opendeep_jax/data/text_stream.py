@@ -3,11 +3,50 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from opendeep_jax.data.harmony import HarmonyStream
 from opendeep_jax.data.spelling import Speech
 from opendeep_jax.data.text_codec import TextCodec
 
 
-class TextStream:
+class StopStrings:
+    """Text that ends before the first of some strings that becomes complete, wherever the bounds of its pieces lie.
+
+    Args:
+        stop: Empty ones count for nothing.
+    """
+
+    def __init__(self, stop: Iterable[str] = ()):
+        self.stop = tuple(text for text in stop if text)
+        self.matched: str | None = None
+        """The string that ended the text."""
+        self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text; what is pushed afterwards gives nothing."""
+        return self.matched is not None
+
+    def cut(self, new: str) -> str:
+        """Takes the next text; returns what is certain now."""
+        if self.stopped:
+            return ""
+        text = self._held + new
+        ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self.stop if stop in text]
+        if ends:
+            end, _, self.matched = min(ends)
+            self._held = ""
+            return text[: end - len(self.matched)]
+        kept = max((_begun(text, stop) for stop in self.stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def rest(self) -> str:
+        """What was held back, when no more text comes."""
+        rest, self._held = self._held, ""
+        return "" if self.stopped else rest
+
+
+class TextStream(StopStrings):
     """One request's tokens turned into text while they come.
 
     Nothing is given out that a later token could change: no half character, and nothing that may be the beginning of a
@@ -31,44 +70,26 @@ class TextStream:
         self._stop_ids = {} if special else codec.stop_ids(self.stop)
         self._held = ""
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the text; what is pushed afterwards gives nothing."""
-        return self.matched is not None
-
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""
         if not self._stop_ids:
-            return self._take(self._speech.push(ids))
+            return self.cut(self._speech.push(ids))
         text = ""
         for i in ids:
             if i in self._stop_ids and not self.stopped:
                 text += self.finish()
                 self.matched = self.matched or self._stop_ids[i]
                 break
-            text += self._take(self._speech.push((i,)))
+            text += self.cut(self._speech.push((i,)))
         return text
 
     def finish(self) -> str:
         """The rest, when no more tokens come; a half character is U+FFFD, as in `TextCodec.decode`."""
-        text = self._take(self._speech.finish())
+        text = self.cut(self._speech.finish())
         if self.stopped:
             return text
         rest, self._held = self._held, ""
         return text + rest
-
-    def _take(self, new: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + new
-        ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self.stop if stop in text]
-        if ends:
-            end, _, self.matched = min(ends)
-            self._held = ""
-            return text[: end - len(self.matched)]
-        kept = max((_begun(text, stop) for stop in self.stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
 
 
 def _begun(text: str, mark: str) -> int:
@@ -91,12 +112,8 @@ class Marks(NamedTuple):
 
 THINK = Marks("<think>", "</think>")
 """DeepSeek-R1, Qwen 3."""
-HARMONY = Marks(
-    "<|channel|>analysis<|message|>",
-    "<|end|><|start|>assistant<|channel|>final<|message|>",
-    "<|channel|>final<|message|>",
-)
-"""gpt-oss: its channels are special tokens, so decode with special=True."""
+HARMONY = Marks("<|channel|>analysis<|message|>", "<|end|>")
+"""gpt-oss: channels by a grammar of their own (`data/harmony.py`); they are special tokens, so decode with special."""
 
 
 class Said(NamedTuple):
@@ -104,6 +121,17 @@ class Said(NamedTuple):
 
     thinking: str
     answer: str
+    calls = ()
+    """Tool calls, which texts of these families have none of."""
+
+
+def thinking_stream(marks: Marks, prompt: str = "") -> "ThinkingStream | HarmonyStream":
+    """Return what tells the thinking of a family from its answer.
+
+    Args:
+        prompt: What the text goes on from.
+    """
+    return HarmonyStream(prompt) if marks is HARMONY else ThinkingStream(opens_thinking(prompt, marks), marks)
 
 
 def opens_thinking(prompt: str, marks: Marks = THINK) -> bool:
@@ -114,15 +142,21 @@ def opens_thinking(prompt: str, marks: Marks = THINK) -> bool:
 def split_thinking(text: str, opened: bool = False, marks: Marks = THINK) -> Said:
     """A whole text's thinking and answer, without the marks and the space around them.
 
+    Tool calls are given as their arguments, in the answer.
+
     `split_thinking("<think>\\nHm.\\n</think>\\n\\n42")` is `Said("Hm.", "42")`.
 
     Args:
         opened: The prompt has opened the thinking.
         marks: The family's.
     """
-    stream = ThinkingStream(opened, marks)
+    if marks is HARMONY:
+        stream = HarmonyStream("<|start|>assistant" + HARMONY.opening if opened else "")
+    else:
+        stream = ThinkingStream(opened, marks)
     parts = stream.push(text), stream.finish()
-    return Said("".join(part.thinking for part in parts), "".join(part.answer for part in parts))
+    said = [(part.thinking, part.answer + "".join(call.arguments for call in part.calls)) for part in parts]
+    return Said("".join(thinking for thinking, _ in said), "".join(answer for _, answer in said))
 
 
 class ThinkingStream:

@@ -14,8 +14,8 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.data.answer_stream import AnswerStream, AnswerText
 from opendeep_jax.data.text_codec import TextCodec
-from opendeep_jax.data.text_stream import TextStream
 from opendeep_jax.evaluation.windows import windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.params import SamplingParams
@@ -95,7 +95,8 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The text that each request's context goes on with, up to one of its stop strings."""
+        """The text that each request's context goes on with, up to one of its stop strings; of a chat the answer alone,
+        without the thinking before it."""
         asked = [request.args for request in requests]
         settings = [_settings(arguments, self.engine.max_length) for _, arguments in asked]
         running, streams = [], []
@@ -107,7 +108,7 @@ class HarnessModel(LM):
             seed = _seed(self.seed, context, seen[context])
             seen[context] += 1
             sampling = SamplingParams(**params, seed=seed, end_ids=self.codec.end_ids)
-            streams.append(TextStream(self.codec, stop))
+            streams.append(AnswerText(AnswerStream(self.codec, stop, context if self.chat else None)))
             running.append(self.engine.submit(tokens[-room:], sampling))
         texts, done, total = [""] * len(requests), 0, len(requests)
         self.progress("answers", done, total)

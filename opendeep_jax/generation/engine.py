@@ -16,9 +16,10 @@ import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation import sampling, scoring, speculation
+from opendeep_jax.generation.adjusting import adjustments
 from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token
 from opendeep_jax.generation.forward import Rows
-from opendeep_jax.generation.params import Completion, SamplingParams, TokenLogprob
+from opendeep_jax.generation.params import MOST_LOGPROBS, Completion, SamplingParams, TokenLogprob
 from opendeep_jax.generation.programs import (
     Chosen,
     advance,
@@ -59,7 +60,8 @@ class Programs(NamedTuple):
     pick: dict[bool, Callable]
     """`programs.pick`, by whether log-probabilities are wanted."""
     with_logprobs: Callable
-    score: Callable
+    score: dict[bool, Callable]
+    """`programs.score`, by whether the most likely tokens are wanted."""
 
 
 class Engine:
@@ -108,13 +110,18 @@ class Engine:
             pick={top: jax.jit(partial(pick, self.vocab_size, top)) for top in both},
             # A function of its own: what is compiled for it goes with the engine.
             with_logprobs=jax.jit(partial(with_logprobs)),
-            score=compiled(partial(score, self.bones), extra=2),
+            score={top: compiled(partial(score, self.bones, top=MOST_LOGPROBS * top), extra=2) for top in both},
         )
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self._doomed) or any(self.running)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a single request may have: what its length and the pages of one group allow."""
+        return min(self.max_length, self.pools[0].count * self.page_size)
 
     @property
     def stats(self) -> EngineStats:
@@ -138,6 +145,11 @@ class Engine:
         if odd:
             raise ConfigError(
                 f"The prompt holds the token {odd[0]}; the model's are 0 to {self.bones.config.vocab_size - 1}."
+            )
+        if params.adjusts and self.config.speculate:
+            raise ConfigError(
+                "Penalties, logit_bias and min_tokens change what follows each single token, and this engine guesses "
+                "several ahead. Leave them out, or start it with speculate = 0."
             )
         request = Request(prompt, params)
         needed = self._pages_of(request)
@@ -176,14 +188,16 @@ class Engine:
             self.step()
         return [Completion(request.tokens, request.logprobs, request.finish) for request in requests]
 
-    def score(self, texts: Sequence[Sequence[int]], first: Sequence[int]) -> list[scoring.Scored]:
+    def score(self, texts: Sequence[Sequence[int]], first: Sequence[int], top: int = 0) -> list[scoring.Scored]:
         """Log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
-        return scoring.score(self, texts, first)
+        return scoring.score(self, texts, first, top)
 
-    def scored(self, requests: list[Request | None], tokens, starts, counts, targets) -> tuple[np.ndarray, np.ndarray]:
+    def scored(
+        self, requests: list[Request | None], tokens, starts, counts, targets, top: bool = False
+    ) -> tuple[np.ndarray, ...]:
         """`programs.score` of some tokens of requests that hold pages, one or None of each group of devices."""
         rows = self._rows(requests, tokens, starts, counts)
-        out, self.cache = self.programs.score(self.weights, self.cache, rows, targets)
+        out, self.cache = self.programs.score[top](self.weights, self.cache, rows, targets)
         return jax.device_get(out)
 
     def _pages_of(self, request: Request) -> int:
@@ -277,7 +291,7 @@ class Engine:
     def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
         """Chooses after the rows of some requests, None for those that idle."""
         settings, index, top = self._settings(requests)
-        out = jax.device_get(self.programs.pick[top](logits, settings, index))
+        out = jax.device_get(self.programs.pick[top](logits, settings, index, adjustments(requests)))
         for row, request in enumerate(requests):
             if request:
                 one = Chosen(*(None if array is None else array[row : row + 1] for array in out))

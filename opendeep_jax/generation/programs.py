@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.config.rules import ROW_AXES
+from opendeep_jax.generation.adjusting import Adjustments, adjusted
 from opendeep_jax.generation.cache import (
     LayerCache,
     cache_names,
@@ -100,7 +101,12 @@ def advance(
 
 
 def pick(
-    vocab_size: int, top: bool, logits: Float[Array, "B V"], sampling: RowSampling, index: Int[Array, "B"]
+    vocab_size: int,
+    top: bool,
+    logits: Float[Array, "B V"],
+    sampling: RowSampling,
+    index: Int[Array, "B"],
+    changes: Adjustments | None = None,
 ) -> Chosen:
     """Chooses a token of each row.
 
@@ -108,9 +114,10 @@ def pick(
         vocab_size: tokens from here on are never chosen: the model's table may be longer than the tokenizer's.
         top: give log-probabilities too.
         index: each row's place in its output, which its draw depends on.
+        changes: to the logits that are chosen by; log-probabilities are the model's own.
     """
     logits = limited(logits, vocab_size)
-    tokens = choose(logits, sampling, index)
+    tokens = choose(logits if changes is None else adjusted(logits, changes), sampling, index)
     return with_logprobs(tokens, logits) if top else Chosen(tokens)
 
 
@@ -135,10 +142,21 @@ def score(
     cache: tuple[LayerCache, ...],
     rows: Rows,
     targets: Int[Array, "B T"],
-) -> tuple[tuple[Float[Array, "B T"], Array], tuple[LayerCache, ...]]:
-    """Log-probability of each target after its token, and whether it is the most likely one; and the cache."""
+    top: int = 0,
+) -> tuple[tuple[Array, ...], tuple[LayerCache, ...]]:
+    """Log-probability of each target after its token, and whether it is the most likely one; and the cache.
+
+    Args:
+        top: Give so many most likely tokens [B, T, top] and their log-probabilities too.
+    """
     hidden, cache = forward(bones, weights, cache, rows)
     logits = bones.outside(weights).logits(hidden)
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     greedy = jnp.argmax(logits, axis=-1) == targets
-    return (of_target - jax.nn.logsumexp(logits, axis=-1), greedy), cache
+    total = jax.nn.logsumexp(logits, axis=-1)
+    found = (of_target - total, greedy)
+    if top:
+        # The same subtraction as for the targets: a client compares the two for equality.
+        best, tokens = jax.lax.top_k(logits, min(top, logits.shape[-1]))
+        found = (*found, tokens, best - total[..., None])
+    return found, cache

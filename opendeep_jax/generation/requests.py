@@ -1,5 +1,6 @@
 """A request on its way, what the engine reports of it, and the engine's settings."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class EngineConfig:
     slots: int = 8
     """Requests that run at a time. Each step computes all of them."""
     max_length: int = 0
-    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most."""
+    """Longest prompt and output together, in tokens; 0 takes the model's, 4,096 at most; commands more."""
     page_size: int = 0
     """Positions of a page; 0 takes 64, and on a TPU 128, as many as its lanes."""
     cache_tokens: int = 0
@@ -54,6 +55,11 @@ class Request:
     """Tokens of the prompt that are in the cache."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, by the MTP module."""
+
+    @functools.cached_property
+    def distinct(self) -> frozenset[int]:
+        """The prompt's tokens."""
+        return frozenset(self.prompt)
 
     @property
     def length(self) -> int:

@@ -18,15 +18,18 @@ class Scored(NamedTuple):
     """Natural logarithms of the probabilities that the model gave them."""
     greedy: list[bool]
     """Whether each was the most likely one."""
+    top: Sequence[tuple[tuple[int, float], ...]] = ()
+    """The most likely tokens at each place and theirs, as many as were asked for."""
 
 
-def score(engine: "Engine", texts: Sequence[Sequence[int]], first: Sequence[int]) -> list[Scored]:
+def score(engine: "Engine", texts: Sequence[Sequence[int]], first: Sequence[int], top: int = 0) -> list[Scored]:
     """The tokens of each text from the place `first` on, given all before them.
 
     Args:
         engine: requests may be running; they wait for a moment.
         texts: token ids, at most engine.max_length of each.
         first: the place of the first token to be scored, at least 1: nothing foretells a text's first token.
+        top: the most likely tokens to give at each place, `MOST_LOGPROBS` at most.
     Raises:
         ConfigError: for a text that is too long, a place outside its text, or where running requests have the pages.
     """
@@ -41,11 +44,11 @@ def score(engine: "Engine", texts: Sequence[Sequence[int]], first: Sequence[int]
             )
     results: list[Scored] = []
     for begin in range(0, len(texts), engine.shards):
-        results += _together(engine, texts[begin : begin + engine.shards], first[begin : begin + engine.shards])
+        results += _together(engine, texts[begin : begin + engine.shards], first[begin : begin + engine.shards], top)
     return results
 
 
-def _together(engine: "Engine", texts, first) -> list[Scored]:
+def _together(engine: "Engine", texts, first, top) -> list[Scored]:
     """One text of each group of devices."""
     needed = [-(-len(text) // engine.page_size) for text in texts]
     if any(count > pool.free for count, pool in zip(needed, engine.pools, strict=False)):
@@ -59,19 +62,22 @@ def _together(engine: "Engine", texts, first) -> list[Scored]:
     for request, pool, count in zip(requests, engine.pools, [*needed, *[0] * idle], strict=True):
         if request:
             request.pages = pool.take(count)
-    most, found = engine.config.prefill_tokens, [Scored([], []) for _ in needed]
+    most, found = engine.config.prefill_tokens, [Scored([], [], []) for _ in needed]
     try:
         for start in range(0, max(map(len, texts)), most):
             counts = [max(min(len(text) - start, most), 0) for text in texts]
             starts = [start if count else 0 for count in counts]
             tokens, targets = cut_out(texts, starts, counts)
-            logprobs, greedy = engine.scored(requests, tokens, starts, counts, targets)
+            logprobs, greedy, *best = engine.scored(requests, tokens, starts, counts, targets, top > 0)
             for row, scored in enumerate(found):
                 # The model's output at place i is of the token at i + 1.
                 wanted = slice(max(first[row] - 1 - start, 0), min(counts[row], len(texts[row]) - 1 - start))
                 if wanted.stop > wanted.start:
                     scored.logprobs.extend(logprobs[row, wanted].tolist())
                     scored.greedy.extend(greedy[row, wanted].tolist())
+                    for place in range(wanted.start, wanted.stop) if top else ():
+                        pairs = (array[row, place, :top].tolist() for array in best)
+                        scored.top.append(tuple(zip(*pairs, strict=True)))
     finally:
         for request, pool in zip(requests, engine.pools, strict=True):
             if request:

@@ -1,11 +1,15 @@
 """Tokens that come back from the engine, as the text, the thinking and the log-probabilities of an answer."""
 
+import codecs
 import dataclasses
+import secrets
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from opendeep_jax.data.answer_stream import AnswerStream
+from opendeep_jax.data.harmony import Call, Spoken
 from opendeep_jax.data.text_codec import TextCodec
-from opendeep_jax.data.text_stream import HARMONY, THINK, Marks, TextStream, ThinkingStream, opens_thinking
 from opendeep_jax.generation.params import TokenLogprob
 
 if TYPE_CHECKING:
@@ -19,11 +23,13 @@ class Piece:
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Pieces of tool calls, as OpenAI's streams have them."""
     finish: str | None = None
-    """`stop` or `length` once the answer is complete."""
+    """`stop`, `length` or `tool_calls` once the answer is complete."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.reasoning or self.logprobs or self.finish)
+        return bool(self.text or self.reasoning or self.logprobs or self.calls or self.finish)
 
 
 class Answer:
@@ -34,13 +40,11 @@ class Answer:
         stop: The answer ends before any of these strings.
         conversation: The rendered conversation that this answers; its thinking is then told apart, if the model
             thinks. None for a text that just goes on.
+        least: No stop string ends it before it has so many tokens.
     """
 
-    def __init__(self, codec: TextCodec, stop: list[str], conversation: str | None = None):
-        marks = None if conversation is None else thinking_marks(codec)
-        special = marks is not None and not codec.special_ids.isdisjoint(codec.encode(marks.opening, special=True))
-        self._stream = TextStream(codec, stop, special)
-        self._thinking = marks and ThinkingStream(opens_thinking(conversation, marks), marks)
+    def __init__(self, codec: TextCodec, stop: Sequence[str], conversation: str | None = None, least: int = 0):
+        self._stream = AnswerStream(codec, stop, conversation, least)
         self.whole = Piece()
         self.tokens = 0
         self.submitted, self.first, self.last = time.perf_counter(), 0.0, 0.0
@@ -51,9 +55,9 @@ class Answer:
             return Piece()
         self.last = time.perf_counter()
         self.first = self.first or self.last
-        piece, text, taken = Piece(finish=progress.finish), "", 0
+        piece, taken = Piece(finish=progress.finish), 0
         for token in progress.tokens:
-            text += self._stream.push([token])
+            self._add(piece, self._stream.push([token]))
             taken += 1
             if self._stream.stopped:
                 piece.finish = "stop"
@@ -61,68 +65,119 @@ class Answer:
         self.tokens += taken
         piece.logprobs = list(progress.logprobs[:taken])
         if piece.finish:
-            text += self._stream.finish()
-        if self._thinking:
-            piece.reasoning, piece.text = self._thinking.push(text)
-            if piece.finish:
-                reasoning, rest = self._thinking.finish()
-                piece.reasoning, piece.text = piece.reasoning + reasoning, piece.text + rest
-        else:
-            piece.text = text
+            self._add(piece, self._stream.finish())
+        if piece.finish == "stop" and (self.whole.calls or piece.calls):
+            piece.finish = "tool_calls"
         self.whole.text += piece.text
         self.whole.reasoning += piece.reasoning
+        self.whole.calls += piece.calls
         self.whole.logprobs += piece.logprobs
         self.whole.finish = piece.finish
         return piece
 
-
-def thinking_marks(codec: TextCodec) -> Marks | None:
-    """How the model writes that it thinks, as its chat template tells; None if it does not."""
-    template = codec.chat_template or ""
-    if "<|channel|>" in template:
-        return HARMONY
-    return THINK if THINK.closing in template or THINK.opening in template else None
+    @staticmethod
+    def _add(piece: Piece, spoken: Spoken) -> None:
+        piece.reasoning += spoken.thinking
+        piece.text += spoken.answer
+        piece.calls += map(_spelled, spoken.calls)
 
 
-def chat_logprobs(codec: TextCodec, entries: list[TokenLogprob]) -> dict[str, Any]:
+def _spelled(call: Call) -> dict[str, Any]:
+    """A piece of a tool call; its first one has the name and an id."""
+    if not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def joined_calls(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return whole tool calls of their pieces."""
+    found: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        call = found.setdefault(piece["index"], {"id": piece.get("id"), "type": "function"})
+        function = call.setdefault("function", {"name": piece["function"].get("name"), "arguments": ""})
+        function["arguments"] += piece["function"]["arguments"]
+    return list(found.values())
+
+
+class Places:
+    """Where tokens begin in a text, in characters, as they come; a part of a character begins where that does.
+
+    Args:
+        start: Characters before the first token; below 0 where the text lacks so many of the tokens' first characters.
+        special: Whether special tokens are text.
+    """
+
+    def __init__(self, codec: TextCodec, start: int = 0, special: bool = True):
+        self._codec, self._next, self.special = codec, start, special
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, token: int) -> int:
+        """Return the next token's place."""
+        place = max(self._next, 0)
+        self._next += len(self._characters.decode(self._codec.piece(token, self.special)))
+        return place
+
+
+def token_name(codec: TextCodec, token: int) -> str:
+    """A token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
+    piece = codec.piece(token, special=True)
+    try:
+        return piece.decode() or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def alternatives(entry: TokenLogprob, asked: int) -> list[tuple[int, float]]:
+    """The most likely tokens and theirs; the chosen one is among them, as one more if it must be."""
+    found = list(entry.top[:asked])
+    return found if any(token == entry.token for token, _ in found) else [*found, (entry.token, entry.logprob)]
+
+
+def chat_logprobs(codec: TextCodec, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Log-probabilities as chat completions give them."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        text = codec.decode([token], special=True)
-        # A token that is part of a character has no text of its own, so its bytes are not said either.
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+        piece = codec.piece(token, special=True)
+        return {"token": token_name(codec, token), "logprob": finite(logprob), "bytes": list(piece)}
 
-    return {
-        "content": [
-            one(entry.token, entry.logprob) | {"top_logprobs": [one(token, value) for token, value in entry.top]}
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+    def top(entry: TokenLogprob) -> list[dict[str, Any]]:
+        return [one(*pair) for pair in alternatives(entry, len(entry.top))] if entry.top else []
+
+    content = [one(entry.token, entry.logprob) | {"top_logprobs": top(entry)} for entry in entries]
+    return {"content": content, "refusal": None}
 
 
-def completion_logprobs(codec: TextCodec, entries: list[TokenLogprob | int], offset: int) -> dict[str, Any]:
+def completion_logprobs(
+    codec: TextCodec, entries: Sequence[TokenLogprob | int], offset: int | Places = 0
+) -> dict[str, Any]:
     """Log-probabilities as completions give them.
 
     Args:
         entries: Tokens with theirs; a bare id is a token without, such as a prompt's first.
-        offset: Characters of the text before them.
+        offset: Characters of the text before them, or their places as they go on.
     """
+    places = Places(codec, offset) if isinstance(offset, int) else offset
     tokens, values, top, offsets = [], [], [], []
     for entry in entries:
         bare = isinstance(entry, int)
-        text = codec.decode([entry if bare else entry.token], special=True)
-        tokens.append(text)
-        values.append(None if bare else _finite(entry.logprob))
-        offsets.append(offset)
-        alternatives = (
-            {} if bare else {codec.decode([token], special=True): _finite(value) for token, value in entry.top}
-        )
-        top.append(alternatives or None)
-        offset += len(text)
+        token = entry if bare else entry.token
+        tokens.append(token_name(codec, token))
+        values.append(None if bare else finite(entry.logprob))
+        top.append(None if bare else _by_name(codec, entry))
+        offsets.append(places.take(token))
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def _finite(logprob: float) -> float:
+def _by_name(codec: TextCodec, entry: TokenLogprob) -> dict[str, float]:
+    """Alternatives by name; of two tokens with the same text the less likely one goes by its id."""
+    found: dict[str, float] = {}
+    for token, value in alternatives(entry, len(entry.top)):
+        name = token_name(codec, token)
+        found[f"token_id:{token}" if name in found else name] = finite(value)
+    return found
+
+
+def finite(logprob: float) -> float:
     """JSON has no -inf; OpenAI's API says -9999 for it."""
     return max(float(logprob), -9999.0)

@@ -1,7 +1,9 @@
 """Engines from sources: any model, on one device or divided over a mesh, refused before its weights are read."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +43,7 @@ def open_engine(choice: Choice, codec: "TextCodec", config: "EngineConfig", defa
         codec: The model's.
         config: Its `vocab_size` is filled in, and its `slots` are raised to what the mesh divides.
         default_length: Longest prompt and output where `config` has no `max_length` and the model allows more; 0
-            leaves it to the engine.
+            takes what memory holds in every slot, 4,096 at least.
 
     Raises:
         ConfigError: the model, the mesh and the settings do not go together (nothing has been read then), or the
@@ -56,7 +58,7 @@ def open_engine(choice: Choice, codec: "TextCodec", config: "EngineConfig", defa
     config = dataclasses.replace(
         config,
         slots=-(-config.slots // together) * together,
-        max_length=config.max_length or min(default_length, model_config.max_length),
+        max_length=config.max_length or (min(default_length, model_config.max_length) if default_length else 0),
         vocab_size=min(codec.vocab_size, model_config.vocab_size),
     )
     check_settings(config, model_config, sizes)
@@ -66,7 +68,54 @@ def open_engine(choice: Choice, codec: "TextCodec", config: "EngineConfig", defa
 
         mesh = make_mesh(dataclasses.replace(choice.parallel, **sizes), jax.devices()[:together])
     model = open_weights(choice.source, choice.dtype, choice.step, mesh)
+    if not config.max_length:
+        config = dataclasses.replace(config, max_length=fitting_length(config, model.config, sizes, free_bytes()))
     return Engine(model, config, mesh, consume=True)
+
+
+def fitting_length(config: "EngineConfig", model: ModelConfig, sizes: Mapping[str, int], free: int) -> int:
+    """The model's context, or what of it the cache can hold in every slot; 4,096 tokens at least.
+
+    Args:
+        config: its `cache_tokens` go before.
+        sizes: devices along each mesh axis.
+        free: bytes of one device for its part of the cache.
+    """
+    from opendeep_jax.generation.cache import bytes_per_slot, bytes_per_token
+    from opendeep_jax.generation.requests import DEFAULT_LENGTH
+
+    shards = math.prod(sizes[axis] for axis in ROW_AXES)
+    slots = config.slots // shards
+    of_token = bytes_per_token(model, mtp=config.speculate > 0)
+    if model.attention.kind == "gqa":  # latents lie on each of the devices that heads are divided over
+        of_token //= sizes["tensor"]
+    fits = max(free // slots - bytes_per_slot(model), 0) // max(of_token, 1) // 128 * 128
+    if config.cache_tokens:
+        fits = config.cache_tokens // shards
+    return min(max(fits, DEFAULT_LENGTH), model.max_length)
+
+
+def free_bytes() -> int:
+    """Memory for a cache on each device: most of what an accelerator has left, a quarter of what a host has."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    return available_bytes() // 4
+
+
+def available_bytes() -> int:
+    """Memory that this machine, or the container around this process, has left; 0 where nothing tells."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / name).read_text("ascii") for name in ("memory.max", "memory.current"))
+        found.append(int(most) - int(used))
+    return max(min(found, default=0), 0)
 
 
 def read_model_config(source: str | Path) -> ModelConfig:

@@ -56,7 +56,9 @@ def as_api_error(error: BaseException) -> ApiError:
         case Failed():
             return ApiError(500, str(error), code="engine_failed")
         case TimeoutError():
-            return ApiError(504, "The answer took longer than the server allows; ask for fewer tokens.", code="timeout")
+            return ApiError(
+                504, "The answer took longer than the server allows (--timeout); ask for fewer tokens.", code="timeout"
+            )
         case ClientDisconnect():
             return ApiError(CLIENT_GONE, "The client went before the answer.")
         case HTTPException():

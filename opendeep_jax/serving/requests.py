@@ -1,18 +1,25 @@
 """From the body of a request to prompts and parameters, and back from answers to OpenAI's JSON."""
 
 import dataclasses
+import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from opendeep_jax.data.answer_stream import knows_tools
 from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.generation.params import SamplingParams, TokenLogprob
-from opendeep_jax.serving.answers import Answer, Piece, chat_logprobs, completion_logprobs
+from opendeep_jax.serving.answers import Answer, Piece, Places, chat_logprobs, completion_logprobs, joined_calls
 from opendeep_jax.serving.errors import ApiError
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from opendeep_jax.serving.service import Limits
 
+if TYPE_CHECKING:
+    from opendeep_jax.generation.scoring import Scored
+
+NONE: Mapping[str, float] = MappingProxyType({})
 DEFAULT_COMPLETION_TOKENS = 16
 """As OpenAI's API has it."""
 
@@ -32,11 +39,12 @@ class Asked:
     opening: Callable[[int], dict[str, Any] | None]
     """The first chunk of a choice, before its text."""
     chunk: Callable[[int, Piece], dict[str, Any]]
-    choice: Callable[[int, Sequence[Sequence[float]] | None], dict[str, Any]]
+    choice: Callable[[int, "Sequence[Scored] | None"], dict[str, Any]]
     """A whole choice; with the log-probabilities of the prompts' tokens from the second on, where they are wanted."""
     stream: bool = False
     stream_usage: bool = False
-    scores_prompts: bool = False
+    scores_prompts: int = -1
+    """Alternatives that are wanted at each token of the prompts; -1 for no log-probabilities of prompts at all."""
 
     def usage(self) -> dict[str, int]:
         """Counts of tokens so far."""
@@ -44,21 +52,26 @@ class Asked:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def completion(body: CompletionRequest, codec: TextCodec, limits: Limits, name: str) -> Asked:
-    """Reads a completion request. Raises ApiError for prompts and lengths that cannot be."""
+def completion(
+    body: CompletionRequest, codec: TextCodec, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
+) -> Asked:
+    """Reads a completion request. Raises ApiError for prompts and lengths that cannot be.
+
+    Args:
+        defaults: The model's own sampling, for what the body leaves open.
+    """
     prompts = [_encoded(codec, prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    for prompt in prompts:
-        _check_prompt(prompt, tokens, "prompt", "max_tokens", limits)
+    room = [_room(prompt, tokens, "prompt", limits) for prompt in prompts]
     wanted = -1 if body.logprobs is None else body.logprobs
-    requests = _requests(body, prompts, [tokens] * len(prompts), wanted, codec) if tokens else []
+    requests = _requests(body, prompts, room, wanted, codec, limits, defaults) if tokens else []
     many = body.n or 1
-    answers = [Answer(codec, body.stop_strings) for _ in range(len(prompts) * many)]
+    answers = [Answer(codec, body.stop_strings, least=body.min_tokens or 0) for _ in range(len(prompts) * many)]
     if not tokens:
         for answer in answers:
             answer.whole.finish = "length"
     echoed = [codec.decode(prompt, special=True) if body.echo else "" for prompt in prompts]
-    offsets = [len(text) for text in echoed for _ in range(many)]
+    places = [Places(codec, len(text), special=False) for text in echoed for _ in range(many)]
 
     def spelled(index: int, text: str, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -69,38 +82,51 @@ def completion(body: CompletionRequest, codec: TextCodec, limits: Limits, name: 
     def chunk(index: int, piece: Piece) -> dict[str, Any]:
         logprobs = None
         if wanted >= 0:
-            logprobs = completion_logprobs(codec, piece.logprobs, offsets[index])
-            offsets[index] += sum(map(len, logprobs["tokens"]))
+            logprobs = completion_logprobs(codec, piece.logprobs, places[index])
         return spelled(index, piece.text, logprobs, piece.finish)
 
     def choice(index: int, scores: Sequence[Sequence[float]] | None) -> dict[str, Any]:
-        whole, prompt = answers[index].whole, prompts[index // many]
-        logprobs, before = None, []
+        whole, prompt, echo = answers[index].whole, prompts[index // many], echoed[index // many]
+        logprobs = None
         if wanted >= 0:
-            if scores is not None:
-                pairs = zip(prompt[1:], scores[index // many], strict=True)
-                before = [prompt[0], *(TokenLogprob(token, value, ()) for token, value in pairs)]
-            offset = 0 if before else offsets[index]
-            logprobs = completion_logprobs(codec, [*before, *whole.logprobs], offset)
-        return spelled(index, echoed[index // many] + whole.text, logprobs, whole.finish)
+            logprobs = completion_logprobs(codec, whole.logprobs, Places(codec, len(echo), special=False))
+        if scores is not None:
+            one = scores[index // many]
+            tops = one.top or [()] * len(one.logprobs)
+            before = [prompt[0], *map(TokenLogprob, prompt[1:], one.logprobs, tops)]
+            # A text may lack the space that its first token begins with.
+            lacking = len(b"".join(codec.piece(token, True) for token in prompt).decode("utf-8", "replace")) - len(echo)
+            of_prompt = completion_logprobs(codec, before, -lacking)
+            logprobs = {key: of_prompt[key] + logprobs[key] for key in logprobs}
+        return spelled(index, echo + whole.text, logprobs, whole.finish)
 
     return Asked(
         _head("cmpl", name), ("text_completion", "text_completion"), prompts, requests, answers, opening, chunk, choice,
         stream=bool(body.stream),
         stream_usage=bool(body.stream_options and body.stream_options.include_usage),
-        scores_prompts=bool(body.echo) and wanted >= 0,
+        scores_prompts=wanted if body.echo else -1,
     )  # fmt: skip
 
 
-def chat(body: ChatRequest, codec: TextCodec, limits: Limits, name: str) -> Asked:
-    """Reads a chat request. Raises ApiError for lengths that cannot be, ConfigError where the template refuses it."""
-    text = codec.apply_chat([message.for_template() for message in body.messages], **body.template_arguments)
+def chat(
+    body: ChatRequest,
+    codec: TextCodec,
+    limits: Limits,
+    name: str,
+    defaults: Mapping[str, float] = NONE,
+    seconds: float = math.inf,
+) -> Asked:
+    """Reads a chat request. Raises ApiError for what cannot be, ConfigError where the template refuses it.
+
+    Args:
+        defaults: as for `completion`.
+        seconds: The template may take so long; raises TimeoutError then.
+    """
+    text = rendered(body, codec, seconds)
     prompt = codec.encode(text, special=True)
-    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    _check_prompt(prompt, body.answer_tokens or 1, "messages", field, limits)
-    tokens = body.answer_tokens or limits.max_length - len(prompt)
+    tokens = _room(prompt, body.answer_tokens or limits.max_length, "messages", limits)
     wanted = (body.top_logprobs or 0) if body.logprobs else -1
-    answers = [Answer(codec, body.stop_strings, text) for _ in range(body.n or 1)]
+    answers = [Answer(codec, body.stop_strings, text, body.min_tokens or 0) for _ in range(body.n or 1)]
 
     def logprobs(piece: Piece) -> dict | None:
         return chat_logprobs(codec, piece.logprobs) if wanted >= 0 else None
@@ -109,7 +135,7 @@ def chat(body: ChatRequest, codec: TextCodec, limits: Limits, name: str) -> Aske
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def chunk(index: int, piece: Piece) -> dict[str, Any]:
-        said = {"reasoning_content": piece.reasoning, "content": piece.text}
+        said = {"reasoning_content": piece.reasoning, "content": piece.text, "tool_calls": piece.calls}
         delta = {key: value for key, value in said.items() if value}
         return {"index": index, "delta": delta, "logprobs": logprobs(piece), "finish_reason": piece.finish}
 
@@ -118,9 +144,11 @@ def chat(body: ChatRequest, codec: TextCodec, limits: Limits, name: str) -> Aske
         message = {"role": "assistant", "content": whole.text, "refusal": None}
         if whole.reasoning:
             message["reasoning_content"] = whole.reasoning
+        if whole.calls:
+            message |= {"content": whole.text or None, "tool_calls": joined_calls(whole.calls)}
         return {"index": index, "message": message, "logprobs": logprobs(whole), "finish_reason": whole.finish}
 
-    requests = _requests(body, [prompt], [tokens], wanted, codec)
+    requests = _requests(body, [prompt], [tokens], wanted, codec, limits, defaults)
     kinds = "chat.completion", "chat.completion.chunk"
     return Asked(
         _head("chatcmpl", name), kinds, [prompt], requests, answers, opening, chunk, choice,
@@ -134,39 +162,71 @@ def _encoded(codec: TextCodec, text: str) -> list[int]:
     return codec.begun(codec.encode(text, special=True))
 
 
-def _check_prompt(prompt: list[int], tokens: int, field: str, tokens_field: str, limits: Limits) -> None:
+def rendered(body: ChatRequest, codec: TextCodec, seconds: float = math.inf) -> str:
+    """The text of a conversation. Raises ApiError for tools that the model's template or our reading of it lacks."""
+    arguments, tools = body.template_arguments, body.tools if body.tool_choice != "none" else None
+    called = any(message.tool_calls or message.role == "tool" for message in body.messages)
+    if (tools or called) and not knows_tools(codec):
+        field = "tools" if tools else "messages"
+        raise ApiError(
+            400,
+            f"{field}: there are no tools here: calls are not read from this model's answers. Leave them out, or put "
+            "what they give into the messages.",
+            field,
+        )
+    if tools:
+        arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+    return codec.apply_chat([message.for_template() for message in body.messages], seconds=seconds, **arguments)
+
+
+def _room(prompt: list[int], tokens: int, field: str, limits: Limits) -> int:
+    """Tokens that an answer may have: as many as are asked for, cut to what the context leaves. Raises ApiError."""
     if not prompt:
         raise ApiError(400, f"{field}: is empty; the model needs at least one token to go on from.", field)
     if max(prompt) >= limits.vocab_size:
         raise ApiError(400, f"{field}: holds token {max(prompt)}; the model's are 0 to {limits.vocab_size - 1}.", field)
-    # A prompt without room for a single token is itself what is too long.
-    too_long = len(prompt) + min(tokens, 1) > limits.max_length
-    if too_long or len(prompt) + tokens > limits.max_length:
-        cure = "Shorten the prompt." if too_long else "Shorten the prompt, or ask for fewer tokens."
+    room = limits.max_length - len(prompt)
+    if room < min(tokens, 1):
         raise ApiError(
             400,
-            f"This model's context is {limits.max_length:,} tokens; the prompt has {len(prompt):,}, and {tokens:,} are "
-            f"asked for. {cure}",
-            field if too_long else tokens_field,
+            f"This model's context is {limits.max_length:,} tokens, and the prompt has {len(prompt):,}, which "
+            "leaves no room for an answer. Shorten the prompt.",
+            field,
             "context_length_exceeded",
         )
+    return min(tokens, room)
 
 
 def _requests(
-    body: Sampling, prompts: list[list[int]], tokens: list[int], logprobs: int, codec: TextCodec
+    body: Sampling,
+    prompts: list[list[int]],
+    tokens: list[int],
+    logprobs: int,
+    codec: TextCodec,
+    limits: Limits,
+    defaults: Mapping[str, float],
 ) -> list[tuple[list[int], SamplingParams]]:
     """One request for each choice. Seeds count up from the given one inside each prompt, or are drawn at random."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    chosen = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if "top_k" in chosen:
+        chosen["top_k"] = max(chosen["top_k"], 0)  # -1 is vLLM's "all"
+    bias = tuple((int(token), float(value)) for token, value in (body.logit_bias or {}).items())
+    ends = (*(() if body.ignore_eos else codec.end_ids), *(body.stop_token_ids or ()))
+    for field, ids in (("logit_bias", [token for token, _ in bias]), ("stop_token_ids", body.stop_token_ids or ())):
+        if ids and max(ids) >= limits.vocab_size:
+            last = limits.vocab_size - 1
+            raise ApiError(400, f"{field}: names token {max(ids)}; the model's are 0 to {last}.", field)
 
     def params(most: int, choice: int) -> SamplingParams:
         return SamplingParams(
+            **{**defaults, **chosen},
             max_tokens=most,
-            temperature=1.0 if body.temperature is None else float(body.temperature),
-            top_k=max(body.top_k or 0, 0),
-            top_p=1.0 if body.top_p is None else float(body.top_p),
-            min_p=float(body.min_p or 0.0),
             seed=secrets.randbits(32) if body.seed is None else (body.seed + choice) % 2**32,
-            end_ids=() if body.ignore_eos else codec.end_ids,
+            end_ids=ends,
             logprobs=logprobs,
+            logit_bias=bias,
+            min_tokens=min(body.min_tokens or 0, most),
         )
 
     return [

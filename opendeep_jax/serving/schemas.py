@@ -1,9 +1,18 @@
 """Bodies of requests, as OpenAI's API spells them. A field that this server cannot honour is refused, not ignored."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from opendeep_jax.generation.params import MOST_LOGPROBS
 
@@ -13,14 +22,44 @@ MAX_CHOICES = 128
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Neutral = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False)]
-"""A penalty that this server does not have: only the value that changes nothing."""
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+ABOUT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "request_id",
+    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_salt", "priority",
+    "spaces_between_special_tokens", "parallel_tool_calls"})  # fmt: skip
+"""Fields that are said about a request, or of how its answer travels, rather than asked of it: taken, and unused."""
+NEUTRAL: dict[str, Any] = {"modalities": ["text"], "verbosity": "medium", "function_call": "none", "functions": [],
+    "suffix": "", "length_penalty": 1, "use_beam_search": False, "early_stopping": False, "typical_p": 1,
+    "skip_special_tokens": True, "include_stop_str_in_output": False, "add_generation_prompt": True,
+    "continue_final_message": False, "add_special_tokens": False, "do_sample": True, "num_beams": 1,
+    "num_return_sequences": 1, "no_repeat_ngram_size": 0, "return_token_ids": False,
+    "return_tokens_as_token_ids": False, "return_full_text": False}  # fmt: skip
+"""Settings of others that this server lacks, at the one value that changes nothing."""
+CURES = {
+    "audio": "this server reads and writes text alone; leave it out",
+    "modalities": 'this server reads and writes text alone; leave it out, or give ["text"]',
+    "functions": "there are no tools here; leave functions out, and describe them in the messages",
+    "function_call": "there are no tools here; leave it out",
+    "web_search_options": "this server reaches no web; leave it out, and put what was found into the messages",
+    "suffix": "this server goes on with a prompt and fills nothing in; leave it out",
+    "guided_json": "this server cannot bind an answer to a schema; ask for the form in words",
+    "guided_regex": "this server cannot bind an answer to a pattern; ask for the form in words",
+    "guided_choice": "this server cannot bind an answer to a choice; ask for it in words, or use logit_bias",
+    "guided_grammar": "this server cannot bind an answer to a grammar; ask for the form in words",
+    "use_beam_search": "this server samples; leave it out",
+}
+"""What to do instead of a setting that would change the answer and that this server lacks."""
 
 
 class Strict(BaseModel):
-    """No unknown fields, no number in quotes, no NaN."""
+    """No unknown fields but null ones, which are not given; no number in quotes, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(Strict):
@@ -28,6 +67,9 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     """A last chunk with the token counts."""
+    include_obfuscation: bool = False
+    """Taken, and unused: chunks are never padded."""
+    continuous_usage_stats: Literal[False] = False
 
 
 class Sampling(Strict):
@@ -52,21 +94,52 @@ class Sampling(Strict):
     stream: bool | None = None
     """Answer in server-sent events, as it is written."""
     stream_options: StreamOptions | None = None
-    presence_penalty: Neutral | None = None
-    frequency_penalty: Neutral | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    presence_penalty: Penalty | None = None
+    """Off the logit of each token that the answer has already."""
+    frequency_penalty: Penalty | None = None
+    """Off the logit of each token, as often as the answer has it."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Divides positive logits of tokens that prompt or answer have, and multiplies others. Not in OpenAI's API."""
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    """On the logits of tokens, by their ids."""
     ignore_eos: bool | None = None
     """Write on after the end-of-text token, up to max_tokens: for measurements. Not in OpenAI's API."""
-    # Said about a request rather than asked of it.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
+    """Tokens that end the answer too, and are no part of it. Not in OpenAI's API."""
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Nothing ends the answer before it has so many tokens. Not in OpenAI's API."""
 
     @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_effect(cls, data: Any) -> Any:
+        """Leaves out what changes nothing; refuses by name, with a cure, what would change the answer."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if value is None or name in ABOUT:
+                continue
+            neutral = NEUTRAL.get(name)
+            if name in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
+                continue
+            if name not in cls.model_fields and (name in CURES or name in NEUTRAL):
+                cure = CURES.get(name, f"this server knows it only as {NEUTRAL.get(name)!r}; leave it out")
+                raise ValueError(f"{name}: {cure}.")
+            kept[name] = value
+        return kept
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _by_id(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        odd = next((token for token in bias or {} if not (token.isascii() and token.isdecimal())), None)
+        if odd is not None:
+            raise ValueError(f"{odd[:40]!r} is no token's id; give ids, such as {{'42': -100}}")
+        return bias
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self):
@@ -92,7 +165,6 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     """Give the prompt back before the answer, with its log-probabilities if `logprobs` is set."""
     best_of: Annotated[int, Field(ge=1)] | None = None
-    suffix: Literal[""] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -118,8 +190,45 @@ class CompletionRequest(Sampling):
 class TextPart(Strict):
     """One part of a message's content; this server reads text alone."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    # Marks of other servers, which change no answer.
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Any = None
+
+
+class Function(Strict):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(Strict):
+    """A call of a tool in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+    index: int | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates read it."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class Tool(Strict):
+    """A tool that the model may call: a function, by its JSON schema."""
+
+    type: Literal["function"]
+    function: dict[str, Any]
 
 
 class Message(Strict):
@@ -131,16 +240,40 @@ class Message(Strict):
     reasoning_content: str | None = None
     """What an earlier answer thought, for templates that want to see it."""
     tool_call_id: str | None = None
-    refusal: None = None
-    audio: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: str | None = None
+    # What answers of this and other servers carry beside their text, sent back with them.
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    provider_specific_fields: Any = None
+    cache_control: Any = None
+    id: Any = None
+    parsed: Any = None
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates read it."""
-        content = self.content or ""
+    @model_validator(mode="before")
+    @classmethod
+    def _thought(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("reasoning"), str):
+            rest = {name: value for name, value in data.items() if name != "reasoning"}
+            return {"reasoning_content": data["reasoning"]} | rest
+        return data
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, content: Any) -> Any:
+        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        odd = next((kind for kind in kinds if isinstance(kind, str) and not kind.endswith("text")), None)
+        if odd:
+            raise ValueError(f"{odd[:40]} parts: this model reads text alone; leave them out, or describe them")
+        return content
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates read it; arguments of tool calls are values, as templates write them."""
+        content = self.content or self.refusal or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         more = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        if self.tool_calls:
+            more["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": self.role, "content": content} | {
             key: value for key, value in more.items() if value is not None
         }
@@ -160,10 +293,28 @@ class ChatRequest(Sampling):
     """Handed to the chat template, as the next one's entries are."""
     chat_template_kwargs: dict[str, str | bool | int | float] | None = None
     """Such as {"enable_thinking": false}. Not in OpenAI's API."""
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    """For models whose template and answers know tools (gpt-oss); others refuse them."""
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _plain(cls, form: dict[str, Any] | None) -> dict[str, Any] | None:
+        if form and form != {"type": "text"}:
+            kind = str(form.get("type"))[:40]
+            raise ValueError(
+                f"{kind}: this server cannot bind an answer to JSON or a schema; ask for the form in the messages, and "
+                "leave response_format out"
+            )
+        return form
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _free(cls, choice: Any) -> Any:
+        if choice not in ("none", "auto"):
+            raise ValueError('this server cannot make a model call a tool; give "auto" or "none", or leave it out')
+        return choice
 
     @property
     def answer_tokens(self) -> int | None:
@@ -180,7 +331,9 @@ class ChatRequest(Sampling):
     def _logprobs_belong_together(self):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs = true.")
-        taken = {"messages", "add_generation_prompt"} & set(self.chat_template_kwargs or {})
+        taken = {"messages", "add_generation_prompt", "seconds", "template", "special"} & set(
+            self.chat_template_kwargs or {}
+        )
         if taken:
             raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} is given by the server.")
         return self
@@ -191,7 +344,7 @@ def first_problem(error: ValidationError) -> tuple[str, str | None]:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     field = _field(found[0]["loc"])
     said = list(dict.fromkeys(_words(each) for each in found if _field(each["loc"]) == field))
-    sentence = ", or: ".join(said[:4]).removeprefix("Value error, ")
+    sentence = ", or: ".join(said[:4]).replace("Value error, ", "")
     if not field and ": " in sentence and found[0]["type"] == "value_error":
         field = sentence.partition(": ")[0]
         return sentence, field

@@ -8,19 +8,24 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import prometheus_client
+import pydantic_core
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opendeep_jax.data.text_codec import TextCodec
-from opendeep_jax.serving import requests
+from opendeep_jax.serving import requests, responses
 from opendeep_jax.serving.answers import Piece
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
 from opendeep_jax.serving.metrics import Metrics
@@ -31,7 +36,19 @@ from opendeep_jax.serving.service import EngineService, Job, Unavailable
 
 log = logging.getLogger(__name__)
 
-KNOWN_PATHS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+KNOWN_PATHS = (
+    "/",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+)
+
+
+TEMPLATE_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +60,8 @@ class ServerConfig:
     hosts: tuple[str, ...] = ()
     """Names by which /v1 may be called, without ports; any if empty. A web page whose own name was made to point at
     this machine still calls the server by that name."""
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that browsers may let call /v1; `*` for any."""
     max_body_bytes: int = 2 << 20
     """Longest body of a request."""
     body_seconds: float = 30.0
@@ -61,29 +80,44 @@ class Served:
     config: ServerConfig
     metrics: Metrics
     since: int
+    defaults: Mapping[str, float]
+    """The model's own sampling."""
+    templates: ThreadPoolExecutor
+    """Where chat templates run: however long they take, other requests are read elsewhere."""
 
 
-def make_app(name: str, service: EngineService, codec: TextCodec, config: ServerConfig | None = None) -> Starlette:
+def make_app(
+    name: str,
+    service: EngineService,
+    codec: TextCodec,
+    config: ServerConfig | None = None,
+    defaults: Mapping[str, float] = requests.NONE,
+) -> Starlette:
     """The ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
 
     Args:
         name: What clients call the model; only ever compared.
         service: The engine's service, not started.
         codec: Text to the model's tokens and back.
+        defaults: The model's own sampling, for what a request leaves open.
     """
-    served = Served(name, service, codec, config or ServerConfig(), Metrics(service), int(time.time()))
+    templates = ThreadPoolExecutor(TEMPLATE_THREADS, "template")
+    config = config or ServerConfig()
+    served = Served(name, service, codec, config, Metrics(service), int(time.time()), defaults, templates)
 
     @contextlib.asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
         service.start()
         yield
         await service.drain(0)
+        templates.shutdown(wait=False, cancel_futures=True)
 
     v1 = [
         Route("/models", _models),
         Route("/models/{model:path}", _model),
         Route("/completions", _completions, methods=["POST"]),
         Route("/chat/completions", _chat, methods=["POST"]),
+        Route("/responses", _respond, methods=["POST"]),
     ]
     app = Starlette(
         routes=[
@@ -91,14 +125,24 @@ def make_app(name: str, service: EngineService, codec: TextCodec, config: Server
             Route("/health", _health),
             Route("/ready", _ready),
             Route("/metrics", _metrics),
-            Mount("/v1", routes=v1, middleware=[Middleware(_Guard, config=served.config)]),
+            Mount("/v1", routes=v1, middleware=[Middleware(_Guard, config=config)]),
         ],
-        middleware=[Middleware(_Counted, metrics=served.metrics)],
+        middleware=[Middleware(_Counted, metrics=served.metrics), *_cors(config)],
         exception_handlers={kind: error_response for kind in (*FORESEEN, Exception)},
         lifespan=lifespan,
     )
     app.state.served = served
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """What answers browsers that ask whether a page of another origin may call, before they bring the key; around all
+    else, so that errors can be read by the page too.
+    """
+    if not config.origins:
+        return []
+    more = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "max_age": 600}
+    return [Middleware(CORSMiddleware, allow_origins=list(config.origins), **more)]
 
 
 async def _health(request: Request) -> Response:
@@ -141,43 +185,113 @@ async def _completions(request: Request) -> Response:
 
 
 async def _chat(request: Request) -> Response:
-    return await _answer(request, ChatRequest, requests.chat)
+    served = _served(request)
+    read = partial(requests.chat, seconds=served.config.request_seconds)
+    return await _answer(request, ChatRequest, read, served.templates)
 
 
-async def _answer(request: Request, schema: type, read: Callable[..., Asked]) -> Response:
+async def _respond(request: Request) -> Response:
+    served, found = _served(request), []
+
+    def read(body: bytes, *given: Any) -> Asked:
+        try:
+            own, as_chat = responses.read(pydantic_core.from_json(body))
+        except ValidationError:
+            raise
+        except ValueError as error:
+            known = str(error).partition(": ")
+            raise ApiError(400, str(error), known[0] if known[0].isidentifier() and known[1] else None) from error
+        _check_model(served, own.model or served.name)
+        asked = requests.chat(as_chat, *given, seconds=served.config.request_seconds)
+        found.append(responses.Response(own, asked))
+        return asked
+
+    asked, job, until = await _submitted(request, read, served.templates)
+    (response,) = found
+    if asked.stream:
+        return _EventStream(job, _response_events(served, asked, job, until, response))
+    await _unless_gone(request, _whole(served, asked, job, until))
+    return JSONResponse(response.whole())
+
+
+async def _response_events(
+    served: Served, asked: Asked, job: Job, until: float, response: responses.Response
+) -> AsyncIterator[str]:
+    """A response's events, each by its name too. An error that comes late is the last one."""
+
+    def spelled(event: dict[str, Any]) -> str:
+        return f"event: {event['type']}\n{_event(event)}"
+
+    try:
+        async with asyncio.timeout_at(until):
+            for event in response.begun():
+                yield spelled(event)
+            async for _, piece in _pieces(served, asked, job):
+                for event in response.added(piece):
+                    yield spelled(event)
+        for event in response.ended():
+            yield spelled(event)
+    except Exception as error:
+        if not isinstance(error, FORESEEN):
+            log.exception("a stream failed")
+        yield spelled({"type": "error", **as_api_error(error).body["error"]})
+
+
+async def _answer(
+    request: Request, schema: type, read: Callable[..., Asked], pool: ThreadPoolExecutor | None = None
+) -> Response:
+    served = _served(request)
+
+    def parsed(body: bytes, *given: Any) -> Asked:
+        found = schema.model_validate_json(body)
+        _check_model(served, found.model or served.name)
+        return read(found, *given)
+
+    asked, job, until = await _submitted(request, parsed, pool)
+    if asked.stream:
+        return _EventStream(job, _events(served, asked, job, until))
+    return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
+
+
+async def _submitted(
+    request: Request, read: Callable[..., Asked], pool: ThreadPoolExecutor | None
+) -> tuple[Asked, Job, float]:
+    """What a body asks, submitted to the engine, and until when it may take: the time begins as the body is there.
+
+    Args:
+        read: Makes of a body and of what the model is like what is asked of the engine.
+        pool: Where that is done; by default where the event loop does such things.
+    """
     served = _served(request)
     body = await _body(request, served.config)
+    until = asyncio.get_running_loop().time() + served.config.request_seconds
 
     def prepared() -> Asked:
-        parsed = schema.model_validate_json(body)
-        _check_model(served, parsed.model or served.name)
         if served.service.limits is None:
             raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
-        return read(parsed, served.codec, served.service.limits, served.name)
+        return read(body, served.codec, served.service.limits, served.name, served.defaults)
 
-    asked = await asyncio.to_thread(prepared)  # a body of megabytes takes a while to be read and tokenized
-    job = served.service.submit(asked.requests)
-    if asked.stream:
-        return _EventStream(job, _events(served, asked, job))
-    return JSONResponse(await _unless_gone(request, _whole(served, asked, job)))
+    async with asyncio.timeout_at(until):  # a body of megabytes takes a while to be read and tokenized
+        asked = await asyncio.get_running_loop().run_in_executor(pool, prepared)
+    return asked, served.service.submit(asked.requests), until
 
 
-async def _whole(served: Served, asked: Asked, job: Job) -> dict[str, Any]:
-    async with job, asyncio.timeout(served.config.request_seconds):
+async def _whole(served: Served, asked: Asked, job: Job, until: float) -> dict[str, Any]:
+    async with job, asyncio.timeout_at(until):
         scores = None
-        if asked.scores_prompts:
-            scores = await served.service.score(asked.prompts, [1] * len(asked.prompts))
+        if asked.scores_prompts >= 0:
+            scores = await served.service.score(asked.prompts, [1] * len(asked.prompts), asked.scores_prompts)
         async for _ in _pieces(served, asked, job):
             pass
     choices = [asked.choice(index, scores) for index in range(len(asked.answers))]
     return asked.head | {"object": asked.kinds[0], "choices": choices, "usage": asked.usage()}
 
 
-async def _events(served: Served, asked: Asked, job: Job) -> AsyncIterator[str]:
+async def _events(served: Served, asked: Asked, job: Job, until: float) -> AsyncIterator[str]:
     """The chunks of a stream as server-sent events. An error that comes late is the stream's last event."""
     head = asked.head | {"object": asked.kinds[1]} | ({"usage": None} if asked.stream_usage else {})
     try:
-        async with asyncio.timeout(served.config.request_seconds):
+        async with asyncio.timeout_at(until):
             for index in range(len(asked.answers)):
                 if (first := asked.opening(index)) is not None:
                     yield _event(head | {"choices": [first]})

@@ -17,6 +17,7 @@ from opendeep_jax.generation.params import SamplingParams
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine, Progress
+    from opendeep_jax.generation.scoring import Scored
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class EngineService:
         if ticket in self._tickets:
             self._post(lambda: self._abort(ticket))
 
-    async def score(self, sequences: list[Sequence[int]], prefix_lengths: list[int]) -> list[list[float]]:
+    async def score(self, sequences: list[Sequence[int]], prefix_lengths: list[int], top: int = 0) -> "list[Scored]":
         """`Engine.score` in the engine's thread, a sequence between two steps. Raises as it and `submit` do."""
         if not self.ready:
             raise Unavailable("The server takes no requests now.")
@@ -204,7 +205,7 @@ class EngineService:
         try:
             pairs = zip(sequences, prefix_lengths, strict=True)
             return [
-                await self._in_thread(lambda engine, pair=pair: engine.score(*([x] for x in pair))[0].logprobs)
+                await self._in_thread(lambda engine, pair=pair: engine.score(*([x] for x in pair), top)[0])
                 for pair in pairs
             ]
         finally:
@@ -291,7 +292,7 @@ class EngineService:
             engine = self._make_engine()
             self._to_prepare = iter(self._warm_up(engine))
             self.preparing = next(self._to_prepare, "")
-            self.limits = Limits(engine.slots, engine.max_length, engine.vocab_size)
+            self.limits = Limits(engine.slots, engine.capacity, engine.vocab_size)
             self.engine = engine
         except Exception as error:
             self.failure = _said(error)

@@ -6,6 +6,7 @@ JAX is loaded with the weights only, so that a source that is none is refused at
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from opendeep_jax.data.text_codec import TextCodec
     from opendeep_jax.models.decoder import Decoder
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a generation_config.json says of sampling, under the names that `SamplingParams` has too."""
 DTYPES = ("float32", "bfloat16")
 CURE = (
     "Give a run's work directory, a directory with a Hugging Face model (config.json and *.safetensors), or a .gguf "
@@ -70,6 +73,29 @@ def open_codec(source: str | Path) -> tuple["TextCodec", str]:
             from opendeep_jax.data.provenance import run_codec
 
             return run_codec(path), load_run_config(path).name or path.name
+
+
+def sampling_defaults(source: str | Path) -> dict[str, float]:
+    """Return how a model's own generation_config.json samples, as far as it says; a .gguf file has none."""
+    path = Path(source).resolve() / "generation_config.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text("utf-8"))
+        found = {name: found.get(name) for name in SAMPLING} if isinstance(found, dict) else {}
+        given = {name: value for name, value in found.items() if isinstance(value, int | float) and value is not True}
+        return {name: value for name, value in given.items() if _makes_sense(name, value)}
+    return {}
+
+
+def _makes_sense(name: str, value: float) -> bool:
+    """Whether a setting of a file can be met; others are left at what changes nothing, with a warning."""
+    from opendeep_jax.generation.params import SamplingParams
+
+    try:
+        SamplingParams(**{name: value})
+    except ConfigError as error:
+        logging.getLogger(__name__).warning("generation_config.json: %s It is left out.", error)
+        return False
+    return True
 
 
 def open_weights(source: str | Path, dtype: str = "", step: int | None = None, mesh: "Mesh | None" = None) -> "Decoder":

@@ -83,6 +83,8 @@ def answer(conversation: Conversation, text: str, console: Console) -> None:
                 else:
                     sys.stderr.write(piece.reasoning)
                     sys.stderr.flush()
+            for call in piece.calls:  # there is nothing here to be called, so it is shown
+                (show if shown else sys.stderr.write)(call["function"].get("name", "") + call["function"]["arguments"])
             if piece.text:
                 if thinking:
                     console.print("\n") if shown else print(file=sys.stderr)

@@ -1,5 +1,6 @@
 """The harness' three questions, answered from the model's own logits, and its tasks and settings, where they fail."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +13,7 @@ pytest.importorskip("lm_eval")
 from opendeep_jax.config.checks import ConfigError  # noqa: E402
 from opendeep_jax.evaluation.harness import HarnessModel, find_tasks  # noqa: E402
 from opendeep_jax.evaluation.windows import windows  # noqa: E402
+from opendeep_jax.generation.requests import Progress, Request  # noqa: E402
 
 
 @pytest.fixture
@@ -159,3 +161,51 @@ def test_a_task_whose_data_is_not_there_is_refused(task_directory):
     tasks, names = find_tasks(["colours"], str(task_directory))
     with pytest.raises(ConfigError, match="--tasks=colours: cannot be loaded"):
         tasks.load(names)
+
+
+THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+CHANNELS = "{{ messages[0].content }}<|start|>assistant{# <|channel|> #}"
+
+
+class Saying:
+    """An engine that says a text, whatever it is asked."""
+
+    max_length, shards = 512, 1
+
+    def __init__(self, codec, text):
+        self.left, self.request = codec.encode(text, special=True), None
+
+    @property
+    def busy(self):
+        return self.request.finish is None
+
+    def submit(self, prompt, params):
+        self.request = Request(list(prompt), params)
+        return self.request
+
+    def abort(self, request):
+        request.finish = "aborted"
+
+    def step(self):
+        tokens, self.left = self.left[:1], self.left[1:]
+        self.request.finish = self.request.finish or (None if tokens else "stop")
+        return [Progress(self.request, tokens, [], self.request.finish)]
+
+
+@pytest.mark.parametrize(
+    "template, says, answer",
+    [
+        (THINKS, "Two and two.\n\nFour.\n</think>\n\n4\n\n5", "4"),
+        (THINKS, "Two and two.\n\nFour.", ""),
+        (CHANNELS,
+         "<|channel|>analysis<|message|>A.\n\nB.<|end|><|start|>assistant<|channel|>final<|message|>4\n\n5", "4"),
+        (CHANNELS, "4\n\n5", "4"),
+    ],
+)  # fmt: skip
+def test_thinking_is_no_part_of_an_answer_and_stop_strings_do_not_end_it(tiny, template, says, answer):
+    codec = dataclasses.replace(tiny[1], chat_template=template)
+    model = HarnessModel(Saying(codec, says), codec, "tiny", chat=True)
+    prompt = model.apply_chat_template([{"role": "user", "content": "2+2?"}])
+    assert model.generate_until(asked((prompt, {"until": ["\n\n"]}))) == [answer]
+    plain = HarnessModel(Saying(codec, says), codec, "tiny")
+    assert plain.generate_until(asked((prompt, {"until": ["\n\n"]}))) == [says.split("\n\n")[0]]

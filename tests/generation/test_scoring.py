@@ -33,6 +33,16 @@ def test_scores_are_the_models_log_probabilities(family):
     assert engine.stats.free_pages == engine.stats.total_pages
 
 
+def test_the_most_likely_tokens_come_with_scores_by_the_same_arithmetic():
+    engine, text = engine_of("v3"), TEXTS[2]
+    (plain,), (found,) = score(engine, [text], [40]), score(engine, [text], [40], 3)
+    assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-5) and (found.greedy, plain.top) == (plain.greedy, [])
+    logits = logits_of("v3", text)[39:-1]
+    assert [[token for token, _ in top] for top in found.top] == np.argsort(-logits, axis=-1)[:, :3].tolist()
+    for token, value, greedy, top in zip(text[40:], found.logprobs, found.greedy, found.top, strict=True):
+        assert greedy == (value == top[0][1]) and value == dict(top).get(token, value)
+
+
 def test_a_mesh_scores_several_texts_at_a_time():
     engine = Engine(
         model_of("v3"), EngineConfig(**SETTINGS | {"slots": 8}), make_mesh(ParallelConfig(data=2, expert=2, tensor=2))

@@ -68,6 +68,10 @@ class EchoEngine:
         self._step_seconds, self._fail, self._answer = step_seconds, fail, answer
 
     @property
+    def capacity(self) -> int:
+        return self.max_length
+
+    @property
     def busy(self) -> bool:
         return bool(self.requests)
 
@@ -108,6 +112,7 @@ class EchoEngine:
         self.stats.free_pages = self.stats.total_pages - self.stats.running
         return progress
 
-    def score(self, texts, first) -> list[Scored]:
-        counts = [len(ids) - place for ids, place in zip(texts, first, strict=True)]
-        return [Scored([-1.0] * count, [False] * count) for count in counts]
+    def score(self, texts, first, top=0) -> list[Scored]:
+        scored = [ids[place:] for ids, place in zip(texts, first, strict=True)]
+        tops = [[tuple((token + i, -0.5 - i) for i in range(1, 1 + top)) for token in ids] for ids in scored]
+        return [Scored([-1.0] * len(ids), [False] * len(ids), best) for ids, best in zip(scored, tops, strict=True)]

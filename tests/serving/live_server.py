@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import httpx
 from fake_engine import EchoEngine
@@ -53,10 +53,11 @@ def live(
     drain_seconds: float = 5.0,
     name: str = "echo",
     max_waiting: int = 256,
+    defaults: Mapping[str, float] | None = None,
 ) -> Iterator[Live]:
     """A server with this engine; ended, and its thread joined, on leaving."""
     service = EngineService(make_engine, max_waiting)
-    app = make_app(name, service, codec or byte_codec(), config)
+    app = make_app(name, service, codec or byte_codec(), config, defaults or {})
     listening, started = listen("127.0.0.1", 0), threading.Event()
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     found: list[DrainingServer] = []

@@ -245,14 +245,14 @@ def test_scores_come_from_the_engines_thread_between_steps():
     seen = []
 
     class Scoring(EchoEngine):
-        def score(self, sequences, prefix_lengths):
+        def score(self, sequences, prefix_lengths, top):
             seen.append(threading.current_thread().name)
             if not sequences[0]:
                 raise ConfigError("an empty sequence")
-            return super().score(sequences, prefix_lengths)
+            return super().score(sequences, prefix_lengths, top)
 
     async def scenario(service):
-        assert await service.score([[1, 2, 3]], [1]) == [[-1.0, -1.0]]
+        assert [one.logprobs for one in await service.score([[1, 2, 3]], [1])] == [[-1.0, -1.0]]
         with pytest.raises(ConfigError, match="empty"):
             await service.score([[]], [1])
 
@@ -262,9 +262,9 @@ def test_scores_come_from_the_engines_thread_between_steps():
 
 def test_scores_count_as_work_that_waits():
     class Slow(EchoEngine):
-        def score(self, sequences, prefix_lengths):
+        def score(self, sequences, prefix_lengths, top):
             time.sleep(0.1)
-            return super().score(sequences, prefix_lengths)
+            return super().score(sequences, prefix_lengths, top)
 
     async def scenario(service):
         scoring = asyncio.ensure_future(service.score([[1, 2]] * 3, [1] * 3))
@@ -273,7 +273,7 @@ def test_scores_count_as_work_that_waits():
             await service.score([[1, 2]] * 3, [1] * 3)
         assert await tokens(service.submit([([7], params(1))])) == {0: [7]}  # between two of the scores
         assert not scoring.done()
-        assert await scoring == [[-1.0]] * 3
+        assert [one.logprobs for one in await scoring] == [[-1.0]] * 3
 
     run(scenario, lambda: Slow(slots=1), max_waiting=3)
 

@@ -1,0 +1,60 @@
+"""Log-probabilities as OpenAI's API spells them, also of tokens that are parts of characters."""
+
+import pytest
+import tokenizers
+from live_server import byte_codec, live
+
+from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.generation.params import TokenLogprob
+from opendeep_jax.serving.answers import Places, chat_logprobs, completion_logprobs, token_name
+
+PARROT = byte_codec().encode("🦜")
+
+
+def test_parts_of_a_character_are_told_apart_by_their_bytes():
+    first, second, third, last = PARROT
+    entry = TokenLogprob(second, -0.03, ((second, -0.03), (third, -4.4), (last, -6.0)))
+    found = completion_logprobs(byte_codec(), [entry])
+    assert found["top_logprobs"] == [{r"bytes:\x9f": -0.03, r"bytes:\xa6": -4.4, r"bytes:\x9c": -6.0}]
+    assert found["tokens"] == [r"bytes:\x9f"]
+    (one,) = chat_logprobs(byte_codec(), [entry])["content"]
+    assert one["bytes"] == [0x9F] and [each["bytes"] for each in one["top_logprobs"]] == [[0x9F], [0xA6], [0x9C]]
+
+
+def test_bytes_of_a_streamed_character_put_together_are_the_character():
+    entries = [TokenLogprob(token, -1.0, ()) for token in PARROT]
+    content = chat_logprobs(byte_codec(), entries)["content"]
+    assert bytes(byte for one in content for byte in one["bytes"]).decode() == "🦜"
+
+
+def test_places_count_characters_and_parts_stand_where_theirs_begins():
+    places = Places(byte_codec(), 2)
+    assert [places.take(token) for token in byte_codec().encode("a🦜é!")] == [2, 3, 3, 3, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("asked, names", [(0, {"c"}), (1, {"a", "c"}), (2, {"a", "b", "c"})])
+def test_the_chosen_token_is_among_the_alternatives_with_its_own_value(asked, names):
+    a, b, c = byte_codec().encode("abc")
+    entry = TokenLogprob(c, -3.0, ((a, -0.5), (b, -1.0))[:asked])
+    (top,) = completion_logprobs(byte_codec(), [entry])["top_logprobs"]
+    assert set(top) == names and top["c"] == -3.0
+
+
+def test_two_tokens_of_the_same_text_are_both_there():
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0x61>": 1, "b": 2}, [], byte_fallback=True))
+    library.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    codec = TextCodec(library)
+    (top,) = completion_logprobs(codec, [TokenLogprob(0, -0.1, ((0, -0.1), (1, -2.0), (2, -3.0)))])["top_logprobs"]
+    assert top == {"a": -0.1, "token_id:1": -2.0, "b": -3.0}
+    assert token_name(codec, 7) == "token_id:7"
+
+
+def test_an_echoed_prompt_has_alternatives_but_for_its_first_token():
+    with live() as server:
+        ids = byte_codec().encode("aé")
+        body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        found = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+        assert found["top_logprobs"][0] is None and found["token_logprobs"][0] is None
+        for value, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True):
+            assert value in top.values() and len(top) <= 2
+        assert found["text_offset"] == [0, 1, 1, 2]
