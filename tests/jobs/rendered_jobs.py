@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import shlex
 import subprocess
 from pathlib import Path
@@ -62,7 +63,11 @@ def programs(directory: Path, **bodies: str) -> dict[str, str]:
 
 
 def bash(text: str, environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", text], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what is ignored here, as under nohup, bash could not trap
+    try:
+        return subprocess.run(["bash", "-c", text], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def container(jobset: dict) -> dict:
