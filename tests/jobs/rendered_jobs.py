@@ -4,8 +4,8 @@ import contextlib
 import io
 import os
 import re
-import signal
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
