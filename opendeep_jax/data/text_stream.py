@@ -54,19 +54,21 @@ class TextStream(StopStrings):
     wherever the tokens' bounds lie; of two that end together, before the longer.
     """
 
-    def __init__(self, codec: TextCodec, stop: Iterable[str] = (), special: bool = False):
+    def __init__(self, codec: TextCodec, stop: Iterable[str] = (), special: bool = False, before: Iterable[int] = ()):
         """
         Args:
             codec: The model's.
             stop: Texts that end the text, and are no part of it; empty ones count for nothing. The name of a special
                 token ends it at that token.
             special: Whether special tokens are text.
+            before: Ids of the text that this one goes on with: behind them a first word keeps its space.
         """
         self.codec, self.special = codec, special
         self.stop = tuple(text for text in stop if text)
         self.matched: str | None = None
         """The stop string that ended the text."""
-        self._speech = Speech(codec.spelling, () if special else codec.special_ids)
+        begun = any(codec.piece(i) for i in before)
+        self._speech = Speech(codec.spelling, () if special else codec.special_ids, begun)
         self._stop_ids = {} if special else codec.stop_ids(self.stop)
         self._held = ""
 

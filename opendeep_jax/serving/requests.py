@@ -66,7 +66,8 @@ def completion(
     wanted = -1 if body.logprobs is None else body.logprobs
     requests = _requests(body, prompts, room, wanted, codec, limits, defaults) if tokens else []
     many = body.n or 1
-    answers = [Answer(codec, body.stop_strings, least=body.min_tokens or 0) for _ in range(len(prompts) * many)]
+    least, stop = body.min_tokens or 0, body.stop_strings
+    answers = [Answer(codec, stop, least=least, before=prompt) for prompt in prompts for _ in range(many)]
     if not tokens:
         for answer in answers:
             answer.whole.finish = "length"

@@ -65,7 +65,9 @@ def programs(directory: Path, **bodies: str) -> dict[str, str]:
 def bash(text: str, environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what is ignored here, as under nohup, bash could not trap
     try:
-        return subprocess.run(["bash", "-c", text], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "-c", text], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
     finally:
         signal.signal(signal.SIGHUP, before)
 
