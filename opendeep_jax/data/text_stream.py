@@ -64,13 +64,17 @@ class TextStream(StopStrings):
             before: Ids of the text that this one goes on with: behind them a first word keeps its space.
         """
         self.codec, self.special = codec, special
-        self.stop = tuple(text for text in stop if text)
+        self.stop_at(stop)
         self.matched: str | None = None
         """The stop string that ended the text."""
         begun = any(codec.piece(i) for i in before)
         self._speech = Speech(codec.spelling, () if special else codec.special_ids, begun)
-        self._stop_ids = {} if special else codec.stop_ids(self.stop)
         self._held = ""
+
+    def stop_at(self, stop: Iterable[str]) -> None:
+        """Ends the text before the first of these from now on."""
+        self.stop = tuple(text for text in stop if text)
+        self._stop_ids = {} if self.special else self.codec.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""

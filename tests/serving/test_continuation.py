@@ -12,6 +12,7 @@ from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.data.text_stream import TextStream
 from opendeep_jax.evaluation.harness import HarnessModel
 from opendeep_jax.generation.params import SamplingParams, TokenLogprob
+from opendeep_jax.serving.answers import Answer
 from opendeep_jax.serving.continuation import continued
 from opendeep_jax.serving.requests import completion
 from opendeep_jax.serving.schemas import CompletionRequest
@@ -96,3 +97,13 @@ def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_wor
     choice = asked.choice(0, None)
     assert choice["text"] == "this is the end"
     assert choice["logprobs"]["text_offset"] == list(range(len("this is"), len(choice["text"])))
+
+
+@pytest.mark.parametrize("least, text", [(0, "the"), (4, "the"), (5, "thesky"), (8, "thesky"), (9, "theskyis")])
+def test_no_stop_string_ends_an_answer_that_is_shorter_than_its_least_length(least, text):
+    codec = spaced_codec("Strip")
+    says = [*codec.encode("the"), 1, *codec.encode("sky")[1:], 1, *codec.encode("is")[1:], 1]
+    answer = Answer(codec, ["</s>"], least=least)
+    for i in says:
+        answer.push(Progress(None, [i], [], None))
+    assert (answer.whole.text, answer.whole.finish) == (text, "stop")
