@@ -224,8 +224,10 @@ def gguf_fields_from_codec(codec: TextCodec, vocab_size: int, pre: str = "") -> 
         "generation": generation_config(codec),
         "flags": {i: flags for i, token in added.items() if (flags := {k: True for k in FLAGS if token[k]})},
     }
-    sampled = {key: codec.generation[name] for name, key in GGUF_SAMPLING.items() if name in codec.generation}
-    fields |= {key: value for key, value in sampled.items() if type(value) in (int, float)}
+    for name, key in GGUF_SAMPLING.items():
+        value = codec.generation.get(name)
+        if type(value) in (int, float) and 0 <= value < 2**31:
+            fields[key] = int(value) if name == "top_k" else float(value)
     return fields | _ends(codec) | {OWN: json.dumps(own, ensure_ascii=False)}
 
 

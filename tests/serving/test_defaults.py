@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -49,3 +50,10 @@ def test_a_gguf_has_its_models_own_sampling(tmp_path, ours):
     fields = {name: float(np.float32(value)) if type(value) is float else value for name, value in fields.items()}
     found = codec_from_gguf_fields({name: value for name, value in fields.items() if ours or name != OWN})
     assert sampling_defaults(found) == said
+
+
+@pytest.mark.parametrize("said", [-1, 10**12, math.inf, math.nan, "20", True, None, [1]])
+def test_sampling_that_a_gguf_has_no_number_for_is_not_written_under_its_keys(tmp_path, said):
+    codec = codec_that_samples(tmp_path, top_k=said, temperature=said)
+    fields = gguf_fields_from_codec(codec, codec.vocab_size)
+    assert not [name for name in fields if name.startswith("general.sampling")]
