@@ -28,7 +28,6 @@ LEAST = {"max_tokens": 0, "max_length": 0, "seed": -1}
 def main(argv: Sequence[str]) -> None:
     """Talks until /quit, or answers once. Raises ConfigError for a source that is none and settings that can't be."""
     values, choice = read_flags(FLAGS, argv, "opendeep chat", PURPOSE, USAGE, LEAST)
-    params = sampling(values, choice.source, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
 
     from opendeep_jax.serving.terminal import answer, chat, piped_input
 
@@ -47,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     from opendeep_jax.serving.sources import open_codec
 
     codec, name = open_codec(choice.source)
+    params = sampling(values, codec, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
     codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
     config = EngineConfig(slots=1, max_length=values.max_length)
     engine = open_engine(choice, codec, config)

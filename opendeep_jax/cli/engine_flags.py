@@ -5,6 +5,7 @@ The help of these flags stands here alone, and so do the rules of how they go to
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -15,6 +16,9 @@ from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.serving.engines import ENGINE_AXES, Choice
 from opendeep_jax.serving.sources import check_choice, sampling_defaults, source_kind
+
+if TYPE_CHECKING:
+    from opendeep_jax.data.text_codec import TextCodec
 
 SOURCE = {
     "model": ("", "A run's work directory, a Hugging Face directory, or a .gguf file."),
@@ -68,7 +72,7 @@ def read_flags(
     return values, Choice(source, values.dtype, step, parallel)
 
 
-def sampling(values: flags.FlagValues, source: str, **given: int) -> SamplingParams:
+def sampling(values: flags.FlagValues, codec: "TextCodec", **given: int) -> SamplingParams:
     """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
 
     What is not on the command line is as the model's own generation_config.json has it, if that says something.
@@ -78,7 +82,7 @@ def sampling(values: flags.FlagValues, source: str, **given: int) -> SamplingPar
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     try:
         asked = {name: values[name].value for name in names}
-        own = sampling_defaults(source)
+        own = sampling_defaults(codec)
         own = {name: value for name, value in own.items() if name not in names or not values[name].present}
         return SamplingParams(**asked | own | given)
     except ConfigError as error:

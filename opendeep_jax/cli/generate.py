@@ -43,19 +43,19 @@ def main(argv: Sequence[str]) -> None:
     values, choice = read_flags(FLAGS, argv, "opendeep generate", PURPOSE, USAGE, LEAST)
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")
-    params = sampling(values, choice.source, max_tokens=values.max_tokens)
 
     from opendeep_jax.serving.continuation import continued, read_prompts
+    from opendeep_jax.serving.sources import open_codec
 
+    codec, _ = open_codec(choice.source)
+    params = sampling(values, codec, max_tokens=values.max_tokens)
     prompts = read_prompts(Path(values.prompts)) if values.prompts else [values.prompt]
     texts = [prompt for prompt in prompts for _ in range(values.n)]
     each = [dataclasses.replace(params, seed=(params.seed + i % values.n) % 2**32) for i in range(len(texts))]
 
     from opendeep_jax.generation.requests import EngineConfig
     from opendeep_jax.serving.engines import open_engine
-    from opendeep_jax.serving.sources import open_codec
 
-    codec, _ = open_codec(choice.source)
     slots = min(values.slots, len(texts))
     config = EngineConfig(slots=slots, max_length=values.max_length, speculate=values.speculate)
     engine = open_engine(choice, codec, config)

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         request_seconds=values.timeout,
         origins=_origins(values.cors_origins),
     )
-    defaults = sampling_defaults(choice.source)
+    defaults = sampling_defaults(codec)
     app = make_app(name, service, codec, config, defaults)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -67,6 +67,11 @@ class SourceConfig:
     held_out_end: float = 0.0
     """Share of each document, at its end, that is held out as a document of its own: for sources of few documents."""
 
+    @property
+    def known_license(self) -> str:
+        """The license as it is told: `by document` where a field has it, `unknown` where nobody states any."""
+        return self.license or ("by document" if self.license_field else "unknown")
+
 
 @dataclass(frozen=True)
 class CurationConfig:

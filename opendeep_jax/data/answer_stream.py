@@ -16,16 +16,25 @@ class AnswerStream:
         conversation: The rendered conversation that is answered; thinking is told apart if the model thinks. None for
             a text that just goes on.
         least: No stop string ends it before it has so many tokens.
+        before: Ids of a text that just goes on.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), conversation: str | None = None, least: int = 0):
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str] = (),
+        conversation: str | None = None,
+        least: int = 0,
+        before: Sequence[int] = (),
+    ):
         marks = None if conversation is None else thinking_marks(codec)
         special = marks is not None and not codec.special_ids.isdisjoint(codec.encode(marks.opening, special=True))
         # Special tokens are seen as tokens alone, unless they are text.
         seen = () if special else [text for text in stop if codec.library.token_to_id(text) in codec.special_ids]
-        self._text, self._thinking = TextStream(codec, seen, special), marks and thinking_stream(marks, conversation)
+        self._text = TextStream(codec, () if least else seen, special, before)
+        self._thinking = marks and thinking_stream(marks, conversation)
         self._answer, self._least = StopStrings(() if least else stop), least
-        self._stop, self._tokens = stop, 0
+        self._stop, self._seen, self._tokens = stop, seen, 0
 
     @property
     def stopped(self) -> bool:
@@ -39,6 +48,7 @@ class AnswerStream:
         self._tokens += len(ids)
         if self._least and self._tokens >= self._least:
             self._answer, self._least = StopStrings(self._stop), 0
+            self._text.stop_at(self._seen)
         return spoken
 
     def finish(self) -> Spoken:

@@ -18,7 +18,7 @@ def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
         sources.append(
             {
                 "name": source.name,
-                "license": source.license or ("by document" if source.license_field else "unknown"),
+                "license": source.known_license,
                 "share": source.weight / weights if weights else 0.0,
                 **{f"train_{key}": whole[key] - held_out[key] for key in COUNTS},
                 **{f"held_out_{key}": held_out[key] for key in COUNTS},
@@ -66,7 +66,7 @@ def table(described: dict) -> str:
     for source in described["sources"]:
         lines.append(
             f"{source['name']:<20} {source['train_documents']:>14,} {source['train_tokens']:>18,} "
-            f"{source['held_out_tokens']:>14,} {source['epochs']:>8.3f}  {source['license'] or 'unknown'}"
+            f"{source['held_out_tokens']:>14,} {source['epochs']:>8.3f}  {source['license']}"
         )
     lines += ["", f"{'rows of':<20} {'length':>14} {'rows':>18} {'padding':>14} {'cut':>8}  packing"]
     for plan in described["plans"]:

@@ -22,6 +22,17 @@ OWN = "opendeep.tokenizer"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+GGUF_SAMPLING = {
+    name: f"general.sampling.{key}"
+    for name, key in {
+        "temperature": "temp",
+        "top_k": "top_k",
+        "top_p": "top_p",
+        "min_p": "min_p",
+        "repetition_penalty": "penalty_repeat",
+    }.items()
+}
+"""llama.cpp's keys of a generation_config.json's sampling, which its converter writes and its programs apply."""
 
 
 def codec_from_gguf_fields(fields: Mapping[str, Any]) -> TextCodec:
@@ -88,6 +99,12 @@ def _with_ends(
     ends = [i for i in (id_of("eos"), id_of("eot"), id_of("eom")) if i is not None]
     ends += own["end_ids"] if "end_ids" in own else named_ends(tokens)
     special = {name: tokens[i] for name, key in GGUF_NAMES.items() if (i := id_of(key)) is not None}
+    sampled = {name: fields.get(key) for name, key in GGUF_SAMPLING.items()}
+    sampled = {  # numbers of 32 bits, as people write them
+        name: value if isinstance(value, int) else float(f"{value:.7g}")
+        for name, value in sampled.items()
+        if type(value) in (int, float)
+    }
     # As llama.cpp: SentencePiece's models and Llama 3's want a beginning unless the file says otherwise.
     begun = kind == "llama" or fields.get(KEY + "pre") in BEGUN
     return TextCodec(
@@ -98,7 +115,7 @@ def _with_ends(
         chat_template=fields.get(TEMPLATE),
         special=own.get("special", special),
         after_begin=tuple(own.get("after_begin", ())),
-        generation=own.get("generation", {}),
+        generation=own.get("generation", sampled),
     )
 
 
@@ -207,6 +224,10 @@ def gguf_fields_from_codec(codec: TextCodec, vocab_size: int, pre: str = "") -> 
         "generation": generation_config(codec),
         "flags": {i: flags for i, token in added.items() if (flags := {k: True for k in FLAGS if token[k]})},
     }
+    for name, key in GGUF_SAMPLING.items():
+        value = codec.generation.get(name)
+        if type(value) in (int, float) and 0 <= value < 2**31:
+            fields[key] = int(value) if name == "top_k" else float(value)
     return fields | _ends(codec) | {OWN: json.dumps(own, ensure_ascii=False)}
 
 

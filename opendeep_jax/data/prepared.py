@@ -393,7 +393,7 @@ def _check_splits(store: Store, held_out_plan: Plan, config: RunConfig) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in store.manifest["left_out"].items())
         raise ConfigError(
             f"{where} holds no text: {f'all its documents are left out ({reasons})' if reasons else 'it is empty'}. "
-            "Point its path to UTF-8 text."
+            "Point its path to text, or name its encoding, if it is not UTF-8: --data.sources.N.encoding=latin-1."
         )
     documents = held_out_plan.manifest["documents"]
     if documents == store.documents or (fraction and not documents):

@@ -77,16 +77,18 @@ class Spelling:
 class Speech:
     """Tokens written as text while they come: nothing is given out that a later token could change."""
 
-    def __init__(self, spelling: Spelling, hidden: Collection[int] = ()):
+    def __init__(self, spelling: Spelling, hidden: Collection[int] = (), begun: bool = False):
         """
         Args:
             spelling: The tokenizer's.
             hidden: Ids to leave out.
+            begun: Text stands before the first id, which then keeps its leading space.
         """
         self.spelling, self.hidden = spelling, hidden
-        self._begun = False
+        self._begun = begun
         self._run, self._ending = b"", b""  # bytes to fall back on; the rest of a token that may be the last one
         self._character, self._cut, self._cut_end = spelling.strip
+        self._cut = 0 if begun else self._cut
         self._held = ""  # what may be cut off the end
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 

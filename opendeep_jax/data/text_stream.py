@@ -54,21 +54,27 @@ class TextStream(StopStrings):
     wherever the tokens' bounds lie; of two that end together, before the longer.
     """
 
-    def __init__(self, codec: TextCodec, stop: Iterable[str] = (), special: bool = False):
+    def __init__(self, codec: TextCodec, stop: Iterable[str] = (), special: bool = False, before: Iterable[int] = ()):
         """
         Args:
             codec: The model's.
             stop: Texts that end the text, and are no part of it; empty ones count for nothing. The name of a special
                 token ends it at that token.
             special: Whether special tokens are text.
+            before: Ids of the text that this one goes on with: behind them a first word keeps its space.
         """
         self.codec, self.special = codec, special
-        self.stop = tuple(text for text in stop if text)
+        self.stop_at(stop)
         self.matched: str | None = None
         """The stop string that ended the text."""
-        self._speech = Speech(codec.spelling, () if special else codec.special_ids)
-        self._stop_ids = {} if special else codec.stop_ids(self.stop)
+        begun = any(codec.piece(i) for i in before)
+        self._speech = Speech(codec.spelling, () if special else codec.special_ids, begun)
         self._held = ""
+
+    def stop_at(self, stop: Iterable[str]) -> None:
+        """Ends the text before the first of these from now on."""
+        self.stop = tuple(text for text in stop if text)
+        self._stop_ids = {} if self.special else self.codec.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""

@@ -108,7 +108,8 @@ class HarnessModel(LM):
             seed = _seed(self.seed, context, seen[context])
             seen[context] += 1
             sampling = SamplingParams(**params, seed=seed, end_ids=self.codec.end_ids)
-            streams.append(AnswerText(AnswerStream(self.codec, stop, context if self.chat else None)))
+            told = {"conversation": context} if self.chat else {"before": tokens}
+            streams.append(AnswerText(AnswerStream(self.codec, stop, **told)))
             running.append(self.engine.submit(tokens[-room:], sampling))
         texts, done, total = [""] * len(requests), 0, len(requests)
         self.progress("answers", done, total)

@@ -121,7 +121,7 @@ def describe(config: RunConfig, devices: int = 0, data: Mapping[str, Any] | None
             "tokenizer": config.data.tokenizer,
             "packing": config.data.packing,
             "sources": [
-                {"name": source.name, "path": source.path, "weight": source.weight, "license": source.license}
+                {"name": source.name, "path": source.path, "weight": source.weight, "license": source.known_license}
                 for source in config.data.sources
             ],
             "prepared_tokens": (data or {}).get("train_tokens"),
@@ -193,4 +193,4 @@ def _source(source: dict[str, Any], all_sources: list[dict[str, Any]]) -> str:
     weight = sum(other["weight"] for other in all_sources)
     share = f"{source['weight'] / weight:.0%} of the tokens, " if len(all_sources) > 1 and weight else ""
     place = source["path"] or "the Python sources of this interpreter"
-    return f"{place} ({share}license: {source['license'] or 'not stated'})"
+    return f"{place} ({share}license: {source['license']})"

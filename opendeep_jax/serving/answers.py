@@ -41,10 +41,18 @@ class Answer:
         conversation: The rendered conversation that this answers; its thinking is then told apart, if the model
             thinks. None for a text that just goes on.
         least: No stop string ends it before it has so many tokens.
+        before: Ids of a text that just goes on.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str], conversation: str | None = None, least: int = 0):
-        self._stream = AnswerStream(codec, stop, conversation, least)
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str],
+        conversation: str | None = None,
+        least: int = 0,
+        before: Sequence[int] = (),
+    ):
+        self._stream = AnswerStream(codec, stop, conversation, least, before)
         self.whole = Piece()
         self.tokens = 0
         self.submitted, self.first, self.last = time.perf_counter(), 0.0, 0.0

@@ -149,6 +149,6 @@ def _sources(run: Stretch, several: bool) -> tuple[dict[str, str], ...]:
 
 def _license(source: SourceConfig, recorded: dict[str, Any]) -> str:
     found = recorded.get("licenses")
-    names = [str(name) for name in found if name] if isinstance(found, dict) else []
+    names = [str(name) or "unknown" for name in found] if isinstance(found, dict) else []
     more = f" and {len(names) - LICENSES_SHOWN} more" if len(names) > LICENSES_SHOWN else ""
-    return ", ".join(names[:LICENSES_SHOWN]) + more or source.license or "not stated"
+    return ", ".join(names[:LICENSES_SHOWN]) + more or source.known_license

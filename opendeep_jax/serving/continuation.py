@@ -36,7 +36,7 @@ def continued(
     for prompt, one in zip(prompts, params, strict=True):
         ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
         requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids)))
-    return text_pieces(engine, requests, [TextStream(codec, stop) for _ in requests])
+    return text_pieces(engine, requests, [TextStream(codec, stop, before=request.prompt) for request in requests])
 
 
 def read_prompts(path: Path) -> list[str]:

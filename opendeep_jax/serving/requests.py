@@ -66,11 +66,12 @@ def completion(
     wanted = -1 if body.logprobs is None else body.logprobs
     requests = _requests(body, prompts, room, wanted, codec, limits, defaults) if tokens else []
     many = body.n or 1
-    answers = [Answer(codec, body.stop_strings, least=body.min_tokens or 0) for _ in range(len(prompts) * many)]
+    least, stop = body.min_tokens or 0, body.stop_strings
+    answers = [Answer(codec, stop, least=least, before=prompt) for prompt in prompts for _ in range(many)]
     if not tokens:
         for answer in answers:
             answer.whole.finish = "length"
-    echoed = [codec.decode(prompt, special=True) if body.echo else "" for prompt in prompts]
+    echoed = [(_shown(codec, prompt) if body.echo else "") for prompt in body.prompts]
     places = [Places(codec, len(text), special=False) for text in echoed for _ in range(many)]
 
     def spelled(index: int, text: str, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def completion(
             one = scores[index // many]
             tops = one.top or [()] * len(one.logprobs)
             before = [prompt[0], *map(TokenLogprob, prompt[1:], one.logprobs, tops)]
-            # A text may lack the space that its first token begins with.
+            # A text may lack the begin token, and the space that its first token begins with.
             lacking = len(b"".join(codec.piece(token, True) for token in prompt).decode("utf-8", "replace")) - len(echo)
             of_prompt = completion_logprobs(codec, before, -lacking)
             logprobs = {key: of_prompt[key] + logprobs[key] for key in logprobs}
@@ -160,6 +161,11 @@ def chat(
 def _encoded(codec: TextCodec, text: str) -> list[int]:
     """A prompt's ids, begun as the model's own tokenizer would begin a text."""
     return codec.begun(codec.encode(text, special=True))
+
+
+def _shown(codec: TextCodec, prompt: str | list[int]) -> str:
+    """A prompt as it is echoed: a text as it was given, without the begin token that goes before it."""
+    return prompt if isinstance(prompt, str) else codec.decode(prompt, special=True)
 
 
 def rendered(body: ChatRequest, codec: TextCodec, seconds: float = math.inf) -> str:

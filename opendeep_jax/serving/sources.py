@@ -75,15 +75,11 @@ def open_codec(source: str | Path) -> tuple["TextCodec", str]:
             return run_codec(path), load_run_config(path).name or path.name
 
 
-def sampling_defaults(source: str | Path) -> dict[str, float]:
-    """Return how a model's own generation_config.json samples, as far as it says; a .gguf file has none."""
-    path = Path(source).resolve() / "generation_config.json"
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text("utf-8"))
-        found = {name: found.get(name) for name in SAMPLING} if isinstance(found, dict) else {}
-        given = {name: value for name, value in found.items() if isinstance(value, int | float) and value is not True}
-        return {name: value for name, value in given.items() if _makes_sense(name, value)}
-    return {}
+def sampling_defaults(codec: "TextCodec") -> dict[str, float]:
+    """Return how a model's own generation_config.json samples, as far as it says, wherever the model came from."""
+    found = {name: codec.generation.get(name) for name in SAMPLING}
+    given = {name: value for name, value in found.items() if isinstance(value, int | float) and type(value) is not bool}
+    return {name: value for name, value in given.items() if _makes_sense(name, value)}
 
 
 def _makes_sense(name: str, value: float) -> bool:

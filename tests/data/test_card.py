@@ -9,10 +9,20 @@ import pytest
 
 from opendeep_jax.config.schema import DataConfig, RunConfig, SourceConfig
 from opendeep_jax.data.card import build_card, write_card
-from opendeep_jax.data.card.tables import clusters_table, dropped_table, flow_table, human_bytes, human_count
+from opendeep_jax.data.card.tables import (
+    clusters_table,
+    dropped_table,
+    flow_table,
+    human_bytes,
+    human_count,
+    lost_table,
+)
 from opendeep_jax.data.sources import list_files, list_parts
 from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.data.tokenizer import byte_tokenizer
+from opendeep_jax.plan.describe import describe as describe_plan
+from opendeep_jax.plan.describe import description_table
+from opendeep_jax.serving.card_facts import _license
 
 EVIL = "<script>alert('&amp;')</script> ```` | *x* \x07"
 
@@ -178,6 +188,32 @@ def test_what_was_left_out_while_tokenizing_is_counted_too(tmp_path):
         "empty text": 1,
         "null text": 1,
     }
+
+
+def test_text_that_the_tokenizer_cannot_write_is_on_the_card(config, stores, tmp_path):
+    stores[0].manifest["lost_bytes"] = 7
+    card = build_card(config, None, stores)
+    share = f"{7 / stores[0].manifest['bytes']:.2%}"
+    assert lost_table(card).rows == [("first", "7", share)]
+    page = write_card(tmp_path / "card", card)
+    assert share in page.read_text() and f"| first | 7 | {share} |" in page.with_name("card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "given, found, told, on_model",
+    [
+        ({}, None, "unknown", "unknown"),
+        ({"license": "MIT"}, {"MIT": {}}, "MIT", "MIT"),
+        ({"license_field": "by"}, {"CC0-1.0": {}, "": {}}, "by document", "CC0-1.0, unknown"),
+        ({"license_field": "by"}, None, "by document", "by document"),
+    ],
+)
+def test_a_license_goes_by_one_word_everywhere(given, found, told, on_model):
+    source = SourceConfig("mine", "mine.jsonl", **given)
+    config = RunConfig(data=DataConfig(sources=(source,)))
+    assert f"license: {told})" in description_table(describe_plan(config))
+    assert _license(source, {"licenses": found}) == on_model
+    assert source.known_license == told
 
 
 def test_a_curation_that_is_not_tokenized_yet_has_a_card(tmp_path):

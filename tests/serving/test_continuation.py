@@ -1,12 +1,22 @@
 """Prompts that are gone on with together: their pieces, their ends, and what a stop string leaves of them."""
 
+from types import SimpleNamespace
+
 import pytest
-from fake_engine import EchoEngine
+import tokenizers
+from fake_engine import EchoEngine, Progress
 from live_server import byte_codec
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.data.text_stream import TextStream
+from opendeep_jax.evaluation.harness import HarnessModel
+from opendeep_jax.generation.params import SamplingParams, TokenLogprob
+from opendeep_jax.serving.answers import Answer
 from opendeep_jax.serving.continuation import continued
+from opendeep_jax.serving.requests import completion
+from opendeep_jax.serving.schemas import CompletionRequest
+from opendeep_jax.serving.service import Limits
 
 SIX = SamplingParams(max_tokens=6)
 
@@ -37,3 +47,63 @@ def test_a_prompt_that_is_too_long_is_refused_before_a_piece_is_asked_for():
 
 def test_no_prompts_are_no_pieces():
     assert list(continued(EchoEngine(), byte_codec(), [], [])) == []
+
+
+def spaced_codec(kind: str) -> TextCodec:
+    """A codec whose decoder cuts a text's leading space off, as those of Llama 2, Mistral and T5 do."""
+    names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehiknrstuy"]
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    library.add_special_tokens(names[:3])
+    steps = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    if kind == "Strip":
+        space = tokenizers.normalizers.Replace(" ", "▁")
+        library.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), space])
+        steps = [tokenizers.decoders.Replace("▁", " "), *steps, tokenizers.decoders.Strip(" ", 1, 0)]
+    else:
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        steps = [tokenizers.decoders.Metaspace(prepend_scheme="first"), *steps]
+    library.decoder = tokenizers.decoders.Sequence(steps)
+    return TextCodec(library, begin_id=0, end_ids=(1,))
+
+
+@pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
+def test_a_text_and_what_goes_on_with_it_are_the_whole_text(kind):
+    codec = spaced_codec(kind)
+    ids = [codec.begin_id, *codec.encode("the sky  is 🦜 here ")]
+    starts = [n for n in range(len(ids) + 1) if not codec.spelling.raw & {*ids[n : n + 1], *ids[max(n - 1, 0) : n]}]
+    for n in [0, 1, *starts]:
+        stream = TextStream(codec, before=ids[:n])
+        assert (
+            codec.decode(ids[:n]) + stream.push(ids[n:]) + stream.finish()
+            == codec.decode(ids)
+            == "the sky  is 🦜 here "
+        )
+
+
+@pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
+def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_word(kind):
+    codec = spaced_codec(kind)
+    says = codec.encode("the end")
+    engine = EchoEngine(answer=says, vocab_size=codec.vocab_size)
+    params = SamplingParams(max_tokens=len(says))
+    assert whole(continued(engine, codec, ["this is"], [params])) == {0: (" the end", "length")}
+    asked = SimpleNamespace(args=("this is", {"until": ["\n"], "max_gen_toks": len(says)}))
+    assert HarnessModel(engine, codec, "small").generate_until([asked]) == [" the end"]
+    body = CompletionRequest.model_validate({"prompt": "this is", "logprobs": 0, "echo": True})
+    asked = completion(body, codec, Limits(1, 100, codec.vocab_size), "small")
+    asked.answers[0].push(Progress(None, says, [TokenLogprob(i, -1.0, ()) for i in says], "length"))
+    choice = asked.choice(0, None)
+    assert choice["text"] == "this is the end"
+    assert choice["logprobs"]["text_offset"] == list(range(len("this is"), len(choice["text"])))
+
+
+@pytest.mark.parametrize("least, text", [(0, "the"), (4, "the"), (5, "thesky"), (8, "thesky"), (9, "theskyis")])
+def test_no_stop_string_ends_an_answer_that_is_shorter_than_its_least_length(least, text):
+    codec = spaced_codec("Strip")
+    says = [*codec.encode("the"), 1, *codec.encode("sky")[1:], 1, *codec.encode("is")[1:], 1]
+    answer = Answer(codec, ["</s>"], least=least)
+    for i in says:
+        answer.push(Progress(None, [i], [], None))
+    assert (answer.whole.text, answer.whole.finish) == (text, "stop")

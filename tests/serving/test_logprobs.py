@@ -58,3 +58,12 @@ def test_an_echoed_prompt_has_alternatives_but_for_its_first_token():
         for value, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True):
             assert value in top.values() and len(top) <= 2
         assert found["text_offset"] == [0, 1, 1, 2]
+
+
+def test_an_echoed_text_is_the_text_without_the_begin_token_that_goes_before_it():
+    with live() as server:
+        body = {"prompt": "aé", "max_tokens": 2, "echo": True, "logprobs": 1}
+        choice = server.post("/v1/completions", body).json()["choices"][0]
+        assert choice["text"] == "aéa"  # this engine says the prompt's own tokens, the first of which shows nothing
+        assert choice["logprobs"]["tokens"][0] == byte_codec().library.id_to_token(byte_codec().begin_id)
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 2]

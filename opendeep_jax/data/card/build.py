@@ -88,7 +88,7 @@ def _source(
     card = {
         "name": source.name,
         "path": source.path,
-        "license": source.license or ("" if source.license_field else "unknown"),
+        "license": source.known_license,
         "citation": source.citation,
         "share": source.weight / weights if weights else 0.0,
         "licenses": {},

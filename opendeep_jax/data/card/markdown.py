@@ -24,6 +24,7 @@ def markdown(card: dict) -> str:
         _section("Languages of what is left", tables.languages_table(card)),
         _section("Overlap with evaluation sets", tables.evaluation_table(card)),
         _section("Personal data", tables.masked_table(card)),
+        _section("Text that the tokenizer has no token for", tables.lost_table(card)),
         _lengths(card),
         _samples(card),
         _section("Recipe of the curation", tables.recipe_table(card)),

@@ -36,6 +36,7 @@ def html_page(card: dict) -> str:
             _table(tables.evaluation_table(card)),
         ),
         _section("Personal data", "Replaced in documents that stayed.", _table(tables.masked_table(card))),
+        _section("Lost text", "The tokenizer has no token for it.", _table(tables.lost_table(card))),
         _samples(card),
         _section(
             "Record",

@@ -48,8 +48,7 @@ def counted(counts: dict[str, Any]) -> list[str]:
 def sources_table(card: dict) -> Table:
     """One row a source, and their sum."""
     rows = [
-        (source["name"], source["license"] or "–", f"{source['share']:.1%}", *counted(source))
-        for source in card["sources"]
+        (source["name"], source["license"], f"{source['share']:.1%}", *counted(source)) for source in card["sources"]
     ]
     if len(rows) > 1:
         rows.append(("all", "", "", *counted(card["totals"])))
@@ -131,6 +130,16 @@ def masked_table(card: dict) -> Table:
         for kind, total in card["masked"].items()
     ]
     return Table(("Replaced", *(source["name"] for source in card["sources"]), "all"), rows)
+
+
+def lost_table(card: dict) -> Table:
+    """Text that the tokenizer has no token for, one row a source that lost some."""
+    rows = [
+        (source["name"], f"{lost:,}", f"{lost / source['bytes']:.2%}")
+        for source in card["sources"]
+        if (lost := source.get("lost_bytes"))
+    ]
+    return Table(("Source", "Bytes", "Of its text"), rows)
 
 
 def identity_table(card: dict) -> Table:
