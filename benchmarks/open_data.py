@@ -191,6 +191,7 @@ def train_tokenizer(config) -> Any:
 
 def tokenize(config, tokenizer, root: Path) -> tuple[tuple, int, int]:
     """Makes the store of each source; gives sources that are these stores, and their bytes and tokens."""
+    from opendeep_jax.config.schema import SourceConfig
     from opendeep_jax.data.sources import list_files, list_parts
     from opendeep_jax.data.storing.prepare import prepare_store
 
@@ -200,7 +201,7 @@ def tokenize(config, tokenizer, root: Path) -> tuple[tuple, int, int]:
         facts = {"curation": None}
         stores.append(prepare_store(directory, source, parts, tokenizer, facts, config.data.workers))
     sources = tuple(
-        dataclasses.replace(source, path=str(store.directory))
+        SourceConfig(source.name, str(store.directory), epochs=source.epochs)
         for source, store in zip(config.data.sources, stores, strict=True)
     )
     totals = (sum(store.manifest[name] for store in stores) for name in ("bytes", "tokens"))

@@ -106,7 +106,7 @@ def pick(
     logits: Float[Array, "B V"],
     sampling: RowSampling,
     index: Int[Array, "B"],
-    changes: Adjustments | None = None,
+    changes: Adjustments | None,
 ) -> Chosen:
     """Chooses a token of each row.
 

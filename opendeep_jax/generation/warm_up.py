@@ -82,4 +82,4 @@ def _decode(engine: Engine, rows: Rows) -> None:
 
 def _pick(engine: Engine, logits: jax.Array) -> None:
     for choose in engine.programs.pick.values():
-        choose(logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32))
+        choose(logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32), None)

@@ -185,7 +185,7 @@ def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):
 def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, capsys):
     config, said = RunConfig(), []
 
-    def import_run(model, codec, config, workdir):
+    def import_run(model, codec, config, workdir, beside=None):
         said.append(config)
         Path(workdir).mkdir()
 

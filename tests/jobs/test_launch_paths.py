@@ -21,6 +21,7 @@ NO_PATHS = {
     *("name", "data.sources.name", "data.sources.license", "data.sources.citation", "data.phases.name"),
     *("data.sources.text_field", "data.sources.id_field", "data.sources.url_field", "data.sources.license_field"),
     *("data.sources.text_url", "data.sources.keep", "data.curation.languages"),
+    *("data.sources.encoding", "data.sources.separator"),
     *("train.sample_prompts", "train.compiler_options", "faults.drill", "tracking.project"),
 }
 """Text fields that name no file, beside all of the model's. `text_url` is an address."""

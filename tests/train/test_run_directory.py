@@ -60,7 +60,7 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=8000))
         with pytest.raises(OSError, match=r"No space left on device: a checkpoint takes 9.33 KiB, 7.81 KiB are free"):
             checkpoints.save(state_at(1))
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9000))
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
         checkpoints.save(state_at(1))
     assert checkpoints_in(tmp_path) == ["1"]
 
