@@ -163,4 +163,7 @@ def test_our_tokenizer_is_cut_and_a_sentencepiece_one_is_not(tmp_path, monkeypat
     used: list[str] = []
     for name, ids in whole.items():
         assert load_tokenizer(tmp_path / name).encode(text).tolist() == ids, name
-    assert used.count(text) == 1 and json.loads((tmp_path / "other.json").read_text("utf-8"))["model"]["type"] == "WordLevel"
+    assert (
+        used.count(text) == 1
+        and json.loads((tmp_path / "other.json").read_text("utf-8"))["model"]["type"] == "WordLevel"
+    )
