@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chips import MIB
-from kernels_pallas.fitting import fit
+from kernels_pallas.fitting import ON_TPU, fit
 from kernels_pallas.fp8_matmul.quantize import TILE, Tiled
 from kernels_pallas.target import on_chip
 
@@ -64,6 +64,11 @@ def _columns(inner, outputs):
     return tile, needed(tile)
 
 
+def _written(dtype) -> jnp.dtype:
+    """Return the dtype that a kernel writes for results of `dtype`: Mosaic has no float16."""
+    return jnp.dtype(dtype if jnp.dtype(dtype).name in ON_TPU else "float32")
+
+
 def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtype, interpret=False) -> jax.Array:
     """See `reference.rows_product`."""
     # The contraction comes first, also for a transposed product: turned as 8-bit numbers, before the kernel.
@@ -80,7 +85,7 @@ def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtyp
     return pl.pallas_call(
         functools.partial(_rows_kernel, unrolled=unrolled, groups=groups),
         name="fp8_rows_product",
-        out_shape=jax.ShapeDtypeStruct((tokens, outputs), dtype),
+        out_shape=jax.ShapeDtypeStruct((tokens, outputs), _written(dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(outputs // tile, tile_groups.shape[0]),
@@ -100,7 +105,7 @@ def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtyp
             transcendentals=0,
         ),
         interpret=interpret,
-    )(tile_groups, rows.values, row_scales, values, scales)
+    )(tile_groups, rows.values, row_scales, values, scales).astype(dtype)
 
 
 def _groups_kernel(tile_groups, x, x_scale, y, y_scale, out, total, *, groups):
@@ -135,7 +140,7 @@ def groups_product(x: Tiled, y: Tiled, tile_groups, num_groups: int, dtype, inte
     out = pl.pallas_call(
         functools.partial(_groups_kernel, groups=num_groups),
         name="fp8_groups_product",
-        out_shape=jax.ShapeDtypeStruct((num_groups, inner, outputs), dtype),
+        out_shape=jax.ShapeDtypeStruct((num_groups, inner, outputs), _written(dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(inner // rows, outputs // columns, tiles),
@@ -164,4 +169,4 @@ def groups_product(x: Tiled, y: Tiled, tile_groups, num_groups: int, dtype, inte
     )(tile_groups, x.values.T, x_scales, y.values, y_scales)
     # Of a group without rows no tile was written.
     present = jnp.any(tile_groups[:, None] == jnp.arange(num_groups), axis=0)
-    return jnp.where(present[:, None, None], out, 0)
+    return jnp.where(present[:, None, None], out, 0).astype(dtype)

@@ -53,6 +53,10 @@ def test_every_kernel_compiles_at_sizes_that_no_block_divides(chip, kernel, dtyp
     assert table.compile_case(mesh_of(chip), kernel(dtype, **table.SIZES[kernel]["odd"]), name)
 
 
+def test_fp8_products_of_float16_compile_where_mosaic_cannot_write_it():
+    assert table.compile_case(mesh_of("v7x"), table.fp8("float16", **table.SIZES[table.fp8]["one row"]))
+
+
 def test_a_dtype_that_a_kernel_does_not_take_goes_to_the_next_implementation_and_by_name_is_refused():
     case = table.grouped("float16", rows=5, groups=2, inner=8, width=8)
     assert table.compile_case(mesh_of("v5e"), case)
