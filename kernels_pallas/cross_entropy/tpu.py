@@ -26,9 +26,11 @@ def loss(hidden, head, targets, mask, z_loss_weight, chunk, softcap=0.0, interpr
     """See `api.fused_cross_entropy`; `chunk` is not read.
 
     Raises:
-        NotImplementedError: for a soft cap, for operands that are not bfloat16 or float32, or for a model too wide for
-            the chip's vector memory.
+        NotImplementedError: for a soft cap, for operands that are not bfloat16 or float32, for a model of width 1,
+            which Mosaic cannot multiply in bfloat16, or for one too wide for the vector memory.
     """
+    if hidden.shape[1] == 1:
+        raise NotImplementedError("cross_entropy: mosaic_tpu takes models of width 2 or more: choose chunks.")
     if softcap:
         raise NotImplementedError("cross_entropy: mosaic_tpu has no soft cap of the logits: choose chunks.")
     check_dtypes("cross_entropy", ON_TPU, hidden, head)

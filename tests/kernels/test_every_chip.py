@@ -53,6 +53,13 @@ def test_every_kernel_compiles_at_sizes_that_no_block_divides(chip, kernel, dtyp
     assert table.compile_case(mesh_of(chip), kernel(dtype, **table.SIZES[kernel]["odd"]), name)
 
 
+def test_a_loss_of_width_1_goes_to_the_next_implementation_on_tpus():
+    case = table.cross_entropy("bfloat16", **table.SIZES[table.cross_entropy]["one token"])
+    assert table.compile_case(mesh_of("v5e"), case)
+    with pytest.raises(NotImplementedError, match="width 2 or more"):
+        table.compile_case(mesh_of("v5e"), case, "mosaic_tpu")
+
+
 def test_fp8_products_of_float16_compile_where_mosaic_cannot_write_it():
     assert table.compile_case(mesh_of("v7x"), table.fp8("float16", **table.SIZES[table.fp8]["one row"]))
 
