@@ -115,9 +115,16 @@ def test_blocks_of_attention_fit_the_shared_memory_of_any_gpu(chip, itemsize, no
 
 
 @given(chip=gpus, itemsize=itemsizes, num_heads=heads, page=sizes, latent=st.integers(4, 10), rope=st.integers(4, 7))
-def test_blocks_of_decoding_fit_the_shared_memory_of_any_gpu(chip, itemsize, num_heads, page, latent, rope):
+def test_blocks_of_decoding_fit_the_shared_memory_of_any_gpu_or_are_refused(
+    chip, itemsize, num_heads, page, latent, rope
+):
+    needed = partial(decode_gpu.shared_memory, 2**latent, 2**rope, itemsize, chip)
+    if needed(decode_gpu.Blocks(16, 16)) > chip.memory:
+        with pytest.raises(NotImplementedError, match="bytes of shared memory"):
+            decode_gpu.blocks_for(num_heads, page, 2**latent, 2**rope, itemsize, chip)
+        return
     blocks = decode_gpu.blocks_for(num_heads, page, 2**latent, 2**rope, itemsize, chip)
-    assert decode_gpu.shared_memory(2**latent, 2**rope, itemsize, chip, blocks) <= chip.memory and min(blocks) >= 16
+    assert needed(blocks) <= chip.memory and min(blocks) >= 16
 
 
 @pytest.mark.parametrize("chip", ["a100", "h100", "h200", "b200", "gb200"])
