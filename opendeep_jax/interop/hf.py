@@ -121,9 +121,10 @@ def _check_tensors(
     """
     expected = {name: form for tensor in tensors for name, form in forms(tensor, stored).items()}
     repeated = {tensor.name: top[tensor.path] for tensor in copies(config)}
+    known = {*expected, *repeated}
     if config.tie_embeddings:
-        repeated[top["head.kernel"]] = top["embedding.embedding"]
-    unexpected = [name for name in stored if name not in expected and name not in repeated]
+        known.add(top["head.kernel"])  # found to equal the embedding: `_has_own_head`
+    unexpected = [name for name in stored if name not in known]
     present = {name: form for name, form in expected.items() if name in stored}
     problems = {
         "missing": [name for name in expected if name not in stored],
