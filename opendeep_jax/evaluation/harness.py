@@ -14,8 +14,8 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
-from opendeep_jax.data.answer_stream import AnswerStream, AnswerText
-from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.data.text_stream import AnswerStream, AnswerText
+from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.evaluation.windows import windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.params import SamplingParams
@@ -55,7 +55,7 @@ class HarnessModel(LM):
     def __init__(
         self,
         engine: Engine,
-        codec: TextCodec,
+        codec: Tokenizer,
         name: str,
         chat: bool = False,
         seed: int = 0,

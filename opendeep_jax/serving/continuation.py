@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.data.text_stream import TextStream
+from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.text_pieces import TextPiece, text_pieces
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def continued(
     engine: "Engine",
-    codec: TextCodec,
+    codec: Tokenizer,
     prompts: Sequence[str],
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),

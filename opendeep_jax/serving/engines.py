@@ -14,7 +14,7 @@ from opendeep_jax.config.schema import ModelConfig, ParallelConfig
 from opendeep_jax.serving.sources import open_weights, source_kind
 
 if TYPE_CHECKING:
-    from opendeep_jax.data.text_codec import TextCodec
+    from opendeep_jax.data.tokenizer import Tokenizer
     from opendeep_jax.generation.engine import Engine
     from opendeep_jax.generation.requests import EngineConfig
 
@@ -36,7 +36,7 @@ class Choice:
     parallel: ParallelConfig = ONE_DEVICE
 
 
-def open_engine(choice: Choice, codec: "TextCodec", config: "EngineConfig", default_length: int = 0) -> "Engine":
+def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
     """An engine of the model, which chooses among the tokens of its codec.
 
     Args:

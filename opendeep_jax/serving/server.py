@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from opendeep_jax.data.text_codec import TextCodec
+from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.serving import requests, responses
 from opendeep_jax.serving.answers import Piece
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
@@ -76,7 +76,7 @@ class Served:
 
     name: str
     service: EngineService
-    codec: TextCodec
+    codec: Tokenizer
     config: ServerConfig
     metrics: Metrics
     since: int
@@ -89,7 +89,7 @@ class Served:
 def make_app(
     name: str,
     service: EngineService,
-    codec: TextCodec,
+    codec: Tokenizer,
     config: ServerConfig | None = None,
     defaults: Mapping[str, float] = requests.NONE,
 ) -> Starlette:

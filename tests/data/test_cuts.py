@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from opendeep_jax.data import cuts
 from opendeep_jax.data.cuts import begins_words_at_cuts, in_pieces, pieces
-from opendeep_jax.data.tokenizer import load_tokenizer, train_bpe
+from opendeep_jax.data.tokenizer_files import load_tokenizer, train_bpe
 
 TEXTS = [
     "def main(argv):\n    return [x for x in argv]\n\n",
@@ -157,12 +157,14 @@ def test_our_tokenizer_is_cut_and_a_sentencepiece_one_is_not(tmp_path, monkeypat
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.add_special_tokens(["<s>", "</s>"])
     library.save(str(tmp_path / "other.json"))
-    whole = {name: load_tokenizer(tmp_path / name).encode(text).tolist() for name in ("ours.json", "other.json")}
+    whole = {
+        name: load_tokenizer(tmp_path / name).encode_batch([text])[0].tolist() for name in ("ours.json", "other.json")
+    }
     monkeypatch.setattr(cuts, "PIECE", 16)
     monkeypatch.setattr(cuts, "pieces", lambda text, real=pieces: used.append(text) or real(text))
     used: list[str] = []
     for name, ids in whole.items():
-        assert load_tokenizer(tmp_path / name).encode(text).tolist() == ids, name
+        assert load_tokenizer(tmp_path / name).encode_batch([text])[0].tolist() == ids, name
     assert (
         used.count(text) == 1
         and json.loads((tmp_path / "other.json").read_text("utf-8"))["model"]["type"] == "WordLevel"

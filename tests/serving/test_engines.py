@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig, RopeConfig
-from opendeep_jax.data.text_codec import save_codec
+from opendeep_jax.data.tokenizer_files import save_tokenizer
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.interop import load_gguf, save_gguf, save_hf
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     """A small random Llama over bytes: as a Hugging Face directory and as a .gguf file."""
     from live_server import byte_codec
 
-    from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
+    from opendeep_jax.data.gguf_tokenizer import gguf_fields_of
 
     directory = tmp_path_factory.mktemp("engines")
     attention = dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False))
@@ -36,8 +36,8 @@ def tiny(tmp_path_factory):
     )
     codec = byte_codec()
     save_hf(model, directory / "hf")
-    save_codec(codec, directory / "hf")
-    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_from_codec(codec, 264, ""), "tiny")
+    save_tokenizer(codec, directory / "hf")
+    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_of(codec, 264, ""), "tiny")
     return {"hf": directory / "hf", "gguf": directory / "model.gguf"}
 
 

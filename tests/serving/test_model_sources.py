@@ -9,7 +9,7 @@ from small_models import V3, random_model
 
 from opendeep_jax.cli import chat, serve
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer import byte_tokenizer
+from opendeep_jax.data.tokenizer_files import byte_tokenizer
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.serving.engines import Choice, open_engine, read_model_config
 from opendeep_jax.serving.sources import open_model, source_kind
@@ -40,11 +40,10 @@ def test_a_step_that_is_not_there_is_refused(small_run):
 
 
 def test_a_hugging_face_directory_is_opened(tmp_path):
-    from opendeep_jax.data.text_codec import codec_from_tokenizer
     from opendeep_jax.interop import save_hf
 
     save_hf(random_model(V3), tmp_path / "tiny")
-    codec_from_tokenizer(byte_tokenizer()).library.save(str(tmp_path / "tiny/tokenizer.json"))
+    byte_tokenizer().library.save(str(tmp_path / "tiny/tokenizer.json"))
     assert source_kind(tmp_path / "tiny") == "hf"
     model, codec, name = open_model(tmp_path / "tiny")
     assert name == "tiny" and codec.decode(codec.encode("hi")) == "hi"

@@ -23,7 +23,7 @@ from opendeep_jax.config.load import diff, load_run_config, save_run_config
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
 from opendeep_jax.data.passed_over import read_passed_over
-from opendeep_jax.data.tokenizer import train_bpe
+from opendeep_jax.data.tokenizer_files import train_bpe
 from opendeep_jax.jobs import watch_run, watch_terminal
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh

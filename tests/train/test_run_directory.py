@@ -14,7 +14,7 @@ from small_models import DENSE, run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig
-from opendeep_jax.data.tokenizer import load_tokenizer
+from opendeep_jax.data.tokenizer_files import load_tokenizer
 from opendeep_jax.train import checkpoint, loop
 from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.health import new_health
