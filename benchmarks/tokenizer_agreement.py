@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.data.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
-from opendeep_jax.data.text_stream import TextStream
-from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.data.tokenizer_files import save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
+from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 PARTS = (
     " ", "  ", "   ", " " * 4, " " * 8, " " * 17, " " * 33, "\t", "\n", "\n\n", "\r\n", "\n\n\n \n", "\u00a0",

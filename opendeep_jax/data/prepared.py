@@ -15,8 +15,7 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RunConfig, SourceConfig
-from opendeep_jax.data.cuts import WORDS
-from opendeep_jax.data.files import file_name, write_file
+from opendeep_jax.config.storage import file_name, write_file
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
@@ -34,8 +33,9 @@ from opendeep_jax.data.sources import (
 )
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store, read_manifest
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from opendeep_jax.data.tokenizer_files import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.cuts import WORDS
+from opendeep_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ import tokenizers
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.rules import BYTE_VOCABULARY
-from opendeep_jax.data.cuts import PRE_TOKENIZER
-from opendeep_jax.data.spelling import byte_characters
-from opendeep_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from opendeep_jax.text.cuts import PRE_TOKENIZER
+from opendeep_jax.text.spelling import byte_characters
+from opendeep_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Names that tokenizers in the field give to the beginning and the end of a text.

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opendeep_jax.data.harmony import Call, Spoken
-from opendeep_jax.data.text_stream import AnswerStream
-from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.generation.params import TokenLogprob
+from opendeep_jax.text.harmony import Call, Spoken
+from opendeep_jax.text.stream import AnswerStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Progress

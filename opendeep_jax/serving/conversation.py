@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.serving.answers import Answer, Piece
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine

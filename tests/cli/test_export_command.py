@@ -16,20 +16,20 @@ import yaml
 from small_models import DENSE, random_model, write_text
 
 import opendeep_jax
+from opendeep_jax.checkpoint.checkpoints import load_model
+from opendeep_jax.checkpoint.origin import write_origin
 from opendeep_jax.cli import export, import_, train
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, load_run_config, save_run_config
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
-from opendeep_jax.data.gguf_tokenizer import gguf_fields_of
 from opendeep_jax.data.tokenizer_files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
 from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
-from opendeep_jax.serving.sources import open_codec
-from opendeep_jax.train.checkpoint import load_model
-from opendeep_jax.train.origin import write_origin
+from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"

@@ -3,8 +3,8 @@
 import pytest
 from whole_text import split_thinking
 
-from opendeep_jax.data.harmony import HarmonyStream
-from opendeep_jax.data.text_stream import HARMONY
+from opendeep_jax.text.harmony import HarmonyStream
+from opendeep_jax.text.stream import HARMONY
 
 A = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>"

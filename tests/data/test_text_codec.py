@@ -7,9 +7,6 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.gguf_names import PROBE, SPLITS
-from opendeep_jax.data.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
-from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.data.tokenizer_files import (
     byte_tokenizer,
     load_tokenizer,
@@ -17,6 +14,9 @@ from opendeep_jax.data.tokenizer_files import (
     tokenizer_from_hf,
     train_bpe,
 )
+from opendeep_jax.text.gguf_names import PROBE, SPLITS
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
+from opendeep_jax.text.tokenizer import Tokenizer
 
 TEXTS = [
     "",

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import pytest
 from whole_text import split_thinking
 
-from opendeep_jax.data.text_stream import HARMONY, THINK, TextStream, ThinkingStream, thinking_stream
 from opendeep_jax.data.tokenizer_files import byte_tokenizer
+from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, thinking_stream
 
 CODEC = byte_tokenizer()
 WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "🙂", "\n", " "]), max_size=12).map("".join)

@@ -1,7 +1,7 @@
 """A whole text's thinking and answer, as the streams tell them."""
 
-from opendeep_jax.data.harmony import HarmonyStream
-from opendeep_jax.data.text_stream import HARMONY, THINK, Marks, ThinkingStream
+from opendeep_jax.text.harmony import HarmonyStream
+from opendeep_jax.text.stream import HARMONY, THINK, Marks, ThinkingStream
 
 
 def split_thinking(text: str, opened: bool = False, marks: Marks = THINK) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from opendeep_jax.data.tokenizer_files import byte_tokenizer
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.interop import save_hf
-from opendeep_jax.serving.sources import open_codec, open_weights
+from opendeep_jax.pretrained.sources import open_codec, open_weights
 
 ROOT = os.path.dirname(os.path.dirname(opendeep_jax.__file__))
 PROGRAM = """
