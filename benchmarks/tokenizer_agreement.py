@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.data.tokenizer_files import save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.files import save_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 from opendeep_jax.text.stream import TextStream
 from opendeep_jax.text.tokenizer import Tokenizer

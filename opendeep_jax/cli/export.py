@@ -67,9 +67,9 @@ def _hf(argv: Sequence[str]) -> None:
 
 def _texts(source: str, codec: "Tokenizer", directory: Path) -> Path:
     """The directory of what shall surround the weights: the source's own, or `directory`, where it is written."""
-    from opendeep_jax.data.tokenizer_files import begins_as_written, save_tokenizer, tokenizer_json
     from opendeep_jax.interop.hf_text import carried
     from opendeep_jax.pretrained.sources import source_kind
+    from opendeep_jax.text.files import begins_as_written, save_tokenizer, tokenizer_json
 
     kind = source_kind(source)
     if kind == "hf" and begins_as_written(codec):

@@ -62,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
         model_config, codec = config_of(file), tokenizer_from_gguf_fields(file.fields)
         beside = licenses_of_gguf(file.fields)
     else:
-        from opendeep_jax.data.tokenizer_files import tokenizer_from_hf
         from opendeep_jax.interop import config_from_hf, load_hf
+        from opendeep_jax.text.files import tokenizer_from_hf
 
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)

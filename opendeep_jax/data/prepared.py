@@ -33,8 +33,8 @@ from opendeep_jax.data.sources import (
 )
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store, read_manifest
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.data.tokenizer_files import byte_tokenizer, load_tokenizer, train_bpe
-from opendeep_jax.text.cuts import WORDS
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.pieces import WORDS
 from opendeep_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 logger = logging.getLogger(__name__)

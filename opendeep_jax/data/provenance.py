@@ -21,7 +21,7 @@ from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepar
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
-from opendeep_jax.data.tokenizer_files import byte_tokenizer, load_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.tokenizer import Tokenizer
 
 # Pieces whose text `where` reads together.

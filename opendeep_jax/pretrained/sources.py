@@ -66,7 +66,7 @@ def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
 
             return tokenizer_from_gguf_fields(read_gguf(path).fields), path.stem
         case "hf":
-            from opendeep_jax.data.tokenizer_files import tokenizer_from_hf
+            from opendeep_jax.text.files import tokenizer_from_hf
 
             return tokenizer_from_hf(path), path.name
         case "run":

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer_files import generation_config
+from opendeep_jax.text.files import generation_config
 from opendeep_jax.text.gguf_names import BEGUN, COMPOSED, PROBE, SAME, SPLITS, WHOLE_WORDS, named_ends
 from opendeep_jax.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.text.chat_template import check_text, render_chat
-from opendeep_jax.text.cuts import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, in_pieces, remember_words
+from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, in_pieces, remember_words
 from opendeep_jax.text.spelling import Spelling, spell
 
 SPECIAL_TOKENS = (
@@ -78,7 +78,7 @@ class Tokenizer:
         self.library.encode_special_tokens = True
 
     def __reduce__(self):
-        from opendeep_jax.data.tokenizer_files import reopen
+        from opendeep_jax.text.files import reopen
 
         return reopen, (self.name, self.path, self.content_hash)
 

@@ -13,10 +13,10 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import CONFIG_FILE, IMPORTED_RECIPE, save_run_config
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.tokenizer_files import load_tokenizer, save_tokenizer
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import split
+from opendeep_jax.text.files import load_tokenizer, save_tokenizer
 from opendeep_jax.text.tokenizer import Tokenizer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.run_directory import only_writer

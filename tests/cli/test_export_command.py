@@ -24,11 +24,11 @@ from opendeep_jax.config.load import check_workdir, load_run_config, save_run_co
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
-from opendeep_jax.data.tokenizer_files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
 from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
 from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.text.files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
@@ -190,7 +190,7 @@ def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, c
 
     monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", import_run)
     monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
-    monkeypatch.setattr("opendeep_jax.data.tokenizer_files.tokenizer_from_hf", lambda _: None)
+    monkeypatch.setattr("opendeep_jax.text.files.tokenizer_from_hf", lambda _: None)
     monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
     Path("hub").mkdir()
     import_.main(["hf", "hub", "--out=my run", *shlex.split(line)])

@@ -53,7 +53,7 @@ def tiny():
     from small_models import DENSE, random_model
 
     from opendeep_jax.config.schema import RopeConfig
-    from opendeep_jax.data.tokenizer_files import byte_tokenizer
+    from opendeep_jax.text.files import byte_tokenizer
 
     attention = dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False))
     config = dataclasses.replace(DENSE, vocab_size=272, context_length=64, norm_epsilon=1e-5, attention=attention)
@@ -72,8 +72,8 @@ def engine(tiny):
 @pytest.fixture(scope="session")
 def tiny_directory(tiny, tmp_path_factory) -> Path:
     """`tiny` as a Hugging Face directory."""
-    from opendeep_jax.data.tokenizer_files import save_tokenizer
     from opendeep_jax.interop import save_hf
+    from opendeep_jax.text.files import save_tokenizer
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_hf(tiny[0], directory)

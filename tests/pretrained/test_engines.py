@@ -9,7 +9,6 @@ from starlette.testclient import TestClient
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig, RopeConfig
-from opendeep_jax.data.tokenizer_files import save_tokenizer
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.interop import load_gguf, save_gguf, save_hf
@@ -17,6 +16,7 @@ from opendeep_jax.pretrained.engines import Choice, mesh_sizes, open_engine, rea
 from opendeep_jax.pretrained.sources import open_codec
 from opendeep_jax.serving.server import make_app
 from opendeep_jax.serving.service import EngineService
+from opendeep_jax.text.files import save_tokenizer
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 SETTINGS = EngineConfig(slots=2, max_length=64, page_size=8, prefill_tokens=32)

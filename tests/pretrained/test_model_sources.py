@@ -9,10 +9,10 @@ from small_models import V3, random_model
 
 from opendeep_jax.cli import chat, serve
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer_files import byte_tokenizer
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.pretrained.engines import Choice, open_engine, read_model_config
 from opendeep_jax.pretrained.sources import open_model, source_kind
+from opendeep_jax.text.files import byte_tokenizer
 
 
 def test_a_run_is_opened_in_the_wanted_precision(small_run):

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 import httpx
 from fake_engine import EchoEngine
 
-from opendeep_jax.data.tokenizer_files import byte_tokenizer
 from opendeep_jax.serving.run import DrainingServer, listen, run
 from opendeep_jax.serving.server import ServerConfig, make_app
 from opendeep_jax.serving.service import EngineService
+from opendeep_jax.text.files import byte_tokenizer
 from opendeep_jax.text.tokenizer import Tokenizer
 
 TEMPLATE = """{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}\

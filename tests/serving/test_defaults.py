@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from small_models import DENSE
 
-from opendeep_jax.data.tokenizer_files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
 from opendeep_jax.generation.cache import bytes_per_token
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.pretrained.engines import fitting_length
 from opendeep_jax.pretrained.sources import sampling_defaults
+from opendeep_jax.text.files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.gguf_tokenizer import OWN, gguf_fields_of, tokenizer_from_gguf_fields
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}

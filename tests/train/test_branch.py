@@ -25,7 +25,6 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import diff, load_run_config, save_run_config
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
-from opendeep_jax.data.tokenizer_files import train_bpe
 from opendeep_jax.jobs.watch import run as watch_run
 from opendeep_jax.jobs.watch import terminal as watch_terminal
 from opendeep_jax.models.parameters import skeleton
@@ -33,6 +32,7 @@ from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.pretrained.imported_from import read_imported_from, write_imported_from
 from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.record.skipped_batches import read_passed_over
+from opendeep_jax.text.files import train_bpe
 from opendeep_jax.train import branch, loop
 from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
 from opendeep_jax.train.branch_state import plan_move

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
 from opendeep_jax.data.prepared import open_tokenizer
-from opendeep_jax.data.tokenizer_files import byte_tokenizer, load_tokenizer, train_bpe
 from opendeep_jax.text import tokenizer as tokenizer_module
-from opendeep_jax.text.cuts import remember_words
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.pieces import remember_words
 from opendeep_jax.text.tokenizer import SPECIAL_TOKENS
 
 TEXTS = ["def main(argv):\n    return [x for x in argv]\n\n", "The naïve émigré read 2024 数据 books. " * 3] * 5

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from whole_text import split_thinking
 
-from opendeep_jax.data.tokenizer_files import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
 from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, thinking_stream
 
 CODEC = byte_tokenizer()

@@ -20,7 +20,7 @@ import tokenizers
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.rules import BYTE_VOCABULARY
-from opendeep_jax.text.cuts import PRE_TOKENIZER
+from opendeep_jax.text.pieces import PRE_TOKENIZER
 from opendeep_jax.text.spelling import byte_characters
 from opendeep_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 

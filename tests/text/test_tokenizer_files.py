@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer_files import (
+from opendeep_jax.text.files import (
     byte_tokenizer,
     load_tokenizer,
     save_tokenizer,

@@ -6,7 +6,7 @@ import pytest
 from test_spelling import byte_level, gemma
 from tokenizers import AddedToken
 
-from opendeep_jax.data.tokenizer_files import save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.files import save_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.gguf_names import ENDS, SAME, SPLITS
 from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 from opendeep_jax.text.stream import TextStream

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.tokenizer_files import load_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.files import load_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.spelling import Speech, spell
 from opendeep_jax.text.stream import TextStream
 from opendeep_jax.text.tokenizer import Tokenizer
@@ -237,7 +237,7 @@ LEADING = [("<s>", 0), "$A:0"]
     ],
 )
 def test_a_text_begins_as_the_tokenizers_files_say_and_so_do_its_copies(processor, settings, begin, tmp_path):
-    from opendeep_jax.data.tokenizer_files import save_tokenizer
+    from opendeep_jax.text.files import save_tokenizer
     from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 
     library = byte_level()
