@@ -12,6 +12,7 @@ ROOT = Path(opendeep_jax.__file__).parent.parent
 
 ORDER = [
     {"config"},
+    {"display"},
     {"parallel"},
     {"kernels_pallas"},
     {"ops"},

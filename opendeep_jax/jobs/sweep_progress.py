@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 
 from opendeep_jax.config.schedule import total_steps
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.sweep_plan import Run
 from opendeep_jax.jobs.sweep_results import read_result
 from opendeep_jax.train.metrics import SCALARS
-from opendeep_jax.train.progress import human_time
 
 REDRAW_SECONDS = 0.5
 TAIL_BYTES = 8192

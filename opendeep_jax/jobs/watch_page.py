@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opendeep_jax.config.schedule import stages
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.watch_chart import Series, line_chart, load_image
 from opendeep_jax.jobs.watch_files import POINTS
 from opendeep_jax.jobs.watch_run import Run, tokens_text
 from opendeep_jax.train.chart_style import look
-from opendeep_jax.train.progress import human_time
 from opendeep_jax.train.report_events import events_section, goodput_bar, goodput_legend, goodput_section
 from opendeep_jax.train.report_page import figure, page, section, text, tiles
 

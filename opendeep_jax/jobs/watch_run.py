@@ -9,12 +9,12 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import CONFIG_FILE, load_run_config
 from opendeep_jax.config.schedule import stage_at, stages, step_at_tokens, tokens_before, total_steps
+from opendeep_jax.display.numbers import human_count, human_time
 from opendeep_jax.jobs.watch_files import Curve, Tail, last_record, number, read_object
 from opendeep_jax.train.events import EVENTS
 from opendeep_jax.train.goodput import GOODPUT, Goodput, Ledger
 from opendeep_jax.train.heartbeat import BEAT_SECONDS, HEARTBEAT
 from opendeep_jax.train.metrics import EVALUATION, EXPERTS, SCALARS
-from opendeep_jax.train.progress import human_count, human_time
 
 SUMMARY, ORIGIN = "summary.json", "origin.json"
 FILES = (CONFIG_FILE, "data.json", SUMMARY, SCALARS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)

@@ -6,10 +6,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.watch_run import Run, tokens_text
 from opendeep_jax.train.goodput import KINDS
 from opendeep_jax.train.lineage import lineage
-from opendeep_jax.train.progress import human_time
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 COLOURS = {

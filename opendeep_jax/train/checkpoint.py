@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
+from opendeep_jax.display.numbers import human_bytes
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton
@@ -60,7 +61,6 @@ from opendeep_jax.train.checkpoint_versions import last_update, read_any_version
 from opendeep_jax.train.checkpoint_writer import Writer, snapshot
 from opendeep_jax.train.digests import compile_digests, finish_digests, start_digests
 from opendeep_jax.train.origin import ORIGIN, lost, read_origin, write_origin
-from opendeep_jax.train.progress import human_bytes
 from opendeep_jax.train.state import TrainState
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.train.metrics import read_jsonl
-from opendeep_jax.train.progress import human_time
 
 GOODPUT = "goodput.jsonl"
 

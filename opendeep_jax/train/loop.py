@@ -20,6 +20,8 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
+from opendeep_jax.display.numbers import human_time
+from opendeep_jax.display.tables import key_value_table
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
@@ -35,7 +37,7 @@ from opendeep_jax.train.losses import Metrics
 from opendeep_jax.train.observer import Observer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
-from opendeep_jax.train.progress import Progress, human_time, startup_summary
+from opendeep_jax.train.progress import ProgressLine
 from opendeep_jax.train.recovery import GoBack, Recovery
 from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
@@ -113,7 +115,7 @@ class Run:
     observer: Observer
     recovery: Recovery
     replay: Replay
-    progress: Progress
+    progress: ProgressLine
     watchdog: Watchdog
     clock: Clock
     stop: StopRequests
@@ -246,7 +248,7 @@ def _train(
     ):
         check_implementations(config)
         template = abstract_state(config, optimizer, bones, mesh)
-        say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
+        say(key_value_table(model_rows(config, template, mesh, peak, checkpoints.steps())))
         check_memory(config, template, mesh.size)
         # Text is tokenized while the step is compiled.
         opening = pool.submit(primary_first, "data", functools.partial(open_data, of_text, is_primary(), workdir))
@@ -266,11 +268,11 @@ def _train(
             _begin(workdir, checkpoints, state)
         watchdog.doing("data preparation")
         data = opening.result()
-        say(startup_summary(data_rows(config, data.describe())))
+        say(key_value_table(data_rows(config, data.describe())))
         primary_first("record", lambda: save_run(config, recipe, data, workdir) if is_primary() else None)
         clock.first_step = start
         observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
-        with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
+        with contextlib.closing(observer), ProgressLine(steps, start, quiet=not is_primary()) as progress:
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
             recovery.begin(start, int(state.health.last_update))

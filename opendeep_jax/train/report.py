@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.files import replacing, write_atomically
+from opendeep_jax.display.numbers import human_bytes, human_count, human_time
 from opendeep_jax.train import plots
 from opendeep_jax.train.lineage import lineage
 from opendeep_jax.train.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
-from opendeep_jax.train.progress import human_bytes, human_count, human_time
 from opendeep_jax.train.report_events import events_section, goodput_section
 from opendeep_jax.train.report_page import bars, details, figure, page, section, table, text, tiles
 from opendeep_jax.train.run_files import RunFiles, column, is_number, read_run

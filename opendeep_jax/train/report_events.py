@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.train.goodput import KINDS, Goodput
-from opendeep_jax.train.progress import human_time
 from opendeep_jax.train.report_page import section, text
 
 EVENTS_SHOWN = 40

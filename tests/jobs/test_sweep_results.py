@@ -15,12 +15,11 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RampStage
+from opendeep_jax.display.tables import latex_text, markdown_table
 from opendeep_jax.jobs.sweep import report
 from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep, save
 from opendeep_jax.jobs.sweep_plots import axes_figure, compute_figure, curves_figure, write_pictures
 from opendeep_jax.jobs.sweep_results import (
-    latex_text,
-    markdown_table,
     mean_text,
     ranked,
     rows,
