@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
+from opendeep_jax.display.page import details, page, section, table, text, tiles
 from opendeep_jax.plan.estimate import Plan
 from opendeep_jax.plan.search import Found
-from opendeep_jax.train.report_page import details, page, section, table, text, tiles
 
 LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
 

@@ -85,9 +85,6 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         ("tokens/s", f"{plan.tokens / times.scheduled:,.0f}"),
         ("tokens", human_count(plan.total_tokens)),
         ("time", human_time(cost.days * 86_400)),
-        (
-            "cost",
-            f"{human_dollars(cost.dollars)}: {human_count(cost.chip_hours)} chip-hours at ${plan.price:.2f} (assumed)",
-        ),
+        ("cost", f"{human_dollars(cost.dollars)}: {price}"),
     ]
     return rows
