@@ -15,7 +15,13 @@ from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes in annotations are checked while tests trace.
+SHAPE_CHECKED = ["opendeep_jax.ops", "opendeep_jax.models", "opendeep_jax.generation", "opendeep_jax.parallel"]
+SHAPE_CHECKED += ["opendeep_jax.train", "kernels_pallas"]
+jaxtyping.install_import_hook(SHAPE_CHECKED, "shape_checks.checked")
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("tests", deadline=None)
