@@ -46,9 +46,7 @@ def frequencies(rope, size: int) -> np.ndarray:
     return plain * (1 - interpolated) + plain / rope.yarn_factor * interpolated
 
 
-def rotations(
-    rope, positions: Int[Array, "B L"], size: int
-) -> tuple[Float[Array, "B L 1 r"], Float[Array, "B L 1 r"]]:
+def rotations(rope, positions: Int[Array, "B L"], size: int) -> tuple[Float[Array, "B L 1 r"], Float[Array, "B L 1 r"]]:
     """Cosine and sine of each position's angles, float32, to be shared by all layers and heads."""
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, size), jnp.float32)
     scale = yarn_mscale(rope.yarn_factor, rope.yarn_mscale) / yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim)
