@@ -305,6 +305,158 @@ MUTATIONS = [
         "self._free.extend([*reversed(pages), *pages[:1]])",
         "tests/generation/test_engine.py::test_an_aborted_request_frees_its_pages_and_disturbs_no_other",
     ),
+    Mutation(
+        "stale_cache_page",
+        "opendeep_jax/generation/attention.py",
+        "values = jnp.where(inside[:, :, None, :, None], values, 0)",
+        "values = values",
+        "tests/generation/test_engine.py::test_what_is_left_in_freed_pages_reaches_nobody",
+    ),
+    Mutation(
+        "decoding_sees_one_position_too_few",
+        "opendeep_jax/generation/attention.py",
+        "jnp.where(places.present, places.positions + 1, 0)",
+        "jnp.where(places.present, places.positions, 0)",
+        "tests/generation/test_engine.py::test_greedy_output_and_its_probabilities_are_those_of_the_model_without_a_cache",
+    ),
+    Mutation(
+        "top_p",
+        "opendeep_jax/generation/sampling.py",
+        "jnp.where(bits >= bound, probabilities, 0)",
+        "jnp.where(bits > bound, probabilities, 0)",
+        "tests/generation/test_sampling_filters.py::test_filters_keep_the_tokens_that_sorting_keeps",
+    ),
+    Mutation(
+        "draws_do_not_depend_on_the_place",
+        "opendeep_jax/generation/sampling.py",
+        "jax.random.fold_in(jax.random.key(seed), index)",
+        "jax.random.fold_in(jax.random.key(seed), 0 * index)",
+        "tests/generation/test_sampling_filters.py::test_a_rows_draw_depends_on_its_seed_and_place_alone",
+    ),
+    Mutation(
+        "drafts_accepted_after_a_refusal",
+        "opendeep_jax/generation/speculation.py",
+        "jnp.sum(jnp.cumprod(stands, axis=1), axis=1, dtype=jnp.int32)",
+        "jnp.sum(stands, axis=1, dtype=jnp.int32)",
+        "tests/generation/test_speculation.py::test_output_and_log_probabilities_are_those_of_plain_decoding",
+    ),
+    # Tokenizers, curation, evaluation.
+    Mutation(
+        "begin_token_twice",
+        "opendeep_jax/text/codec.py",
+        "return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)",
+        "return begin + list(ids)",
+        "tests/data/test_text_codec.py",
+    ),
+    Mutation(
+        "curation_keeps_what_it_should_drop",
+        "opendeep_jax/data/curation/stages.py",
+        "            if reason:\n                return reason",
+        "            if not reason:\n                return name",
+        "tests/data/curation/test_curate.py::test_what_is_planted_is_removed_and_counted_under_its_reason",
+    ),
+    Mutation(
+        "window_scores_a_token_twice",
+        "opendeep_jax/evaluation/windows.py",
+        "yield Window(list(tokens[begin:end]), scored_to - begin)",
+        "yield Window(list(tokens[begin:end]), scored_to - begin - 1)",
+        "tests/evaluation/test_eval_windows.py::test_every_token_but_the_first_is_scored_once_and_in_order",
+    ),
+    # Runs that survive.
+    Mutation(
+        "digests_not_compared",
+        "opendeep_jax/checkpoint/files.py",
+        'if found[name] != record["arrays"][name]["digest"]]',
+        'if name not in record["arrays"]]',
+        "tests/checkpoint/test_checkpoint_damage.py::test_a_digest_names_the_damaged_array",
+    ),
+    Mutation(
+        "digest_without_positions",
+        "opendeep_jax/checkpoint/digests.py",
+        "return first + jnp.arange(bits.shape[dimension], dtype=jnp.uint32)",
+        "return first + 0 * jnp.arange(bits.shape[dimension], dtype=jnp.uint32)",
+        "tests/checkpoint/test_digests.py::test_a_device_and_numpy_agree_for_every_dtype_and_shape",
+    ),
+    Mutation(
+        "rollback_does_not_skip",
+        "opendeep_jax/faults/recovery.py",
+        "return is_passed_over(self.windows, step)",
+        "return False",
+        "tests/faults/test_recovery.py::test_after_a_spike_the_run_goes_back_for_that_batch_alone",
+    ),
+    Mutation(
+        "spike_window_keeps_the_oldest",
+        "opendeep_jax/faults/health.py",
+        "jnp.roll(window, -1).at[-1].set(value)",
+        "jnp.roll(window, 1).at[-1].set(value)",
+        "tests/faults/test_health.py::test_only_the_last_losses_are_remembered",
+    ),
+    Mutation(
+        "update_that_is_not_finite_applied",
+        "opendeep_jax/faults/health.py",
+        "finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
+        "finite = jnp.isfinite(loss) | jnp.isfinite(grad_norm)",
+        "tests/faults/test_health.py::test_what_is_not_finite_is_skipped_and_forgotten",
+    ),
+    Mutation(
+        "goodput_counts_the_gap_twice",
+        "opendeep_jax/record/goodput.py",
+        'gap = record["wall"] - sum(seconds.values()) - self._last["wall"]',
+        'gap = record["wall"] - self._last["wall"]',
+        "tests/record/test_goodput.py::test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste",
+    ),
+    Mutation(
+        "processes_read_each_others_rows",
+        "opendeep_jax/parallel/mesh.py",
+        "begin = int(np.searchsorted(here, first))",
+        "begin = 0",
+        "tests/parallel/test_axes.py::test_rows_and_lengths_go_to_their_devices_in_order",
+    ),
+    # Files of others.
+    Mutation(
+        "gguf_heads_not_interleaved",
+        "opendeep_jax/interop/gguf_tensors.py",
+        "return rows.reshape(-1, first, second, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)",
+        "return rows",
+        "tests/interop/test_gguf.py::test_the_gguf_package_reads_metadata_and_llama_layout",
+    ),
+    Mutation(
+        "float8_scale_of_the_next_block",
+        "opendeep_jax/interop/hf_weights.py",
+        "*= scales[block]",
+        "*= scales[0]",
+        "tests/interop/test_hf.py::test_float8_blocks_are_multiplied_by_their_scales_in_any_part",
+    ),
+    # Configuration and jobs.
+    Mutation(
+        "truth_value_as_a_number",
+        "opendeep_jax/config/checks.py",
+        "return type(value) is annotation",
+        "return isinstance(value, annotation)",
+        "tests/config/test_checks.py",
+    ),
+    Mutation(
+        "work_directory_not_quoted",
+        "opendeep_jax/jobs/launch/render.py",
+        '"workdir": shlex.quote(job.workdir)',
+        '"workdir": job.workdir',
+        "tests/jobs/test_launch_templates.py",
+    ),
+    Mutation(
+        "sweep_ranks_the_worst_first",
+        "opendeep_jax/jobs/sweep/results.py",
+        "(not row.complete, row.mean if row.complete else 0.0)",
+        "(not row.complete, -row.mean if row.complete else 0.0)",
+        "tests/jobs/test_sweep_results.py::test_a_table_has_mean_spread_and_rank_over_the_seeds",
+    ),
+    # Hybrids.
+    Mutation(
+        "state_across_documents",
+        "opendeep_jax/ops/state_space.py",
+        "held = jnp.where((documents == last_document[:, None])[..., None, None], jnp.exp(passed), 0)",
+        "held = jnp.exp(passed)",
+        "tests/models/test_mamba2.py::test_chunks_of_any_size_give_what_the_recurrence_gives",
+    ),
 ]
 
 
@@ -354,7 +506,11 @@ def copy_tree(to: Path) -> None:
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
     """Run tests of a copy of the tree as the default run does; returns pytest's status and the end of what it said."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "--no-header", "--tb=line", *tests]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
