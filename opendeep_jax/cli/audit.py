@@ -13,11 +13,11 @@ from absl.flags import Error, FlagValues
 
 from opendeep_jax.cli.flags import make_flags, parse, run_flags
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from opendeep_jax.data.prepared import Prepared
-    from opendeep_jax.text.tokenizer import Tokenizer
+    from opendeep_jax.data.pipeline import Data
 
 FORMAT = ("auto", "text, json, or auto: text on a terminal, JSON lines in a pipe.")
 SHOWN_CHARACTERS = 300
@@ -40,12 +40,11 @@ def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, u
     return config
 
 
-def _open(flags: FlagValues, config: RunConfig | None) -> "tuple[Tokenizer, Prepared]":
-    """The tokenizer of the run or recipe, and what its batches are made of."""
-    from opendeep_jax.data.prepared import prepare
-    from opendeep_jax.data.provenance import open_run
+def _open(flags: FlagValues, config: RunConfig | None) -> "Data":
+    """What the batches of the run or recipe are made of."""
+    from opendeep_jax.data.opening import open_data, open_run
 
-    return open_run(flags.workdir) if config is None else prepare(config)
+    return open_run(flags.workdir) if config is None else open_data(config)
 
 
 def where(argv: Sequence[str]) -> None:
@@ -61,14 +60,14 @@ def where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--step={flags.step}: steps are counted from 0.")
     if flags.row < -1:
         raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
-    tokenizer, prepared = _open(flags, config)
+    data = _open(flags, config)
     from opendeep_jax.data import provenance
     from opendeep_jax.record.skipped_batches import is_passed_over, read_passed_over
 
     if flags.workdir and is_passed_over(read_passed_over(flags.workdir), flags.step + 1):
         note = "the run went back before this step and passes over its batch: it does not train on these documents."
         print(f"opendeep data where: {note}", file=sys.stderr)
-    pieces = provenance.where(prepared, flags.step, None if flags.row < 0 else flags.row, tokenizer)
+    pieces = provenance.where(data, flags.step, None if flags.row < 0 else flags.row, text=True)
     _print(pieces, flags.format, _piece_text)
 
 
@@ -97,11 +96,11 @@ def when(argv: Sequence[str]) -> None:
     config = _parse(flags, argv, "opendeep data when", purpose)
     if not flags.doc:
         raise ConfigError("--doc is missing: give a document's id, as `opendeep data where` shows it.")
-    _, prepared = _open(flags, config)
+    data = _open(flags, config)
     from opendeep_jax.data import provenance
 
     done = provenance.steps_done(flags.workdir) if config is None else 0
-    found = provenance.when(prepared, flags.doc)
+    found = provenance.when(data, flags.doc)
     _print(({**one, "steps_done": done} for one in found), flags.format, _document_text)
 
 
@@ -149,10 +148,12 @@ def diff(argv: Sequence[str]) -> None:
     if len(sides) != 2:
         raise ConfigError(f"opendeep data diff compares two runs or recipes, and {len(sides)} are given.")
     from opendeep_jax.data import provenance
+    from opendeep_jax.data.opening import open_data, open_run
+    from opendeep_jax.data.recorded import DATA_FILE
 
-    described, prepared = zip(*(provenance.open_side(side) for side in sides), strict=True)
-    ids = tuple(map(provenance.source_ids, prepared)) if values.documents == "yes" else None
-    entries = provenance.diff(*described, ids)
+    a, b = (open_run(s) if Path(s, DATA_FILE).exists() else open_data(load_recipe(s)) for s in sides)
+    ids = (provenance.source_ids(a), provenance.source_ids(b)) if values.documents == "yes" else None
+    entries = provenance.diff(a.describe(), b.describe(), ids)
     _print(entries, values.format, _difference_text)
 
 

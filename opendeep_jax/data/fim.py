@@ -14,7 +14,6 @@ import numpy as np
 
 from opendeep_jax.data.shuffle import scramble
 from opendeep_jax.data.sources import fraction_of
-from opendeep_jax.data.store import Store
 
 EXTRA_TOKENS = 3
 
@@ -62,26 +61,3 @@ class FimRule(NamedTuple):
 
 
 NO_FIM = FimRule(0, 0.0, (0, 0, 0))
-
-
-def read_pieces(store: Store, fim: FimRule, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The tokens [begin, end) of each of `documents`, rearranged if the rule says so, one piece after the other."""
-    spans = np.stack([documents, begins, ends], axis=1).tolist()
-    if not fim.rate:
-        return np.concatenate(store.read(spans))
-    id_hashes = store.id_hashes_of(documents)
-    plain: list[tuple[int, int, int]] = []
-    parts: list[int | None] = []  # a special token, or None for the next span of `plain`
-    for span, id_hash, chosen in zip(spans, id_hashes, fim.chosen(id_hashes).tolist(), strict=True):
-        if not chosen:
-            plain.append(span)
-            parts.append(None)
-            continue
-        document, begin, end = span
-        tokens = int(store.lengths(document, document + 1)[0])
-        for part in fim.parts(id_hash, tokens, begin, end):
-            parts.append(part if isinstance(part, int) else None)
-            if not isinstance(part, int):
-                plain.append((document, *part))
-    read = iter(store.read(plain))
-    return np.concatenate([next(read) if part is None else [part] for part in parts])

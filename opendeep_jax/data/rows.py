@@ -1,21 +1,27 @@
 """Rows of packing plans as parts of a Batch. Shapes: B rows, L positions."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.fim import FimRule, read_pieces
+from opendeep_jax.data.fim import FimRule
 from opendeep_jax.data.plan import Plan
 from opendeep_jax.data.store import Store
 
+if TYPE_CHECKING:
+    from opendeep_jax.data.batch import Batch
 
-def empty_batch(rows: int, length: int) -> Batch:
+
+def empty_batch(rows: int, length: int) -> "Batch":
     """A Batch of `rows` rows that are padding throughout."""
+    from opendeep_jax.data.batch import Batch  # with JAX, which looking into data does without
+
     tokens, targets, segment_ids, positions = (np.zeros((rows, length), np.int32) for _ in range(4))
     return Batch(tokens, targets, np.zeros((rows, length), np.bool_), segment_ids, positions)
 
 
 def write_rows(
-    batch: Batch,
+    batch: "Batch",
     in_batch: np.ndarray,
     plan: Plan,
     in_plan: np.ndarray,
@@ -51,3 +57,26 @@ def write_rows(
     batch.loss_mask[in_batch] = valid & (segments[:, :-1] == segments[:, 1:])
     batch.segment_ids[in_batch] = segments[:, :-1] * valid
     batch.positions[in_batch] = positions[:, :-1] * valid
+
+
+def read_pieces(store: Store, fim: FimRule, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The tokens [begin, end) of each of `documents`, rearranged if the rule says so, one piece after the other."""
+    spans = np.stack([documents, begins, ends], axis=1).tolist()
+    if not fim.rate:
+        return np.concatenate(store.read(spans))
+    id_hashes = store.id_hashes_of(documents)
+    plain: list[tuple[int, int, int]] = []
+    parts: list[int | None] = []  # a special token, or None for the next span of `plain`
+    for span, id_hash, chosen in zip(spans, id_hashes, fim.chosen(id_hashes).tolist(), strict=True):
+        if not chosen:
+            plain.append(span)
+            parts.append(None)
+            continue
+        document, begin, end = span
+        tokens = int(store.lengths(document, document + 1)[0])
+        for part in fim.parts(id_hash, tokens, begin, end):
+            parts.append(part if isinstance(part, int) else None)
+            if not isinstance(part, int):
+                plain.append((document, *part))
+    read = iter(store.read(plain))
+    return np.concatenate([next(read) if part is None else [part] for part in parts])

@@ -23,7 +23,7 @@ from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.data.prepared import Prepared
+from opendeep_jax.data.pipeline import Data
 from opendeep_jax.data.provenance import where
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.skipped_batches import PASSED_OVER, is_passed_over, read_passed_over
@@ -66,15 +66,13 @@ class Recovery:
     """Remembers what steps were judged, and decides what follows.
 
     Args:
-        prepared: what batches are made of, to name documents.
+        data: what batches are made of, to name documents.
         say: prints a paragraph.
         writes: whether this process writes files; one of a job does.
     """
 
-    def __init__(
-        self, workdir: Path, faults: FaultsConfig, prepared: Prepared, say: Callable[[str], None], writes: bool
-    ):
-        self.workdir, self.faults, self.prepared, self.say, self.writes = workdir, faults, prepared, say, writes
+    def __init__(self, workdir: Path, faults: FaultsConfig, data: Data, say: Callable[[str], None], writes: bool):
+        self.workdir, self.faults, self.data, self.say, self.writes = workdir, faults, data, say, writes
         self.windows = read_passed_over(workdir)
         self.went_back = False
         """Whether this start of the run has gone back already."""
@@ -142,7 +140,7 @@ class Recovery:
         numbers = ("loss", "grad_norm", "loss_zscore", "grad_norm_zscore")
         fields = {"skipped": was_skipped} | {name: repr(float(getattr(said, name))) for name in numbers}
         if documents:
-            fields |= batch_documents(self.prepared, step)
+            fields |= batch_documents(self.data, step)
             names = ", ".join(document["id"] for document in fields["documents"][:3])
             text += f" Its batch has {fields['documents_in_batch']:,} documents ({names}, …): opendeep data where "
             text += f"--workdir={self.workdir} --step={step - 1}"
@@ -209,9 +207,9 @@ class Recovery:
         return f"In this directory {here}. With other settings, such as a lower learning rate, {rate}"
 
 
-def batch_documents(prepared: Prepared, step: int) -> dict:
+def batch_documents(data: Data, step: int) -> dict:
     """Documents of the batch of `step` (from 1): the first few, and how many there are."""
     found: dict[str, dict] = {}
-    for piece in where(prepared, step - 1):
+    for piece in where(data, step - 1):
         found.setdefault(piece["id"], {"source": piece["source"], "id": piece["id"], "row": piece["row"]})
     return {"documents": list(found.values())[:DOCUMENTS], "documents_in_batch": len(found)}

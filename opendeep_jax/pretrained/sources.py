@@ -70,7 +70,7 @@ def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
 
             return tokenizer_from_hf(path), path.name
         case "run":
-            from opendeep_jax.data.provenance import model_tokenizer
+            from opendeep_jax.data.recorded import model_tokenizer
 
             return model_tokenizer(path), load_run_config(path).name or path.name
 

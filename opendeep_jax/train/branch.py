@@ -48,8 +48,8 @@ from opendeep_jax.config.load import (
 )
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
-from opendeep_jax.data.prepared import check_data
-from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
+from opendeep_jax.data.opening import check_data
+from opendeep_jax.data.recorded import DATA_FILE, TOKENIZER_FILE
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
 from opendeep_jax.parallel.mesh import make_mesh

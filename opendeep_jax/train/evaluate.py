@@ -1,7 +1,5 @@
 """Held-out bits per byte: comparable between tokenizers, and with gzip and xz."""
 
-import gzip
-import lzma
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +15,9 @@ from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.pipeline import Data, HeldOut, open_data
+from opendeep_jax.data.held_out import HeldOut
+from opendeep_jax.data.opening import open_data
+from opendeep_jax.data.pipeline import Data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
@@ -86,12 +86,6 @@ def held_out_batches(config: RunConfig, data: Data, mesh: Mesh, max_batches: int
     return data.held_out(evaluation_batch_size(config), max_batches, here)
 
 
-def compressors(text: bytes) -> dict[str, float]:
-    """What `gzip -9` and `xz -9` make of the text, in bits per byte."""
-    packed = {"gzip": gzip.compress(text, 9), "xz": lzma.compress(text, preset=9)}
-    return {f"{name}_bits_per_byte": 8 * len(data) / max(len(text), 1) for name, data in packed.items()}
-
-
 def evaluation_batch_size(config: RunConfig) -> int:
     """Rows in an evaluation batch: by default those of a micro-batch, which are known to fit."""
     return config.evaluation.batch_size or config.train.batch_size // config.train.accumulation_steps
@@ -119,4 +113,4 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     check_same_data(data, workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer, mesh)
     batches = held_out_batches(config, data, mesh, config.evaluation.final_batches)
-    return evaluate(params, router_bias, batches) | compressors(data.held_out_text())
+    return evaluate(params, router_bias, batches) | data.compression()

@@ -18,9 +18,9 @@ from opendeep_jax.config.load import check_workdir, record_context_length
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.pipeline import Data, open_data
-from opendeep_jax.data.prepared import check_data
-from opendeep_jax.data.provenance import DATA_FILE
+from opendeep_jax.data.opening import check_data, open_data
+from opendeep_jax.data.pipeline import Data
+from opendeep_jax.data.recorded import DATA_FILE
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.display.progress import ProgressLine
 from opendeep_jax.display.tables import key_value_table
@@ -274,7 +274,7 @@ def _train(
         observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
         with contextlib.closing(observer), ProgressLine(steps, start, quiet=not is_primary()) as progress:
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
-            recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
+            recovery = Recovery(workdir, config.faults, data, progress.message, is_primary())
             recovery.begin(start, int(state.health.last_update))
             saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
             with stop_requests() as stop:

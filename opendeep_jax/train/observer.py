@@ -24,7 +24,7 @@ from opendeep_jax.record.clocks import WallClock
 from opendeep_jax.record.goodput import Clock, InputWatch, read_goodput
 from opendeep_jax.record.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
 from opendeep_jax.record.trackers import open_trackers
-from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
+from opendeep_jax.train.evaluate import held_out_batches, make_evaluator
 from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import Metrics
@@ -203,9 +203,9 @@ class Observer:
         if not is_primary():
             return {}
         lines, evaluations = (read_jsonl(self.workdir / name) for name in (SCALARS, EVALUATION))
-        count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text()
+        count, speed, packed = count_parameters(self.config.model), training_speed(lines), self.data.compression()
         names = ("held_out_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte")
-        held_out = compressors(text) | evaluations[-1] if text else {}
+        held_out = packed | evaluations[-1] if packed else {}
         summary = {
             "steps": steps,
             "tokens": tokens_before(self.config, steps),

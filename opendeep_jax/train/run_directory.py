@@ -17,7 +17,7 @@ from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.locks import Held, locked
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.pipeline import Data
-from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
+from opendeep_jax.data.recorded import DATA_FILE, TOKENIZER_FILE
 
 SUMMARY, ENVIRONMENT = "summary.json", "environment.json"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")

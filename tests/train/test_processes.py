@@ -48,7 +48,7 @@ from opendeep_jax.parallel.cluster import find_cluster
 from opendeep_jax.parallel.distributed import primary_first, start
 start(find_cluster(os.environ))
 import jax
-from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.opening import open_data
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.checkpoint.digests import digests
 config = load_recipe(sys.argv[1])

@@ -23,7 +23,7 @@ from opendeep_jax.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from opendeep_jax.data.provenance import read_description
+from opendeep_jax.data.recorded import read_description
 from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.train import evaluate, loop
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size

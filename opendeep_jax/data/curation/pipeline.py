@@ -49,7 +49,8 @@ def curate(
 ) -> list[SourceConfig]:
     """The sources as config.curation leaves them, each a directory of Parquet files below config.directory.
 
-    What was curated before, by any executor, is returned at once. What was begun and broken off is gone on with.
+    They are the sources themselves where config.curation asks for nothing. What was curated before, by any executor, is
+    returned at once, and what was begun and broken off is gone on with.
 
     Args:
         config: of it sources, curation, directory and workers count.
@@ -62,6 +63,8 @@ def curate(
         ConfigError: for sources that cannot be read, packages, models and evaluation sets that are not there, an
             executor that fails, and a source of which nothing is left.
     """
+    if not config.curation.active:
+        return list(config.sources)
     directory = curation_directory(config)
     if not load_accounting(directory):
         check_curation(config)

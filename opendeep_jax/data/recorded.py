@@ -1,0 +1,121 @@
+"""What a run has recorded of its data: data.json and its copy of the tokenizer, in its work directory."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import IMPORTED_RECIPE
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.fim import FimRule
+from opendeep_jax.data.order import Order
+from opendeep_jax.data.pipeline import Data
+from opendeep_jax.data.plan import PlanKind, open_plan
+from opendeep_jax.data.store import open_store
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.tokenizer import Tokenizer
+
+DATA_FILE, TOKENIZER_FILE = "data.json", "tokenizer.json"
+
+
+def read_description(workdir: str | Path) -> dict:
+    """data.json of the run in `workdir`. Raises ConfigError where there is none that can be read."""
+    path = Path(workdir, DATA_FILE)
+    try:
+        described = json.loads(path.read_text("utf-8"))
+        if "record" not in described:
+            raise ValueError("it is of an older version, which kept no record of stores and plans")
+        return described
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir={workdir}: {path.name} cannot be read ({error}). It is written when `opendeep train` has its "
+            "data ready: delete it and give the same command again."
+        ) from error
+
+
+def record_of(workdir: str | Path | None) -> dict | None:
+    """Where the run in `workdir` has its stores and plans; None before it has recorded them."""
+    return read_description(workdir)["record"] if workdir and Path(workdir, DATA_FILE).exists() else None
+
+
+def recorded_directories(record: dict) -> tuple[list[str], list[str]]:
+    """Names of the stores and of the plans of a record, below data.directory."""
+    return record["stores"], [*record["held_out_plans"], *(plan["directory"] for plan in record["plans"])]
+
+
+def check_root(config: RunConfig) -> Path:
+    """data.directory of a run that has been prepared. Raises ConfigError where it is not there."""
+    root = Path(config.data.directory)
+    if not root.exists():
+        raise ConfigError(
+            f"data.directory = {config.data.directory}, where this run's tokens and plans were kept, is not here (in "
+            f"{Path.cwd()}). Give the command where the run was started, or bring the directory back."
+        )
+    return root
+
+
+def reopen(config: RunConfig, record: dict, tokenizer: Tokenizer) -> Data:
+    """What a record names, without a look at the sources. Raises ConfigError if it is gone or damaged."""
+    root = check_root(config)
+    stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
+    plans = {}
+    for plan in record["plans"]:
+        kind = PlanKind(**plan["kind"] | {"share": tuple(plan["kind"]["share"])})
+        plans[plan["source"], kind] = open_plan(root / plan["directory"])
+    order = Order(config, exact=record.get("exact_mixture", False))
+    order.supply({key: plan.rows for key, plan in plans.items()})
+    held_out_plans = [open_plan(root / name) for name in record["held_out_plans"]]
+    left_out = record.get("left_out_files", [])
+    return Data(config, tokenizer, stores, plans, held_out_plans, order, fim_rule(record), left_out)
+
+
+def fim_rule(record: dict) -> FimRule:
+    """The rule of fill-in-the-middle that a run has recorded."""
+    return FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
+
+
+def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Tokenizer:
+    """The tokenizer of the run in `workdir`: its copy there, called `name`, or bytes.
+
+    Raises ConfigError where it is gone or altered: where its content hash is not `wanted`, that of data.json.
+    """
+    path = Path(workdir, TOKENIZER_FILE)
+    wanted = wanted or (record_of(workdir) or {}).get("tokenizer_hash", "")
+    state = "missing: it held the tokenizer"
+    try:
+        tokenizer = load_tokenizer(path, name) if path.exists() else byte_tokenizer()
+        if tokenizer.content_hash == wanted or not wanted:
+            return tokenizer
+        state = "not the tokenizer" if path.exists() else state
+    except ConfigError:
+        state = "damaged: it held the tokenizer"
+    raise ConfigError(
+        f"{path} is {state} that this run's tokens were made with (SHA-256 {wanted[:16]}...). Copy it back, with the "
+        "tokenizer_config.json beside it if there was one: from data.directory/tokenizers, or from where "
+        "data.tokenizer was read."
+    )
+
+
+def model_tokenizer(workdir: str | Path) -> Tokenizer:
+    """The tokenizer to prompt a run's model with. Prompts begin as the run's documents do; for somebody else's weights,
+    as their own tokenizer says, whatever separates the run's documents. Raises ConfigError as `run_tokenizer` does."""
+    tokenizer = run_tokenizer(workdir)
+    return tokenizer_from_hf(workdir) if _imported(Path(workdir)) else tokenizer
+
+
+def _imported(workdir: Path) -> bool:
+    """Whether a run, or the one that it is a branch of, began with somebody else's weights."""
+    seen: set[Path] = set()
+    while workdir not in seen:
+        seen.add(workdir)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if Path(workdir, IMPORTED_RECIPE).read_text("utf-8").startswith('"""The recipe of this imported run'):
+                return True
+        try:
+            origin = json.loads(Path(workdir, "origin.json").read_text("utf-8"))
+            if origin["kind"] == "import":
+                return True
+            workdir = Path(origin["parent"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return False
