@@ -183,11 +183,16 @@ def _with_context(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, context_length=config.data.longest_row))
 
 
+REMOVED = ("data.curation.minhash_engine",)
+"""Fields that runs of earlier versions have, and that decide nothing about a run that has begun."""
+
+
 def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, dict):
             raise ConfigError(f"{origin}: {name or 'the top'} = {value!r} must be an object of named fields.")
         fields = field_types(annotation)
+        value = {key: v for key, v in value.items() if f"{name}.{key}" not in REMOVED}
         for key in value:
             if key not in fields:
                 dotted = f"{name}.{key}".lstrip(".")

@@ -9,7 +9,6 @@ Everything is kept in data.directory, named by a hash of all that it was made fr
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.config.storage import file_name
 from opendeep_jax.data.curation import check_curation, curate
+from opendeep_jax.data.curation.plan import recipe_of
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.pipeline import Data
@@ -226,7 +226,7 @@ def _make_store(
         return store
     parts = list_parts(source, files)
     curation = config.data.curation
-    facts = {"curation": dataclasses.asdict(curation) if curation.active else None}
+    facts = {"curation": recipe_of(curation) if curation.active else None}
     with progress_bar(f"Tokenizing {source.name}", sum(part.size for part in parts), progress) as advance:
         return prepare_store(directory, source, parts, tokenizer, facts, config.data.workers, advance)
 

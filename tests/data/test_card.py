@@ -9,14 +9,7 @@ import pytest
 
 from opendeep_jax.config.schema import DataConfig, RunConfig, SourceConfig
 from opendeep_jax.data.card import build_card, write_card
-from opendeep_jax.data.card.tables import (
-    clusters_table,
-    dropped_table,
-    flow_table,
-    human_bytes,
-    human_count,
-    lost_table,
-)
+from opendeep_jax.data.card.tables import clusters_table, dropped_table, flow_table, lost_table
 from opendeep_jax.data.sources import list_files, list_parts
 from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.plan.describe import describe as describe_plan
@@ -48,7 +41,7 @@ class Checker(HTMLParser):
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    """Two sources: 40 documents of licences of their own, and 3 that would break a page."""
+    """Two sources: 40 documents of licenses of their own, and 3 that would break a page."""
     records = [
         {"id": f"a{i}", "text": "x" * 2**i, "url": f"http://a/{i}", "by": "MIT" if i % 3 else "CC0-1.0"}
         for i in range(11)
@@ -153,7 +146,7 @@ def test_text_from_data_is_text_on_the_page(config, stores, curation, tmp_path):
     checker.feed(page)
     assert not {"script", "b>run", "i>"} & checker.seen
     assert "<script" not in page and "<second" not in page
-    assert "&lt;script&gt;alert(&#x27;&amp;amp;&#x27;)" in page
+    assert "&lt;script&gt;alert(&#39;&amp;amp;&#39;)" in page
     assert not re.search(r'(src|href)="?(http|//)', page)
 
 
@@ -173,7 +166,7 @@ def test_the_tables_add_up(config, stores, curation):
         ("evaluation overlap", "1", "", "1"),
     ]
     assert clusters_table(card).rows == [("2", "3", "3"), ("5 to 9", "1", "6"), ("10 to 99", "2", "22")]
-    assert flow_table(card).rows[0] == ("first", "20", "9 KB", "6.96 KB", "-3 B", "2.05 KB")
+    assert flow_table(card).rows[0] == ("first", "20", "8.79 KiB", "6.79 KiB", "-3 B", "2.00 KiB")
     assert card["languages"] == {"en": 11, "de": 3}
     assert card["masked"] == {"email": 7}
 
@@ -231,12 +224,4 @@ def test_a_curation_that_is_not_tokenized_yet_has_a_card(tmp_path):
     assert sorted(sample["text"] for sample in card["sources"][0]["samples"]) == ["one", "two"]
     assert card["licenses"] == {"MIT": {"documents": 2, "bytes": 6}}
     assert "exact duplicate" in write_card(tmp_path / "card", card).read_text()
-    assert dataclasses.asdict(data.curation)["minhash_engine"] == card["curation"]["recipe"]["minhash_engine"]
-
-
-@pytest.mark.parametrize(
-    "number, count, size",
-    [(0, "0", "0 B"), (999, "999", "999 B"), (999_900, "1M", "1 MB"), (1.5e12, "1.5T", "1.5 TB"), (2e9, "2B", "2 GB")],
-)
-def test_numbers_are_told_as_people_say_them(number, count, size):
-    assert (human_count(number), human_bytes(number)) == (count, size)
+    assert card["curation"]["recipe"] == json.loads(json.dumps(dataclasses.asdict(data.curation)))

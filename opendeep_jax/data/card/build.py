@@ -4,18 +4,13 @@ card = build_card(config, read_accounting(sources), stores, tokenizer=tokenizer)
 write_card(Path("data_card"), card)         # card.html, card.md and card.json, which has all of it
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opendeep_jax.config.schema import RunConfig, SourceConfig
-from opendeep_jax.config.storage import write_file
-from opendeep_jax.data.card.markdown import markdown
-from opendeep_jax.data.card.page import html_page
 from opendeep_jax.data.reading.listing import is_store, list_files, list_source
 from opendeep_jax.data.sources import fraction_of, hash_id, list_parts, read_part
 from opendeep_jax.data.store import Store
@@ -41,7 +36,7 @@ def build_card(
     """All that a data card says, ready for JSON; what is not known is left out or empty.
 
     Args:
-        config: its name, and the sources with their weights, licences and citations.
+        config: its name, and the sources with their weights, licenses and citations.
         curation: what `curation.read_accounting` gives, or None if nothing was curated.
         stores: the sources' token stores, in their order, or None if nothing is tokenized yet.
         samples_per_source: texts of each source to show.
@@ -175,15 +170,3 @@ def _added(counters) -> dict[str, int]:
 
 def _largest_first(licenses: dict[str, Counter]) -> list[tuple[str, Counter]]:
     return sorted(licenses.items(), key=lambda item: (-item[1]["bytes"], item[0]))
-
-
-def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
-    """Writes card.json, card.md and card.html into `directory`; returns the path of card.html.
-
-    Raises ConfigError when they cannot be written.
-    """
-    directory = Path(directory)
-    write_file(directory / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
-    write_file(directory / "card.md", markdown(card))
-    write_file(directory / "card.html", html_page(card))
-    return directory / "card.html"

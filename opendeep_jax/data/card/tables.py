@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from opendeep_jax.display.numbers import human_bytes, human_count
+
 GROUPS = ("quality", "language", "exact duplicate", "near duplicate", "evaluation overlap", "left out")
 """Kinds of reasons to drop a document, in the order of the steps; the last before all, by the reader."""
 QUALITY = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -13,22 +15,6 @@ class Table(NamedTuple):
     heading: tuple[str, ...]
     rows: list[tuple[str, ...]]
     words: bool = False
-
-
-def human_count(number: float) -> str:
-    """A count as people say it: 950, 12.3K, 4.56M, 1.20T."""
-    if number < 0:
-        return f"-{human_count(-number)}"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size * 0.9995:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
-
-
-def human_bytes(number: float) -> str:
-    """A size as people say it: 950 B, 12.3 KB, 4.56 MB."""
-    text = human_count(number).replace("B", "G")
-    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
 
 
 def group_of(reason: str) -> str:
@@ -52,13 +38,13 @@ def sources_table(card: dict) -> Table:
     ]
     if len(rows) > 1:
         rows.append(("all", "", "", *counted(card["totals"])))
-    return Table(("Source", "Licence", "Weight", "Documents", "Text", "Tokens"), rows)
+    return Table(("Source", "License", "Weight", "Documents", "Text", "Tokens"), rows)
 
 
 def licenses_table(card: dict) -> Table:
-    """One row a licence, the largest first."""
+    """One row a license, the largest first."""
     rows = [(license or "unknown", *counted(counts)) for license, counts in card["licenses"].items()]
-    return Table(("Licence", "Documents", "Text", "Tokens"), rows)
+    return Table(("License", "Documents", "Text", "Tokens"), rows)
 
 
 def citations_table(card: dict) -> Table:
@@ -93,6 +79,18 @@ def dropped_table(card: dict) -> Table:
         numbers = [source["dropped"].get(reason, {}).get("documents", 0) for source in card["sources"]]
         rows.append((reason, *(f"{number:,}" if number else "" for number in numbers), f"{total:,}"))
     return Table(("Reason", *names, "all"), rows)
+
+
+def lengths_table(card: dict) -> Table:
+    """Documents by length in tokens, one column a source."""
+    names = [source["name"] for source in card["sources"] if "lengths" in source]
+    histograms = [source["lengths"]["documents"] for source in card["sources"] if "lengths" in source]
+    rows = []
+    for i in range(max(map(len, histograms), default=0)):
+        numbers = [histogram[i] if i < len(histogram) else 0 for histogram in histograms]
+        if any(numbers):
+            rows.append((f"{2**i:,} to {2 ** (i + 1) - 1:,}", *(f"{n:,}" if n else "" for n in numbers)))
+    return Table(("Tokens", *names), rows)
 
 
 def clusters_table(card: dict) -> Table:

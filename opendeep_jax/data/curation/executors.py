@@ -19,17 +19,15 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.accounting import load_accounting
 from opendeep_jax.data.curation.plan import Plan
-from opendeep_jax.data.curation.progress import progress_bar
 from opendeep_jax.data.curation.recipe import quiet_datatrove
 from opendeep_jax.data.curation.stages import run_rank
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
+from opendeep_jax.display.progress import progress_bar
 
 Executor = Literal["local", "slurm", "ray"]
 
 TITLES = {
     "filter": "Filtering",
-    "pairs": "Comparing bands",
-    "clusters": "Joining clusters",
     "duplicates": "Deciding on duplicates",
     "finish": "Writing what is left",
     "account": "Adding up",

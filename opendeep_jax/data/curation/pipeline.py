@@ -26,7 +26,7 @@ from opendeep_jax.config.storage import file_name, writing
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
-from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_plan
+from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, recipe_of, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
 from opendeep_jax.data.storing.layout import sha256_of
@@ -88,7 +88,7 @@ def curation_directory(config: DataConfig) -> Path:
     recipe = config.curation
     sources = [(source.name, fingerprint(source, list_files(source))) for source in config.sources]
     files = [_file_hash(Path(path).expanduser()) for path in _files_of(recipe)]
-    content = [VERSION, sources, dataclasses.asdict(recipe), files]
+    content = [VERSION, sources, recipe_of(recipe), files]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Path(config.directory) / "curated" / key[:16]
 
@@ -112,20 +112,15 @@ def _file_hash(path: Path) -> str:
 
 
 def check_curation(config: DataConfig) -> None:
-    """Raises ConfigError, quickly, for what `curate` would stop at: packages, files and settings."""
+    """Raises ConfigError, quickly, for what `curate` would stop at: packages, files, and settings that need them."""
     recipe = config.curation
     needed = {"datatrove", "xxhash", "regex", "pyarrow"}
-    needed |= {"rensa"} if recipe.minhash_deduplication and recipe.minhash_engine == "rensa" else set()
+    needed |= {"rensa"} if recipe.minhash_deduplication else set()
     needed |= {"fasttext", "fasteners"} if recipe.language_model else set()
     missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     if missing:
         raise ConfigError(
             f"Curation needs {', '.join(missing)}, which is not installed: pip install 'opendeep-jax[curation]'."
-        )
-    if recipe.languages and not recipe.language_model:
-        raise ConfigError(
-            f"data.curation.languages is {', '.join(recipe.languages)}, but data.curation.language_model names no "
-            f"model that could tell languages. Set it to the path of one: {LANGUAGE_MODEL_CURE}."
         )
     foreign = [language for language in recipe.languages if language.partition("_")[0] not in ("en", "eng")]
     if foreign and recipe.quality:
@@ -144,9 +139,6 @@ def check_curation(config: DataConfig) -> None:
     for path in _files_of(recipe):
         if not Path(path).expanduser().is_file():
             _file_hash(Path(path).expanduser())
-    for name in ("minhash_ngram", "minhash_buckets", "minhash_hashes_per_bucket", "evaluation_ngram"):
-        if getattr(recipe, name) < 1:
-            raise ConfigError(f"data.curation.{name} is {getattr(recipe, name)}, but must be at least 1.")
     names = [file_name(source.name) for source in config.sources]
     for name in names:
         if names.count(name) > 1 or name in RESERVED:

@@ -9,7 +9,6 @@ CURATED/<key>/
         <stage>/00000.json          what a task of a stage counted, written last: it is done
         <stage>/00000.*             what it made
         evaluation/    hashes of the evaluation sets' n-grams
-        signatures/, pairs/, clusters/    datatrove's MinHash
 """
 
 import dataclasses
@@ -73,11 +72,15 @@ class Plan:
     def stages(self) -> list[tuple[str, int]]:
         """(name, number of ranks) of each stage, in order; each needs all ranks of those before it."""
         recipe = self.curation
-        by_datatrove = recipe.minhash_deduplication and recipe.minhash_engine == "datatrove"
-        search = [("pairs", recipe.minhash_buckets), ("clusters", 1)] if by_datatrove else []
-        if recipe.minhash_deduplication or recipe.exact_deduplication:
-            search.append(("duplicates", 1))
+        search = [("duplicates", 1)] if recipe.minhash_deduplication or recipe.exact_deduplication else []
         return [("filter", len(self.tasks)), *search, ("finish", len(self.tasks)), ("account", 1)]
+
+
+def recipe_of(curation: CurationConfig) -> dict:
+    """A recipe for hashes and manifests, as it was when there was a choice of MinHash engines."""
+    fields = dataclasses.asdict(curation).items()
+    names = {"minhash_ngram": {"minhash_engine": "rensa"}}
+    return {key: value for name, field in fields for key, value in (names.get(name, {}) | {name: field}).items()}
 
 
 def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
