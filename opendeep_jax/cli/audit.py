@@ -25,7 +25,7 @@ USAGE = "--workdir=DIRECTORY | --config=RECIPE [--name=value ...]"
 
 
 def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, usage: str = USAGE) -> RunConfig | None:
-    """Parses `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
+    """Parse `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
     if not any(argument.partition("=")[0] == "--config" for argument in argv):
         parse(flags, argv, program, purpose, usage)
         return None
@@ -41,14 +41,14 @@ def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, u
 
 
 def _open(flags: FlagValues, config: RunConfig | None) -> "Data":
-    """What the batches of the run or recipe are made of."""
+    """Return what the batches of the run or recipe are made of."""
     from opendeep_jax.data.opening import open_data, open_run
 
     return open_run(flags.workdir) if config is None else open_data(config)
 
 
 def where(argv: Sequence[str]) -> None:
-    """Names the documents of a step's batch."""
+    """Name the documents of a step's batch."""
     flags = run_flags(
         step=(0, "Step to look up, from 0: what the log calls step N is --step=N-1."),
         row=(-1, "Row of its batch; -1 shows all."),
@@ -77,7 +77,7 @@ def _piece_text(piece: dict) -> str:
     lines = [
         f"row {piece['row']}  {piece['source']}  {piece['id']}",
         f"  {'fill-in-the-middle, ' * piece['fim']}tokens {piece['first_token']:,}–{piece['end_token']:,}, "
-        f"bytes {spans}, shard {piece['shard']}, licence {piece['license'] or 'unknown'}",
+        f"bytes {spans}, shard {piece['shard']}, license {piece['license'] or 'unknown'}",
         *([f"  {piece['url']}"] if piece["url"] else []),
         *(f"  | {line}" for line in text.splitlines()),
     ]
@@ -90,7 +90,7 @@ def _harmless(line: str) -> str:
 
 
 def when(argv: Sequence[str]) -> None:
-    """Names the steps that train on a document."""
+    """Name the steps that train on a document."""
     flags = run_flags(doc=("", "Id of the document, as `opendeep data where` shows it."), format=FORMAT)
     purpose = "Names the steps at which a run trains on a document."
     config = _parse(flags, argv, "opendeep data when", purpose)
@@ -111,7 +111,7 @@ def _document_text(found: dict) -> str:
         fate = "is in no row that this run trains on"
     else:
         fate = f"is read in {len(found['seen']):,} row{'s' * (len(found['seen']) != 1)}"
-    size = f"({found['tokens']:,} tokens, licence {found['license'] or 'unknown'})"
+    size = f"({found['tokens']:,} tokens, license {found['license'] or 'unknown'})"
     lines = [f"{found['source']}  {found['id']}  {size} {fate}"]
     for place in found["seen"]:
         tense = "was seen" if place["step"] < found["steps_done"] else "will be seen"
@@ -121,7 +121,7 @@ def _document_text(found: dict) -> str:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Recomputes the hashes of stores and plans; exit status 1 where something is damaged."""
+    """Recompute the hashes of stores and plans; exit status 1 where something is damaged."""
     flags = make_flags(
         directory=("", "data.directory: all stores and plans in it (default: runs/data)."),
         workdir=("", "Directory of a run: only what that run is made of."),
@@ -139,7 +139,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def diff(argv: Sequence[str]) -> None:
-    """Compares the mixtures of two runs."""
+    """Compare the mixtures of two runs."""
     flags = make_flags(documents=("yes", "yes or no: count the documents that only one has."), format=FORMAT)
     sides = [argument for argument in argv if not argument.startswith("--")]
     rest = [argument for argument in argv if argument.startswith("--")]

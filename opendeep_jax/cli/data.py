@@ -32,7 +32,7 @@ usage: opendeep data tokenizer --config=RECIPE [--name=value ...]   train or ope
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the data commands; returns the exit status. Raises ConfigError for input that cannot work."""
+    """Run one of the data commands; returns the exit status. Raises ConfigError for input that cannot work."""
     actions = {
         "tokenizer": _tokenizer,
         "curate": _curate,

@@ -1,6 +1,7 @@
 """Writing into data.directory so that a reader never meets half of it, and failing to with a message for the user."""
 
 import contextlib
+import hashlib
 import re
 import shutil
 import uuid
@@ -13,7 +14,7 @@ from opendeep_jax.config.files import write_atomically
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write below `path`, in data.directory, into a ConfigError."""
+    """Turn the operating system's refusal to write below `path`, in data.directory, into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -46,10 +47,16 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file of data.directory in one step, and its directory. Raises ConfigError when it can't be."""
+    """Write a file of data.directory in one step, and its directory. Raises ConfigError when it can't be."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(*parts: str) -> str:

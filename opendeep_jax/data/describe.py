@@ -1,4 +1,4 @@
-"""What prepared data says of itself: counts, rates, phases and hashes, for people and for data.json."""
+"""The description of prepared data: counts, rates, phases and hashes, for people and for data.json."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ COUNTS = ("documents", "bytes", "tokens")
 
 
 def describe(data: "Data") -> dict:
-    """Counts in all and by source and split, packing plans with their rates of padding and truncation, phases, what
+    """Count in all and by source and split, packing plans with their rates of padding and truncation, phases, what
     was left out (documents, and files that hold none), and where everything is (`record`, for `recorded.reopen`)."""
     sources = []
     epochs = data.order.epochs()
@@ -64,7 +64,7 @@ def describe(data: "Data") -> dict:
 
 
 def _record(data: "Data") -> dict:
-    """Where everything is below data.directory, for `recorded.reopen`."""
+    """Return where everything is below data.directory, for `recorded.reopen`."""
     root = Path(data.config.data.directory).absolute()
 
     def place(directory: Path) -> str:
@@ -88,7 +88,7 @@ def _record(data: "Data") -> dict:
 def table(described: dict) -> str:
     """`describe`'s counts and rates as aligned text."""
     lines = [f"tokenizer {described['tokenizer']}, {described['vocab_size']:,} tokens", ""]
-    lines.append(f"{'source':<20} {'documents':>14} {'tokens':>18} {'held out':>14} {'epochs':>8}  licence")
+    lines.append(f"{'source':<20} {'documents':>14} {'tokens':>18} {'held out':>14} {'epochs':>8}  license")
     for source in described["sources"]:
         lines.append(
             f"{source['name']:<20} {source['train_documents']:>14,} {source['train_tokens']:>18,} "

@@ -19,7 +19,7 @@ EXTRA_TOKENS = 3
 
 
 class FimRule(NamedTuple):
-    """Which documents are rearranged, and with which special tokens (begin, hole, end)."""
+    """The share of documents that are rearranged, and the special tokens for it (begin, hole, end)."""
 
     seed: int
     rate: float
@@ -36,7 +36,7 @@ class FimRule(NamedTuple):
         return EXTRA_TOKENS * self.chosen(id_hashes).astype(np.int64)
 
     def cuts(self, id_hash: np.uint64, tokens: int) -> tuple[int, int]:
-        """Where the middle of a document of `tokens` tokens begins and ends, counted as in the plain document."""
+        """Return where the middle of a document of `tokens` tokens begins and ends, as in the plain document."""
         state = np.array([id_hash], np.uint64) ^ scramble(np.array([self.seed + 1], np.uint64))
         first, second = (int(scramble(state + np.uint64(n))[0]) % (tokens - 1) + 1 for n in (1, 2))
         return min(first, second), max(first, second)

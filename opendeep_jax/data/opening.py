@@ -86,7 +86,7 @@ def open_run(workdir: str | Path) -> Data:
 
 
 def check_data(config: RunConfig) -> None:
-    """Raises ConfigError for what `open_data` would refuse, as far as it shows without reading the text."""
+    """Raise ConfigError for what `open_data` would refuse, as far as it shows without reading the text."""
     for source in config.data.sources:
         _check_store_fields(source) if is_store(source) else list_files(source)
     if config.data.curation.active:
@@ -160,7 +160,7 @@ def warn_of_unread_files(config: RunConfig) -> list[dict[str, int]]:
 
 
 def _check_store_fields(source: SourceConfig) -> None:
-    """Raises ConfigError for fields of a finished store that say how its text would be read."""
+    """Raise ConfigError for fields of a finished store that say how its text would be read."""
     for name in (*FIELDS_OF_RECORDS, *LATER_FIELDS):
         if getattr(source, name) != getattr(SourceConfig(), name):
             raise ConfigError(
@@ -170,7 +170,7 @@ def _check_store_fields(source: SourceConfig) -> None:
 
 
 def _check_can_hold_out(source: SourceConfig, fraction: float) -> None:
-    """Raises ConfigError if a source's documents cannot be divided into some to train on and some to hold out.
+    """Raise ConfigError if a source's documents cannot be divided into some to train on and some to hold out.
 
     It reads documents until it has seen both, which is soon in a large source.
     """
@@ -199,7 +199,7 @@ def _cannot_hold_out(name: str, path: str, documents: int, fraction: float, all_
 
 
 def _prepare_store(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer, progress: bool) -> Store:
-    """Opens the store of a source; tokenizes the source first if that was not done, or not to its end."""
+    """Open the store of a source; tokenizes the source first if that was not done, or not to its end."""
     if is_store(source):
         _check_store_fields(source)
         store = open_store(Path(source.path), tokenizer.content_hash)
@@ -219,7 +219,7 @@ def _make_store(
     tokenizer: Tokenizer,
     progress: bool,
 ) -> Store:
-    """Opens the store at `directory`; what is missing of it, or cut off, is made first."""
+    """Open the store at `directory`; what is missing of it, or cut off, is made first."""
     with contextlib.suppress(ConfigError):
         store = open_store(directory, tokenizer.content_hash)
         check_files(store)

@@ -1,4 +1,4 @@
-"""Which documents a step trains on, at which steps a document is seen, and how two runs' mixtures differ.
+"""The documents that a step trains on, the steps that see a document, and the differences of two runs' mixtures.
 
 Nothing is recorded while training: a batch is a function of configuration and step, so both questions are arithmetic on
 the packing plans, and are answered for steps to come as for those done. JAX is not needed, nor are the sources.
@@ -91,7 +91,7 @@ def _describe(data: Data, phase: str, pieces: list[tuple[int, int, int, int, int
 
 
 def _plain_spans(data: Data, source: int, document: int, begin: int, end: int) -> tuple[bool, list[tuple[int, int]]]:
-    """Whether a document is rearranged, and what of its plain tokens a piece of it covers."""
+    """Return whether a document is rearranged, and what of its plain tokens a piece of it covers."""
     store, fim = data.stores[source], data.fim
     if not fim.rate:
         return False, [(begin, end)]
@@ -152,7 +152,7 @@ def when(data: Data, document_id: str) -> list[dict]:
 
 
 def diff(a: dict, b: dict, ids: tuple[list, list] | None = None) -> list[dict]:
-    """How two mixtures, given as their data.json, differ: an entry for each source of either, for example
+    """Return how two mixtures, given as their data.json, differ: an entry for each source of either, for example
 
         {"source": "web", "in": "both", "same_tokens": False, "share": [0.5, 0.7], "documents": [9000, 9500],
          "tokens": [1.2e7, 1.3e7], "epochs": [0.4, 0.6], "left_out": [{}, {"empty text": 3}],
@@ -198,7 +198,7 @@ def source_ids(data: Data) -> list[np.ndarray]:
 
 
 def verify_all(root: Path, workdir: str | Path = "") -> tuple[int, list[str]]:
-    """Recomputes every hash of the stores and plans below `root`, or of those that a run is made of.
+    """Recompute every hash of the stores and plans below `root`, or of those that a run is made of.
 
     Gives their number and a sentence for each damaged file. Raises ConfigError where there is nothing to verify.
     """

@@ -1,4 +1,4 @@
-"""What a run has recorded of its data: data.json and its copy of the tokenizer, in its work directory."""
+"""The record that a run keeps of its data: data.json and its copy of the tokenizer, in its work directory."""
 
 import contextlib
 import json
@@ -34,12 +34,12 @@ def read_description(workdir: str | Path) -> dict:
 
 
 def record_of(workdir: str | Path | None) -> dict | None:
-    """Where the run in `workdir` has its stores and plans; None before it has recorded them."""
+    """Return where the run in `workdir` has its stores and plans; None before it has recorded them."""
     return read_description(workdir)["record"] if workdir and Path(workdir, DATA_FILE).exists() else None
 
 
 def recorded_directories(record: dict) -> tuple[list[str], list[str]]:
-    """Names of the stores and of the plans of a record, below data.directory."""
+    """Name of the stores and of the plans of a record, below data.directory."""
     return record["stores"], [*record["held_out_plans"], *(plan["directory"] for plan in record["plans"])]
 
 
@@ -55,7 +55,7 @@ def check_root(config: RunConfig) -> Path:
 
 
 def reopen(config: RunConfig, record: dict, tokenizer: Tokenizer) -> Data:
-    """What a record names, without a look at the sources. Raises ConfigError if it is gone or damaged."""
+    """Return what a record names, without a look at the sources. Raises ConfigError if it is gone or damaged."""
     root = check_root(config)
     stores = [open_store(root / name, record["tokenizer_hash"]) for name in record["stores"]]
     plans = {}
@@ -104,7 +104,7 @@ def model_tokenizer(workdir: str | Path) -> Tokenizer:
 
 
 def _imported(workdir: Path) -> bool:
-    """Whether a run, or the one that it is a branch of, began with somebody else's weights."""
+    """Return whether a run, or the one that it is a branch of, began with somebody else's weights."""
     seen: set[Path] = set()
     while workdir not in seen:
         seen.add(workdir)

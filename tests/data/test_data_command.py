@@ -65,7 +65,7 @@ def test_a_recipe_can_be_looked_into_before_it_is_trained(recipe, capsys):
     repeated = ["--data.tokenizer=bytes", "--data.sources.0.epochs=1000"]
     main(["where", f"--config={recipe}", *repeated, "--step=1", "--row=0", "--format=text"])
     shown = capsys.readouterr().out
-    assert "row 0  corpus  part" in shown and "licence unknown" in shown and "  | " in shown
+    assert "row 0  corpus  part" in shown and "license unknown" in shown and "  | " in shown
     document = shown.split()[3]
     main(["when", f"--config={recipe}", *repeated, f"--doc={document}", "--format=text"])
     assert "will be seen" in capsys.readouterr().out

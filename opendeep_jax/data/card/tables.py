@@ -18,7 +18,7 @@ class Table(NamedTuple):
 
 
 def group_of(reason: str) -> str:
-    """Which of GROUPS a reason belongs to."""
+    """Return which of GROUPS a reason belongs to."""
     name = reason.partition(":")[0]
     if name in QUALITY:
         return "quality"
@@ -48,7 +48,7 @@ def licenses_table(card: dict) -> Table:
 
 
 def citations_table(card: dict) -> Table:
-    """What to cite for each source, and where it was read from."""
+    """Return what to cite for each source, and where it was read from."""
     rows = [(source["name"], source["citation"] or "–", source["path"] or "embedded") for source in card["sources"]]
     return Table(("Source", "Cite", "Read from"), rows, words=True)
 
@@ -141,7 +141,7 @@ def lost_table(card: dict) -> Table:
 
 
 def identity_table(card: dict) -> Table:
-    """Names and hashes: equal ones mean equal tokens."""
+    """Name and hashes: equal ones mean equal tokens."""
     tokenizer = card["tokenizer"]
     rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])] if tokenizer else []
     rows += [

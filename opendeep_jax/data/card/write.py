@@ -34,7 +34,7 @@ SECTIONS = {
     "Recipe of the curation": tables.recipe_table,
     "Identity": tables.identity_table,
 }
-"""Of the Markdown, in order."""
+"""The Markdown's sections, in order."""
 
 
 def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
@@ -141,7 +141,7 @@ def _lengths(card: dict, name: str) -> list[tuple[str, int, str]]:
 
 
 def _shares(source: dict) -> dict[str, Any]:
-    """Where a source's documents went, in groups of reasons."""
+    """Return where a source's documents went, in groups of reasons."""
     counts = {"kept": source.get("documents", 0)} | dict.fromkeys(GROUPS, 0)
     for reason, dropped in source["dropped"].items():
         counts[group_of(reason)] += dropped["documents"]

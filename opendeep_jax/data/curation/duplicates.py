@@ -1,4 +1,4 @@
-"""Which documents are copies of an earlier one: equal texts, and near-duplicates by MinHash.
+"""The search for documents that are copies of an earlier one: equal texts, and near-duplicates by MinHash.
 
 Two documents are near-duplicates if their MinHash signatures (Broder 1997) agree in all hashes of at least one band;
 clusters are what such pairs join. Of a cluster the first document stays, in order of source and file.
@@ -86,7 +86,7 @@ def _join(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cluster_sizes(exact: tuple[np.ndarray, np.ndarray], near: tuple[np.ndarray, np.ndarray]) -> dict[str, int]:
-    """How many clusters of each size there are, near and exact copies together: `{"2": 31, "3": 4}`."""
+    """Return how many clusters of each size there are, near and exact copies together: `{"2": 31, "3": 4}`."""
     copies, originals = near
     order = np.argsort(copies)
     roots = exact[1].copy()

@@ -50,7 +50,7 @@ def parse_options(text: str) -> dict[str, str]:
 
 
 def check_executor(executor: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an executor that does not exist or cannot run here, and for options it does not know."""
+    """Raise ConfigError for an executor that does not exist or cannot run here, and for options it does not know."""
     if executor not in ("local", "slurm", "ray"):
         raise ConfigError(f"The executor is {executor!r}, but it must be local, slurm or ray.")
     if executor == "local":
@@ -80,7 +80,7 @@ def _options_of(executor: str) -> set[str]:
 
 
 def run_stages(plan: Plan, executor: Executor, options: Mapping[str, Any], workers: int, progress: bool) -> None:
-    """Runs every stage of a plan to its end. Raises ConfigError for what the user can cure."""
+    """Run every stage of a plan to its end. Raises ConfigError for what the user can correct."""
     run = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[executor]
     run(plan, {name: _number(value) for name, value in options.items()}, workers, progress)
 
@@ -144,7 +144,7 @@ def _failed(executor: str, plan: Plan, stage: str) -> ConfigError:
 
 
 def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
-    """Submits all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
+    """Submit all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
     note = plan.work("slurm.json")
     jobs = json.loads(note.read_text("utf-8")) if note.exists() else {}
     if not any(state for state, _ in _queue(jobs).values()):
@@ -161,7 +161,7 @@ def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
 
 
 def _submit(plan: Plan, options: dict, workers: int) -> dict[str, str]:
-    """Submits the stages that are not done; returns their job ids by stage."""
+    """Submit the stages that are not done; returns their job ids by stage."""
     from datatrove.executor import SlurmPipelineExecutor
 
     quiet_datatrove()

@@ -22,20 +22,19 @@ from typing import Any
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
-from opendeep_jax.config.storage import file_name, writing
+from opendeep_jax.config.storage import file_name, sha256_of, writing
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
 from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, recipe_of, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
-from opendeep_jax.data.storing.layout import sha256_of
 
 logger = logging.getLogger(__name__)
 
 RESERVED = ("work", "dropped", "logs", "curation.json")
 """Names in the directory of a curation that no source may have."""
-LANGUAGE_MODEL_CURE = (
+LANGUAGE_MODELS = (
     "fastText's own, lid.176.bin, for 176 languages, is at https://fasttext.cc/docs/en/language-identification.html "
     "(126 MB); GlotLID, for 2,000, is model.bin of cis-lmu/glotlid on the Hugging Face Hub"
 )
@@ -107,12 +106,12 @@ def _file_hash(path: Path) -> str:
             ) from error
         raise ConfigError(
             f"Cannot read the language model {path}: {error.strerror}. data.curation.language_model is the path of a "
-            f"fastText model: {LANGUAGE_MODEL_CURE}."
+            f"fastText model: {LANGUAGE_MODELS}."
         ) from error
 
 
 def check_curation(config: DataConfig) -> None:
-    """Raises ConfigError, quickly, for what `curate` would stop at: packages, files, and settings that need them."""
+    """Raise ConfigError, quickly, for what `curate` would stop at: packages, files, and settings that need them."""
     recipe = config.curation
     needed = {"datatrove", "xxhash", "regex", "pyarrow"}
     needed |= {"rensa"} if recipe.minhash_deduplication else set()
@@ -150,7 +149,7 @@ def check_curation(config: DataConfig) -> None:
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Waits until no other process of this machine works on the same curation."""
+    """Wait until no other process of this machine works on the same curation."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with (

@@ -1,4 +1,4 @@
-"""What a curation does, on disk where every worker reads it: sources, recipe, and the tasks the work is cut into.
+"""The plan of a curation, on disk where every worker reads it: sources, recipe, and the tasks the work is cut into.
 
 CURATED/<key>/
     curation.json      the accounting, written last: the directory is whole
@@ -33,7 +33,7 @@ class Task:
 
     source: int
     number: int
-    """Of the task among those of its source; the name of its file."""
+    """Place of the task among those of its source; the name of its file."""
     parts: tuple[Part, ...]
 
     @property
@@ -62,11 +62,11 @@ class Plan:
         return self.work(stage, f"{rank:05d}.json")
 
     def counts(self, stage: str) -> list[dict]:
-        """What the tasks of a stage that is done counted, by rank."""
+        """Return what the tasks of a stage that is done counted, by rank."""
         return [json.loads(self.mark(stage, rank).read_text("utf-8")) for rank in range(len(self.tasks))]
 
     def source_directory(self, source: int) -> Path:
-        """Where the curated files of a source are."""
+        """Return where the curated files of a source are."""
         return self.directory / file_name(self.sources[source].name)
 
     def stages(self) -> list[tuple[str, int]]:
@@ -102,7 +102,7 @@ def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
 
 
 def write_plan(plan: Plan) -> None:
-    """Writes plan.json. Raises ConfigError if it cannot be written."""
+    """Write plan.json. Raises ConfigError if it cannot be written."""
     content = dataclasses.asdict(plan) | {"directory": ""}
     write_file(plan.directory / "work" / "plan.json", json.dumps(content))
     read_plan.cache_clear()

@@ -34,7 +34,7 @@ REPORT_BYTES = 1 << 18  # of progress that are reported at one time
 
 
 def run_rank(directory: str, stage: str, rank: int, advance: Advance) -> None:
-    """Does one rank of a stage, unless it is done. Raises ConfigError for what the user can cure."""
+    """Do one rank of a stage, unless it is done. Raises ConfigError for what the user can correct."""
     plan = read_plan(Path(directory))
     if plan.mark(stage, rank).exists():
         return
@@ -45,7 +45,7 @@ def run_rank(directory: str, stage: str, rank: int, advance: Advance) -> None:
 
 
 class _Counts:
-    """What one task has seen: documents and bytes in and out, dropped ones by reason, processor seconds by step."""
+    """Counts of one task: documents and bytes in and out, dropped ones by reason, processor seconds by step."""
 
     def __init__(self, advance: Advance):
         self.totals: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def _size(text: str) -> int:
 
 
 def _filter(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes RANK.parquet, RANK.exact.npy (uint64 [documents, 2]), RANK.minhash.npy (uint64 [bands, documents])."""
+    """Write RANK.parquet, RANK.exact.npy (uint64 [documents, 2]), RANK.minhash.npy (uint64 [bands, documents])."""
     recipe, task, counts = plan.curation, plan.tasks[rank], _Counts(advance)
     exact, bands = [], []
     with Table(plan.work("filter", f"{rank:05d}.parquet")) as table, _dropped(plan, "filter", rank) as dropped:
@@ -167,7 +167,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes decisions.npy, uint8 [documents], and offsets.npy, int64 [ranks + 1]."""
+    """Write decisions.npy, uint8 [documents], and offsets.npy, int64 [ranks + 1]."""
     start, recipe, ranks = time.process_time(), plan.curation, range(len(plan.tasks))
     offsets = np.cumsum([0, *(counts.get("documents_kept", 0) for counts in plan.counts("filter"))])
     decisions = np.zeros(offsets[-1], np.uint8)
@@ -188,7 +188,7 @@ def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
 
 
 def _finish(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes the task's file of the result, and RANK.dropped."""
+    """Write the task's file of the result, and RANK.dropped."""
     from datatrove.data import Document
 
     task, counts = plan.tasks[rank], _Counts(advance)
@@ -239,7 +239,7 @@ def _account(plan: Plan, rank: int, advance: Advance) -> dict:
 
 
 def _gather_dropped(plan: Plan) -> None:
-    """Joins the tasks' files of each reason: gzip files one after the other are one gzip file."""
+    """Join the tasks' files of each reason: gzip files one after the other are one gzip file."""
     files = defaultdict(list)
     for stage in ("filter", "finish"):
         for rank in range(len(plan.tasks)):
@@ -268,7 +268,7 @@ MOST_NOT_ENGLISH = 0.1
 
 
 def refuse_nothing_left(accounting: dict) -> None:
-    """Raises ConfigError if a source has lost all its documents, or many to thresholds of another language."""
+    """Raise ConfigError if a source has lost all its documents, or many to thresholds of another language."""
     for name, source in accounting["sources"].items():
         foreign, recipe = source.get("not_english", 0), accounting["recipe"]
         if foreign > MOST_NOT_ENGLISH * source["documents_in"] and not recipe["languages"]:

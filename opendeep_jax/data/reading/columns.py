@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.reading.files import open_binary
 from opendeep_jax.data.reading.formats import (
     DATASETS,
     MISSING,
@@ -24,7 +25,6 @@ from opendeep_jax.data.reading.formats import (
     divisions,
     format_of,
 )
-from opendeep_jax.data.reading.remote import open_binary
 
 BATCH_BYTES = 8 * 2**20
 """Size of the batches of rows that are in memory at one time, about."""
@@ -33,7 +33,7 @@ BATCH_ROWS = 1024
 """Most rows of a batch."""
 
 DATASET_OPTIONS = ("name", "split", "revision", "data_dir", "data_files")
-"""What may follow the `?` of a `datasets:` path."""
+"""Options that may follow the `?` of a `datasets:` path."""
 
 TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "code")
 """Usual names of the column with the text, for a better error message."""
@@ -124,7 +124,7 @@ def resolve(schema: Any, name: str) -> tuple[str, ...]:
 
 
 def check_columns(file: SourceFile, schema: Any, fields: Fields) -> None:
-    """Raises ConfigError, with the file's columns and the nearest name, for a field without a column, or a text that
+    """Raise ConfigError, with the file's columns and the nearest name, for a field without a column, or a text that
     is none."""
     import pyarrow as pa
 
@@ -254,7 +254,7 @@ def load_dataset(path: str) -> Any:
 
 
 def _of_split(datasets: Any, saved: Any, split: str) -> Any:
-    """What `split` (`train`, `train[:10%]`, `train+test`) says of a saved Dataset or DatasetDict; raises KeyError.
+    """Return the part of a saved Dataset or DatasetDict that `split`, as `train[:10%]` or `train+test`, names.
 
     A Dataset, which is one split, has the name that it was saved with, or `train`; all of it is read without `split`.
     """

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.store import Store
-from opendeep_jax.data.storing.layout import INNER_CHUNK, damaged, damaged_index, numbers, sha256_of
+from opendeep_jax.config.storage import sha256_of
+from opendeep_jax.data.store import INNER_CHUNK, Store, damaged, damaged_index, numbers
 from opendeep_jax.data.storing.shards import content_hash
 from opendeep_jax.data.storing.workers import available_cores
 
@@ -36,7 +36,7 @@ def verify_store(store: Store, advance: Callable[[int], None] = lambda size: Non
 
 
 def _store_problems(store: Store) -> Iterator[str]:
-    """What is wrong with shards.arrow and store.json."""
+    """Return what is wrong with shards.arrow and store.json."""
     path, manifest = store.directory / "shards.arrow", store.manifest
     try:
         found = sha256_of(path)
@@ -78,7 +78,7 @@ def _shard_problems(store: Store, number: int, advance: Callable[[int], None]) -
 
 
 def _file_problem(path: Path, file: dict) -> str:
-    """What is wrong with a file, or nothing."""
+    """Return what is wrong with a file, or nothing."""
     try:
         size = path.stat().st_size
         if size != file["size"]:
