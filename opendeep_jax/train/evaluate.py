@@ -15,9 +15,8 @@ from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.held_out import HeldOut
 from opendeep_jax.data.opening import open_data
-from opendeep_jax.data.pipeline import Data
+from opendeep_jax.data.pipeline import Data, HeldOut
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
