@@ -104,7 +104,7 @@ def _card(argv: Sequence[str]) -> None:
 
     data = open_data(config)
     curation = read_accounting(curate(config.data)) if config.data.curation.active else None
-    card = build_card(config, curation, data.stores, tokenizer=data.tokenizer)
+    card = build_card(config, curation, data.stores, data.tokenizer)
     print(write_card(out or f"{launch.workdir}/data_card", card))
 
 

@@ -213,7 +213,7 @@ def verify_all(root: Path, workdir: str | Path = "") -> tuple[int, list[str]]:
     damage = []
     for directory in stores:
         try:
-            damage += verify_store(open_store(directory), lambda size: None)
+            damage += verify_store(open_store(directory))
         except ConfigError as error:
             damage.append(str(error))
     return len(stores) + len(plans), damage + [sentence for plan in plans for sentence in verify_plan(plan)]

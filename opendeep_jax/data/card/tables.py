@@ -26,9 +26,8 @@ def group_of(reason: str) -> str:
 
 
 def counted(counts: dict[str, Any]) -> list[str]:
-    """Documents, text and tokens as far as they are known."""
-    forms = {"documents": human_count, "bytes": human_bytes, "tokens": human_count}
-    return [form(counts[name]) if name in counts else "–" for name, form in forms.items()]
+    """Documents, text and tokens."""
+    return [human_count(counts["documents"]), human_bytes(counts["bytes"]), human_count(counts["tokens"])]
 
 
 def sources_table(card: dict) -> Table:
@@ -83,8 +82,8 @@ def dropped_table(card: dict) -> Table:
 
 def lengths_table(card: dict) -> Table:
     """Documents by length in tokens, one column a source."""
-    names = [source["name"] for source in card["sources"] if "lengths" in source]
-    histograms = [source["lengths"]["documents"] for source in card["sources"] if "lengths" in source]
+    names = [source["name"] for source in card["sources"]]
+    histograms = [source["lengths"]["documents"] for source in card["sources"]]
     rows = []
     for i in range(max(map(len, histograms), default=0)):
         numbers = [histogram[i] if i < len(histogram) else 0 for histogram in histograms]
@@ -135,7 +134,7 @@ def lost_table(card: dict) -> Table:
     rows = [
         (source["name"], f"{lost:,}", f"{lost / source['bytes']:.2%}")
         for source in card["sources"]
-        if (lost := source.get("lost_bytes"))
+        if (lost := source["lost_bytes"])
     ]
     return Table(("Source", "Bytes", "Of its text"), rows)
 
@@ -143,10 +142,8 @@ def lost_table(card: dict) -> Table:
 def identity_table(card: dict) -> Table:
     """Name and hashes: equal ones mean equal tokens."""
     tokenizer = card["tokenizer"]
-    rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])] if tokenizer else []
-    rows += [
-        (source["name"], "store", source["content_hash"]) for source in card["sources"] if "content_hash" in source
-    ]
+    rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])]
+    rows += [(source["name"], "store", source["content_hash"]) for source in card["sources"]]
     return Table(("", "", "SHA-256"), rows, words=True)
 
 

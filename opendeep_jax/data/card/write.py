@@ -11,13 +11,12 @@ import jinja2
 from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.card import tables
 from opendeep_jax.data.card.tables import GROUPS, Table, group_of
-from opendeep_jax.display.numbers import human_bytes, human_count
+from opendeep_jax.display.numbers import human_count
 from opendeep_jax.display.page import page
 
 TEMPLATE = Path(__file__).with_name("card.html.j2")
 COLORS = dict(zip(("kept", *GROUPS), ("green", "blue", "violet", "s6", "orange", "red", "muted"), strict=True))
 SHOWN_LANGUAGES = 15
-FORMS = {"documents": human_count, "bytes": human_bytes, "tokens": human_count}
 SECTIONS = {
     "Sources": tables.sources_table,
     "Licenses": tables.licenses_table,
@@ -51,10 +50,8 @@ def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
 
 def markdown(card: dict) -> str:
     """The whole card, for a README or a page of a hub."""
-    words = {"documents": "documents", "bytes": "of text", "tokens": "tokens"}
-    totals = card["totals"]
-    summary = ", ".join(f"{form(totals[name])} {words[name]}" for name, form in FORMS.items() if name in totals)
-    parts = [f"# Data card: {_plain(card['name'])}\n", f"{summary}.\n" if summary else ""]
+    documents, text, tokens = tables.counted(card["totals"])
+    parts = [f"# Data card: {_plain(card['name'])}\n", f"{documents} documents, {text} of text, {tokens} tokens.\n"]
     for title, table in SECTIONS.items():
         body = _markdown_table(table(card)) if table else "\n".join(_markdown_samples(card))
         parts.append(f"## {title}\n\n{body}" if body else "")
@@ -114,10 +111,8 @@ def _tiles(card: dict) -> list[tuple[str, str, str]]:
     """Headline numbers: label, value, remark."""
     totals, sources, number = card["totals"], card["sources"], len(card["licenses"])
     tiles = [("Sources", f"{len(sources)}", f"{number} license{'s' * (number > 1)}" if number else "")]
-    labels = {"documents": "Documents", "bytes": "Text", "tokens": "Tokens"}
-    per_token = totals["bytes"] / totals["tokens"] if totals.get("tokens") else 0
-    remarks = {"tokens": f"{per_token:.2f} bytes each" if per_token else ""}
-    tiles += [(labels[name], FORMS[name](totals[name]), remarks.get(name, "")) for name in labels if name in totals]
+    per_token = f"{totals['bytes'] / totals['tokens']:.2f} bytes each" if totals["tokens"] else ""
+    tiles += zip(("Documents", "Text", "Tokens"), tables.counted(totals), ("", "", per_token), strict=True)
     if given := sum(source.get("documents_in", 0) for source in sources):
         left = sum(source["documents"] for source in sources)
         tiles.append(("Dropped", f"{1 - left / given:.1%}", f"of {human_count(given)} documents"))
@@ -125,15 +120,12 @@ def _tiles(card: dict) -> list[tuple[str, str, str]]:
 
 
 def _amount(counts: dict) -> tuple[int, str]:
-    """Tokens, or text where it is not tokenized."""
-    if "tokens" in counts:
-        return counts["tokens"], f"{human_count(counts['tokens'])} tokens"
-    return counts.get("bytes", 0), human_bytes(counts.get("bytes", 0))
+    return counts["tokens"], f"{human_count(counts['tokens'])} tokens"
 
 
 def _lengths(card: dict, name: str) -> list[tuple[str, int, str]]:
     """Bars of all sources' documents or tokens by length, named by the least, as a context length is written: 4K."""
-    histograms = [source["lengths"][name] for source in card["sources"] if "lengths" in source]
+    histograms = [source["lengths"][name] for source in card["sources"]]
     bins = range(max(map(len, histograms), default=0))
     counts = [sum(histogram[i] for histogram in histograms if i < len(histogram)) for i in bins]
     first = next((i for i in bins if counts[i]), 0)
@@ -142,7 +134,7 @@ def _lengths(card: dict, name: str) -> list[tuple[str, int, str]]:
 
 def _shares(source: dict) -> dict[str, Any]:
     """Return where a source's documents went, in groups of reasons."""
-    counts = {"kept": source.get("documents", 0)} | dict.fromkeys(GROUPS, 0)
+    counts = {"kept": source["documents"]} | dict.fromkeys(GROUPS, 0)
     for reason, dropped in source["dropped"].items():
         counts[group_of(reason)] += dropped["documents"]
     total = sum(counts.values()) or 1
