@@ -8,29 +8,24 @@ Copies are looked for over all sources; the first in order of source and file st
 documents and the recipe alone, byte by byte, whoever computed it and however often that was broken off.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
-from opendeep_jax.config.storage import file_name, sha256_of, writing
+from opendeep_jax.config.storage import alone_in, file_name, sha256_of
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
 from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, recipe_of, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
-
-logger = logging.getLogger(__name__)
 
 RESERVED = ("work", "dropped", "logs", "curation.json")
 """Names in the directory of a curation that no source may have."""
@@ -68,7 +63,7 @@ def curate(
     if not load_accounting(directory):
         check_curation(config)
         check_executor(executor, options or {})
-        with _alone(directory):
+        with alone_in(directory, "curating in"):
             if not load_accounting(directory):  # Another process may have done it while this one waited.
                 plan = _plan(config, directory)
                 run_stages(plan, executor, options or {}, config.workers, progress)
@@ -145,22 +140,6 @@ def check_curation(config: DataConfig) -> None:
                 f"A source of data.sources is named {name!r}, as {'another' if name not in RESERVED else 'a file'} in "
                 "the directory of curated text is. Give each source a name of its own."
             )
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait until no other process of this machine works on the same curation."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with (
-            open(directory / ".lock", "w") as file,
-            locked(
-                file.fileno(),
-                directory / ".lock.owner",
-                lambda: logger.warning("Waiting for another process that curates in %s.", directory),
-            ),
-        ):
-            yield
 
 
 def _plan(config: DataConfig, directory: Path) -> Plan:

@@ -5,7 +5,6 @@ and named instead of failing its whole batch.
 """
 
 import contextlib
-import difflib
 import functools
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from opendeep_jax.data.reading.formats import (
     Fields,
     Part,
     SourceFile,
+    check_names,
     divisions,
     format_of,
 )
@@ -34,9 +34,6 @@ BATCH_ROWS = 1024
 
 DATASET_OPTIONS = ("name", "split", "revision", "data_dir", "data_files")
 """Options that may follow the `?` of a `datasets:` path."""
-
-TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "code")
-"""Usual names of the column with the text, for a better error message."""
 
 
 def cut(file: SourceFile, fields: Fields) -> list[Part]:
@@ -128,22 +125,7 @@ def check_columns(file: SourceFile, schema: Any, fields: Fields) -> None:
     is none."""
     import pyarrow as pa
 
-    for name in fields.names:
-        if schema.names.count(name) > 1:
-            raise ConfigError(
-                f"{file.path} has {schema.names.count(name)} columns named {name!r}, so which is meant? "
-                "Write the file again with one of them, or leave it out."
-            )
-        if name not in fields.optional and not resolve(schema, name):
-            leaves = _leaves(schema)
-            close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
-            near = close or [known for known in TEXT_LIKE if known in leaves] or leaves[:1] or ["NAME"]
-            raise ConfigError(
-                f"{file.path} has no column {name!r}, which its source asks for. Its columns are {', '.join(leaves)}. "
-                f"Name the right one, as in --data.sources.N.text_field={near[0]} (or id_field, url_field, "
-                "license_field, keep), or leave the file out if the others of this source have it."
-            )
-
+    check_names(file, fields, schema.names, _leaves(schema), lambda name: bool(resolve(schema, name)))
     path = resolve(schema, fields.text)
     if path:
         kind = schema.field(path[0]).type

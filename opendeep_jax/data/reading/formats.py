@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
@@ -42,6 +42,10 @@ SUFFIXES = {
 SUFFIXES_IN_WORDS = (
     ".parquet, .array_record, or .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .py (also with .gz, .bz2, .xz, .zst)"
 )
+
+
+TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "code")
+"""Usual names of the column with the text, for a better error message."""
 
 
 class Malformed(str):
@@ -241,14 +245,32 @@ def _check_header(file: SourceFile, fields: Fields) -> None:
     """Raise ConfigError for a column that a table's first row does not name, or names twice."""
     with contextlib.closing(_rows(file, fields)) as rows:
         names = next(rows, (0, []))[1]
+    check_names(file, fields, names, names, names.__contains__)
+
+
+def check_names(
+    file: SourceFile, fields: Fields, names: list[str], leaves: list[str], has: Callable[[str], bool]
+) -> None:
+    """Raise ConfigError, with the file's columns and the nearest name, for a field without a column, or with two.
+
+    Args:
+        names: of the columns.
+        leaves: of all that can be asked for, with the fields inside of columns.
+        has: whether a name is among them.
+    """
     for name in fields.names:
-        if names.count(name) == 1 or (name in fields.optional and name not in names):
+        if names.count(name) > 1:
+            said = f"{names.count(name)} columns named {name!r}"
+        elif name in fields.optional or has(name):
             continue
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) or names[:1] or ["NAME"]
-        said = f"{names.count(name)} columns named {name!r}" if name in names else f"no column {name!r}"
+        else:
+            said = f"no column {name!r}"
+        close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
+        near = close or [known for known in TEXT_LIKE if known in leaves] or leaves[:1] or ["NAME"]
         raise ConfigError(
-            f"{file.path} has {said}, which its source asks for. Its first row names {', '.join(names)[:300]}. Name "
-            f"the right one, as in --data.sources.N.text_field={near[0]}, or leave the file out."
+            f"{file.path} has {said}, which its source asks for. Its columns are {', '.join(leaves)[:1000]}. Name the "
+            f"right one, as in --data.sources.N.text_field={near[0]} (or id_field, url_field, license_field, keep), or "
+            "leave the file out if the others of this source have it."
         )
 
 

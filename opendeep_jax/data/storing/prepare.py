@@ -10,18 +10,16 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opendeep_jax import __version__
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
-from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.config.storage import sha256_of, writing
+from opendeep_jax.config.storage import LOCK, OWNER, alone_in, sha256_of, writing
 from opendeep_jax.data.sources import Part
 from opendeep_jax.data.store import VERSION, Store, check_files, index_facts, open_store, read_manifest
 from opendeep_jax.data.storing.shards import shard_facts, token_dtype, write_arrow, write_json, write_shard
@@ -34,7 +32,6 @@ SHARDS = 64
 SHARD_BYTES = range(2 << 20, 256 << 20)
 # So few shards are made by this process, with the tokenizer library's own threads.
 FEW_SHARDS = 2
-LOCK, OWNER = ".lock", ".lock.owner"
 COUNTS = ("documents", "tokens", "bytes")
 
 logger = logging.getLogger(__name__)
@@ -72,7 +69,9 @@ def prepare_store(
         advance(sum(part.size for part in parts))
         return store
     groups = {f"{number:08d}": group for number, group in enumerate(group_parts(parts, shard_bytes))}
-    with _locked(directory) as lock:
+    with writing(directory):
+        (directory / "shards").mkdir(parents=True, exist_ok=True)
+    with alone_in(directory, "preparing") as lock:
         _sweep(directory)
         before, known = _what_was(directory, tokenizer)
         jobs = []
@@ -104,23 +103,6 @@ def group_parts(parts: Sequence[Part], shard_bytes: int = 0) -> list[list[Part]]
         groups[-1].append(part)
         size += part.size
     return groups
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    """Hold the store's lock, which workers share: it is free once the last of those that write has ended."""
-    with writing(directory):
-        (directory / "shards").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with locked(
-            descriptor,
-            directory / OWNER,
-            lambda: logger.warning("Waiting for another process that is preparing %s.", directory),
-        ):
-            yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(directory: Path) -> None:

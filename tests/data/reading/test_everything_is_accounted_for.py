@@ -211,7 +211,7 @@ def test_files_over_http_are_read_whether_or_not_the_server_tells_their_sizes(se
         ("a.json", array() + b" x", "is not JSON"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "comma is missing after element 1"),
         ("a.csv", b'text\n"never closed\n', "is malformed: unexpected end of data"),
-        ("a.csv", b"body\nx\n", "no column 'text'.* names body"),
+        ("a.csv", b"body\nx\n", "no column 'text'.* columns are body"),
         ("a.csv", b"text,text\nx,y\n", "2 columns named 'text'"),
         ("a.zip", b"PK", "'s' is empty: .*archive .*unpacked"),
         ("a.html", b"<p>", "'s' is empty: .*ending in .html"),
