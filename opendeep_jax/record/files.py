@@ -1,16 +1,16 @@
 """Names and readers of the files in a run directory; `record.Record` is their one writer.
 
-    config.json config_diff.txt           the configuration, and how it differs from its recipe (config.load)
-    origin.json                           what the run began from, and the version of the directory (record.origin)
-    data.json tokenizer.json              what its batches are made of
-    environment.json                      versions and hardware of the last start
-    metrics.jsonl evaluation.jsonl experts.jsonl samples.jsonl checkpoints.jsonl
-                                          one line for each logged step, cut back when the run goes back (REWOUND)
-    events.jsonl goodput.jsonl            what happened, and where time went; they only grow
-    heartbeat.json                        what the process does, every few seconds
-    skipped_batches.json                  steps whose batches are skipped since a rollback
-    summary.json                          results, when all steps are done
-    checkpoints/STEP/ quarantine/         whole checkpoints; corrupt ones that were moved away
+config.json config_diff.txt           the configuration, and how it differs from its recipe (config.load)
+origin.json                           what the run began from, and the version of the directory (record.origin)
+data.json tokenizer.json              what its batches are made of
+environment.json                      versions and hardware of the last start
+metrics.jsonl evaluation.jsonl experts.jsonl samples.jsonl checkpoints.jsonl
+                                      one line for each logged step, cut back when the run goes back (REWOUND)
+events.jsonl goodput.jsonl            what happened, and where time went; they only grow
+heartbeat.json                        what the process does, every few seconds
+skipped_batches.json                  steps whose batches are skipped since a rollback
+summary.json                          results, when all steps are done
+checkpoints/STEP/ quarantine/         whole checkpoints; corrupt ones that were moved away
 """
 
 import json
