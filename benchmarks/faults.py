@@ -26,11 +26,10 @@ from typing import NamedTuple
 
 from kills import PATIENCE, POLL_SECONDS, ended, said, start, steps_done, tiny_run
 
-from opendeep_jax.checkpoint.files import steps_in
 from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.exits import MEND, OK, RESUME
 from opendeep_jax.record.events import read_events
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import checkpoint_steps, read_jsonl
 
 STEPS = 60
 HANG_SECONDS, PEER_SECONDS = 20, 5
@@ -81,7 +80,7 @@ class Scene:
 
     def ends(self, workdir: Path) -> str:
         """How the run's last state compares with that of the undisturbed one."""
-        if not (steps := steps_in(workdir / "checkpoints")) or steps[-1] != STEPS:
+        if not (steps := checkpoint_steps(workdir / "checkpoints")) or steps[-1] != STEPS:
             return f"at step {steps_done(workdir)}"
         arrays = differences(checkpoint_path(self.whole), checkpoint_path(workdir))
         return EQUAL if not arrays else "with other weights"

@@ -38,8 +38,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
-from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
-from opendeep_jax.checkpoint.origin import write_origin
 from opendeep_jax.config import schema
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
@@ -47,8 +45,9 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.health import FEWEST, LOSS_SPREAD, NORM_SPREAD, PATIENCE, RECENT, WINDOW, new_health
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel import mesh as meshes
-from opendeep_jax.record.metrics import read_jsonl
-from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
+from opendeep_jax.record.files import CHECKPOINTS, SKIPPED_BATCHES, checkpoint_steps, read_jsonl
+from opendeep_jax.record.origin import write_origin
+from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.train import loop
 from opendeep_jax.train import step as train_step
 from opendeep_jax.train.optimizer import make_optimizer
@@ -448,12 +447,14 @@ def rate_of(step: int) -> float:
 
 def harm(what: str, workdir: Path, model: Model, bench: Bench) -> None:
     """Does to a run's files, and to the model's, what befalls them between two starts."""
-    directory = workdir / DIRECTORY
+    directory = workdir / CHECKPOINTS
     if what == "local lost":
         shutil.rmtree(bench.directory / "local", ignore_errors=True)
         model.local = {}
-    steps = {"newest damaged": steps_in(directory)[-1:], "one deleted": steps_in(directory)[:1]}.get(what)
-    for step in steps_in(directory) if steps is None and what.startswith("all") else steps or ():
+    steps = {"newest damaged": checkpoint_steps(directory)[-1:], "one deleted": checkpoint_steps(directory)[:1]}.get(
+        what
+    )
+    for step in checkpoint_steps(directory) if steps is None and what.startswith("all") else steps or ():
         if what.endswith("deleted"):
             shutil.rmtree(directory / str(step))
             del model.durable[step]
@@ -479,7 +480,7 @@ def play(s: Scenario, bench: Bench) -> Model:
             break
         changes = more
         model.config = dataclasses.replace(s.checkpoint, **more)
-        before, sound, broken = dict(model.durable), workdir / DIRECTORY, set(model.damaged)
+        before, sound, broken = dict(model.durable), workdir / CHECKPOINTS, set(model.damaged)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(sound, aside)
         harm(what, workdir, model, bench)
@@ -499,10 +500,10 @@ def play(s: Scenario, bench: Bench) -> Model:
 
 def check(s: Scenario, model: Model, workdir: Path, bench: Bench, ending: str) -> None:
     """Compares what a run has left with the model."""
-    windows = [(w["first"], w["last"], w["to_step"]) for w in read_passed_over(workdir)]
+    windows = [(w["first"], w["last"], w["to_step"]) for w in read_skipped_batches(workdir)]
     assert windows == [(w["first"], w["last"], w["to_step"]) for w in model.windows], "passed over"
-    assert steps_in(workdir / DIRECTORY) == sorted(model.durable), "checkpoints"
-    assert (workdir / PASSED_OVER).exists() == bool(windows)
+    assert checkpoint_steps(workdir / CHECKPOINTS) == sorted(model.durable), "checkpoints"
+    assert (workdir / SKIPPED_BATCHES).exists() == bool(windows)
     if ending != "done":
         return
     lines = {line["step"]: line for line in read_jsonl(workdir / "metrics.jsonl")}

@@ -7,25 +7,22 @@ And what every device computes from its own rows must come out the same again, o
 
 import functools
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from opendeep_jax.checkpoint.digests import deviating_devices, lanes_of
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.checkpoint.digests import deviating_devices
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.models.parameters import Skeleton
-from opendeep_jax.parallel.axes import BATCH_SPEC, weight_specs
 from opendeep_jax.parallel.distributed import host_of
-from opendeep_jax.train.inputs import make_inputs, target_counts
-from opendeep_jax.train.state import TrainState
-from opendeep_jax.train.step import own_gradients
+
+LocalGradients = Callable[[Any, Batch], jax.Array]
 
 
-def compare_copies(state: TrainState, before: str) -> str | None:
-    """Compares all copies of every array of the state over the devices; a sentence on those that differ, or None.
+def compare_copies(state: Any, before: str) -> str | None:
+    """Compare all copies of every array of the state over the devices; return a sentence on those that differ, or None.
 
     Args:
         before: what is about to happen, for the sentence.
@@ -41,24 +38,28 @@ def compare_copies(state: TrainState, before: str) -> str | None:
 
 
 def name_device(device: int, process: int) -> str:
-    """A device as a person looks for it."""
+    """Return a device as a person looks for it."""
     return f"device {device} of process {process} on {host_of(process)}"
 
 
 class Replay:
-    """Computes a step's gradients again, on the same devices and on others, and compares what each device got.
+    """Comparison of a step's gradients, computed again on the same devices and on others, device by device.
 
     The other assignment moves each process's work on by one of its own devices, so nothing crosses hosts but weights
     that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.
+
+    Args:
+        gradients: of a state and a batch, the digests of what each place of the mesh in use computes from its own
+            rows (`train.local_gradients`): uint32 [devices, arrays, 2].
     """
 
-    def __init__(self, config: RunConfig, skeleton: Skeleton, mesh: Mesh):
-        self.config, self.skeleton, self.mesh = config, skeleton, mesh
+    def __init__(self, gradients: LocalGradients, mesh: Mesh):
+        self.gradients, self.mesh = gradients, mesh
         self.other = _rotated(mesh)
-        self._programs: dict = {}
+        self._programs: dict[tuple[bool, tuple[int, ...]], Callable[..., jax.Array]] = {}
 
-    def compare(self, state: TrainState, batch: Batch) -> str | None:
-        """Three computations of one step's gradients; a sentence on the devices that disagree, or None."""
+    def compare(self, state: Any, batch: Batch) -> str | None:
+        """Compute one step's gradients three times; return a sentence on the devices that disagree, or None."""
         first, again = self._run(self.mesh, state, batch), self._run(self.mesh, state, batch)
         devices = list(self.mesh.devices.flat)
         if wrong := [devices[i] for i in np.flatnonzero((first != again).any(axis=(1, 2)))]:
@@ -79,33 +80,13 @@ class Replay:
         names = ", ".join(name_device(d.id, d.process_index) for d in suspects[:4])
         return f"silent corruption: a computation came out differently on other devices; suspected: {names}"
 
-    def _run(self, mesh: Mesh, state: TrainState, batch: Batch) -> np.ndarray:
+    def _run(self, mesh: Mesh, state: Any, batch: Batch) -> np.ndarray:
         """Digests of what each place of the mesh computes: uint32 [devices, arrays, 2]."""
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:
-                self._programs[key] = jax.jit(functools.partial(_own_lanes, self.config, self.skeleton))
-            return np.asarray(self._programs[key](state.params, state.router_bias, batch, state.step))
-
-
-def _own_lanes(config: RunConfig, skeleton: Skeleton, params, router_bias, batch: Batch, step) -> jax.Array:
-    mesh, depth = jax.sharding.get_abstract_mesh(), config.model.mtp.depth
-    params = skeleton.in_compute_dtype(params, config.model.dtype)
-    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
-
-    def device_program(params, router_bias, inputs, counts, step):
-        grads, sums = own_gradients(config, skeleton, params, router_bias, inputs, counts, step)
-        return jnp.stack([lanes_of(leaf) for leaf in jax.tree.leaves((sums, grads))])[None]
-
-    divided = jax.shard_map(
-        device_program,
-        mesh=mesh,
-        in_specs=({name: specs[name] for name in params}, whole, BATCH_SPEC, whole, whole),
-        out_specs=PartitionSpec(mesh.axis_names),
-        check_vma=False,
-    )
-    lanes = divided(params, router_bias, make_inputs(batch, depth, mesh), target_counts(batch, depth), step)
-    return jax.lax.with_sharding_constraint(lanes, whole)
+                self._programs[key] = jax.jit(functools.partial(self.gradients))
+            return np.asarray(self._programs[key](state, batch))
 
 
 def _rotated(mesh: Mesh) -> Mesh | None:

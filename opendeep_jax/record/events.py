@@ -24,7 +24,7 @@ def record_event(workdir: str | Path, kind: str, step: int, text: str, **fields:
 def with_new_kind(event: dict[str, Any]) -> dict[str, Any]:
     """Return an event that an older version wrote with the name that its kind has now."""
     kind = event.get("kind")
-    return event | {"kind": OLD_KINDS[kind]} if kind in OLD_KINDS else event
+    return event | {"kind": OLD_KINDS[kind]} if isinstance(kind, str) and kind in OLD_KINDS else event
 
 
 def read_events(workdir: str | Path, *kinds: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@
     record.rewind(800)        # what lies after step 800 is cut, and an event says what it was
     record.write(SUMMARY, {"steps": 1000, …})
 
-Every write passes `_written`, with the file's name and the bytes: `ledger` is called there, so that each may be chained.
+Every write passes `_written`, which tells `ledger` the file's name and the bytes, so that each may be chained.
 """
 
 import datetime

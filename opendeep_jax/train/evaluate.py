@@ -18,6 +18,7 @@ from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, HeldOut, open_data
+from opendeep_jax.data.provenance import check_same_data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
@@ -26,7 +27,6 @@ from opendeep_jax.text.tokenizer import Tokenizer
 from opendeep_jax.train.inputs import make_inputs
 from opendeep_jax.train.losses import summed_cross_entropy
 from opendeep_jax.train.programs import use_compilation_cache
-from opendeep_jax.train.run_directory import check_same_data
 
 Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
@@ -116,7 +116,7 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
     model, config = load_model(workdir, step, mesh)
     skeleton, params, router_bias = split(model)
     data = open_data(config, workdir=workdir)
-    check_same_data(data, workdir)
+    check_same_data(data.describe(), workdir)
     evaluate = make_evaluator(config, skeleton, data.tokenizer, mesh)
     batches = held_out_batches(config, data, mesh, config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | compressors(data.held_out_text())

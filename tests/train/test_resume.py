@@ -24,7 +24,7 @@ from opendeep_jax.config.schema import (
     TrainConfig,
 )
 from opendeep_jax.data.provenance import read_description
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import read_jsonl
 from opendeep_jax.train import evaluate, loop
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
 from opendeep_jax.train.observer import training_speed
