@@ -29,16 +29,12 @@ from opendeep_jax.checkpoint.files import (
     CorruptCheckpoint,
     Items,
     OtherLayout,
-    damaged,
     disk_failures,
-    flat_digests,
     from_items,
-    frozen_arrays,
     make_record,
     model_groups,
     quarantine,
     read_items,
-    read_record,
     remove_partial,
     to_items,
 )
@@ -104,7 +100,6 @@ class Checkpoints:
         self.origin = read_origin(self.workdir)
         self.local, self.notes = None, []
         self.durable = None
-        self._frozen: dict[str, str] | None = None
         self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
         if config is not None:
             with disk_failures(self.directory):
@@ -191,7 +186,7 @@ class Checkpoints:
         digesting = self.digesting.result() if self.digesting else start_digests
         lanes, copies = digesting(arrays), snapshot(items)
         names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
-        known = {"layout": layout(items), "processes": jax.process_count(), "frozen": self._digest_frozen(state)}
+        known = {"layout": layout(items), "processes": jax.process_count()}
         record = make_record(step, measure, arrays, names, **known, last_update=last_update)
         if writer is self.local and SHARDS in writer.items:
             copies = own_shards(copies)
@@ -199,25 +194,6 @@ class Checkpoints:
         self.running = self._begin(writer, step, copies, record)
         notes, self.notes = tuple(self.notes), []
         return SaveReport(step, time.perf_counter() - begun, size, durable, notes)
-
-    def _digest_frozen(self, state: Any) -> dict[str, str]:
-        """Return the digests of the weights that do not train, computed once: a checkpoint has no more of them."""
-        if self._frozen is None:
-            self._frozen = flat_digests(frozen_arrays(state))
-        return self._frozen
-
-    def _check_frozen(self, path: Path, state: Any) -> None:
-        """Raise ConfigError where weights that do not train are not those that the checkpoint was made with."""
-        saved, arrays = read_record(path).get("frozen", {}), frozen_arrays(state)
-        if any(not isinstance(array, jax.Array) for array in arrays.values()):
-            return  # a template; whoever fills it in knows what with
-        wrong = sorted(
-            name for name in saved.keys() | arrays.keys() if saved.get(name) != self._digest_frozen(state).get(name)
-        )
-        if wrong:
-            raise ConfigError(
-                f"{path}: was made with other frozen weights: {damaged(wrong)}. Give the model that the run began with."
-            )
 
     def _begin(self, writer: Writer, step: int, copies: Items, record: dict) -> Future:
         def write() -> None:
@@ -288,7 +264,6 @@ class Checkpoints:
                 read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
                 found = read_any_version(directory / str(step), items, read)
-                self._check_frozen(directory / str(step), abstract)
                 self._forget_local(after=step)
                 if self.durable:
                     self._note_saved(min(self.steps(), default=step))

@@ -38,8 +38,6 @@ STEP = ".step"
 """Name of the array with the number of steps done."""
 GROUPS = ("params", "router_bias")
 """Fields of the training state that make up the model."""
-FROZEN = "frozen"
-"""The field with the weights that do not train."""
 
 READERS = 8
 """Arrays that are read at once."""
@@ -61,19 +59,13 @@ class OtherLayout(CorruptCheckpoint):
 def to_items(state: Any) -> Items:
     """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}."""
     model = {f"{group}.{name}": array for group in GROUPS for name, array in getattr(state, group).items()}
-    others = {name: leaf for name, leaf in _paths(state) if _group(name) not in (*GROUPS, FROZEN)}
-    return {MODEL: model, OPTIMIZER: others}
-
-
-def frozen_arrays(state: Any) -> Arrays:
-    """The weights of a state that do not train, by path; a checkpoint keeps their digests only."""
-    return {name: leaf for name, leaf in _paths(state) if _group(name) == FROZEN}
+    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in _paths(state) if _group(name) not in GROUPS}}
 
 
 def from_items(items: Items, like: Any) -> Any:
-    """The state of `like`'s structure with the arrays of `to_items`, and what is frozen as `like` has it."""
+    """The state of `like`'s structure with the arrays of `to_items`."""
     model = {f".{group}[{name!r}]": array for group, name, array in _grouped(items[MODEL])}
-    leaves = model | items[OPTIMIZER] | frozen_arrays(like)
+    leaves = model | items[OPTIMIZER]
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name, _ in _paths(like)])
 
 
