@@ -181,10 +181,10 @@ def damaged(scene: Scene, name: str, fault: str, harm: Callable[[Path], None]) -
     harm(max((path for path in item.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     at = time.time()
     job = scene.start(workdir, *flags)
-    after, text = watch(job, lambda: at, lambda: event(workdir, "unsound_checkpoint"))
+    after, text = watch(job, lambda: at, lambda: event(workdir, "corrupt_checkpoint"))
     got, end = f"{first}, {job[0].wait()}", scene.ends(workdir)
     sound = after is not None and (got, end) == (f"{RESUME}, {OK}", EQUAL)
-    return Row(fault, "event unsound_checkpoint", after, got, end, sound, text)
+    return Row(fault, "event corrupt_checkpoint", after, got, end, sound, text)
 
 
 def flip(file: Path) -> None:

@@ -190,7 +190,7 @@ class Model:
             if tier is self.durable and step in self.damaged:
                 del self.durable[step]
                 self.damaged.discard(step)
-                self.happened["checkpoints set aside"] += 1
+                self.happened["checkpoints quarantined"] += 1
                 continue
             self.local = {at: state for at, state in self.local.items() if at <= step}
             return tier[step]

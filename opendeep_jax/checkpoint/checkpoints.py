@@ -29,6 +29,7 @@ from opendeep_jax.checkpoint.files import (
     CorruptCheckpoint,
     Items,
     OtherLayout,
+    checkpoint_path,
     disk_failures,
     from_items,
     make_record,
@@ -339,14 +340,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     Raises:
         ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
     """
-    config = load_run_config(workdir)
-    directory = Path(workdir).resolve() / CHECKPOINTS
-    steps = checkpoint_steps(directory)
-    if not steps:
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
-    if step not in (None, *steps):
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+    config, path = load_run_config(workdir), checkpoint_path(Path(workdir).resolve(), step, f"--workdir={workdir}")
     bones = skeleton(config.model.settled())
     axes = bones.axes()
 
@@ -356,7 +350,6 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
             sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    step = steps[-1] if step is None else step
     kinds = {"params": nnx.Param, "router_bias": RouterBias}
     abstract = {
         f"{group}.{name}": placed(name, array)
@@ -364,11 +357,11 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
         for name, array in bones.shapes(kind).items()
     }
     try:
-        arrays = model_groups(read_items(directory / str(step), {MODEL: abstract})[MODEL])
+        arrays = model_groups(read_items(path, {MODEL: abstract})[MODEL])
     except CorruptCheckpoint as error:
-        others = ", ".join(str(other) for other in steps if other != step) or "none"
+        others = ", ".join(str(other) for other in checkpoint_steps(path.parent) if str(other) != path.name) or "none"
         raise ConfigError(
-            f"--workdir={workdir}: the checkpoint of step {step} is not sound: {error}. "
+            f"--workdir={workdir}: the checkpoint of step {path.name} is not sound: {error}. "
             f"Give --step of another; there are: {others}."
         ) from error
     return bones.model(arrays["params"], arrays["router_bias"]), config

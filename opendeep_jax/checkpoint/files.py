@@ -31,6 +31,7 @@ import tensorstore
 import opendeep_jax
 from opendeep_jax.checkpoint.digests import finish_digests, start_digests
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 
 RECORD = "digests"
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -139,6 +140,32 @@ def read_record(path: Path) -> dict:
             f"OpenDeep {record['version']}, which wrote it, or a later one."
         )
     return record
+
+
+def read_measure(path: Path) -> float | None:
+    """Return the number by which the best checkpoints are kept; None where it was not measured or cannot be read."""
+    try:
+        return read_record(path)["measure"]
+    except CorruptCheckpoint:
+        return None
+
+
+def checkpoint_path(workdir: str | Path, step: int | None = None, given: str = "") -> Path:
+    """Return the directory of a run's checkpoint, the newest by default. Raises ConfigError where it is not there.
+
+    Args:
+        given: the setting that named the run, for the error; empty says --workdir.
+    """
+    directory, given = Path(workdir) / CHECKPOINTS, given or f"--workdir={workdir}"
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise ConfigError(
+            f"{given}: {workdir} has no checkpoint yet. Let `opendeep train` reach its first one, or give another run."
+        )
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"{given}: {workdir} has no checkpoint of step {step}; there are: {there}.")
+    return directory / str(steps[-1] if step is None else step)
 
 
 def read_items(

@@ -18,9 +18,11 @@ from opendeep_jax.checkpoint.files import (
     MODEL,
     OPTIMIZER,
     CorruptCheckpoint,
+    checkpoint_path,
     damaged,
     make_record,
     open_array,
+    read_measure,
     read_record,
     reading,
 )
@@ -64,18 +66,6 @@ class Difference(NamedTuple):
     """Why they cannot be compared, as in `only in the first`."""
 
 
-def checkpoint_path(workdir: str | Path, step: int | None = None) -> Path:
-    """The directory of a run's checkpoint, the newest by default. Raises ConfigError where it is not there."""
-    directory = Path(workdir) / CHECKPOINTS
-    steps = checkpoint_steps(directory)
-    if not steps:
-        raise ConfigError(f"{workdir}: has no checkpoint. Give the directory of a run that has one.")
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"{workdir}: has no checkpoint of step {step}; there are: {there}.")
-    return directory / str(steps[-1] if step is None else step)
-
-
 def list_checkpoints(workdir: str | Path) -> list[Listed]:
     """All checkpoints of a run that this machine sees, the newest last, quarantined ones first.
 
@@ -103,14 +93,9 @@ def list_checkpoints(workdir: str | Path) -> list[Listed]:
 
 
 def measures(workdir: str | Path) -> dict[int, float | None]:
-    """The held-out bits per byte of every checkpoint in a work directory; None where it was not measured."""
-    found = {}
-    for step in checkpoint_steps(Path(workdir) / CHECKPOINTS):
-        try:
-            found[step] = read_record(Path(workdir) / CHECKPOINTS / str(step))["measure"]
-        except CorruptCheckpoint:
-            found[step] = None
-    return found
+    """Return the measure of every checkpoint in a work directory; None where it was not measured."""
+    directory = Path(workdir) / CHECKPOINTS
+    return {step: read_measure(directory / str(step)) for step in checkpoint_steps(directory)}
 
 
 def _size(path: Path) -> int:

@@ -66,7 +66,7 @@ def where(argv: Sequence[str]) -> None:
     from opendeep_jax.record.skipped_batches import is_skipped, read_skipped_batches
 
     if flags.workdir and is_skipped(read_skipped_batches(flags.workdir), flags.step + 1):
-        note = "the run went back before this step and passes over its batch: it does not train on these documents."
+        note = "the run was rolled back before this step and skips its batch: it does not train on these documents."
         print(f"opendeep data where: {note}", file=sys.stderr)
     pieces = provenance.where(prepared, flags.step, None if flags.row < 0 else flags.row, tokenizer)
     _print(pieces, flags.format, _piece_text)

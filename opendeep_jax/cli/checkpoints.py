@@ -96,7 +96,7 @@ def _verify(argv: Sequence[str]) -> None:
                 print(f"step {int(path.name):,}: was deleted meanwhile, as the run has newer ones")
     if problems:
         raise ConfigError(
-            f"--workdir={values.workdir}: {'; '.join(problems)}. Training passes over such a checkpoint; "
+            f"--workdir={values.workdir}: {'; '.join(problems)}. Training skips such a checkpoint; "
             "restore it from a copy, or delete it."
         )
 

@@ -46,7 +46,7 @@ from opendeep_jax.record.files import CHECKPOINTS, DATA, SKIPPED_BATCHES, checkp
 from opendeep_jax.record.origin import read_origin, write_origin
 from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.record.workdir import check_workdir, only_writer
-from opendeep_jax.train.branch_parent import Parent, check_tokenizer, open_parent, unsound_parent
+from opendeep_jax.train.branch_parent import Parent, check_tokenizer, corrupt_parent, open_parent
 from opendeep_jax.train.branch_state import make_state, plan_move
 from opendeep_jax.train.feed import TEXT_FILES, with_tokenizer
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -164,7 +164,7 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
         try:
             items = make_state(parent.path, move, template, optimizer)
         except CorruptCheckpoint as error:
-            raise unsound_parent(given, parent.workdir, parent.step, error) from error
+            raise corrupt_parent(given, parent.workdir, parent.step, error) from error
         arrays = {name: array for item in items.values() for name, array in item.items()}
         measure = parent.record["measure"] if comparable else None
         last_update = int(items[OPTIMIZER][".health.last_update"])
@@ -259,6 +259,6 @@ def _notes(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]
     if _has_own_order(config, parent, changes):
         text = f"batches from step {parent.step + 1:,} on are those that this configuration has at these steps"
         if any(window["last"] > parent.step for window in read_skipped_batches(parent.workdir)):
-            text += "; what the parent passes over is of its own order, and counts no more"
+            text += "; what the parent skips is of its own order, and counts no more"
         notes.append(text)
     return notes

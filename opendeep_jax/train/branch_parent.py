@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from opendeep_jax.checkpoint.files import CorruptCheckpoint, read_record
+from opendeep_jax.checkpoint.files import CorruptCheckpoint, checkpoint_path, read_record
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, parent_of
 from opendeep_jax.config.schedule import tokens_before, total_steps
@@ -34,24 +34,19 @@ def open_parent(config: RunConfig, parent: str, step: int | None = None) -> Pare
     Raises ConfigError where it is not there or its record is damaged, and where `config` has no step to do after it.
     """
     run, named = parent_of(parent)
-    parents_config, steps = load_run_config(run, f"--from={parent}"), checkpoint_steps(run / CHECKPOINTS)
-    step = named if step is None else step
-    if not steps:
-        raise ConfigError(f"--from={parent}: {run} has no checkpoint yet. Let `opendeep train` reach its first one.")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"--from={parent}: {run} has no checkpoint of step {step}; there are: {there}.")
+    parents_config = load_run_config(run, f"--from={parent}")
+    path = checkpoint_path(run, named if step is None else step, f"--from={parent}")
+    step = int(path.name)
     try:
-        record = read_record(run / CHECKPOINTS / str(step))
+        record = read_record(path)
     except CorruptCheckpoint as error:
-        raise unsound_parent(parent, run, step, error) from error
+        raise corrupt_parent(parent, run, step, error) from error
     if total_steps(config) <= step:
         raise ConfigError(f"--from={parent}: {_too_short(config, step)}")
     return Parent(run, step, parents_config, record)
 
 
-def unsound_parent(parent: str, run: Path, step: int, error: CorruptCheckpoint) -> ConfigError:
+def corrupt_parent(parent: str, run: Path, step: int, error: CorruptCheckpoint) -> ConfigError:
     """The error for a checkpoint that cannot be read as it was written; it names the others."""
     steps = checkpoint_steps(run / CHECKPOINTS)
     if step not in steps:  # a run that is going keeps its newest ones only

@@ -92,9 +92,9 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
     for name in ("²", "007", "3.tmp", "-4"):
         (tmp_path / "checkpoints" / name).mkdir()
     for name in ("12x-3", "note", "5-20260101-000000"):
-        (tmp_path / "unsound" / name).mkdir(parents=True)
+        (tmp_path / "quarantine" / name).mkdir(parents=True)
     assert checkpoint_steps(tmp_path / "checkpoints") == [2]
-    assert [(row.step, row.tier) for row in tools.list_checkpoints(tmp_path)] == [(5, "unsound"), (2, "durable")]
+    assert [(row.step, row.tier) for row in tools.list_checkpoints(tmp_path)] == [(5, "quarantined"), (2, "durable")]
 
 
 def test_a_file_that_the_run_deletes_meanwhile_counts_nothing(tmp_path):

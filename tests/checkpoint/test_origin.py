@@ -23,7 +23,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import CheckpointConfig
 from opendeep_jax.record.files import ORIGIN, checkpoint_steps
-from opendeep_jax.record.origin import read_origin, write_origin
+from opendeep_jax.record.origin import FORMAT, read_origin, write_origin
 from opendeep_jax.record.workdir import check_workdir
 from opendeep_jax.train.imported_run import RECIPE, check_importable
 
@@ -80,7 +80,7 @@ def damage_all_and_clean_up(workdir):
         (workdir / "checkpoints" / str(step) / "digests" / "metadata").write_text("{}")
     with pytest.raises(NoSoundCheckpoint):
         restore(workdir)
-    shutil.rmtree(workdir / "unsound")
+    shutil.rmtree(workdir / "quarantine")
 
 
 LOSSES = [delete_all, move_all, damage_all_and_clean_up]
@@ -114,7 +114,7 @@ def test_a_lost_local_tier_is_a_lost_checkpoint(tmp_path):
 def test_a_run_without_a_checkpoint_begins_again_and_says_so(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.restore(abstract()) is None and checkpoints.begin(state_at(0)) is None
-    assert read_origin(tmp_path).keys() == {"kind", "step", "start"}
+    assert read_origin(tmp_path).keys() == {"kind", "step", "start", "format"}
     for state, text in ((state_at(0), "are as they were"), (state_at(1), "not as they were")):
         with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
             assert checkpoints.restore(abstract()) is None
@@ -225,7 +225,7 @@ def test_an_imported_runs_configuration_in_another_directory_is_no_silent_beginn
         check_workdir(config, tmp_path / "b")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_size=48))
     check_workdir(other, tmp_path / "c")
-    assert json.loads((home / ORIGIN).read_text()) == {"kind": "import", "step": 0}
+    assert json.loads((home / ORIGIN).read_text()) == {"kind": "import", "step": 0, "format": FORMAT}
 
 
 def test_an_old_run_writes_down_what_it_began_from_at_its_next_start(tmp_path):
@@ -233,4 +233,4 @@ def test_an_old_run_writes_down_what_it_began_from_at_its_next_start(tmp_path):
     (tmp_path / ORIGIN).unlink()
     restore(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    assert read_origin(tmp_path) == {"kind": "import", "step": 0, "saved": 1}
+    assert read_origin(tmp_path) == {"kind": "import", "step": 0, "saved": 1, "format": FORMAT}

@@ -112,7 +112,11 @@ def test_after_all_faults_a_run_ends_as_one_that_met_none(drilled, calm):
 
 
 def test_each_fault_is_an_event_in_the_order_it_was_met(drilled):
-    kinds = [(event["kind"], event["step"]) for event in drilled.events() if event["kind"] not in ("slow", "starved")]
+    kinds = [
+        (event["kind"], event["step"])
+        for event in drilled.events()
+        if event["kind"] not in ("slow", "starved", "rewound")
+    ]
     met = [pair for pair in kinds if pair[0] != "recovered_speed"]
     assert met == [
         ("non_finite", 3),
@@ -123,9 +127,11 @@ def test_each_fault_is_an_event_in_the_order_it_was_met(drilled):
         ("clock_jump", 16),
         ("rollback", 20),
         ("preempted", 22),
-        ("unsound_checkpoint", 20),
+        ("corrupt_checkpoint", 20),
         ("spike", 24),
     ]
+    went_back = [*(event["to_step"] for event in drilled.events("rollback")), 20]
+    assert [event["step"] for event in drilled.events("rewound")] == went_back
 
 
 def test_a_nan_gradient_is_skipped_and_its_documents_named(drilled):
@@ -149,9 +155,9 @@ def test_a_flipped_bit_is_found_before_it_is_saved_and_undone(drilled):
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(drilled):
-    (event,) = drilled.events("unsound_checkpoint")
-    assert "The checkpoint of step 22 in " in event["text"] and "unsound/22-" in event["text"]
-    assert len(list((drilled.workdir / "unsound").glob("22-*"))) == 1
+    (event,) = drilled.events("corrupt_checkpoint")
+    assert "The checkpoint of step 22 in " in event["text"] and "quarantine/22-" in event["text"]
+    assert len(list((drilled.workdir / "quarantine").glob("22-*"))) == 1
 
 
 def test_work_that_was_done_twice_is_waste(drilled, calm):
@@ -222,10 +228,10 @@ def test_a_run_without_a_sound_checkpoint_never_starts_anew(calm, capsys, tmp_pa
         (run.workdir / "checkpoints" / str(step) / "digests" / "metadata").write_text("{}")
     lines = (run.workdir / "metrics.jsonl").read_bytes()
     assert run.train() == MEND and "none of its checkpoints is sound" in capsys.readouterr().err
-    assert "none of its checkpoints is sound" in read_events(run.workdir, "unsound_checkpoint")[-1]["text"]
+    assert "none of its checkpoints is sound" in read_events(run.workdir, "corrupt_checkpoint")[-1]["text"]
     assert run.train() == MEND
     assert (run.workdir / "metrics.jsonl").read_bytes() == lines
-    assert len(list((run.workdir / "unsound").iterdir())) == STEPS // SAVED
+    assert len(list((run.workdir / "quarantine").iterdir())) == STEPS // SAVED
 
 
 def test_a_run_whose_last_batches_are_passed_over_saves_its_last_step_all_the_same(calm):
