@@ -13,13 +13,14 @@ and gradient norm, which later ones are compared with as if the device had skipp
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoSoundCheckpoint
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.faults.health import UpdateCheck
 from opendeep_jax.record.files import CHECKPOINTS, EVENTS, SKIPPED_BATCHES, checkpoint_steps
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.skipped_batches import is_skipped, read_skipped_batches
@@ -42,20 +43,8 @@ class Rollback(Exception):
         self.first, self.last = first, last
 
 
-class Judged(NamedTuple):
-    """Verdict of the device on a step, still on the device."""
-
-    step: int
-    skipped: jax.Array
-    spike: jax.Array
-    loss: jax.Array
-    grad_norm: jax.Array
-    loss_zscore: jax.Array
-    grad_norm_zscore: jax.Array
-
-
 class Recovery:
-    """Memory of how steps were judged, and the decision on what follows.
+    """Memory of how steps' updates were checked, and the decision on what follows.
 
     Args:
         record: of the run; one process of a job writes it.
@@ -74,7 +63,7 @@ class Recovery:
         self.windows = read_skipped_batches(record.workdir)
         self.rolled_back = False
         """Whether this start of the run has rolled back already."""
-        self._judged: deque[Judged] = deque()
+        self._checks: deque[tuple[int, UpdateCheck]] = deque()
         self._skipped: list[int] = []  # steps since the last update that was applied, but for skipped batches
         self._finite: list[list] = []  # [step, loss, gradient norm] of what was skipped or a spike
         self._corruptions: dict[int, int] = {}  # how often a step's checkpoint was restored for corrupt memory
@@ -112,17 +101,17 @@ class Recovery:
 
     def begin(self, step: int, last_update: int) -> None:
         """Go on from the state after `step`, whose last update is that of step `last_update`."""
-        self._judged.clear()
+        self._checks.clear()
         self._skipped = [skipped for skipped in range(last_update + 1, step + 1) if not self.skips(skipped)]
 
     def taken_in(self, step: int) -> tuple[float, float]:
-        """Return loss and gradient norm of a skipped batch as they were judged before; NaN where they were not."""
+        """Return loss and gradient norm of a skipped batch as they were checked before; NaN where they were not."""
         known = (entry for window in self.windows for entry in window.get("taken_in", ()))
         return next(((loss, norm) for at, loss, norm in known if at == step), (math.nan, math.nan))
 
-    def note(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keep what the device will say of a step; nothing is waited for."""
-        self._judged.append(Judged(step, *(metrics[name] for name in Judged._fields[1:])))
+    def note(self, step: int, check: UpdateCheck) -> None:
+        """Keep what the device will say of a step's update; nothing is waited for."""
+        self._checks.append((step, check))
 
     def review(self) -> int:
         """Look at all steps noted since the last time, and return how many updates were skipped.
@@ -130,32 +119,32 @@ class Recovery:
         Raises:
             Rollback: where too many were skipped in a row, or the policy rolls back after a spike.
         """
-        judged, skipped, named = list(self._judged), 0, 0
-        self._judged.clear()
-        for entry in judged:
-            said = Judged(entry.step, *jax.device_get(entry[1:]))
+        checks, skipped, named = list(self._checks), 0, 0
+        self._checks.clear()
+        for step, check in checks:
+            said = jax.device_get(check)
             was_skipped, spike = bool(said.skipped), bool(said.spike) and self.faults.spike_policy != "ignore"
-            self._skipped = [*self._skipped, entry.step] if was_skipped else []
+            self._skipped = [*self._skipped, step] if was_skipped else []
             skipped += was_skipped
             if was_skipped or spike:
                 named += 1
-                self._record(said, was_skipped, spike, documents=named <= STEPS_NAMED)
+                self._record(step, said, was_skipped, spike, documents=named <= STEPS_NAMED)
             finite = math.isfinite(said.loss) and math.isfinite(said.grad_norm)
             if not (was_skipped or spike):
                 self._finite.clear()
             elif finite:
-                self._finite.append([entry.step, float(said.loss), float(said.grad_norm)])
+                self._finite.append([step, float(said.loss), float(said.grad_norm)])
             if spike and self.faults.spike_policy == "rollback":
-                what = f"step {entry.step:,} is a spike (loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g})"
-                raise Rollback(what, entry.step, entry.step)
+                what = f"step {step:,} is a spike (loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g})"
+                raise Rollback(what, step, step)
             if self.faults.rollback_after and len(self._skipped) >= self.faults.rollback_after:
                 first = self._skipped[0]
                 reason = f"{len(self._skipped)} updates in a row, from step {first:,} on, had to be skipped"
-                raise Rollback(reason, first, judged[-1].step)
+                raise Rollback(reason, first, checks[-1][0])
         return skipped
 
-    def _record(self, said: Judged, was_skipped: bool, spike: bool, documents: bool) -> None:
-        kind, step = "spike" if spike else "non_finite", said.step
+    def _record(self, step: int, said: UpdateCheck, was_skipped: bool, spike: bool, documents: bool) -> None:
+        kind = "spike" if spike else "non_finite"
         what = f"loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g}"
         if spike:
             zscores = {"loss": said.loss_zscore, "norm": said.grad_norm_zscore}

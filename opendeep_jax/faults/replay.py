@@ -5,10 +5,8 @@ And what every device computes from its own rows must come out the same again, o
 (`Replay`): a device that is wrong then disagrees wherever it works, which names it.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +16,9 @@ from opendeep_jax.checkpoint.digests import deviating_devices
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.parallel.distributed import host_of
 
-LocalGradients = Callable[[Any, Batch], jax.Array]
 
-
-def compare_copies(state: Any, before: str) -> str | None:
-    """Compare all copies of every array of the state over the devices; return a sentence on those that differ, or None.
+def compare_copies(state, before: str) -> str | None:
+    """Compares all copies of every array of the state over the devices; a sentence on those that differ, or None.
 
     Args:
         before: what is about to happen, for the sentence.
@@ -38,28 +34,28 @@ def compare_copies(state: Any, before: str) -> str | None:
 
 
 def name_device(device: int, process: int) -> str:
-    """Return a device as a person looks for it."""
+    """A device as a person looks for it."""
     return f"device {device} of process {process} on {host_of(process)}"
 
 
 class Replay:
-    """Comparison of a step's gradients, computed again on the same devices and on others, device by device.
+    """Computes a step's gradients again, on the same devices and on others, and compares what each device got.
 
     The other assignment moves each process's work on by one of its own devices, so nothing crosses hosts but weights
     that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.
-
-    Args:
-        gradients: of a state and a batch, the digests of what each place of the mesh in use computes from its own
-            rows (`train.local_gradients`): uint32 [devices, arrays, 2].
     """
 
-    def __init__(self, gradients: LocalGradients, mesh: Mesh):
-        self.gradients, self.mesh = gradients, mesh
-        self.other = _rotated(mesh)
-        self._programs: dict[tuple[bool, tuple[int, ...]], Callable[..., jax.Array]] = {}
+    def __init__(self, local_digests: Callable[..., jax.Array], mesh: Mesh):
+        """
+        Args:
+            local_digests: (state, batch) -> digests of what each device of the mesh in use computes from its rows
+                before it tells others, uint32 [devices, arrays, 2]; traced.
+        """
+        self.local_digests, self.mesh, self.other = local_digests, mesh, _rotated(mesh)
+        self._programs: dict = {}
 
-    def compare(self, state: Any, batch: Batch) -> str | None:
-        """Compute one step's gradients three times; return a sentence on the devices that disagree, or None."""
+    def compare(self, state, batch: Batch) -> str | None:
+        """Three computations of one step's gradients; a sentence on the devices that disagree, or None."""
         first, again = self._run(self.mesh, state, batch), self._run(self.mesh, state, batch)
         devices = list(self.mesh.devices.flat)
         if wrong := [devices[i] for i in np.flatnonzero((first != again).any(axis=(1, 2)))]:
@@ -80,12 +76,12 @@ class Replay:
         names = ", ".join(name_device(d.id, d.process_index) for d in suspects[:4])
         return f"silent corruption: a computation came out differently on other devices; suspected: {names}"
 
-    def _run(self, mesh: Mesh, state: Any, batch: Batch) -> np.ndarray:
+    def _run(self, mesh: Mesh, state, batch: Batch) -> np.ndarray:
         """Digests of what each place of the mesh computes: uint32 [devices, arrays, 2]."""
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:
-                self._programs[key] = jax.jit(functools.partial(self.gradients))
+                self._programs[key] = jax.jit(self.local_digests)
             return np.asarray(self._programs[key](state, batch))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
+import numpy as np
 
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
@@ -20,13 +20,13 @@ from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import check_same_data, where
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
-from opendeep_jax.models.parameters import Skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, rows_here
 from opendeep_jax.record.files import DATA, TOKENIZER
 from opendeep_jax.record.origin import read_origin
 from opendeep_jax.record.record import Record
 from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
+from opendeep_jax.train.setup import Setup
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.summary import data_rows
 
@@ -54,9 +54,9 @@ class Feed:
     def check(self) -> None:
         """Raise ConfigError for what cannot be opened, before anything is compiled."""
 
-    def open(self, skeleton: Skeleton, mesh: Mesh) -> None:
+    def open(self, setup: Setup) -> None:
         """Prepare for `batch`, in a thread of its own while the step is compiled."""
-        self.skeleton, self.mesh = skeleton, mesh
+        self.setup = setup
 
     def shape(self, step: int) -> tuple[int, int]:
         """Return rows and length of the global batch of `step`."""
@@ -64,12 +64,16 @@ class Feed:
         return stage.batch_size, stage.length
 
     def batch(self, step: int, state: TrainState) -> Batch:
-        """Return this process's rows of the batch of `step` (`parallel.mesh.rows_here`): numpy arrays [rows, length].
+        """Return this process's rows of the batch of `step` (`rows_here`): numpy arrays [rows, length].
 
         Args:
             state: before the step; it must not be kept, as the step takes its memory.
         """
         raise NotImplementedError
+
+    def rows_here(self, size: int) -> np.ndarray:
+        """Return which rows of a batch of `size` this process gives; those from `size` on are padding."""
+        return rows_here(self.setup.mesh, global_rows(self.config, size, self.setup.mesh))
 
     def documents(self, step: int) -> list[dict[str, Any]]:
         """Return what the batch of `step` was made of, each once: objects with `source`, `id` and the first `row`."""
@@ -120,17 +124,16 @@ class Pretraining(Feed):
         if not self.is_ready:  # else the text is there
             primary_first("text", lambda: check_data(self._settings))
 
-    def open(self, skeleton: Skeleton, mesh: Mesh) -> None:
-        super().open(skeleton, mesh)
+    def open(self, setup: Setup) -> None:
+        super().open(setup)
         opening = functools.partial(open_data, self._settings, is_primary(), self.workdir)
         self.data = primary_first("data", opening)
-        self.evaluator = make_evaluator(self.config, skeleton, self.data.tokenizer, mesh)
-        self.next_tokens = make_next_tokens(skeleton, self.data.tokenizer.vocab_size, temperature=0.8, top_k=50)
+        self.evaluator = make_evaluator(self.config, setup.skeleton, self.data.tokenizer, setup.mesh)
+        self.next_tokens = make_next_tokens(setup.skeleton, self.data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def batch(self, step: int, state: TrainState) -> Batch:
         if self._batches is None or self._next != step:
-            rows = lambda size: rows_here(self.mesh, global_rows(self.config, size, self.mesh))  # noqa: E731
-            self._batches = self.data.iterate(step, rows)
+            self._batches = self.data.iterate(step, self.rows_here)
         self._next = step + 1
         return next(self._batches)
 
@@ -157,7 +160,7 @@ class Pretraining(Feed):
                     record.write_text(name, source.read_text(encoding="utf-8"))
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        batches = held_out_batches(self.config, self.data, self.mesh, max_batches)
+        batches = held_out_batches(self.config, self.data, self.setup.mesh, max_batches)
         return self.evaluator(state.params, state.router_bias, batches) if len(batches) else {}
 
     def sample(self, step: int, state: TrainState) -> list[tuple[str, str]]:

@@ -18,14 +18,14 @@ from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.display.progress import Progress, human_time, startup_summary
-from opendeep_jax.faults import injection
+from opendeep_jax.faults.injection import inject_faults
 from opendeep_jax.faults.interrupt import STEPS_AHEAD, StopRequests, stop_requests
 from opendeep_jax.faults.recovery import Recovery, Rollback
 from opendeep_jax.faults.replay import Replay, compare_copies
 from opendeep_jax.faults.watchdog import Watchdog
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.distributed import is_primary, primary_first
-from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch
 from opendeep_jax.record.files import finished_summary
 from opendeep_jax.record.goodput import Clock, read_goodput
 from opendeep_jax.record.record import Record
@@ -34,13 +34,12 @@ from opendeep_jax.record.workdir import check_workdir, only_writer
 from opendeep_jax.train.branch import finish_branch, remove_unfinished
 from opendeep_jax.train.compiling import say_once
 from opendeep_jax.train.feed import Feed, Pretraining
-from opendeep_jax.train.local_gradients import digest_local_gradients
+from opendeep_jax.train.objective import Objective
 from opendeep_jax.train.observer import Observer
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
 from opendeep_jax.train.run_directory import save_run
-from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
-from opendeep_jax.train.step import make_train_step
+from opendeep_jax.train.setup import Setup, assemble, check_implementations, use_compilation_cache
+from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.step import StepOutput
 from opendeep_jax.train.summary import check_memory, model_rows, peak_flops
 
 
@@ -48,7 +47,9 @@ def train(
     config: RunConfig,
     workdir: str | Path,
     feed: Feed | None = None,
+    objective: Objective | None = None,
     *,
+    frozen: dict[str, Arrays] | None = None,
     recipe: RunConfig | None = None,
     begun: float | None = None,
 ) -> dict:
@@ -59,6 +60,8 @@ def train(
 
     Args:
         feed: gives the batches; None trains on the text of `config.data`.
+        objective: is minimized; None takes `objective.pretraining`.
+        frozen: weights that do not train, on the mesh of `config.parallel` (`TrainState.frozen`).
         recipe: what the configuration was made from, for `config_diff.txt`; None leaves it to what is there.
         begun: when the program was started, on the clock of `time.perf_counter`; None says now.
     Raises:
@@ -81,7 +84,8 @@ def train(
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))
         try:
-            summary = _train(config, Record(workdir, is_primary()), feed, recipe, begun, watchdog)
+            run = config, Record(workdir, is_primary()), feed
+            summary = _train(*run, lambda mesh: assemble(config, mesh, objective, frozen), recipe, begun, watchdog)
         except Exception as error:
             if lost := watchdog.lost_peer(error):
                 raise lost from error
@@ -111,11 +115,9 @@ def _report(workdir: Path) -> Path | None:
 class Loop:
     """Everything that takes part in the loop."""
 
-    config: RunConfig
+    setup: Setup
     steps: int
-    mesh: Mesh
-    programs: Programs
-    skip: Callable[..., TrainState]
+    skip_batch: Callable[..., TrainState]
     feed: Feed
     checkpoints: Checkpoints
     observer: Observer
@@ -134,22 +136,15 @@ def train_steps(loop: Loop, state: TrainState, start: int) -> TrainState:
         Rollback: where a step went wrong in a way that only an earlier state cures.
         KeyboardInterrupt, Resume: after a signal; the state is saved.
     """
-    config, observer, recovery, feed = loop.config, loop.observer, loop.recovery, loop.feed
-    log_every, saving, faults = config.train.log_every, config.checkpoint, config.faults
+    config, observer, recovery = loop.setup.config, loop.observer, loop.recovery
+    log_every, saving = config.train.log_every, config.checkpoint
+    take_step = inject_faults(functools.partial(_take_step, loop), config, recovery.record.workdir)
     under_way: deque[jax.Array] = deque()
     first = not recovery.rolled_back
     for step in range(start + 1, loop.steps + 1):
-        if recovery.skips(step):
-            state, metrics = loop.skip(state, *recovery.taken_in(step)), None
-            observer.skip(step)
-        else:
-            loop.watchdog.doing("data", step)
-            injection.strike(faults.drill, recovery.record.workdir, step)
-            with loop.clock.counting("data"):
-                batch = feed.batch(step - 1, state)
-            state, metrics = _step(loop, state, step, batch)
-            recovery.note(step, metrics)
-            under_way.append(metrics["loss"])
+        state, output = take_step(loop.feed.batch, state, step)
+        if output is not None:
+            under_way.append(output.metrics["loss"])
             if first or len(under_way) > STEPS_AHEAD:
                 jax.block_until_ready(under_way.popleft())
         if first:
@@ -158,8 +153,8 @@ def train_steps(loop: Loop, state: TrainState, start: int) -> TrainState:
         observer.step = step
         stops = loop.stop.after(step) and step < loop.steps
         durable, local = stops or is_due(step, saving.every, loop.steps), is_due(step, saving.local_every)
-        if metrics and is_due(step, log_every, start + 1, loop.steps):
-            loop.progress.update(step, **observer.log(step, metrics))
+        if output is not None and is_due(step, log_every, start + 1, loop.steps):
+            loop.progress.update(step, **observer.log(step, output))
             for kind, text in observer.noticed():
                 recovery.event(kind, step, text)
         if durable or local or is_due(step, log_every, start + 1):
@@ -169,7 +164,7 @@ def train_steps(loop: Loop, state: TrainState, start: int) -> TrainState:
             loop.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
         if is_due(step, config.train.sample_every):
             loop.progress.message(observer.sample(step, state))
-        if durable or local or is_due(step, faults.check_replicas_every):
+        if durable or local or is_due(step, config.faults.check_replicas_every):
             _save(loop, state, step, durable, local)
         if stops:
             loop.checkpoints.wait()
@@ -180,21 +175,31 @@ def train_steps(loop: Loop, state: TrainState, start: int) -> TrainState:
     return state
 
 
-def _step(loop: Loop, state: TrainState, step: int, rows: Batch):
-    """Begin a step on this process's rows; the device does the rest while the loop goes on."""
-    config, programs, drills = loop.config, loop.programs, loop.config.faults.drill
-    if not programs.has(step - 1):
+def _take_step(
+    loop: Loop, batch_of: Callable[[int, TrainState], Batch], state: TrainState, step: int
+) -> tuple[TrainState, StepOutput | None]:
+    """Begin a step on this process's rows; the device does the rest while the loop goes on. No output where the run was
+    rolled back before the step and skips its batch."""
+    config, programs = loop.setup.config, loop.setup.programs
+    loop.watchdog.doing("data", step)
+    if loop.recovery.skips(step):
+        loop.observer.skip(step)
+        return loop.skip_batch(state, *loop.recovery.taken_in(step)), None
+    with loop.clock.counting("data"):
+        rows = batch_of(step - 1, state)
+    shape = loop.feed.shape(step - 1)
+    if not programs.has(*shape):
         with loop.observer.aside(state, "compile", step=step):
             loop.observer.inputs.forget()
-            programs.at(step - 1)
-    rows = injection.spoil_batch(drills, step, rows, config.model.vocab_size)
-    batch = put_batch(rows, loop.mesh, programs.rows(step - 1))
-    state = injection.spoil_state(drills, loop.recovery.record.workdir, step, state)
+            programs.of(*shape)
+    batch = put_batch(rows, loop.setup.mesh, global_rows(config, shape[0], loop.setup.mesh))
     if is_due(step, config.faults.replay_every):
         with loop.observer.aside(state, "other", "replay", step):
             _refuse(loop.replay.compare(state, batch))
     loop.watchdog.doing("step", step)
-    return programs.at(step - 1)(state, batch)
+    state, output = programs.of(*shape)(state, batch)
+    loop.recovery.note(step, output.check)
+    return state, output
 
 
 def _save(loop: Loop, state: TrainState, step: int, durable: bool, local: bool) -> None:
@@ -220,13 +225,18 @@ def is_due(step: int, every: int, *also: int) -> bool:
 
 
 def _train(
-    config: RunConfig, record: Record, feed: Feed, recipe: RunConfig | None, begun: float, watchdog: Watchdog
+    config: RunConfig,
+    record: Record,
+    feed: Feed,
+    assemble_on: Callable[[Mesh], Setup],
+    recipe: RunConfig | None,
+    begun: float,
+    watchdog: Watchdog,
 ) -> dict:
     steps, workdir = total_steps(config), record.workdir
     use_compilation_cache(config)
     feed.check()
-    mesh, definition, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
-    optimizer, clock = make_optimizer(config, definition.axes()), Clock(record, begun)
+    mesh, peak, clock = make_mesh(config.parallel), peak_flops(config), Clock(record, begun)
     recovery = Recovery(record, config.faults, feed.documents, say)
     primary_first("partial saves", lambda: remove_partial_saves(workdir) if is_primary() else None)
     with (
@@ -235,28 +245,27 @@ def _train(
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         check_implementations(config)
-        template = abstract_state(config, optimizer, definition, mesh)
-        say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
-        check_memory(config, template, mesh.size)
-        opening = pool.submit(feed.open, definition, mesh)  # text is tokenized while the step is compiled
+        setup = assemble_on(mesh)
+        programs = setup.programs
+        say(startup_summary(model_rows(config, setup.template, mesh, peak, checkpoints.steps())))
+        check_memory(config, setup.template, mesh.size)
+        opening = pool.submit(feed.open, setup)  # text is tokenized while the step is compiled
 
         def restore(before: int | None = None) -> tuple[TrainState, int]:
             """Return the state to go on from, and its step: of the newest sound checkpoint, or the run's first."""
             watchdog.doing("restore")
             with clock.counting("restore"):
-                state = recovery.restore(checkpoints, template, before)
-            state = create_state(config, optimizer, template) if state is None else state
+                state = recovery.restore(checkpoints, setup.template, before)
+            state = setup.first_state() if state is None else state
             return state, int(state.step)
 
         state, start = restore()
-        step_function = jax.jit(make_train_step(config, definition, optimizer), donate_argnums=0)
-        programs = Programs(config, step_function, template, mesh)
         # With a running clock, unless the bars of the text's preparation are on the terminal at the same time.
         programs.say = (say_once if feed.is_ready else say) if is_primary() else None
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):
-                programs.at(start)
+                programs.of(*feed.shape(start))
         if start == 0:
             recovery.begin_again(checkpoints, state)
         watchdog.doing("data preparation")
@@ -269,11 +278,9 @@ def _train(
             recovery.say = progress.message
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
             recovery.begin(start, int(state.health.last_update))
-            replay = Replay(functools.partial(digest_local_gradients, config, definition), mesh)
-            skip = jax.jit(functools.partial(pass_over, config), donate_argnums=0)
-            saving = checkpoints, observer, recovery, replay
+            parts = feed, checkpoints, observer, recovery, Replay(setup.local_digests, mesh), progress, watchdog, clock
             with stop_requests() as stop:
-                loop = Loop(config, steps, mesh, programs, skip, feed, *saving, progress, watchdog, clock, stop)
+                loop = Loop(setup, steps, setup.skip_batch(), *parts, stop)
                 while True:
                     try:
                         state = train_steps(loop, state, start)

@@ -8,6 +8,7 @@ import pytest
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.operations import FaultsConfig
+from opendeep_jax.faults.health import UpdateCheck
 from opendeep_jax.faults.recovery import Recovery, Rollback
 from opendeep_jax.record.events import read_events
 from opendeep_jax.record.files import SKIPPED_BATCHES
@@ -36,9 +37,8 @@ def note(run: Recovery, *steps: int, skipped=False, zscore=0.0, norm_zscore=0.0)
     loss = np.nan if skipped and not zscore else 4.0
     spike = max(zscore, norm_zscore) > run.faults.spike_zscore
     for step in steps:
-        metrics = {"skipped": skipped, "spike": spike, "loss": np.float32(loss), "grad_norm": np.float32(1.0)}
-        metrics |= {"loss_zscore": zscore, "grad_norm_zscore": norm_zscore}
-        run.note(step, {name: np.asarray(value) for name, value in metrics.items()})
+        check = UpdateCheck(skipped, spike, np.float32(loss), np.float32(1.0), zscore, norm_zscore)
+        run.note(step, UpdateCheck(*map(np.asarray, check)))
 
 
 def rolled_back(run: Recovery) -> Rollback:
@@ -205,7 +205,7 @@ def test_a_start_in_the_middle_of_skipped_updates_counts_on(make):
     assert (fault.first, fault.last) == (6, 9) and "4 updates in a row, from step 6 on" in str(fault)
 
 
-def test_steps_that_are_passed_over_count_neither_as_skipped_nor_as_an_update(make):
+def test_skipped_batches_count_neither_as_skipped_nor_as_an_update(make):
     run = make(rollback_after=4)
     run.rollback(Rollback("bad", 6, 8), 9, 8, last_update=5)
     note(run, 9, 10, 11, skipped=True)
@@ -214,7 +214,7 @@ def test_steps_that_are_passed_over_count_neither_as_skipped_nor_as_an_update(ma
     again.begin(step=11, last_update=5)
     for one in (run, again):
         note(one, 12, skipped=True)
-        assert went_back(one).first == 9
+        assert rolled_back(one).first == 9
 
 
 def test_going_back_to_later_checkpoints_of_the_same_weights_is_no_progress(make):
@@ -225,7 +225,7 @@ def test_going_back_to_later_checkpoints_of_the_same_weights_is_no_progress(make
         run.rollback(Rollback("bad", 38, 45), 45, 44, last_update=21)
 
 
-def test_what_was_skipped_is_taken_in_when_it_is_passed_over_also_by_a_later_start(make):
+def test_what_was_skipped_is_taken_in_when_its_batch_is_skipped_also_by_a_later_start(make):
     run = make(rollback_after=3, spike_zscore=5.0)
     note(run, 7)
     note(run, 8, skipped=True, zscore=9.0)
