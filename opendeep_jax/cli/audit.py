@@ -62,10 +62,10 @@ def where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
     data = _open(flags, config)
     from opendeep_jax.data import provenance
-    from opendeep_jax.record.skipped_batches import is_passed_over, read_passed_over
+    from opendeep_jax.record.skipped_batches import is_skipped, read_skipped_batches
 
-    if flags.workdir and is_passed_over(read_passed_over(flags.workdir), flags.step + 1):
-        note = "the run went back before this step and passes over its batch: it does not train on these documents."
+    if flags.workdir and is_skipped(read_skipped_batches(flags.workdir), flags.step + 1):
+        note = "the run was rolled back before this step and skips its batch: it does not train on these documents."
         print(f"opendeep data where: {note}", file=sys.stderr)
     pieces = provenance.where(data, flags.step, None if flags.row < 0 else flags.row, text=True)
     _print(pieces, flags.format, _piece_text)
@@ -98,8 +98,9 @@ def when(argv: Sequence[str]) -> None:
         raise ConfigError("--doc is missing: give a document's id, as `opendeep data where` shows it.")
     data = _open(flags, config)
     from opendeep_jax.data import provenance
+    from opendeep_jax.record.files import steps_done
 
-    done = provenance.steps_done(flags.workdir) if config is None else 0
+    done = steps_done(flags.workdir) if config is None else 0
     found = provenance.when(data, flags.doc)
     _print(({**one, "steps_done": done} for one in found), flags.format, _document_text)
 
@@ -149,9 +150,9 @@ def diff(argv: Sequence[str]) -> None:
         raise ConfigError(f"opendeep data diff compares two runs or recipes, and {len(sides)} are given.")
     from opendeep_jax.data import provenance
     from opendeep_jax.data.opening import open_data, open_run
-    from opendeep_jax.data.recorded import DATA_FILE
+    from opendeep_jax.record.files import DATA
 
-    a, b = (open_run(s) if Path(s, DATA_FILE).exists() else open_data(load_recipe(s)) for s in sides)
+    a, b = (open_run(s) if Path(s, DATA).exists() else open_data(load_recipe(s)) for s in sides)
     ids = (provenance.source_ids(a), provenance.source_ids(b)) if values.documents == "yes" else None
     entries = provenance.diff(a.describe(), b.describe(), ids)
     _print(entries, values.format, _difference_text)

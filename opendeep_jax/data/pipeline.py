@@ -134,7 +134,13 @@ def empty_batch(rows: int, length: int) -> "Batch":
     from opendeep_jax.data.batch import Batch  # with JAX, which looking into data does without
 
     tokens, targets, segment_ids, positions = (np.zeros((rows, length), np.int32) for _ in range(4))
-    return Batch(tokens, targets, np.zeros((rows, length), np.bool_), segment_ids, positions)
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=np.zeros((rows, length), np.bool_),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
 
 
 def write_rows(

@@ -4,7 +4,6 @@ Nothing is recorded while training: a batch is a function of configuration and s
 the packing plans, and are answered for steps to come as for those done. JAX is not needed, nor are the sources.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,16 +22,6 @@ from opendeep_jax.text.tokenizer import Tokenizer
 
 # Pieces whose text `where` reads together.
 PIECES_AT_ONCE = 1024
-METRICS_FILE = "metrics.jsonl"
-
-
-def steps_done(workdir: str | Path) -> int:
-    """Steps that the run in `workdir` has logged so far."""
-    try:
-        *_, last = Path(workdir, METRICS_FILE).read_text("utf-8").splitlines()
-        return int(json.loads(last)["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def where(data: Data, step: int, row: int | None = None, text: bool = False) -> Iterator[dict]:

@@ -1,26 +1,24 @@
 """The record that a run keeps of its data: data.json and its copy of the tokenizer, in its work directory."""
 
-import contextlib
 import json
 from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import IMPORTED_RECIPE
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.fim import FimRule
 from opendeep_jax.data.order import Order
 from opendeep_jax.data.pipeline import Data
 from opendeep_jax.data.plan import PlanKind, open_plan
 from opendeep_jax.data.store import open_store
+from opendeep_jax.record.files import DATA, TOKENIZER, read_object
+from opendeep_jax.record.origin import began_imported
 from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.tokenizer import Tokenizer
-
-DATA_FILE, TOKENIZER_FILE = "data.json", "tokenizer.json"
 
 
 def read_description(workdir: str | Path) -> dict:
     """data.json of the run in `workdir`. Raises ConfigError where there is none that can be read."""
-    path = Path(workdir, DATA_FILE)
+    path = Path(workdir, DATA)
     try:
         described = json.loads(path.read_text("utf-8"))
         if "record" not in described:
@@ -33,9 +31,24 @@ def read_description(workdir: str | Path) -> dict:
         ) from error
 
 
+def check_same_data(described: dict, workdir: str | Path) -> None:
+    """Raise ConfigError where the run in `workdir` was trained on other tokens than those `described` (Data.describe).
+
+    Its batches could not be made again, and its weights would meet ids that mean something else.
+    """
+    there = read_object(Path(workdir) / DATA)
+    if there and there["content_hash"] != described["content_hash"]:
+        raise ConfigError(
+            f"--workdir={workdir}: its run was trained on {there['train_tokens']:,} tokens (hash "
+            f"{there['content_hash'][:12]}), and its sources and tokenizer now give {described['train_tokens']:,} "
+            f"others (hash {described['content_hash'][:12]}). Bring the sources back as they were (the embedded source "
+            "changes with Python's version), or give another --workdir."
+        )
+
+
 def record_of(workdir: str | Path | None) -> dict | None:
     """Return where the run in `workdir` has its stores and plans; None before it has recorded them."""
-    return read_description(workdir)["record"] if workdir and Path(workdir, DATA_FILE).exists() else None
+    return read_description(workdir)["record"] if workdir and Path(workdir, DATA).exists() else None
 
 
 def recorded_directories(record: dict) -> tuple[list[str], list[str]]:
@@ -79,7 +92,7 @@ def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Toke
 
     Raises ConfigError where it is gone or altered: where its content hash is not `wanted`, that of data.json.
     """
-    path = Path(workdir, TOKENIZER_FILE)
+    path = Path(workdir, TOKENIZER)
     wanted = wanted or (record_of(workdir) or {}).get("tokenizer_hash", "")
     state = "missing: it held the tokenizer"
     try:
@@ -100,22 +113,4 @@ def model_tokenizer(workdir: str | Path) -> Tokenizer:
     """The tokenizer to prompt a run's model with. Prompts begin as the run's documents do; for somebody else's weights,
     as their own tokenizer says, whatever separates the run's documents. Raises ConfigError as `run_tokenizer` does."""
     tokenizer = run_tokenizer(workdir)
-    return tokenizer_from_hf(workdir) if _imported(Path(workdir)) else tokenizer
-
-
-def _imported(workdir: Path) -> bool:
-    """Return whether a run, or the one that it is a branch of, began with somebody else's weights."""
-    seen: set[Path] = set()
-    while workdir not in seen:
-        seen.add(workdir)
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if Path(workdir, IMPORTED_RECIPE).read_text("utf-8").startswith('"""The recipe of this imported run'):
-                return True
-        try:
-            origin = json.loads(Path(workdir, "origin.json").read_text("utf-8"))
-            if origin["kind"] == "import":
-                return True
-            workdir = Path(origin["parent"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-    return False
+    return tokenizer_from_hf(workdir) if began_imported(workdir) else tokenizer
