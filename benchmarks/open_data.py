@@ -175,16 +175,15 @@ def configuration(root: Path, given: argparse.Namespace):
 
 def curate(config) -> tuple[tuple, dict]:
     """The sources after curation, and its account."""
-    from opendeep_jax.data.curation import read_accounting
-    from opendeep_jax.data.prepared import curated_sources
+    from opendeep_jax.data.curation import curate, read_accounting
 
-    sources = curated_sources(config, progress=False)
+    sources = curate(config.data, progress=False)
     return tuple(sources), read_accounting(sources)
 
 
 def train_tokenizer(config) -> Any:
     """The tokenizer, trained or opened."""
-    from opendeep_jax.data.prepared import prepare_tokenizer
+    from opendeep_jax.data.tokenizers import prepare_tokenizer
 
     return prepare_tokenizer(config, progress=False)
 
@@ -210,16 +209,16 @@ def tokenize(config, tokenizer, root: Path) -> tuple[tuple, int, int]:
 
 def pack(config) -> dict[str, float]:
     """Makes the plans of the stores; gives their rates of padding and truncation, over all rows."""
-    from opendeep_jax.data.prepared import prepare
+    from opendeep_jax.data.opening import open_data
 
-    plans = [plan for plan in prepare(config, progress=False)[1].plans.values()]
+    plans = list(open_data(config, progress=False).plans.values())
     rows = sum(plan.rows for plan in plans)
     return {key: sum(plan.manifest[key] * plan.rows for plan in plans) / rows for key in ("padding", "truncated")}
 
 
 def read(config, seconds: float) -> tuple[int, float]:
     """Tokens that `Data.iterate` gives in about so many seconds, and the seconds."""
-    from opendeep_jax.data.pipeline import open_data
+    from opendeep_jax.data.opening import open_data
 
     batches = open_data(config, progress=False).iterate()
     tokens, begun = 0, time.perf_counter()

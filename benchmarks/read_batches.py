@@ -89,10 +89,10 @@ def configuration(root: Path, packing: str, length: int, fim_rate: float, batch_
 
 def prepare_all(root: Path, batch_size: int) -> None:
     """Makes the store, and the plans of all that is measured."""
-    from opendeep_jax.data.prepared import prepare
+    from opendeep_jax.data.opening import open_data
 
     for kind in KINDS:
-        prepare(configuration(root, *kind, batch_size), progress=False)
+        open_data(configuration(root, *kind, batch_size), progress=False)
 
 
 def write_others(root: Path) -> None:
@@ -158,7 +158,7 @@ def speeds(files: Sequence[Path], take: Callable[[int], int], seconds: float) ->
 
 def measure_ours(root: Path, packing: str, length: int, fim_rate: float, batch_size: int, seconds: float) -> dict:
     """Speeds of `Data.batch` and `Data.iterate`, and the peak memory."""
-    from opendeep_jax.data.pipeline import open_data
+    from opendeep_jax.data.opening import open_data
 
     data = open_data(configuration(root, packing, length, fim_rate, batch_size), progress=False)
     files = [path for path in (root / "data").rglob("*") if path.is_file()]

@@ -102,8 +102,7 @@ def make_run(root: Path, batch_size: int) -> dict[str, int]:
     """Packs the store and writes the work directory `root/run`; gives counts of what there is."""
     from opendeep_jax.config.load import save_run_config
     from opendeep_jax.config.schema import DataConfig, OptimizerConfig, RunConfig, SourceConfig, TrainConfig
-    from opendeep_jax.data.describe import describe
-    from opendeep_jax.data.prepared import prepare
+    from opendeep_jax.data.opening import open_data
 
     data = DataConfig(
         sources=(SourceConfig("web", str(root / "store")),),
@@ -113,14 +112,14 @@ def make_run(root: Path, batch_size: int) -> dict[str, int]:
     )
     optimizer = OptimizerConfig(warmup_steps=0)
     config = RunConfig(data=data, optimizer=optimizer, train=TrainConfig(steps=1, batch_size=batch_size))
-    (plan,) = prepare(config, progress=False)[1].plans.values()
+    (plan,) = open_data(config, progress=False).plans.values()
     steps = plan.rows // batch_size
     config = dataclasses.replace(config, train=TrainConfig(steps=steps, batch_size=batch_size))
-    tokenizer, prepared = prepare(config, progress=False)
+    data = open_data(config, progress=False)
     (root / "run").mkdir()
     save_run_config(config, config, root / "run")
-    (root / "run" / "data.json").write_text(json.dumps(describe(prepared, tokenizer)), "utf-8")
-    store = prepared.stores[0]
+    (root / "run" / "data.json").write_text(json.dumps(data.describe()), "utf-8")
+    store = data.stores[0]
     return {"documents": store.documents, "shards": store.shards, "rows": plan.rows, "steps": steps}
 
 

@@ -13,11 +13,11 @@ from absl.flags import Error, FlagValues
 
 from opendeep_jax.cli.flags import make_flags, parse, run_flags
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from opendeep_jax.data.prepared import Prepared
-    from opendeep_jax.text.tokenizer import Tokenizer
+    from opendeep_jax.data.pipeline import Data
 
 FORMAT = ("auto", "text, json, or auto: text on a terminal, JSON lines in a pipe.")
 SHOWN_CHARACTERS = 300
@@ -25,7 +25,7 @@ USAGE = "--workdir=DIRECTORY | --config=RECIPE [--name=value ...]"
 
 
 def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, usage: str = USAGE) -> RunConfig | None:
-    """Parses `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
+    """Parse `argv` into `flags`; gives the recipe's configuration where `--config` names one. Raises ConfigError."""
     if not any(argument.partition("=")[0] == "--config" for argument in argv):
         parse(flags, argv, program, purpose, usage)
         return None
@@ -40,16 +40,15 @@ def _parse(flags: FlagValues, argv: Sequence[str], program: str, purpose: str, u
     return config
 
 
-def _open(flags: FlagValues, config: RunConfig | None) -> "tuple[Tokenizer, Prepared]":
-    """The tokenizer of the run or recipe, and what its batches are made of."""
-    from opendeep_jax.data.prepared import prepare
-    from opendeep_jax.data.provenance import open_run
+def _open(flags: FlagValues, config: RunConfig | None) -> "Data":
+    """Return what the batches of the run or recipe are made of."""
+    from opendeep_jax.data.opening import open_data, open_run
 
-    return open_run(flags.workdir) if config is None else prepare(config)
+    return open_run(flags.workdir) if config is None else open_data(config)
 
 
 def where(argv: Sequence[str]) -> None:
-    """Names the documents of a step's batch."""
+    """Name the documents of a step's batch."""
     flags = run_flags(
         step=(0, "Step to look up, from 0: what the log calls step N is --step=N-1."),
         row=(-1, "Row of its batch; -1 shows all."),
@@ -61,14 +60,14 @@ def where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--step={flags.step}: steps are counted from 0.")
     if flags.row < -1:
         raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
-    tokenizer, prepared = _open(flags, config)
+    data = _open(flags, config)
     from opendeep_jax.data import provenance
-    from opendeep_jax.record.skipped_batches import is_passed_over, read_passed_over
+    from opendeep_jax.record.skipped_batches import is_skipped, read_skipped_batches
 
-    if flags.workdir and is_passed_over(read_passed_over(flags.workdir), flags.step + 1):
-        note = "the run went back before this step and passes over its batch: it does not train on these documents."
+    if flags.workdir and is_skipped(read_skipped_batches(flags.workdir), flags.step + 1):
+        note = "the run was rolled back before this step and skips its batch: it does not train on these documents."
         print(f"opendeep data where: {note}", file=sys.stderr)
-    pieces = provenance.where(prepared, flags.step, None if flags.row < 0 else flags.row, tokenizer)
+    pieces = provenance.where(data, flags.step, None if flags.row < 0 else flags.row, text=True)
     _print(pieces, flags.format, _piece_text)
 
 
@@ -78,7 +77,7 @@ def _piece_text(piece: dict) -> str:
     lines = [
         f"row {piece['row']}  {piece['source']}  {piece['id']}",
         f"  {'fill-in-the-middle, ' * piece['fim']}tokens {piece['first_token']:,}–{piece['end_token']:,}, "
-        f"bytes {spans}, shard {piece['shard']}, licence {piece['license'] or 'unknown'}",
+        f"bytes {spans}, shard {piece['shard']}, license {piece['license'] or 'unknown'}",
         *([f"  {piece['url']}"] if piece["url"] else []),
         *(f"  | {line}" for line in text.splitlines()),
     ]
@@ -91,17 +90,18 @@ def _harmless(line: str) -> str:
 
 
 def when(argv: Sequence[str]) -> None:
-    """Names the steps that train on a document."""
+    """Name the steps that train on a document."""
     flags = run_flags(doc=("", "Id of the document, as `opendeep data where` shows it."), format=FORMAT)
     purpose = "Names the steps at which a run trains on a document."
     config = _parse(flags, argv, "opendeep data when", purpose)
     if not flags.doc:
         raise ConfigError("--doc is missing: give a document's id, as `opendeep data where` shows it.")
-    _, prepared = _open(flags, config)
+    data = _open(flags, config)
     from opendeep_jax.data import provenance
+    from opendeep_jax.record.files import steps_done
 
-    done = provenance.steps_done(flags.workdir) if config is None else 0
-    found = provenance.when(prepared, flags.doc)
+    done = steps_done(flags.workdir) if config is None else 0
+    found = provenance.when(data, flags.doc)
     _print(({**one, "steps_done": done} for one in found), flags.format, _document_text)
 
 
@@ -112,7 +112,7 @@ def _document_text(found: dict) -> str:
         fate = "is in no row that this run trains on"
     else:
         fate = f"is read in {len(found['seen']):,} row{'s' * (len(found['seen']) != 1)}"
-    size = f"({found['tokens']:,} tokens, licence {found['license'] or 'unknown'})"
+    size = f"({found['tokens']:,} tokens, license {found['license'] or 'unknown'})"
     lines = [f"{found['source']}  {found['id']}  {size} {fate}"]
     for place in found["seen"]:
         tense = "was seen" if place["step"] < found["steps_done"] else "will be seen"
@@ -122,7 +122,7 @@ def _document_text(found: dict) -> str:
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Recomputes the hashes of stores and plans; exit status 1 where something is damaged."""
+    """Recompute the hashes of stores and plans; exit status 1 where something is damaged."""
     flags = make_flags(
         directory=("", "data.directory: all stores and plans in it (default: runs/data)."),
         workdir=("", "Directory of a run: only what that run is made of."),
@@ -140,7 +140,7 @@ def verify(argv: Sequence[str]) -> int:
 
 
 def diff(argv: Sequence[str]) -> None:
-    """Compares the mixtures of two runs."""
+    """Compare the mixtures of two runs."""
     flags = make_flags(documents=("yes", "yes or no: count the documents that only one has."), format=FORMAT)
     sides = [argument for argument in argv if not argument.startswith("--")]
     rest = [argument for argument in argv if argument.startswith("--")]
@@ -149,10 +149,12 @@ def diff(argv: Sequence[str]) -> None:
     if len(sides) != 2:
         raise ConfigError(f"opendeep data diff compares two runs or recipes, and {len(sides)} are given.")
     from opendeep_jax.data import provenance
+    from opendeep_jax.data.opening import open_data, open_run
+    from opendeep_jax.record.files import DATA
 
-    described, prepared = zip(*(provenance.open_side(side) for side in sides), strict=True)
-    ids = tuple(map(provenance.source_ids, prepared)) if values.documents == "yes" else None
-    entries = provenance.diff(*described, ids)
+    a, b = (open_run(s) if Path(s, DATA).exists() else open_data(load_recipe(s)) for s in sides)
+    ids = (provenance.source_ids(a), provenance.source_ids(b)) if values.documents == "yes" else None
+    entries = provenance.diff(a.describe(), b.describe(), ids)
     _print(entries, values.format, _difference_text)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.audit import diff, verify, when, where
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.load import did_you_mean, load_run_config
 from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ usage: opendeep data tokenizer --config=RECIPE [--name=value ...]   train or ope
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the data commands; returns the exit status. Raises ConfigError for input that cannot work."""
+    """Run one of the data commands; returns the exit status. Raises ConfigError for input that cannot work."""
     actions = {
         "tokenizer": _tokenizer,
         "curate": _curate,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _tokenizer(argv: Sequence[str]) -> None:
     config, _ = _resolve(argv, "tokenizer")
-    from opendeep_jax.data.prepared import prepare_tokenizer
+    from opendeep_jax.data.tokenizers import prepare_tokenizer
 
     tokenizer = prepare_tokenizer(config)
     names = ("name", "path", "vocab_size", "bos_id", "eos_id", "fim_ids", "special_tokens", "content_hash")
@@ -72,11 +72,11 @@ def _curate(argv: Sequence[str]) -> None:
             "data.curation asks for nothing, so there is nothing to do. Say what, as in --data.curation.quality "
             "gopher_quality c4 --data.curation.minhash_deduplication=True."
         )
-    from opendeep_jax.data.curation import parse_options, read_accounting
-    from opendeep_jax.data.prepared import curated_sources, say_what_is_unread
+    from opendeep_jax.data.curation import curate, parse_options, read_accounting
+    from opendeep_jax.data.opening import warn_of_unread_files
 
-    unread = say_what_is_unread(config)
-    sources = curated_sources(config, executor=executor, options=parse_options(options))
+    unread = warn_of_unread_files(config)
+    sources = curate(config.data, executor, options=parse_options(options))
     accounting = read_accounting(sources)
     for source, files in zip(config.data.sources, unread, strict=True):
         accounting["sources"][source.name]["left_out_files"] = files
@@ -85,18 +85,13 @@ def _curate(argv: Sequence[str]) -> None:
 
 def _prepare(argv: Sequence[str]) -> None:
     rest, workdir = _take(argv, "workdir", "")
-    if workdir and not rest:  # a run, whose recipe is in its directory
-        from opendeep_jax.data.provenance import repair_run
+    of_run = workdir and not rest  # whose recipe is in its directory
+    config = load_run_config(workdir) if of_run else _resolve(argv, "prepare")[0]
+    from opendeep_jax.data.describe import table
+    from opendeep_jax.data.opening import open_data
 
-        tokenizer, prepared = repair_run(workdir)
-    else:
-        config, _ = _resolve(argv, "prepare")
-        from opendeep_jax.data.prepared import prepare
-
-        tokenizer, prepared = prepare(config)
-    from opendeep_jax.data.describe import describe, table
-
-    described = describe(prepared, tokenizer)
+    data = open_data(config, workdir=workdir if of_run else None, repair=True)
+    described = data.describe() | data.compression()
     print(table(described) if sys.stdout.isatty() else json.dumps(described, indent=2))
 
 
@@ -104,12 +99,12 @@ def _card(argv: Sequence[str]) -> None:
     argv, out = _take(argv, "out", "")
     config, launch = _resolve(argv, "card")
     from opendeep_jax.data.card import build_card, write_card
-    from opendeep_jax.data.curation import read_accounting
-    from opendeep_jax.data.prepared import curated_sources, prepare
+    from opendeep_jax.data.curation import curate, read_accounting
+    from opendeep_jax.data.opening import open_data
 
-    tokenizer, prepared = prepare(config)
-    curation = read_accounting(curated_sources(config)) if config.data.curation.active else None
-    card = build_card(config, curation, prepared.stores, tokenizer=tokenizer)
+    data = open_data(config)
+    curation = read_accounting(curate(config.data)) if config.data.curation.active else None
+    card = build_card(config, curation, data.stores, data.tokenizer)
     print(write_card(out or f"{launch.workdir}/data_card", card))
 
 

@@ -36,7 +36,7 @@ class FaultsConfig:
 
     rollback_after: Natural = 8
     """So many skipped updates in a row (loss or gradient not finite) take the run back to a checkpoint from before
-    them, and it passes over their batches from then on; 0 never."""
+    them, and it skips their batches from then on; 0 never."""
     spike_policy: SpikePolicy = "record"
     """What a spike of loss or gradient does besides being recorded: nothing, skip its update on the device, or go back
     and pass over its batch; ignore does not even record it."""

@@ -90,8 +90,6 @@ class CurationConfig:
     """Keep the first of documents with equal text, over all sources."""
     minhash_deduplication: bool = False
     """Keep the first of each cluster of near-duplicates, over all sources (MinHash with locality-sensitive hashing)."""
-    minhash_engine: Literal["rensa", "datatrove"] = "rensa"
-    """Whose MinHash: rensa's, joined in one process at 40 bytes a document, or datatrove's four stages of files."""
     minhash_ngram: Count = 5
     """Words in a shingle."""
     minhash_buckets: Count = 14

@@ -1,6 +1,10 @@
 """Writing into data.directory so that a reader never meets half of it, and failing to with a message for the user."""
 
 import contextlib
+import functools
+import hashlib
+import logging
+import os
 import re
 import shutil
 import uuid
@@ -9,11 +13,16 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.config.locks import locked
+
+LOCK, OWNER = ".lock", ".lock.owner"
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write below `path`, in data.directory, into a ConfigError."""
+    """Turn the operating system's refusal to write below `path`, in data.directory, into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -21,6 +30,23 @@ def writing(path: Path) -> Iterator[None]:
             f"Cannot write {path}: {error.strerror or error}. Prepared tokenizers and tokens are kept there, in "
             "data.directory. Free some space, or set --data.directory to a place that can be written."
         ) from error
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, work: str) -> Iterator[int]:
+    """Hold a directory's lock, waiting for another process that is at the same `work` there; gives its descriptor.
+
+    Child processes that inherit the descriptor share the lock: it is free once the last of them has ended.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        waiting = functools.partial(logger.warning, "Waiting for another process that is %s %s.", work, directory)
+        with locked(descriptor, directory / OWNER, waiting):
+            yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -46,10 +72,16 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file of data.directory in one step, and its directory. Raises ConfigError when it can't be."""
+    """Write a file of data.directory in one step, and its directory. Raises ConfigError when it can't be."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(*parts: str) -> str:

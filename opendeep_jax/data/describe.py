@@ -1,20 +1,24 @@
-"""What prepared data says of itself: counts, rates, phases and hashes, for people and for data.json."""
+"""The description of prepared data: counts, rates, phases and hashes, for people and for data.json."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opendeep_jax.data.order import describe_phases
-from opendeep_jax.data.prepared import Prepared
-from opendeep_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from opendeep_jax.data.pipeline import Data
 
 COUNTS = ("documents", "bytes", "tokens")
 
 
-def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
-    """Counts in all and by source and split, packing plans with their rates of padding and truncation, phases, what
-    was left out (documents, and files that hold none), and where everything is (`record`, for `prepared.reopen`)."""
+def describe(data: "Data") -> dict:
+    """Count in all and by source and split, packing plans with their rates of padding and truncation, phases, what
+    was left out (documents, and files that hold none), and where everything is (`record`, for `recorded.reopen`)."""
     sources = []
-    epochs = prepared.order.epochs()
-    weights = sum(source.weight for source in prepared.config.data.sources)
-    for i, source in enumerate(prepared.config.data.sources):
-        whole, held_out = prepared.stores[i].manifest, prepared.held_out[i].manifest["text"]
+    epochs = data.order.epochs()
+    weights = sum(source.weight for source in data.config.data.sources)
+    for i, source in enumerate(data.config.data.sources):
+        whole, held_out = data.stores[i].manifest, data.held_out_plans[i].manifest["text"]
         sources.append(
             {
                 "name": source.name,
@@ -24,7 +28,7 @@ def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
                 **{f"held_out_{key}": held_out[key] for key in COUNTS},
                 "epochs": epochs[i],
                 "licenses": whole["licenses"],
-                "left_out": whole["left_out"] | (prepared.left_out_files[i] if prepared.left_out_files else {}),
+                "left_out": whole["left_out"] | (data.left_out_files[i] if data.left_out_files else {}),
                 "lost_bytes": whole.get("lost_bytes", 0),
                 "content_hash": whole["content_hash"],
             }
@@ -36,33 +40,55 @@ def describe(prepared: Prepared, tokenizer: Tokenizer) -> dict:
     }
     plans = [
         {
-            "source": prepared.config.data.sources[source].name,
+            "source": data.config.data.sources[source].name,
             "sequence_length": kind.length,
             "packing": kind.packing,
             **{key: plan.manifest[key] for key in ("rows", "documents", "padding", "truncated", "content_hash")},
         }
-        for (source, kind), plan in prepared.plans.items()
+        for (source, kind), plan in data.plans.items()
     ]
     return {
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": data.tokenizer.name,
+        "vocab_size": data.tokenizer.vocab_size,
         **totals,
         "bytes_per_token": totals["train_bytes"] / max(totals["train_tokens"], 1),
         "left_out": {
             f"{source['name']}: {reason}": n for source in sources for reason, n in source["left_out"].items()
         },
-        "content_hash": prepared.content_hash,
+        "content_hash": data.content_hash,
         "sources": sources,
         "plans": plans,
-        "phases": describe_phases(prepared.order),
-        "record": prepared.record(),
+        "phases": describe_phases(data.order),
+        "record": _record(data),
+    }
+
+
+def _record(data: "Data") -> dict:
+    """Return where everything is below data.directory, for `recorded.reopen`."""
+    root = Path(data.config.data.directory).absolute()
+
+    def place(directory: Path) -> str:
+        directory = directory.absolute()
+        return str(directory.relative_to(root) if directory.is_relative_to(root) else directory)
+
+    return {
+        "stores": [place(store.directory) for store in data.stores],
+        "plans": [
+            {"source": source, "kind": kind._asdict(), "directory": place(plan.directory)}
+            for (source, kind), plan in data.plans.items()
+        ],
+        "held_out_plans": [place(plan.directory) for plan in data.held_out_plans],
+        "fim": data.fim._asdict(),
+        "tokenizer_hash": data.tokenizer.content_hash,
+        "left_out_files": data.left_out_files,
+        "exact_mixture": data.order.exact,
     }
 
 
 def table(described: dict) -> str:
     """`describe`'s counts and rates as aligned text."""
     lines = [f"tokenizer {described['tokenizer']}, {described['vocab_size']:,} tokens", ""]
-    lines.append(f"{'source':<20} {'documents':>14} {'tokens':>18} {'held out':>14} {'epochs':>8}  licence")
+    lines.append(f"{'source':<20} {'documents':>14} {'tokens':>18} {'held out':>14} {'epochs':>8}  license")
     for source in described["sources"]:
         lines.append(
             f"{source['name']:<20} {source['train_documents']:>14,} {source['train_tokens']:>18,} "

@@ -14,13 +14,12 @@ import numpy as np
 
 from opendeep_jax.data.shuffle import scramble
 from opendeep_jax.data.sources import fraction_of
-from opendeep_jax.data.store import Store
 
 EXTRA_TOKENS = 3
 
 
 class FimRule(NamedTuple):
-    """Which documents are rearranged, and with which special tokens (begin, hole, end)."""
+    """The share of documents that are rearranged, and the special tokens for it (begin, hole, end)."""
 
     seed: int
     rate: float
@@ -37,7 +36,7 @@ class FimRule(NamedTuple):
         return EXTRA_TOKENS * self.chosen(id_hashes).astype(np.int64)
 
     def cuts(self, id_hash: np.uint64, tokens: int) -> tuple[int, int]:
-        """Where the middle of a document of `tokens` tokens begins and ends, counted as in the plain document."""
+        """Return where the middle of a document of `tokens` tokens begins and ends, as in the plain document."""
         state = np.array([id_hash], np.uint64) ^ scramble(np.array([self.seed + 1], np.uint64))
         first, second = (int(scramble(state + np.uint64(n))[0]) % (tokens - 1) + 1 for n in (1, 2))
         return min(first, second), max(first, second)
@@ -62,26 +61,3 @@ class FimRule(NamedTuple):
 
 
 NO_FIM = FimRule(0, 0.0, (0, 0, 0))
-
-
-def read_pieces(store: Store, fim: FimRule, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The tokens [begin, end) of each of `documents`, rearranged if the rule says so, one piece after the other."""
-    spans = np.stack([documents, begins, ends], axis=1).tolist()
-    if not fim.rate:
-        return np.concatenate(store.read(spans))
-    id_hashes = store.id_hashes_of(documents)
-    plain: list[tuple[int, int, int]] = []
-    parts: list[int | None] = []  # a special token, or None for the next span of `plain`
-    for span, id_hash, chosen in zip(spans, id_hashes, fim.chosen(id_hashes).tolist(), strict=True):
-        if not chosen:
-            plain.append(span)
-            parts.append(None)
-            continue
-        document, begin, end = span
-        tokens = int(store.lengths(document, document + 1)[0])
-        for part in fim.parts(id_hash, tokens, begin, end):
-            parts.append(part if isinstance(part, int) else None)
-            if not isinstance(part, int):
-                plain.append((document, *part))
-    read = iter(store.read(plain))
-    return np.concatenate([next(read) if part is None else [part] for part in parts])

@@ -100,7 +100,7 @@ class ExactMixture:
 
 
 def _left(rows, left: int, both: int):
-    """How many of the first rows that come to a node its left side has; whole numbers of any size."""
+    """Return how many of the first rows that come to a node its left side has; whole numbers of any size."""
     return (2 * rows * left + both) // (2 * both)
 
 

@@ -27,7 +27,7 @@ PlanKey = tuple[int, PlanKind]
 
 @dataclasses.dataclass(frozen=True)
 class PhaseOrder:
-    """What a phase of data.phases takes from where."""
+    """The rows that a phase of data.phases takes, and the plans it takes them from."""
 
     phase: DataPhase
     length: int
@@ -42,7 +42,7 @@ class PhaseOrder:
 
 
 class Located(NamedTuple):
-    """Where rows of one step come from: rows of the batch [n], and the plan's rows [n] that they are."""
+    """The origin of rows of one step: rows of the batch [n], and the plan's rows [n] that they are."""
 
     source: int
     kind: PlanKind
@@ -72,7 +72,7 @@ class Order:
         return demand
 
     def supply(self, rows: dict[PlanKey, int]) -> None:
-        """Takes the number of rows in each plan. Raises ConfigError if the run needs more epochs than it may take."""
+        """Take the number of rows in each plan. Raises ConfigError if the run needs more epochs than it may take."""
         self.rows = rows
         for (source, kind), needed in self.demand.items():
             config, there = self.config.data.sources[source], rows[source, kind]
@@ -91,7 +91,7 @@ class Order:
                 )
 
     def epochs(self) -> list[float]:
-        """How often the run goes through each source, in rows taken over rows there."""
+        """Return how often the run goes through each source, in rows taken over rows there."""
         taken, there = np.zeros(len(self.config.data.sources)), np.zeros(len(self.config.data.sources))
         for (source, kind), needed in self.demand.items():
             taken[source] += needed * kind.length
@@ -99,7 +99,7 @@ class Order:
         return [float(a / b) if b else 0.0 for a, b in zip(taken, there, strict=True)]
 
     def rows_of_step(self, step: int, rows: Sequence[int] | None = None) -> list[Located]:
-        """Where the rows of `step` (or only `rows` of it) come from, by source."""
+        """Return where the rows of `step` (or only `rows` of it) come from, by source."""
         stage = stage_at(self.config, step)
         phase = self.phases[stage.phase]
         in_batch = np.arange(stage.batch_size) if rows is None else np.asarray(rows, np.int64)

@@ -1,57 +1,70 @@
-"""From a RunConfig to batches. A batch is a pure function of the configuration and the step.
+"""Everything a run trains on, open, and its batches. A batch is a pure function of the configuration and the step.
 
-data = open_data(config)            # prepares what is not there yet
+data = open_data(config)            # opening.py; prepares what is not there yet
 data.batch(0)                       # the Batch of step 0
 for batch in data.iterate(1000):    # the batches from step 1000 on, prepared ahead in the background
 """
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.describe import describe
-from opendeep_jax.data.fim import NO_FIM
-from opendeep_jax.data.prepared import Prepared, prepare
-from opendeep_jax.data.provenance import open_recorded, recorded_mixture
-from opendeep_jax.data.rows import empty_batch, write_rows
+from opendeep_jax.data.fim import NO_FIM, FimRule
+from opendeep_jax.data.held_out import compression, held_out_text
+from opendeep_jax.data.order import Order, PlanKey
+from opendeep_jax.data.plan import Plan
+from opendeep_jax.data.store import Store
 from opendeep_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from opendeep_jax.data.batch import Batch
 
 Rows = Sequence[int] | np.ndarray
 # Batches that are prepared ahead.
 PREFETCH = 8
-# Held-out text that gzip and xz are given: half a minute of xz -9, whatever the corpus.
-HELD_OUT_BYTES = 64 << 20
-# Documents of it that are read together.
-DOCUMENTS_AT_ONCE = 1024
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """Everything prepared: the tokenizer, batches to train on, and held-out text.
+    """All that decides a run's batches, open: tokenizer, batches to train on, and held-out text.
 
     A process asks for the rows that its devices hold. Rows beyond a batch's own are padding: they have no target.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prepared: Prepared):
-        self.tokenizer, self.prepared, self.config = tokenizer, prepared, prepared.config
+    config: RunConfig
+    tokenizer: Tokenizer
+    stores: list[Store]
+    """In the order of data.sources."""
+    plans: dict[PlanKey, Plan]
+    """The training split's."""
+    held_out_plans: list[Plan]
+    """The held-out split's, in the order of data.sources."""
+    order: Order
+    fim: FimRule
+    left_out_files: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    """Files of each source that hold no document, by reason, in the order of data.sources."""
 
-    def batch(self, step: int, rows: Rows | None = None) -> Batch:
+    def batch(self, step: int, rows: Rows | None = None) -> "Batch":
         """The Batch of `step` (from 0), or only `rows` of it (ascending): numpy arrays of int32 and bool, [rows, L]."""
-        prepared, stage = self.prepared, stage_at(self.config, step)
+        stage = stage_at(self.config, step)
         rows = np.arange(stage.batch_size) if rows is None else np.asarray(rows, np.int64)
         batch = empty_batch(len(rows), stage.length)
-        for source, kind, in_batch, in_plan in prepared.order.rows_of_step(step, rows[rows < stage.batch_size]):
-            plan, store = prepared.plans[source, kind], prepared.stores[source]
+        for source, kind, in_batch, in_plan in self.order.rows_of_step(step, rows[rows < stage.batch_size]):
+            plan, store = self.plans[source, kind], self.stores[source]
             mine = np.searchsorted(rows, in_batch)
-            write_rows(batch, mine, plan, in_plan, store, prepared.fim, self.config.data.segment_mask)
+            write_rows(batch, mine, plan, in_plan, store, self.fim, self.config.data.segment_mask)
         return batch
 
     def iterate(
         self, start_step: int = 0, rows_of: Callable[[int], Rows | None] = lambda batch_size: None
-    ) -> Iterator[Batch]:
+    ) -> "Iterator[Batch]":
         """The batches of `start_step` and all later steps, without end, prepared ahead in a background thread.
 
         Args:
@@ -69,40 +82,27 @@ class Data:
         With `max_batches` above 0, at most that many, of rows spread evenly over the held-out text. With `rows`, only
         those of each batch.
         """
-        return HeldOut(self.prepared, batch_size, max_batches, rows)
+        return HeldOut(self, batch_size, max_batches, rows)
 
-    def held_out_text(self, most_bytes: int = HELD_OUT_BYTES) -> bytes:
-        """The held-out documents, one after the other, as the tokenizer gives them back: all, or where they come to
-        more than `most_bytes`, about as much, of documents spread evenly over them."""
-        plans = self.prepared.held_out
-        total = sum(plan.manifest["text"]["bytes"] for plan in plans)
-        step = max(-(-total // most_bytes), 1)
-        texts = []
-        for store, plan in zip(self.prepared.stores, plans, strict=True):
-            chosen = np.unique(plan.documents)[::step].tolist()
-            for first in range(0, len(chosen), DOCUMENTS_AT_ONCE):
-                some = chosen[first : first + DOCUMENTS_AT_ONCE]
-                spans = [(document, 0, int(store.lengths(document, document + 1)[0])) for document in some]
-                texts += map(self.tokenizer.decode, store.read(spans))
-        return "".join(texts).encode("utf-8")
+    held_out_text = held_out_text
+    compression = compression
+    describe = describe
 
     @property
     def content_hash(self) -> str:
         """SHA-256 over tokenizer, tokens and plans: equal when, and only when, the same batches can be made."""
-        return self.prepared.content_hash
-
-    def describe(self) -> dict:
-        """Counts for summaries, reports and data.json. See `describe.describe`."""
-        return describe(self.prepared, self.tokenizer)
+        parts = [self.tokenizer.content_hash, *(store.content_hash for store in self.stores)]
+        parts += [plan.content_hash for plan in (*self.plans.values(), *self.held_out_plans)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class HeldOut(Sequence[Batch]):
+class HeldOut(Sequence["Batch"]):
     """Held-out batches, each made when it is asked for. See `Data.held_out`."""
 
-    def __init__(self, prepared: Prepared, batch_size: int, max_batches: int, part: Rows | None):
-        self.prepared, self.batch_size = prepared, batch_size
+    def __init__(self, data: Data, batch_size: int, max_batches: int, part: Sequence[int] | np.ndarray | None):
+        self.data, self.batch_size = data, batch_size
         self.part = np.arange(batch_size) if part is None else np.asarray(part, np.int64)
-        self.ends = np.cumsum([plan.rows for plan in prepared.held_out])
+        self.ends = np.cumsum([plan.rows for plan in data.held_out_plans])
         total = int(self.ends[-1])
         chosen = min(total, max_batches * batch_size) if max_batches else total
         self.rows = np.arange(chosen) * total // max(chosen, 1)
@@ -110,27 +110,96 @@ class HeldOut(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> "Batch":
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        prepared, mask = self.prepared, self.prepared.config.data.segment_mask
+        data, config = self.data, self.data.config.data
         begin = index % len(self) * self.batch_size
         there = self.rows[begin : begin + self.batch_size]
         rows = there[self.part[self.part < len(there)]]
-        batch = empty_batch(len(self.part), prepared.config.data.sequence_length)
+        batch = empty_batch(len(self.part), config.sequence_length)
         sources = np.searchsorted(self.ends, rows, "right")
         for source in np.unique(sources).tolist():
-            mine, plan = np.flatnonzero(sources == source), prepared.held_out[source]
+            mine, plan = np.flatnonzero(sources == source), data.held_out_plans[source]
             in_plan = rows[mine] - (self.ends[source] - plan.rows)
-            write_rows(batch, mine, plan, in_plan, prepared.stores[source], NO_FIM, mask)
+            write_rows(batch, mine, plan, in_plan, data.stores[source], NO_FIM, config.segment_mask)
         return batch
 
 
-def open_data(config: RunConfig, progress: bool = True, workdir: str | Path | None = None) -> Data:
-    """Opens the data of a run; curates, tokenizes and packs first what is not in data.directory yet, with progress
-    bars. What the run in `workdir` has recorded is opened as it is, without a look at the sources.
+# Rows of packing plans as parts of a Batch. Shapes: B rows, L positions.
 
-    Raises ConfigError for sources, tokenizers and directories that cannot serve.
+
+def empty_batch(rows: int, length: int) -> "Batch":
+    """A Batch of `rows` rows that are padding throughout."""
+    from opendeep_jax.data.batch import Batch  # with JAX, which looking into data does without
+
+    tokens, targets, segment_ids, positions = (np.zeros((rows, length), np.int32) for _ in range(4))
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=np.zeros((rows, length), np.bool_),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
+
+
+def write_rows(
+    batch: "Batch",
+    in_batch: np.ndarray,
+    plan: Plan,
+    in_plan: np.ndarray,
+    store: Store,
+    fim: FimRule,
+    segment_mask: bool = True,
+) -> None:
+    """Write the rows `in_plan` of a plan into the rows `in_batch` of a batch; what a row doesn't fill is padding.
+
+    segment_mask: whether rows say where documents begin, or pass for one piece of text as in the V3 report.
     """
-    recorded = open_recorded(config, workdir) if workdir else None
-    return Data(*(recorded or prepare(config, progress, recorded_mixture(workdir) if workdir else True)))
+    first = np.asarray(plan.row_offsets[in_plan])
+    counts = np.asarray(plan.row_offsets[in_plan + 1]) - first
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its row
+    chosen = np.repeat(first, counts) + number
+    begins, ends = plan.begins[chosen].astype(np.int64), plan.ends[chosen].astype(np.int64)
+    sizes = ends - begins
+    row_sizes = np.bincount(np.repeat(np.arange(len(counts)), counts), sizes, len(counts)).astype(np.int64)
+
+    # A row's tokens and, one to the right, their targets: rows of L + 1, of which each fills the beginning.
+    filled = np.arange(plan.length + 1) < row_sizes[:, None]
+    stream, segments, positions = (np.zeros(filled.shape, np.int32) for _ in range(3))
+    stream[filled] = read_pieces(store, fim, plan.documents[chosen].astype(np.int64), begins, ends)
+    valid = filled[:, 1:]
+    batch.tokens[in_batch] = stream[:, :-1] * valid
+    batch.targets[in_batch] = stream[:, 1:]
+    if not segment_mask:
+        batch.loss_mask[in_batch] = batch.segment_ids[in_batch] = valid
+        batch.positions[in_batch] = np.arange(plan.length) * valid
+        return
+    segments[filled] = np.repeat(number + 1, sizes)
+    positions[filled] = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    batch.loss_mask[in_batch] = valid & (segments[:, :-1] == segments[:, 1:])
+    batch.segment_ids[in_batch] = segments[:, :-1] * valid
+    batch.positions[in_batch] = positions[:, :-1] * valid
+
+
+def read_pieces(store: Store, fim: FimRule, documents: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The tokens [begin, end) of each of `documents`, rearranged if the rule says so, one piece after the other."""
+    spans = np.stack([documents, begins, ends], axis=1).tolist()
+    if not fim.rate:
+        return np.concatenate(store.read(spans))
+    id_hashes = store.id_hashes_of(documents)
+    plain: list[tuple[int, int, int]] = []
+    parts: list[int | None] = []  # a special token, or None for the next span of `plain`
+    for span, id_hash, chosen in zip(spans, id_hashes, fim.chosen(id_hashes).tolist(), strict=True):
+        if not chosen:
+            plain.append(span)
+            parts.append(None)
+            continue
+        document, begin, end = span
+        tokens = int(store.lengths(document, document + 1)[0])
+        for part in fim.parts(id_hash, tokens, begin, end):
+            parts.append(part if isinstance(part, int) else None)
+            if not isinstance(part, int):
+                plain.append((document, *part))
+    read = iter(store.read(plain))
+    return np.concatenate([next(read) if part is None else [part] for part in parts])

@@ -17,6 +17,7 @@ import numpy as np
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.conditions import Condition, parse_condition
 from opendeep_jax.config.schema import SourceConfig
+from opendeep_jax.data.reading.files import LISTING_THREADS
 from opendeep_jax.data.reading.formats import (
     MISSING,
     Fields,
@@ -27,13 +28,13 @@ from opendeep_jax.data.reading.formats import (
     format_of,
     place,
     read_records,
+    read_texts,
+    separator_of,
 )
 from opendeep_jax.data.reading.linked import ENCODING, LINK, fetch_texts
 from opendeep_jax.data.reading.listing import list_files as list_files
 from opendeep_jax.data.reading.listing import list_source as list_source
 from opendeep_jax.data.reading.listing import valid_text
-from opendeep_jax.data.reading.remote import LISTING_THREADS
-from opendeep_jax.data.reading.text_files import read_texts, separator_of
 from opendeep_jax.data.shuffle import scramble
 
 NO_INFLUENCE = ("weight", "epochs", "citation")
@@ -269,5 +270,5 @@ def fraction_of(id_hashes: np.ndarray | int, purpose: str) -> np.ndarray:
 
 
 def held_out(id_hashes: np.ndarray | int, held_out_fraction: float) -> np.ndarray:
-    """Which documents are kept from training, as booleans, by their ids' hashes alone."""
+    """Return which documents are kept from training, as booleans, by their ids' hashes alone."""
     return fraction_of(id_hashes, "held_out") < held_out_fraction

@@ -1,6 +1,6 @@
 """The token store of a source: all its documents, tokenized, in shards, for reading any span of any of them.
 
-    store.json            written last, so the store is whole: source, tokenizer, totals, licences, hashes
+    store.json            written last, so the store is whole: source, tokenizer, totals, licenses, hashes
     shards.arrow          one row a shard, memory-mapped: opening a store with a million shards parses nothing
     shards/00000000/
         shard.json        the shard's own manifest
@@ -12,10 +12,12 @@ against its SHA-256 when its shard is first used. What is damaged is named, neve
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,8 @@ from typing import Any
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.storage import sha256_of
 from opendeep_jax.data.sources import hash_id
-from opendeep_jax.data.storing.layout import (
-    damaged,
-    damaged_index,
-    map_arrow,
-    numbers,
-    reading,
-    sha256_of,
-    sha256_of_ends,
-    token_file,
-    token_spec,
-)
 
 VERSION = 2
 # Decoded chunks kept in memory, shared by all stores of a process.
@@ -92,7 +84,7 @@ class Shard:
         return self.result(begin, self.tokens[begin:end].read())
 
     def result(self, begin: int, future: Any) -> np.ndarray:
-        """What the future of a reading from `begin` on gives. Raises ConfigError if it is damaged."""
+        """Return what the future of a reading from `begin` on gives. Raises ConfigError if it is damaged."""
         try:
             return future.result()
         except (ValueError, OSError) as error:
@@ -126,7 +118,7 @@ class Store:
             raise damaged_index(self.directory, str(error)) from error
 
     def shard_directory(self, number: int) -> Path:
-        """Where a shard is."""
+        """Return where a shard is."""
         return self.directory / "shards" / self.row(number)["name"]
 
     def files(self, number: int) -> dict[str, dict]:
@@ -174,7 +166,7 @@ class Store:
         return found
 
     def open_shards(self, documents: Sequence[int]) -> None:
-        """Opens the shards of these documents, and checks them, side by side."""
+        """Open the shards of these documents, and checks them, side by side."""
         owners = np.unique(self._shard_of(np.asarray(documents, np.int64))).tolist()
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(self.shard, owners):
@@ -248,7 +240,7 @@ class Store:
 
 
 def open_store(directory: Path, tokenizer_hash: str | None = None) -> Store:
-    """Opens a store, reading store.json alone and mapping shards.arrow, however many shards there are.
+    """Open a store, reading store.json alone and mapping shards.arrow, however many shards there are.
 
     Raises:
         ConfigError: if there is no whole store, it is damaged, or it was made with a tokenizer whose content_hash is
@@ -278,7 +270,7 @@ def open_store(directory: Path, tokenizer_hash: str | None = None) -> Store:
 
 
 def read_manifest(directory: Path) -> dict:
-    """What store.json says. Raises ConfigError if it is not there, damaged, or of another version."""
+    """Return what store.json says. Raises ConfigError if it is not there, damaged, or of another version."""
     path = directory / "store.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -303,7 +295,7 @@ def read_manifest(directory: Path) -> dict:
 
 
 def check_files(store: Store) -> None:
-    """Raises ConfigError for the first file of the store's shards that is missing or has another size."""
+    """Raise ConfigError for the first file of the store's shards that is missing or has another size."""
     for number in range(store.shards):
         directory = store.shard_directory(number)
         for name, file in store.files(number).items():
@@ -313,5 +305,91 @@ def check_files(store: Store) -> None:
 
 
 def index_facts(path: Path) -> dict:
-    """What store.json says of shards.arrow."""
+    """Return what store.json says of shards.arrow."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path), "ends_sha256": sha256_of_ends(path)}
+
+
+# The files of a store: how tokens lie in them, their hashes, and what is said of damage.
+
+# Tokens that are read, and checked, together.
+INNER_CHUNK = 1 << 14
+# Most tokens in one file; all of a shard's, except where one document or compressed file holds more.
+OUTER_CHUNK = 1 << 25
+# Bytes at each end of a large index that are hashed apart.
+END_BYTES = 1 << 16
+
+
+def token_spec(directory: Path, tokens: int, dtype: str) -> dict:
+    """TensorStore's description of the array of `tokens` tokens at `directory`. A file that is gone is an error."""
+    outer = min(-(-max(tokens, 1) // INNER_CHUNK) * INNER_CHUNK, OUTER_CHUNK)
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [INNER_CHUNK], "codecs": codecs, "index_codecs": codecs}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(directory)},
+        "metadata": {
+            "shape": [tokens],
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [outer]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+        "recheck_cached_data": "open",
+    }
+
+
+def token_file(directory: Path, token: int) -> Path:
+    """The file of a shard that holds one of its tokens."""
+    return directory / "tokens" / "c" / str(token // OUTER_CHUNK)
+
+
+def sha256_of_ends(path: Path) -> str:
+    """SHA-256 of the first and last END_BYTES of a file: Arrow keeps its layout there. Raises OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(path.stat().st_size - END_BYTES, 0))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def numbers(column: Any) -> np.ndarray:
+    """The numbers of a pyarrow Array without nulls, not copied. Its own `to_numpy` loads pandas, if that is there."""
+    whole = np.frombuffer(column.buffers()[1], str(column.type))
+    return whole[column.offset : column.offset + len(column)]
+
+
+def damaged(path: Path, reason: str) -> ConfigError:
+    """The error for a damaged file of a shard."""
+    shard = next(place for place in (path, *path.parents) if place.parent.name == "shards")
+    return ConfigError(
+        f"{path} is damaged: {reason}. Delete {shard} and run `opendeep data prepare` again (for a run with its "
+        "--workdir): only that shard is made anew."
+    )
+
+
+def damaged_index(directory: Path, reason: str) -> ConfigError:
+    """The error for a damaged shards.arrow of the store at `directory`."""
+    return ConfigError(
+        f"{directory / 'shards.arrow'} is damaged: {reason}. Delete it and run `opendeep data prepare` again: it is "
+        "made anew from the shards, which are kept."
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a shard's file is read into a ConfigError that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError) as error:  # Arrow's own errors are among them.
+        raise damaged(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def map_arrow(path: Path) -> Any:
+    """The one RecordBatch of an Arrow file, memory-mapped."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:  # What is mapped stays so without the file descriptor.
+        return pyarrow.ipc.open_file(file).get_batch(0)

@@ -128,12 +128,6 @@ tr+tr>*{border-top:1px solid var(--grid)}
 .stack i{flex:1;display:flex;height:18px;border-radius:5px;overflow:hidden;background:var(--grid)}
 .stack u{display:block;height:100%}.dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;color:var(--muted);font-size:13px;margin:0 0 14px}
-.k-step{background:var(--green)}.k-data{background:var(--orange)}.k-compile{background:var(--violet)}
-.k-evaluation{background:var(--blue)}.k-waste{background:var(--red)}.k-start{background:var(--muted)}
-.k-checkpoint{background:color-mix(in srgb,var(--blue) 50%,var(--card))}
-.k-restore{background:color-mix(in srgb,var(--violet) 50%,var(--card))}
-.k-restart{background:color-mix(in srgb,var(--red) 50%,var(--card))}
-.k-other{background:color-mix(in srgb,var(--muted) 50%,var(--card))}
 footer{margin-top:56px;color:var(--muted);font-size:13px}
 @media (max-width:520px){main{padding:24px 14px 40px}h1{font-size:27px}.hero{padding:16px}.hero p{font-size:17px}
 .tiles{grid-template-columns:1fr 1fr}.bar{grid-template-columns:74px 1fr 48px;gap:8px}section{margin-top:36px}

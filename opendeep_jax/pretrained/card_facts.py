@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import opendeep_jax
-from opendeep_jax.checkpoint.origin import parent_directory, read_origin
 from opendeep_jax.config.load import CONFIG_FILE, load_run_config
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.interop.hf_card import Provenance
-from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf, read_imported_from
+from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf
 from opendeep_jax.pretrained.sources import source_kind
+from opendeep_jax.record.origin import parent_directory, read_imported_from, read_origin
 from opendeep_jax.record.run_files import is_number, read_data, read_run
 
 DATASETS = (

@@ -70,7 +70,7 @@ def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
 
             return tokenizer_from_hf(path), path.name
         case "run":
-            from opendeep_jax.data.provenance import model_tokenizer
+            from opendeep_jax.data.recorded import model_tokenizer
 
             return model_tokenizer(path), load_run_config(path).name or path.name
 
@@ -84,7 +84,7 @@ def sampling_defaults(codec: "Tokenizer") -> dict[str, float]:
 
 def _makes_sense(name: str, value: float) -> bool:
     """Whether a setting of a file can be met; others are left at what changes nothing, with a warning."""
-    from opendeep_jax.generation.params import SamplingParams
+    from opendeep_jax.generation.requests import SamplingParams
 
     try:
         SamplingParams(**{name: value})

@@ -12,7 +12,7 @@ from opendeep_jax.config.files import replacing, write_atomically
 from opendeep_jax.display.numbers import human_bytes, human_count, human_time
 from opendeep_jax.display.page import bars, details, figure, page, section, table, text, tiles
 from opendeep_jax.record import plots
-from opendeep_jax.record.lineage import lineage
+from opendeep_jax.record.origin import lineage
 from opendeep_jax.record.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
 from opendeep_jax.record.report_events import events_section, goodput_section
 from opendeep_jax.record.run_files import RunFiles, column, is_number, read_run

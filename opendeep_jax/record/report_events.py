@@ -4,28 +4,17 @@ from collections.abc import Sequence
 
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.display.page import section, text
-from opendeep_jax.record.goodput import KINDS, Goodput
+from opendeep_jax.record.goodput import Goodput
+from opendeep_jax.record.time_kinds import KINDS
 
 EVENTS_SHOWN = 40
-
-MEANING = {
-    "step": "steps whose updates the run still has: the goodput",
-    "data": "waiting for batches",
-    "compile": "compiling",
-    "evaluation": "evaluations and samples",
-    "checkpoint": "what saving kept training from",
-    "restore": "reading checkpoints",
-    "start": "imports and preparation, until the first of the others",
-    "other": "the rest",
-    "waste": "steps done twice or skipped, and waiting for their data",
-    "restart": "from a start's last line to the next start",
-}
 
 
 def goodput_bar(goodput: Goodput, title: str = "") -> str:
     """One stacked bar of all time, a colour for each kind; empty before any time was counted."""
     parts = "".join(
-        f'<u class=k-{kind} style="width:{share:.3%}" title="{kind} {share:.1%}, {human_time(seconds)}"></u>'
+        f'<u style="width:{share:.3%};background:{KINDS[kind].css}" title="{kind} {share:.1%}, '
+        f'{human_time(seconds)}"></u>'
         for kind, seconds, share in goodput.shares()
     )
     label = f"<span>{text(title)}</span>" if title else ""
@@ -37,8 +26,8 @@ def goodput_section(goodput: Goodput | None) -> str:
     if goodput is None or goodput.total <= 0:
         return ""
     rows = "".join(
-        f"<tr><td><i class='dot k-{kind}'></i>{kind}</td><td>{human_time(seconds)}</td><td>{share:.1%}</td>"
-        f"<td>{MEANING[kind]}</td></tr>"
+        f"<tr><td>{_dot(kind)}{kind}</td><td>{human_time(seconds)}</td><td>{share:.1%}</td>"
+        f"<td>{KINDS[kind].meaning}</td></tr>"
         for kind, seconds, share in goodput.shares()
     )
     starts = "one start" if goodput.starts == 1 else f"{goodput.starts:,} starts"
@@ -48,7 +37,11 @@ def goodput_section(goodput: Goodput | None) -> str:
 
 def goodput_legend() -> str:
     """The colours of all kinds, for a page with several bars."""
-    return "<p class=legend>" + "".join(f"<span><i class='dot k-{kind}'></i>{kind}</span>" for kind in KINDS) + "</p>"
+    return "<p class=legend>" + "".join(f"<span>{_dot(kind)}{kind}</span>" for kind in KINDS) + "</p>"
+
+
+def _dot(kind: str) -> str:
+    return f"<i class=dot style='background:{KINDS[kind].css}'></i>"
 
 
 def events_table(events: Sequence[dict], shown: int = EVENTS_SHOWN, names: bool = False) -> str:

@@ -1,13 +1,25 @@
 """A run's work directory read back: its records as columns over tokens or steps, whatever part of them exists."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.record import metrics
+from opendeep_jax.config.load import CONFIG_FILE, DIFF_FILE
 from opendeep_jax.record.events import read_events
+from opendeep_jax.record.files import (
+    DATA,
+    ENVIRONMENT,
+    EVALUATION,
+    EXPERTS,
+    METRICS,
+    ORIGIN,
+    SAMPLES,
+    SUMMARY,
+    number,
+    read_jsonl,
+    read_object,
+)
 from opendeep_jax.record.goodput import Goodput, read_goodput
 
 ROUTING_LINES = 300  # lines of experts.jsonl that are read: with 58 layers of 256 experts one takes some 200 kB
@@ -74,18 +86,18 @@ class RunFiles:
 def read_run(workdir: str | Path) -> RunFiles:
     """Reads what there is of a run's files. A missing or broken file counts as an empty one."""
     workdir = Path(workdir)
-    diff = workdir / "config_diff.txt"
+    diff = workdir / DIFF_FILE
     return RunFiles(
         workdir=workdir,
-        config=_read_json(workdir / "config.json"),
+        config=read_object(workdir / CONFIG_FILE),
         diff=diff.read_text(encoding="utf-8", errors="replace") if diff.exists() else "",
-        summary=_read_json(workdir / "summary.json"),
-        environment=_read_json(workdir / "environment.json"),
-        origin=_read_json(workdir / "origin.json"),
-        steps=metrics.read_jsonl(workdir / metrics.SCALARS),
-        evaluations=metrics.read_jsonl(workdir / metrics.EVALUATION),
-        experts=metrics.read_jsonl(workdir / metrics.EXPERTS, limit=ROUTING_LINES),
-        samples=metrics.read_jsonl(workdir / metrics.SAMPLES),
+        summary=read_object(workdir / SUMMARY),
+        environment=read_object(workdir / ENVIRONMENT),
+        origin=read_object(workdir / ORIGIN),
+        steps=read_jsonl(workdir / METRICS),
+        evaluations=read_jsonl(workdir / EVALUATION),
+        experts=read_jsonl(workdir / EXPERTS, limit=ROUTING_LINES),
+        samples=read_jsonl(workdir / SAMPLES),
         events=read_events(workdir),
         goodput=read_goodput(workdir),
     )
@@ -93,12 +105,12 @@ def read_run(workdir: str | Path) -> RunFiles:
 
 def read_data(workdir: str | Path) -> dict:
     """Return what the data.json of a work directory says; empty where there is none yet."""
-    return _read_json(Path(workdir) / "data.json")
+    return read_object(Path(workdir) / DATA)
 
 
 def is_number(value) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    """Return whether a JSON value is a finite number."""
+    return number(value) is not None
 
 
 def column(records: list[dict], key: str) -> np.ndarray:
@@ -111,11 +123,3 @@ def _matrix(rows: list) -> np.ndarray:
         return np.array(rows, dtype=float)
     except (TypeError, ValueError):
         return np.empty(0)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

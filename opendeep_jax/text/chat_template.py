@@ -79,7 +79,7 @@ def render_chat(
 
 
 def check_text(value: Any) -> None:
-    """Raises ConfigError for a text, alone or inside of lists and mappings, with surrogates: it is no Unicode."""
+    """Raise ConfigError for a text, alone or inside of lists and mappings, with surrogates: it is no Unicode."""
     pending = [value]
     while pending:
         value = pending.pop()
@@ -112,16 +112,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 _running = threading.local()
-"""Of the template that this thread runs: the steps so far, and until when it may run."""
+"""State of the template that this thread runs: the steps so far, and until when it may run."""
 
 
 def _step() -> str:
-    """Counts a step of the running template. Raises ConfigError after too many, TimeoutError when its time is over."""
+    """Count a step of the running template. Raises ConfigError after too many, TimeoutError when its time is over."""
     _running.steps += 1
     if _running.steps > MOST_STEPS:
         raise ConfigError(
             f"The chat template takes more than {MOST_STEPS:,} steps for these messages: it does not end, or they are "
-            "too many. Send fewer, or mend the template."
+            "too many. Send fewer, or correct the template."
         )
     if not _running.steps % 256 and time.monotonic() > _running.until:
         raise TimeoutError
@@ -180,7 +180,7 @@ GROWING = ("replace", "join", "format")
 
 
 def _check_size(name: str, values: Sequence[Any]) -> None:
-    """Raises SecurityError where an operator, filter or method would make much of little."""
+    """Raise SecurityError where an operator, filter or method would make much of little."""
     texts = [value for value in values if isinstance(value, str)]
     lists = [value for value in values if isinstance(value, Sized) and not isinstance(value, str)]
     size = 0

@@ -295,7 +295,7 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def begins_as_written(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's own post-processor begins texts as `Tokenizer.begun` does."""
+    """Return whether the tokenizer's own post-processor begins texts as `Tokenizer.begun` does."""
     return leading_ids(tokenizer.library) == tokenizer.prefix
 
 

@@ -19,7 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 SPACE = "▁"
-"""How SentencePiece writes a space."""
+"""SentencePiece's way to write a space."""
 OWN = "opendeep.tokenizer"
 """Key of what a tokenizer of ours has and GGUF has no key for, in JSON; llama.cpp does not read it."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -78,7 +78,7 @@ def tokenizer_from_gguf_fields(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _own(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of ours says beyond GGUF's keys. Raises ValueError or TypeError where it is none."""
+    """Return what a file of ours says beyond GGUF's keys. Raises ValueError or TypeError where it is none."""
     own = json.loads(fields.get(OWN) or "{}")
     kinds = {"end_ids": list, "after_begin": list, "special": dict, "generation": dict, "flags": dict}
     if not isinstance(own, dict) or not all(isinstance(own.get(name, kind()), kind) for name, kind in kinds.items()):
@@ -235,7 +235,7 @@ def gguf_fields_of(tokenizer: Tokenizer, vocab_size: int, pre: str = "") -> dict
 
 
 def _prefixes_space(description: Mapping[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer begins each text with a space."""
+    """Return whether a SentencePiece tokenizer begins each text with a space."""
     if '"Prepend"' in json.dumps(description["normalizer"]):
         return True
     parts = [description["pre_tokenizer"] or {}]

@@ -24,17 +24,17 @@ WORDS = ("assistant", "to=", "json")
 
 
 class Call(NamedTuple):
-    """What is new of a tool call."""
+    """The new part of a tool call."""
 
     index: int
-    """Which of the text's calls."""
+    """Number of the call in the text."""
     name: str
     """The function's, with its first piece; else empty."""
     arguments: str
 
 
 class Spoken(NamedTuple):
-    """What is new of a text."""
+    """The new part of a text."""
 
     thinking: str = ""
     answer: str = ""
@@ -42,7 +42,7 @@ class Spoken(NamedTuple):
 
 
 class HarmonyStream:
-    """Reads what a model writes, piece by piece; what it gives, put together, does not depend on the pieces.
+    """Read what a model writes, piece by piece; what it gives, put together, does not depend on the pieces.
 
     A text without a header is the answer as it is. No control token, and nothing of a header, is in what is given.
 
@@ -73,7 +73,7 @@ class HarmonyStream:
                 self._header, self._marked = "", False
 
     def push(self, text: str) -> Spoken:
-        """Takes the next text; returns what of it is certain now."""
+        """Take the next text; returns what of it is certain now."""
         return self._read(self._held + text, final=False)
 
     def finish(self) -> Spoken:
@@ -184,7 +184,7 @@ class HarmonyStream:
 
 
 class _Pieces:
-    """What one push gives, as it is put together."""
+    """The result of one push, as it is put together."""
 
     def __init__(self):
         self.text = {"thinking": "", "answer": ""}

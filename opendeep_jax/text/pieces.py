@@ -44,7 +44,7 @@ EncodeBatch = Callable[[list[str]], list[np.ndarray]]
 
 
 def begins_words_at_cuts(library: tokenizers.Tokenizer) -> bool:
-    """Whether the two sides of a cut are normalized and divided into words as the whole is.
+    """Return whether the two sides of a cut are normalized and divided into words as the whole is.
 
     True for byte-level tokenizers; false for those that see a text's beginning (SentencePiece) or have no words.
     """

@@ -32,12 +32,12 @@ CLEANED = (
     (" 're", "'re"),
 )
 """Replacements of a WordPiece decoder's clean-up, inside each token."""
-CURE = "Use a byte-level, SentencePiece, Unigram or WordPiece tokenizer."
+REMEDY = "Use a byte-level, SentencePiece, Unigram or WordPiece tokenizer."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spelling:
-    """What tokens say.
+    """The bytes that tokens say.
 
     Instance: of Llama 2, `pieces` of `▁the` is " the", and one leading space is cut off a text's beginning.
     """
@@ -171,7 +171,7 @@ def spell(library: tokenizers.Tokenizer) -> Spelling:
         elif step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1:
             whole.append(_replacement(step))
         elif step["type"] not in ("ByteLevel", "Fuse", "ByteFallback"):
-            raise ConfigError(f"The tokenizer's decoder changes whole texts ({_short(step)}). {CURE}")
+            raise ConfigError(f"The tokenizer's decoder changes whole texts ({_short(step)}). {REMEDY}")
     maps = [_written(step) for step in before]
     placed = not steps or any(step["type"] in ("Metaspace", "WordPiece") for step in before)
     ends = any(step["type"] == "BPEDecoder" for step in before)
@@ -260,7 +260,9 @@ def _written(step: Mapping[str, Any]) -> Callable[[str, bool, bool], str] | None
                 return name[: len(name) - min(stop, len(name) - len(name.rstrip(character)))]
 
             return strip
-    raise ConfigError(f"The tokenizer's decoder has a step that gives no text to single tokens: {_short(step)}. {CURE}")
+    raise ConfigError(
+        f"The tokenizer's decoder has a step that gives no text to single tokens: {_short(step)}. {REMEDY}"
+    )
 
 
 def byte_characters() -> dict[str, int]:

@@ -26,11 +26,11 @@ class StopStrings:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended the text; what is pushed afterwards gives nothing."""
+        """Return whether a stop string has ended the text; what is pushed afterwards gives nothing."""
         return self.matched is not None
 
     def cut(self, new: str) -> str:
-        """Takes the next text; returns what is certain now."""
+        """Take the next text; returns what is certain now."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -44,7 +44,7 @@ class StopStrings:
         return text[: len(text) - kept]
 
     def rest(self) -> str:
-        """What was held back, when no more text comes."""
+        """Return what was held back, when no more text comes."""
         rest, self._held = self._held, ""
         return "" if self.stopped else rest
 
@@ -77,12 +77,12 @@ class TextStream(StopStrings):
         self._held = ""
 
     def stop_at(self, stop: Iterable[str]) -> None:
-        """Ends the text before the first of these from now on."""
+        """End the text before the first of these from now on."""
         self.stop = tuple(text for text in stop if text)
         self._stop_ids = {} if self.special else self.tokenizer.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
-        """Takes the next tokens; returns the text that is certain now."""
+        """Take the next tokens; returns the text that is certain now."""
         if not self._stop_ids:
             return self.cut(self._speech.push(ids))
         text = ""
@@ -109,7 +109,7 @@ def _begun(text: str, mark: str) -> int:
 
 
 class Marks(NamedTuple):
-    """How a family writes that it thinks, and that it has thought."""
+    """The marks with which a family writes that it thinks, and that it has thought."""
 
     opening: str
     closing: str
@@ -133,7 +133,7 @@ def thinking_stream(marks: Marks, prompt: str = "") -> "ThinkingStream | Harmony
 
 
 class ThinkingStream:
-    """Tells thinking from answer in text that comes piece by piece, without the marks and the space around them.
+    """Tell thinking from answer in text that comes piece by piece, without the marks and the space around them.
 
     Of the pieces of `<think>\\nHm.\\n</think>\\n\\n42` it gives, put together, the thinking `Hm.` and the answer `42`.
 
@@ -148,7 +148,7 @@ class ThinkingStream:
         self._held, self._begun = "", False
 
     def push(self, text: str) -> Spoken:
-        """Takes the next text; returns what of it is certain now."""
+        """Take the next text; returns what of it is certain now."""
         self._held += text
         thinking, answer = "", ""
         if self._state == "before":
@@ -169,7 +169,7 @@ class ThinkingStream:
         return Spoken("", rest if self._begun else rest.lstrip())
 
     def _decide(self, final: bool) -> None:
-        """Finds out with what the text begins, once there is enough of it."""
+        """Find out with what the text begins, once there is enough of it."""
         text = self._held.lstrip()
         for mark, state in ((self.marks.opening, "thinking"), (self.marks.answering, "answer")):
             if mark and text.startswith(mark):
@@ -196,7 +196,7 @@ class ThinkingStream:
 
 
 class AnswerStream:
-    """Tells an answer from the thinking before it. Stop strings end the answer; in the thinking they are just text.
+    """Tell an answer from the thinking before it. Stop strings end the answer; in the thinking they are just text.
 
     Args:
         tokenizer: Turns tokens to text.
@@ -228,11 +228,11 @@ class AnswerStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
+        """Return whether a stop string has ended the answer."""
         return self._text.stopped or self._answer.stopped
 
     def push(self, ids: Iterable[int]) -> Spoken:
-        """Takes the next tokens; returns what is certain now."""
+        """Take the next tokens; returns what is certain now."""
         ids = list(ids)
         spoken = self._spoken(self._text.push(ids), final=False)
         self._tokens += len(ids)
@@ -254,30 +254,6 @@ class AnswerStream:
                 rest = self._thinking.finish()
                 thinking, answer, calls = thinking + rest.thinking, answer + rest.answer, calls + rest.calls
         return Spoken(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
-
-
-class AnswerText:
-    """The text of an `AnswerStream` alone; tool calls are their arguments, thinking is left out."""
-
-    def __init__(self, stream: AnswerStream):
-        self._stream = stream
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
-        return self._stream.stopped
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Takes the next tokens; returns the text that is certain now."""
-        return _text(self._stream.push(ids))
-
-    def finish(self) -> str:
-        """The rest, when no more tokens come."""
-        return _text(self._stream.finish())
-
-
-def _text(spoken: Spoken) -> str:
-    return spoken.answer + "".join(call.arguments for call in spoken.calls)
 
 
 def thinking_marks(tokenizer: Tokenizer) -> Marks | None:

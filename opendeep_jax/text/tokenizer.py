@@ -50,7 +50,7 @@ class Tokenizer:
     """
 
     library: tokenizers.Tokenizer
-    """Of the `tokenizers` package; set here to read special tokens' names as plain text."""
+    """The tokenizer of the `tokenizers` package; set here to read special tokens' names as plain text."""
     begin_id: int | None = None
     """Begins a text."""
     add_begin: bool = False
@@ -66,7 +66,7 @@ class Tokenizer:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The model's generation_config.json, if it has one."""
     name: str = ""
-    """What made it, for people: `bytes`, `bpe:8192` or a path."""
+    """Its origin, for people: `bytes`, `bpe:8192` or a path."""
     path: str = ""
     """Its tokenizer.json, if it has one."""
     content_hash: str = ""
@@ -89,12 +89,12 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """Ends a document."""
+        """End a document."""
         return self.end_ids[0]
 
     @functools.cached_property
     def spelling(self) -> Spelling:
-        """What each id says, by the tokenizer's own decoder. Raises ConfigError for decoders without such a thing."""
+        """The bytes that each id says, by the library's decoder. Raises ConfigError for decoders that say none."""
         return spell(self.library)
 
     @property
@@ -109,7 +109,7 @@ class Tokenizer:
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Names and ids of all special tokens, which are no text."""
+        """Name and ids of all special tokens, which are no text."""
         added = sorted(self.library.get_added_tokens_decoder().items())
         return {token.content: i for i, token in added if token.special}
 
@@ -207,7 +207,7 @@ class Tokenizer:
         return ids
 
     def _warn(self, text: str, ids: Sequence[int]) -> None:
-        """Says which letters of a prompt the tokenizer has no token for."""
+        """Say which letters of a prompt the tokenizer has no token for."""
         if sum(self.spelling.lengths(ids)) == len(text.encode("utf-8")):
             return
         lost = set(text) - set(self.decode(ids, special=True))

@@ -125,7 +125,7 @@ def activation_widths(model: ModelConfig, kind: str) -> dict[str, int]:
 def model_rows(
     config: RunConfig, state: TrainState, mesh: Mesh, peak: float, found: list[int]
 ) -> list[tuple[str, str]]:
-    """Rows for `progress.startup_summary`: what is about to be trained, on what, for how long.
+    """Rows for `key_value_table`: what is about to be trained, on what, for how long.
 
     Args:
         state: the (abstract) state, for its shapes and shardings.

@@ -117,7 +117,7 @@ def write_dolma3_mix(root: Path) -> dict[str, str]:
 def write_the_stack_v2(root: Path) -> dict[str, str]:
     """data/Python/train-00000-of-00001.parquet, whose records only point at their text, in contents/, gzipped.
 
-    Of its five records the third has no licence and the fourth an encoding that its text does not have.
+    Of its five records the third has no license and the fourth an encoding that its text does not have.
     """
     ids = [f"{i}29dd2b33082d2b98541c66ba3620ae054991503" for i in range(5)]
     encodings = ["UTF-8", "UTF-8", "UTF-8", "ascii", "ISO-8859-1"]

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
+import tokenizers
 
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.sources import Part, list_files, list_parts
 from opendeep_jax.data.store import Store
 from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.text.files import byte_tokenizer
+from opendeep_jax.text.spelling import byte_characters
 from opendeep_jax.text.tokenizer import Tokenizer
 
 DOCUMENTS_PER_FILE = 4
@@ -62,6 +63,7 @@ def make_store(
 
 def large_tokenizer() -> Tokenizer:
     """The bytes, with boundaries whose ids are above 65,535."""
-    sizes = np.ones(70_000, np.int32)
-    arrays = dict.fromkeys(("token_bytes", "first_bytes", "solid_bytes"), sizes)
-    return dataclasses.replace(byte_tokenizer(), **arrays, bos_id=69_998, eos_id=69_999)
+    vocabulary = byte_characters() | {f"token{i}": i for i in range(256, 70_000)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return dataclasses.replace(byte_tokenizer(), library=library, begin_id=69_998, end_ids=(69_999,))

@@ -52,7 +52,7 @@ def test_recipe_reads_its_corpus_schema(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
-def test_recipe_says_licence_and_citation_and_is_a_lab_note(name):
+def test_recipe_says_license_and_citation_and_is_a_lab_note(name):
     for source in get_config(name).data.sources:
         assert source.license and "arXiv:" in source.citation + "arXiv:" * (name == "wikipedia")
         assert source.path.startswith("hf://datasets/") and source.name.startswith(name)
@@ -66,7 +66,7 @@ def test_addresses_come_with_the_documents(tmp_path):
         assert all(document.url.startswith("http") for document in read(name, tmp_path / name))
 
 
-def test_dolma_keeps_the_licences_of_code_and_the_addresses_of_pages(tmp_path):
+def test_dolma_keeps_the_licenses_of_code_and_the_addresses_of_pages(tmp_path):
     small_shards.write_dolma3_mix(tmp_path)
     page, code = read("dolma3_mix", tmp_path)
     assert (page.url, page.license) == ("http://example.org/dolma", "ODC-By-1.0")

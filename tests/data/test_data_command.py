@@ -10,9 +10,7 @@ from opendeep_jax.cli.data import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.pipeline import open_data
-from opendeep_jax.data.prepared import reopen
-from opendeep_jax.data.provenance import recorded_mixture
+from opendeep_jax.data.opening import open_data
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_a_recipe_can_be_looked_into_before_it_is_trained(recipe, capsys):
     repeated = ["--data.tokenizer=bytes", "--data.sources.0.epochs=1000"]
     main(["where", f"--config={recipe}", *repeated, "--step=1", "--row=0", "--format=text"])
     shown = capsys.readouterr().out
-    assert "row 0  corpus  part" in shown and "licence unknown" in shown and "  | " in shown
+    assert "row 0  corpus  part" in shown and "license unknown" in shown and "  | " in shown
     document = shown.split()[3]
     main(["when", f"--config={recipe}", *repeated, f"--doc={document}", "--format=text"])
     assert "will be seen" in capsys.readouterr().out
@@ -126,7 +124,7 @@ def test_a_runs_data_is_made_again_from_sources_that_were_touched_since(configur
     data = open_data(config, progress=False)
     save_run_config(config, config, tmp_path)
     (tmp_path / "data.json").write_text(json.dumps(data.describe()))
-    (store,), (plan,) = data.prepared.stores, data.prepared.plans.values()
+    (store,), (plan,) = data.stores, data.plans.values()
     for path in corpus.rglob("*.py"):
         os.utime(path, (1, 1))
     shutil.rmtree(store.directory / "shards/00000000")
@@ -194,10 +192,11 @@ def test_a_source_that_cannot_be_divided_is_refused_before_anything_is_tokenized
 
 def test_a_run_that_began_with_rounded_weights_keeps_them(configure, tmp_path):
     config = configure()
-    record = open_data(config, progress=False).describe()["record"]
-    assert record["exact_mixture"] and reopen(config, record).order.exact
+    data = open_data(config, progress=False, workdir=tmp_path)
+    record = data.describe()["record"]
+    assert record["exact_mixture"] and data.order.exact and data.compression()
     del record["exact_mixture"]
-    assert not reopen(config, record).order.exact
-    assert recorded_mixture(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps({"record": record}))
-    assert not recorded_mixture(tmp_path)
+    assert not open_data(config, progress=False, workdir=tmp_path).order.exact
+    shutil.rmtree(tmp_path / "prepared")
+    assert not open_data(config, progress=False, workdir=tmp_path).order.exact

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_store import MemoryStore
 
-from opendeep_jax.data.fim import EXTRA_TOKENS, NO_FIM, FimRule, read_pieces
+from opendeep_jax.data.fim import EXTRA_TOKENS, NO_FIM, FimRule
+from opendeep_jax.data.pipeline import read_pieces
 
 ALL = FimRule(seed=3, rate=1.0, ids=(-1, -2, -3))
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=8)

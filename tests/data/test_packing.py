@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opendeep_jax.data.packing import best_fit, first_fit, pack
+from opendeep_jax.data.plan import best_fit, first_fit, pack
 
 PACKINGS = ("concatenate", "first_fit", "best_fit")
 document_lengths = st.lists(st.integers(2, 30), min_size=1, max_size=30)

@@ -11,13 +11,15 @@ from small_corpus import write_corpus
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import DataPhase, ModelConfig, RampStage, SourceConfig
 from opendeep_jax.data.describe import table
-from opendeep_jax.data.pipeline import Data, open_data
-from opendeep_jax.data.prepared import prepare_tokenizer, reopen
+from opendeep_jax.data.held_out import compressors
+from opendeep_jax.data.opening import open_data
 from opendeep_jax.data.provenance import verify_all, when, where
+from opendeep_jax.data.recorded import reopen
+from opendeep_jax.data.tokenizers import prepare_tokenizer
 
 
 def assert_same(one, two):
-    for field in dataclasses.fields(one):
+    for field in dataclasses.fields(one)[:5]:
         np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name), field.name)
 
 
@@ -29,7 +31,7 @@ def two_sources(tmp_path, corpus):
 
 def test_batches_are_integers_of_the_configured_shape(configure):
     batch = open_data(configure(), progress=False).batch(0)
-    for field in dataclasses.fields(batch):
+    for field in dataclasses.fields(batch)[:5]:
         array = getattr(batch, field.name)
         assert array.shape == (4, 32) and array.dtype == (np.bool_ if field.name == "loss_mask" else np.int32)
 
@@ -51,7 +53,7 @@ def test_parts_of_all_processes_make_the_global_batch(configure, processes):
     for step in (0, 31):
         parts = [data.batch(step, range(i, i + 4 // processes)) for i in range(0, 4, 4 // processes)]
         whole = data.batch(step)
-        for field in dataclasses.fields(whole):
+        for field in dataclasses.fields(whole)[:5]:
             joined = np.concatenate([getattr(part, field.name) for part in parts])
             np.testing.assert_array_equal(joined, getattr(whole, field.name))
     streams = [data.iterate(5, lambda rows, i=i: range(rows)[i::processes]) for i in range(processes)]
@@ -80,8 +82,8 @@ def ids_of(store, documents):
 
 
 def test_an_epoch_trains_on_every_training_document_and_no_held_out_one(configure):
-    prepared = open_data(configure(), progress=False).prepared
-    (plan,), (held_out,), (store,) = prepared.plans.values(), prepared.held_out, prepared.stores
+    prepared = open_data(configure(), progress=False)
+    (plan,), (held_out,), (store,) = prepared.plans.values(), prepared.held_out_plans, prepared.stores
     steps = -(-plan.rows // 4)
     trained = {piece["id"] for step in range(steps) for piece in where(prepared, step)}
     kept = ids_of(store, held_out.documents)
@@ -91,7 +93,7 @@ def test_an_epoch_trains_on_every_training_document_and_no_held_out_one(configur
 def test_where_names_the_documents_of_a_batch_and_shows_their_text(configure, corpus):
     data = open_data(configure(), progress=False)
     batch = data.batch(3)
-    for row, pieces in itertools.groupby(where(data.prepared, 3, None, data.tokenizer), lambda piece: piece["row"]):
+    for row, pieces in itertools.groupby(where(data, 3, None, text=True), lambda piece: piece["row"]):
         text = b""
         for piece in pieces:
             whole = (corpus / piece["id"]).read_bytes()
@@ -105,7 +107,7 @@ def test_where_names_the_documents_of_a_batch_and_shows_their_text(configure, co
 
 def test_a_document_is_found_by_where_at_the_steps_that_when_names(configure, corpus):
     (corpus / "part0" / "planted.py").write_text("a planted document " * 9)
-    prepared = open_data(configure(steps=100), progress=False).prepared
+    prepared = open_data(configure(steps=100), progress=False)
     (found,) = when(prepared, "part0/planted.py")
     assert found["seen"] and not found["held_out"]
     for step in range(100):
@@ -117,8 +119,8 @@ def test_a_document_is_found_by_where_at_the_steps_that_when_names(configure, co
 
 def test_fill_in_the_middle_rearranges_documents_and_loses_nothing(configure, tmp_path):
     plain, rearranged = (open_data(configure(fim_rate=rate, held_out_fraction=0.0), progress=False) for rate in (0, 1))
-    (store,) = rearranged.prepared.stores
-    (plan,) = rearranged.prepared.plans.values()
+    (store,) = rearranged.stores
+    (plan,) = rearranged.plans.values()
     prefix, hole, stop = rearranged.tokenizer.fim_ids
     steps = range(-(-plan.rows // 4))
     ids = np.concatenate([[0], *(batch.targets[batch.loss_mask] for batch in map(rearranged.batch, steps))])
@@ -142,7 +144,7 @@ def test_phases_of_several_lengths_have_their_own_batches_and_share_no_document(
     )
     data = open_data(configure(phases=phases, steps=30), progress=False)
     assert [data.batch(step).tokens.shape for step in (0, 4, 5, 29)] == [(4, 32), (4, 32), (2, 64), (2, 64)]
-    documents = [set(plan.documents.tolist()) for plan in data.prepared.plans.values()]
+    documents = [set(plan.documents.tolist()) for plan in data.plans.values()]
     assert not documents[0] & documents[1]
     assert [phase["name"] for phase in data.describe()["phases"]] == ["main", "long"]
 
@@ -179,11 +181,11 @@ def test_few_held_out_batches_are_spread_over_the_text(configure):
 
 def test_nothing_held_out_gives_no_batches(configure):
     data = open_data(configure(held_out_fraction=0.0), progress=False)
-    assert len(data.held_out(4)) == 0 and data.held_out_text() == b""
+    assert len(data.held_out(4)) == 0 and data.held_out_text() == b"" and data.compression() == {}
 
 
 def test_sources_are_mixed_by_weight(configure, tmp_path, corpus):
-    prepared = open_data(configure(sources=two_sources(tmp_path, corpus)), progress=False).prepared
+    prepared = open_data(configure(sources=two_sources(tmp_path, corpus)), progress=False)
     rows = {(step, piece["row"]): piece["source"] for step in range(25) for piece in where(prepared, step)}
     assert sum(source == "corpus" for source in rows.values()) == 75
 
@@ -204,23 +206,23 @@ def test_description_counts_what_is_there(configure, corpus):
 def test_prepared_data_is_opened_and_not_made_again(configure, monkeypatch):
     config = configure(tokenizer="bpe:300")
     first = open_data(config, progress=False)
-    for name in ("tokenizer.train_bpe", "prepared.prepare_store", "prepared.list_parts", "plan.pack"):
+    for name in ("tokenizers.train_bpe", "opening.prepare_store", "opening.list_parts", "plan.pack"):
         monkeypatch.setattr(f"opendeep_jax.data.{name}", lambda *args, **kwargs: pytest.fail("made again"))
     assert open_data(config, progress=False).content_hash == first.content_hash
 
 
 def test_a_run_is_opened_again_from_its_record_without_its_sources(configure, corpus):
     data = open_data(configure(fim_rate=0.5), progress=False)
-    record = json.loads(json.dumps(data.prepared.record()))
+    record = json.loads(json.dumps(data.describe()["record"]))
     shutil.rmtree(corpus)
-    again = reopen(data.config, record)
+    again = reopen(data.config, record, data.tokenizer)
     assert again.content_hash == data.content_hash
-    assert_same(Data(data.tokenizer, again).batch(7), data.batch(7))
+    assert_same(again.batch(7), data.batch(7))
 
 
 def test_a_prepared_store_is_a_source_like_any_other(configure, tmp_path):
     first = open_data(configure(), progress=False)
-    (store,) = first.prepared.stores
+    (store,) = first.stores
     moved = shutil.copytree(store.directory, tmp_path / "elsewhere")
     source = SourceConfig("corpus", str(moved), license="CC0-1.0", epochs=1000.0)
     second = open_data(configure(sources=(source,), directory=str(tmp_path / "new")), progress=False)
@@ -237,7 +239,7 @@ def test_changed_text_is_tokenized_again(configure, corpus):
 
 def test_damaged_plan_is_named_with_its_cure_and_made_again_the_same(configure):
     first = open_data(configure(), progress=False)
-    (plan,) = first.prepared.plans.values()
+    (plan,) = first.plans.values()
     batch = first.batch(0)
     path = plan.directory / "begins.bin"
     path.with_name("copy").write_bytes(path.read_bytes()[:100])  # The open plan keeps the old file.
@@ -255,8 +257,8 @@ def test_a_flipped_byte_is_found_by_verify_and_named(configure, tmp_path):
     root = tmp_path / "prepared"
     number, damage = verify_all(root)
     assert (number, damage) == (3, [])
-    (plan,) = data.prepared.plans.values()
-    victims = [plan.directory / "ends.bin", *data.prepared.stores[0].directory.glob("shards/*/documents.arrow")]
+    (plan,) = data.plans.values()
+    victims = [plan.directory / "ends.bin", *data.stores[0].directory.glob("shards/*/documents.arrow")]
     for victim in victims:
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
@@ -284,8 +286,8 @@ def test_directory_that_cannot_be_written_is_named(configure, tmp_path):
 
 def test_bpe_sees_training_text_only(configure, corpus):
     tokenizer = prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False)
-    prepared = open_data(configure(), progress=False).prepared
-    for name in ids_of(prepared.stores[0], prepared.held_out[0].documents):
+    prepared = open_data(configure(), progress=False)
+    for name in ids_of(prepared.stores[0], prepared.held_out_plans[0].documents):
         size = (corpus / name).stat().st_size
         (corpus / name).write_bytes((b"zqx" * size)[:size])
     assert prepare_tokenizer(configure(tokenizer="bpe:300"), progress=False).vocab_size == tokenizer.vocab_size
@@ -318,16 +320,17 @@ def test_a_run_goes_on_with_the_data_it_recorded_whatever_becomes_of_its_sources
     again = open_data(config, progress=False, workdir=workdir)
     assert again.content_hash == first.content_hash
     assert_same(again.batch(5), first.batch(5))
+    assert first.compression() == again.compression() != {}
     shutil.rmtree(tmp_path / "prepared")  # without what it recorded, it takes the sources as they are
     assert open_data(config, progress=False, workdir=workdir).content_hash != first.content_hash
 
 
 def test_a_run_whose_prepared_data_is_elsewhere_is_told_where_it_was(configure, tmp_path):
     data = open_data(configure(), progress=False)
-    record = data.prepared.record()
+    record = data.describe()["record"]
     shutil.move(tmp_path / "prepared", tmp_path / "moved")
     with pytest.raises(ConfigError, match="prepared, where this run's tokens and plans were kept, is not here"):
-        reopen(data.config, record)
+        reopen(data.config, record, data.tokenizer)
 
 
 def recorded_run(data, workdir):
@@ -359,7 +362,7 @@ def test_a_byte_of_a_plan_that_changed_stops_a_run_before_it_reads_another_batch
     config = configure(tokenizer="bpe:300")
     data = open_data(config, progress=False)
     workdir = recorded_run(data, tmp_path / "run")
-    (plan,) = data.prepared.plans.values()
+    (plan,) = data.plans.values()
     path = plan.directory / name
     content = bytearray(path.read_bytes())
     place = content.index(b'"rows": ') + 8 if name == "plan.json" else len(content) // 2
@@ -374,5 +377,11 @@ def test_a_byte_of_a_plan_that_changed_stops_a_run_before_it_reads_another_batch
 def test_only_so_much_held_out_text_is_taken_as_is_asked_for_spread_evenly(configure):
     data = open_data(configure(held_out_fraction=0.5), progress=False)
     whole = data.held_out_text()
+    assert data.compression() == compressors(whole)
+    (path,) = Path(data.config.data.directory, "held_out").iterdir()
+    path.write_text('{"gzip_bits_per_byte": 1.0}')
+    assert data.compression() == {"gzip_bits_per_byte": 1.0}
+    path.unlink()  # as in data that an earlier version has prepared
+    assert data.compression() == compressors(whole)
     part = data.held_out_text(most_bytes=len(whole) // 3)
     assert 0 < len(part) < 0.7 * len(whole) and part[:50] == whole[:50]

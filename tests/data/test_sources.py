@@ -14,7 +14,7 @@ from small_shards import TEXTS, write_jsonl, write_parquet
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data import sources
-from opendeep_jax.data.reading import remote
+from opendeep_jax.data.reading import files as remote
 from opendeep_jax.data.reading.formats import SourceFile
 from opendeep_jax.data.sources import (
     Document,
@@ -189,7 +189,7 @@ def write_records(path) -> str:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.parquet"])
-def test_fields_give_id_url_licence_and_what_is_kept(tmp_path, name):
+def test_fields_give_id_url_license_and_what_is_kept(tmp_path, name):
     source = SourceConfig(
         "s",
         write_records(tmp_path / name),

@@ -104,7 +104,7 @@ def test_documents_and_tokens_that_are_not_there_are_refused(store):
         store.lengths(0, store.documents + 1)
 
 
-def test_manifest_tells_source_tokenizer_licences_and_totals(store):
+def test_manifest_tells_source_tokenizer_licenses_and_totals(store):
     manifest = store.manifest
     assert manifest["source"]["name"] == "small" and "weight" not in manifest["source"]
     assert manifest["tokenizer"] == "bytes" and manifest["tokenizer_hash"] == TOKENIZER.content_hash

@@ -10,11 +10,11 @@ import pytest
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, to_json
 from opendeep_jax.config.schema import DataPhase, Phase, RampStage
-from opendeep_jax.jobs.watch import files as watch_files
-from opendeep_jax.jobs.watch.files import POINTS, Curve, Tail, last_record
+from opendeep_jax.jobs.watch.files import POINTS, Curve
 from opendeep_jax.jobs.watch.run import Run, data_phase, rate_phase
 from opendeep_jax.jobs.watch.watch import Watch, find_runs, labels
-from opendeep_jax.record.heartbeat import HEARTBEAT
+from opendeep_jax.record import files
+from opendeep_jax.record.files import HEARTBEAT, Tail, last_record
 
 
 def add(path, *records):
@@ -82,7 +82,7 @@ def test_a_tail_reads_a_file_that_was_replaced_or_cut_again(tmp_path):
 
 
 def test_lines_longer_than_a_piece_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch_files, "CHUNK", 10)
+    monkeypatch.setattr(files, "CHUNK", 10)
     path = tmp_path / "metrics.jsonl"
     add(path, *({"step": step, "pad": "x" * step} for step in range(40)))
     assert steps_of(Tail(path)) == list(range(40))
@@ -91,7 +91,7 @@ def test_lines_longer_than_a_piece_are_read_whole(tmp_path, monkeypatch):
 def test_a_long_backlog_is_sampled_evenly_and_its_end_is_whole(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     add(path, *({"step": step, "pad": "x" * 500} for step in range(40_000)))
-    monkeypatch.setattr(watch_files, "SAMPLES", 100)
+    monkeypatch.setattr(files, "SAMPLED", 100)
     tail = Tail(path, samples=True)
     steps = steps_of(tail)
     assert steps[0] == 0 and steps[-1000:] == list(range(39_000, 40_000)) and 1500 < len(steps) < 3000

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
-from opendeep_jax.data.prepared import open_tokenizer
+from opendeep_jax.data.tokenizers import open_tokenizer
 from opendeep_jax.text import tokenizer as tokenizer_module
 from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
 from opendeep_jax.text.pieces import remember_words

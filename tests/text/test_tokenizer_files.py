@@ -209,7 +209,7 @@ def test_every_way_to_split_goes_to_a_gguf_and_back(name):
         assert again.decode(again.encode(text)) == text
 
 
-def test_gpt2s_and_smollms_own_splitters_are_recognised():
+def test_gpt2s_and_smollms_own_splitters_are_recognized():
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     for splitter, name in ((pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"), (digits, "smollm")):
         fields = gguf_fields_of(Tokenizer(byte_level(splitter)), 1000)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from opendeep_jax.checkpoint.checkpoints import load_model
-from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.held_out import compressors
+from opendeep_jax.data.opening import open_data
 from opendeep_jax.models.parameters import split
-from opendeep_jax.train.evaluate import compressors, evaluate_workdir
+from opendeep_jax.train.evaluate import evaluate_workdir
 
 
 @pytest.fixture(scope="module")

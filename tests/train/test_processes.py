@@ -9,10 +9,10 @@ import processes
 import pytest
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
-from opendeep_jax.checkpoint.origin import read_origin
 from opendeep_jax.checkpoint.tools import differences
 from opendeep_jax.record.events import read_events
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import read_jsonl
+from opendeep_jax.record.origin import read_origin
 
 STEPS = 10
 
@@ -48,7 +48,7 @@ from opendeep_jax.parallel.cluster import find_cluster
 from opendeep_jax.parallel.distributed import primary_first, start
 start(find_cluster(os.environ))
 import jax
-from opendeep_jax.data.pipeline import open_data
+from opendeep_jax.data.opening import open_data
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.checkpoint.digests import digests
 config = load_recipe(sys.argv[1])

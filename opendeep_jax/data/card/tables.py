@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from opendeep_jax.display.numbers import human_bytes, human_count
+
 GROUPS = ("quality", "language", "exact duplicate", "near duplicate", "evaluation overlap", "left out")
 """Kinds of reasons to drop a document, in the order of the steps; the last before all, by the reader."""
 QUALITY = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -15,24 +17,8 @@ class Table(NamedTuple):
     words: bool = False
 
 
-def human_count(number: float) -> str:
-    """A count as people say it: 950, 12.3K, 4.56M, 1.20T."""
-    if number < 0:
-        return f"-{human_count(-number)}"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size * 0.9995:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
-
-
-def human_bytes(number: float) -> str:
-    """A size as people say it: 950 B, 12.3 KB, 4.56 MB."""
-    text = human_count(number).replace("B", "G")
-    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
-
-
 def group_of(reason: str) -> str:
-    """Which of GROUPS a reason belongs to."""
+    """Return which of GROUPS a reason belongs to."""
     name = reason.partition(":")[0]
     if name in QUALITY:
         return "quality"
@@ -40,9 +26,8 @@ def group_of(reason: str) -> str:
 
 
 def counted(counts: dict[str, Any]) -> list[str]:
-    """Documents, text and tokens as far as they are known."""
-    forms = {"documents": human_count, "bytes": human_bytes, "tokens": human_count}
-    return [form(counts[name]) if name in counts else "–" for name, form in forms.items()]
+    """Documents, text and tokens."""
+    return [human_count(counts["documents"]), human_bytes(counts["bytes"]), human_count(counts["tokens"])]
 
 
 def sources_table(card: dict) -> Table:
@@ -52,17 +37,17 @@ def sources_table(card: dict) -> Table:
     ]
     if len(rows) > 1:
         rows.append(("all", "", "", *counted(card["totals"])))
-    return Table(("Source", "Licence", "Weight", "Documents", "Text", "Tokens"), rows)
+    return Table(("Source", "License", "Weight", "Documents", "Text", "Tokens"), rows)
 
 
 def licenses_table(card: dict) -> Table:
-    """One row a licence, the largest first."""
+    """One row a license, the largest first."""
     rows = [(license or "unknown", *counted(counts)) for license, counts in card["licenses"].items()]
-    return Table(("Licence", "Documents", "Text", "Tokens"), rows)
+    return Table(("License", "Documents", "Text", "Tokens"), rows)
 
 
 def citations_table(card: dict) -> Table:
-    """What to cite for each source, and where it was read from."""
+    """Return what to cite for each source, and where it was read from."""
     rows = [(source["name"], source["citation"] or "–", source["path"] or "embedded") for source in card["sources"]]
     return Table(("Source", "Cite", "Read from"), rows, words=True)
 
@@ -93,6 +78,18 @@ def dropped_table(card: dict) -> Table:
         numbers = [source["dropped"].get(reason, {}).get("documents", 0) for source in card["sources"]]
         rows.append((reason, *(f"{number:,}" if number else "" for number in numbers), f"{total:,}"))
     return Table(("Reason", *names, "all"), rows)
+
+
+def lengths_table(card: dict) -> Table:
+    """Documents by length in tokens, one column a source."""
+    names = [source["name"] for source in card["sources"]]
+    histograms = [source["lengths"]["documents"] for source in card["sources"]]
+    rows = []
+    for i in range(max(map(len, histograms), default=0)):
+        numbers = [histogram[i] if i < len(histogram) else 0 for histogram in histograms]
+        if any(numbers):
+            rows.append((f"{2**i:,} to {2 ** (i + 1) - 1:,}", *(f"{n:,}" if n else "" for n in numbers)))
+    return Table(("Tokens", *names), rows)
 
 
 def clusters_table(card: dict) -> Table:
@@ -137,18 +134,16 @@ def lost_table(card: dict) -> Table:
     rows = [
         (source["name"], f"{lost:,}", f"{lost / source['bytes']:.2%}")
         for source in card["sources"]
-        if (lost := source.get("lost_bytes"))
+        if (lost := source["lost_bytes"])
     ]
     return Table(("Source", "Bytes", "Of its text"), rows)
 
 
 def identity_table(card: dict) -> Table:
-    """Names and hashes: equal ones mean equal tokens."""
+    """Name and hashes: equal ones mean equal tokens."""
     tokenizer = card["tokenizer"]
-    rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])] if tokenizer else []
-    rows += [
-        (source["name"], "store", source["content_hash"]) for source in card["sources"] if "content_hash" in source
-    ]
+    rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])]
+    rows += [(source["name"], "store", source["content_hash"]) for source in card["sources"]]
     return Table(("", "", "SHA-256"), rows, words=True)
 
 

@@ -13,13 +13,13 @@ from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.plan import Plan
 
 VERSION = 2
-"""Of the accounting, and of all that decides the result: raised when either changes, so that nothing old is reused."""
+"""Version of the accounting, and of all that decides the result: another one lets nothing old be used again."""
 
 ENGINES = ("datatrove", "rensa", "fasttext-numpy2-wheel", "pyarrow")
 
 
 def write_accounting(plan: Plan) -> None:
-    """Adds up the counts of all tasks and writes curation.json.
+    """Add up the counts of all tasks and writes curation.json.
 
     By source: documents_in = documents_out + those dropped, and bytes_in = bytes_out + bytes_trimmed + those dropped,
     where a step trims bytes that takes lines out of a text, or masks (which may add some: then it is negative).

@@ -1,24 +1,21 @@
-"""Which documents are copies of an earlier one: equal texts, and near-duplicates by MinHash.
+"""The search for documents that are copies of an earlier one: equal texts, and near-duplicates by MinHash.
 
 Two documents are near-duplicates if their MinHash signatures (Broder 1997) agree in all hashes of at least one band;
-clusters are what such pairs join. rensa's or datatrove's hashes, with the same shingles and bands: the choice only
-decides pairs that chance decides in any case. Of a cluster the first document stays, in order of source and file.
+clusters are what such pairs join. Of a cluster the first document stays, in order of source and file.
 
-rensa's signatures are folded to 64 bits a band and joined here, band by band, because its own index would hold all
+The signatures are rensa's, folded to 64 bits a band and joined here, band by band, because its own index would hold all
 bands of all documents in memory at one time: this way some 40 bytes a document suffice.
 """
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from opendeep_jax.config.schema import CurationConfig
-from opendeep_jax.data.curation.words import shingles, word_tokenizer
+from opendeep_jax.data.curation.words import shingles
 
 KEPT, EXACT, NEAR = 0, 1, 2
 SEED = 1
-LINES = 1000  # that datatrove reads at one time
 
 
 def text_hash(content: bytes) -> tuple[int, int]:
@@ -58,7 +55,7 @@ def exact_copies(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_copies(bands: Sequence[Sequence[np.ndarray]], dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, originals) by rensa's hashes, leaving out documents that are `dropped` already.
+    """(copies, originals) by the bands, leaving out documents that are `dropped` already.
 
     Args:
         bands: for each band the hashes of all documents, uint64, in several arrays one after the other.
@@ -82,39 +79,14 @@ def _join(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places = places.reshape(pairs.shape)
     edges = coo_array((np.ones(len(pairs), bool), (places[:, 0], places[:, 1])), shape=(len(documents),) * 2)
     _, clusters = connected_components(edges, directed=False)
-    return _copies(documents, clusters)
-
-
-def _copies(documents: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, originals) of documents, ascending, that are each in a cluster."""
     _, first, place = np.unique(clusters, return_index=True, return_inverse=True)
     originals = documents[first][place]
     copies = documents != originals
     return documents[copies], originals[copies]
 
 
-def datatrove_copies(directory: Path, offsets: np.ndarray, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, originals) by the files of datatrove's third stage, leaving out documents `dropped` already.
-
-    Args:
-        directory: of files RANK.clusters, pairs of a document's place in the rank and its cluster, uint32.
-        offsets: int64 [ranks]: place of each rank's first document.
-        dropped: bool [documents].
-    """
-    documents, clusters = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for path in sorted(directory.glob("*.clusters")):
-        pairs = np.fromfile(path, "<u4").reshape(-1, 2).astype(np.int64)
-        documents.append(offsets[int(path.stem)] + pairs[:, 0])
-        clusters.append(pairs[:, 1])
-    documents, clusters = np.concatenate(documents), np.concatenate(clusters)
-    left = ~dropped[documents]
-    documents, clusters = documents[left], clusters[left]
-    order = np.argsort(documents)
-    return _copies(documents[order], clusters[order])
-
-
 def cluster_sizes(exact: tuple[np.ndarray, np.ndarray], near: tuple[np.ndarray, np.ndarray]) -> dict[str, int]:
-    """How many clusters of each size there are, near and exact copies together: `{"2": 31, "3": 4}`."""
+    """Return how many clusters of each size there are, near and exact copies together: `{"2": 31, "3": 4}`."""
     copies, originals = near
     order = np.argsort(copies)
     roots = exact[1].copy()
@@ -125,46 +97,3 @@ def cluster_sizes(exact: tuple[np.ndarray, np.ndarray], near: tuple[np.ndarray, 
     _, counts = np.unique(np.concatenate([roots, originals]), return_counts=True)
     sizes, numbers = np.unique(counts + 1, return_counts=True)
     return {str(size): int(number) for size, number in zip(sizes, numbers, strict=True)}
-
-
-# datatrove's first three stages, each on the files of the one before. Its fourth would keep any document of a cluster.
-
-
-def write_signatures(curation: CurationConfig, directory: Path, rank: int, documents: Iterator) -> None:
-    """Reads a rank's datatrove documents to their end and writes bucket_BAND/RANK.minhash.sig below `directory`."""
-    from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
-
-    settings = _minhash_settings(curation)
-    MinhashDedupSignature(str(directory), settings, language=word_tokenizer()).run(documents, rank)
-
-
-def write_pairs(curation: CurationConfig, signatures: Path, directory: Path, band: int) -> None:
-    """Writes the pairs of documents that agree in one band."""
-    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets
-
-    settings = _minhash_settings(curation)
-    stage = MinhashDedupBuckets(str(signatures), str(directory), config=settings, lines_to_buffer=LINES)
-    stage.run(rank=band, world_size=curation.minhash_buckets)
-
-
-def write_clusters(curation: CurationConfig, pairs: Path, directory: Path) -> None:
-    """Writes RANK.clusters: pairs of a document's place in its rank and the number of its cluster, uint32."""
-    from datatrove.pipeline.dedup import minhash
-
-    minhash.tqdm = lambda files, desc: files  # no progress bar of its own
-    settings = _minhash_settings(curation)
-    directory.mkdir(parents=True, exist_ok=True)
-    minhash.MinhashDedupCluster(str(pairs), str(directory), settings, save_cluster_id=True, lines_to_buffer=LINES).run()
-
-
-def _minhash_settings(curation: CurationConfig):
-    from datatrove.pipeline.dedup.minhash import MinhashConfig
-    from datatrove.utils.text import TextNormConfig
-
-    return MinhashConfig(
-        norm_config=TextNormConfig(norm_numbers=False),
-        n_grams=curation.minhash_ngram,
-        num_buckets=curation.minhash_buckets,
-        hashes_per_bucket=curation.minhash_hashes_per_bucket,
-        seed=SEED,
-    )

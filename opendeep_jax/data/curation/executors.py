@@ -19,17 +19,15 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.accounting import load_accounting
 from opendeep_jax.data.curation.plan import Plan
-from opendeep_jax.data.curation.progress import progress_bar
 from opendeep_jax.data.curation.recipe import quiet_datatrove
 from opendeep_jax.data.curation.stages import run_rank
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
+from opendeep_jax.display.progress import progress_bar
 
 Executor = Literal["local", "slurm", "ray"]
 
 TITLES = {
     "filter": "Filtering",
-    "pairs": "Comparing bands",
-    "clusters": "Joining clusters",
     "duplicates": "Deciding on duplicates",
     "finish": "Writing what is left",
     "account": "Adding up",
@@ -52,7 +50,7 @@ def parse_options(text: str) -> dict[str, str]:
 
 
 def check_executor(executor: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an executor that does not exist or cannot run here, and for options it does not know."""
+    """Raise ConfigError for an executor that does not exist or cannot run here, and for options it does not know."""
     if executor not in ("local", "slurm", "ray"):
         raise ConfigError(f"The executor is {executor!r}, but it must be local, slurm or ray.")
     if executor == "local":
@@ -82,7 +80,7 @@ def _options_of(executor: str) -> set[str]:
 
 
 def run_stages(plan: Plan, executor: Executor, options: Mapping[str, Any], workers: int, progress: bool) -> None:
-    """Runs every stage of a plan to its end. Raises ConfigError for what the user can cure."""
+    """Run every stage of a plan to its end. Raises ConfigError for what the user can correct."""
     run = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[executor]
     run(plan, {name: _number(value) for name, value in options.items()}, workers, progress)
 
@@ -146,7 +144,7 @@ def _failed(executor: str, plan: Plan, stage: str) -> ConfigError:
 
 
 def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
-    """Submits all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
+    """Submit all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
     note = plan.work("slurm.json")
     jobs = json.loads(note.read_text("utf-8")) if note.exists() else {}
     if not any(state for state, _ in _queue(jobs).values()):
@@ -163,7 +161,7 @@ def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
 
 
 def _submit(plan: Plan, options: dict, workers: int) -> dict[str, str]:
-    """Submits the stages that are not done; returns their job ids by stage."""
+    """Submit the stages that are not done; returns their job ids by stage."""
     from datatrove.executor import SlurmPipelineExecutor
 
     quiet_datatrove()

@@ -8,34 +8,28 @@ Copies are looked for over all sources; the first in order of source and file st
 documents and the recipe alone, byte by byte, whoever computed it and however often that was broken off.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
-from opendeep_jax.config.storage import file_name, writing
+from opendeep_jax.config.storage import alone_in, file_name, sha256_of
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
-from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_plan
+from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, recipe_of, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
-from opendeep_jax.data.storing.layout import sha256_of
-
-logger = logging.getLogger(__name__)
 
 RESERVED = ("work", "dropped", "logs", "curation.json")
 """Names in the directory of a curation that no source may have."""
-LANGUAGE_MODEL_CURE = (
+LANGUAGE_MODELS = (
     "fastText's own, lid.176.bin, for 176 languages, is at https://fasttext.cc/docs/en/language-identification.html "
     "(126 MB); GlotLID, for 2,000, is model.bin of cis-lmu/glotlid on the Hugging Face Hub"
 )
@@ -49,7 +43,8 @@ def curate(
 ) -> list[SourceConfig]:
     """The sources as config.curation leaves them, each a directory of Parquet files below config.directory.
 
-    What was curated before, by any executor, is returned at once. What was begun and broken off is gone on with.
+    They are the sources themselves where config.curation asks for nothing. What was curated before, by any executor, is
+    returned at once, and what was begun and broken off is gone on with.
 
     Args:
         config: of it sources, curation, directory and workers count.
@@ -62,11 +57,13 @@ def curate(
         ConfigError: for sources that cannot be read, packages, models and evaluation sets that are not there, an
             executor that fails, and a source of which nothing is left.
     """
+    if not config.curation.active:
+        return list(config.sources)
     directory = curation_directory(config)
     if not load_accounting(directory):
         check_curation(config)
         check_executor(executor, options or {})
-        with _alone(directory):
+        with alone_in(directory, "curating in"):
             if not load_accounting(directory):  # Another process may have done it while this one waited.
                 plan = _plan(config, directory)
                 run_stages(plan, executor, options or {}, config.workers, progress)
@@ -85,7 +82,7 @@ def curation_directory(config: DataConfig) -> Path:
     recipe = config.curation
     sources = [(source.name, fingerprint(source, list_files(source))) for source in config.sources]
     files = [_file_hash(Path(path).expanduser()) for path in _files_of(recipe)]
-    content = [VERSION, sources, dataclasses.asdict(recipe), files]
+    content = [VERSION, sources, recipe_of(recipe), files]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Path(config.directory) / "curated" / key[:16]
 
@@ -104,25 +101,20 @@ def _file_hash(path: Path) -> str:
             ) from error
         raise ConfigError(
             f"Cannot read the language model {path}: {error.strerror}. data.curation.language_model is the path of a "
-            f"fastText model: {LANGUAGE_MODEL_CURE}."
+            f"fastText model: {LANGUAGE_MODELS}."
         ) from error
 
 
 def check_curation(config: DataConfig) -> None:
-    """Raises ConfigError, quickly, for what `curate` would stop at: packages, files and settings."""
+    """Raise ConfigError, quickly, for what `curate` would stop at: packages, files, and settings that need them."""
     recipe = config.curation
     needed = {"datatrove", "xxhash", "regex", "pyarrow"}
-    needed |= {"rensa"} if recipe.minhash_deduplication and recipe.minhash_engine == "rensa" else set()
+    needed |= {"rensa"} if recipe.minhash_deduplication else set()
     needed |= {"fasttext", "fasteners"} if recipe.language_model else set()
     missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     if missing:
         raise ConfigError(
             f"Curation needs {', '.join(missing)}, which is not installed: pip install 'opendeep-jax[curation]'."
-        )
-    if recipe.languages and not recipe.language_model:
-        raise ConfigError(
-            f"data.curation.languages is {', '.join(recipe.languages)}, but data.curation.language_model names no "
-            f"model that could tell languages. Set it to the path of one: {LANGUAGE_MODEL_CURE}."
         )
     foreign = [language for language in recipe.languages if language.partition("_")[0] not in ("en", "eng")]
     if foreign and recipe.quality:
@@ -141,9 +133,6 @@ def check_curation(config: DataConfig) -> None:
     for path in _files_of(recipe):
         if not Path(path).expanduser().is_file():
             _file_hash(Path(path).expanduser())
-    for name in ("minhash_ngram", "minhash_buckets", "minhash_hashes_per_bucket", "evaluation_ngram"):
-        if getattr(recipe, name) < 1:
-            raise ConfigError(f"data.curation.{name} is {getattr(recipe, name)}, but must be at least 1.")
     names = [file_name(source.name) for source in config.sources]
     for name in names:
         if names.count(name) > 1 or name in RESERVED:
@@ -151,22 +140,6 @@ def check_curation(config: DataConfig) -> None:
                 f"A source of data.sources is named {name!r}, as {'another' if name not in RESERVED else 'a file'} in "
                 "the directory of curated text is. Give each source a name of its own."
             )
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Waits until no other process of this machine works on the same curation."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with (
-            open(directory / ".lock", "w") as file,
-            locked(
-                file.fileno(),
-                directory / ".lock.owner",
-                lambda: logger.warning("Waiting for another process that curates in %s.", directory),
-            ),
-        ):
-            yield
 
 
 def _plan(config: DataConfig, directory: Path) -> Plan:

@@ -1,4 +1,4 @@
-"""What a curation does, on disk where every worker reads it: sources, recipe, and the tasks the work is cut into.
+"""The plan of a curation, on disk where every worker reads it: sources, recipe, and the tasks the work is cut into.
 
 CURATED/<key>/
     curation.json      the accounting, written last: the directory is whole
@@ -9,7 +9,6 @@ CURATED/<key>/
         <stage>/00000.json          what a task of a stage counted, written last: it is done
         <stage>/00000.*             what it made
         evaluation/    hashes of the evaluation sets' n-grams
-        signatures/, pairs/, clusters/    datatrove's MinHash
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class Task:
 
     source: int
     number: int
-    """Of the task among those of its source; the name of its file."""
+    """Place of the task among those of its source; the name of its file."""
     parts: tuple[Part, ...]
 
     @property
@@ -63,21 +62,25 @@ class Plan:
         return self.work(stage, f"{rank:05d}.json")
 
     def counts(self, stage: str) -> list[dict]:
-        """What the tasks of a stage that is done counted, by rank."""
+        """Return what the tasks of a stage that is done counted, by rank."""
         return [json.loads(self.mark(stage, rank).read_text("utf-8")) for rank in range(len(self.tasks))]
 
     def source_directory(self, source: int) -> Path:
-        """Where the curated files of a source are."""
+        """Return where the curated files of a source are."""
         return self.directory / file_name(self.sources[source].name)
 
     def stages(self) -> list[tuple[str, int]]:
         """(name, number of ranks) of each stage, in order; each needs all ranks of those before it."""
         recipe = self.curation
-        by_datatrove = recipe.minhash_deduplication and recipe.minhash_engine == "datatrove"
-        search = [("pairs", recipe.minhash_buckets), ("clusters", 1)] if by_datatrove else []
-        if recipe.minhash_deduplication or recipe.exact_deduplication:
-            search.append(("duplicates", 1))
+        search = [("duplicates", 1)] if recipe.minhash_deduplication or recipe.exact_deduplication else []
         return [("filter", len(self.tasks)), *search, ("finish", len(self.tasks)), ("account", 1)]
+
+
+def recipe_of(curation: CurationConfig) -> dict:
+    """A recipe for hashes and manifests, as it was when there was a choice of MinHash engines."""
+    fields = dataclasses.asdict(curation).items()
+    names = {"minhash_ngram": {"minhash_engine": "rensa"}}
+    return {key: value for name, field in fields for key, value in (names.get(name, {}) | {name: field}).items()}
 
 
 def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
@@ -99,7 +102,7 @@ def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
 
 
 def write_plan(plan: Plan) -> None:
-    """Writes plan.json. Raises ConfigError if it cannot be written."""
+    """Write plan.json. Raises ConfigError if it cannot be written."""
     content = dataclasses.asdict(plan) | {"directory": ""}
     write_file(plan.directory / "work" / "plan.json", json.dumps(content))
     read_plan.cache_clear()

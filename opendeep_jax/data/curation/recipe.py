@@ -27,7 +27,7 @@ QUOTED = re.compile(r'"[^"\n]{1,64}"\Z')
 
 
 def quiet_datatrove() -> None:
-    """Leaves datatrove's log lines out: what it has to say arrives as counts, or as an exception."""
+    """Leave datatrove's log lines out: what it has to say arrives as counts, or as an exception."""
     from loguru import logger
 
     logger.disable("datatrove")
@@ -75,7 +75,7 @@ def _beginning(document):
 
 
 def _language_step(curation: CurationConfig) -> Step:
-    """Notes the language in `metadata`, and drops what is surely in none of curation.languages."""
+    """Note the language in `metadata`, and drops what is surely in none of curation.languages."""
     from datatrove.pipeline.filters import LanguageFilter
     from fasttext.FastText import _FastText
 
@@ -151,7 +151,7 @@ def mask_emails(text: str, replacement: str = "email@example.com") -> tuple[str,
 
 
 def _domain_end(text: str, at: int) -> int:
-    """Where the domain behind the @ ends; `at` if there is no @, or no domain behind it."""
+    """Return where the domain behind the @ ends; `at` if there is no @, or no domain behind it."""
     if not text.startswith("@", at):
         return at
     domain = next(filter(None, (pattern.match(text, at + 1) for pattern in (*DOMAINS, LITERAL))), None)
@@ -162,7 +162,7 @@ def _domain_end(text: str, at: int) -> int:
 
 
 def _local_begin(text: str, done: int, at: int) -> int:
-    """Where the name before the @ begins, not before `done`; `at` if there is none."""
+    """Return where the name before the @ begins, not before `done`; `at` if there is none."""
     if at > done and text[at - 1] == '"':
         quoted = QUOTED.search(text, max(done, at - 66), at)
         return quoted.start() if quoted else at

@@ -1,8 +1,6 @@
 """The stages of a curation. Each works on one rank at a time, from files to files, whoever runs it and wherever.
 
 filter      reads a task's documents, drops by quality and language, writes the rest and their hashes
-pairs       one band of datatrove's MinHash: documents that agree in it
-clusters    datatrove's clusters of these
 duplicates  decides which copies go
 finish      a task again: drops copies and evaluation overlap, masks personal data, writes the result
 account     adds up the counts of all tasks, gathers what was dropped, and ends with curation.json
@@ -36,7 +34,7 @@ REPORT_BYTES = 1 << 18  # of progress that are reported at one time
 
 
 def run_rank(directory: str, stage: str, rank: int, advance: Advance) -> None:
-    """Does one rank of a stage, unless it is done. Raises ConfigError for what the user can cure."""
+    """Do one rank of a stage, unless it is done. Raises ConfigError for what the user can correct."""
     plan = read_plan(Path(directory))
     if plan.mark(stage, rank).exists():
         return
@@ -47,7 +45,7 @@ def run_rank(directory: str, stage: str, rank: int, advance: Advance) -> None:
 
 
 class _Counts:
-    """What one task has seen: documents and bytes in and out, dropped ones by reason, processor seconds by step."""
+    """Counts of one task: documents and bytes in and out, dropped ones by reason, processor seconds by step."""
 
     def __init__(self, advance: Advance):
         self.totals: Counter[str] = Counter()
@@ -100,12 +98,10 @@ def _size(text: str) -> int:
 
 
 def _filter(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes RANK.parquet, RANK.exact.npy (uint64 [documents, 2]), RANK.minhash.npy (uint64 [bands, documents])."""
+    """Write RANK.parquet, RANK.exact.npy (uint64 [documents, 2]), RANK.minhash.npy (uint64 [bands, documents])."""
     recipe, task, counts = plan.curation, plan.tasks[rank], _Counts(advance)
-    own_bands = recipe.minhash_deduplication and recipe.minhash_engine == "rensa"
     exact, bands = [], []
-
-    def kept() -> Iterator:
+    with Table(plan.work("filter", f"{rank:05d}.parquet")) as table, _dropped(plan, "filter", rank) as dropped:
         for document, size in _filtered(plan, task, counts, dropped):
             with counts.timed("write"):
                 metadata = document.metadata
@@ -114,22 +110,12 @@ def _filter(plan: Plan, rank: int, advance: Advance) -> dict:
             with counts.timed("hash"):
                 if recipe.exact_deduplication:
                     exact.append(duplicates.text_hash(document.text.encode("utf-8")))
-                if own_bands:
+                if recipe.minhash_deduplication:
                     bands.append(duplicates.band_hashes(document.text, recipe))
             counts.totals["documents_kept"] += 1
-            yield document
-
-    with Table(plan.work("filter", f"{rank:05d}.parquet")) as table, _dropped(plan, "filter", rank) as dropped:
-        if recipe.minhash_deduplication and not own_bands:
-            start = time.process_time()
-            duplicates.write_signatures(recipe, plan.work("signatures"), rank, kept())
-            counts.seconds["hash"] += time.process_time() - start - counts.seconds.total()
-        else:
-            for _ in kept():
-                pass
     if recipe.exact_deduplication:
         _save(plan.work("filter", f"{rank:05d}.exact.npy"), np.array(exact, np.uint64).reshape(-1, 2))
-    if own_bands:
+    if recipe.minhash_deduplication:
         hashes = np.array(bands, np.uint64).reshape(-1, recipe.minhash_buckets)
         _save(plan.work("filter", f"{rank:05d}.minhash.npy"), np.ascontiguousarray(hashes.T))
     return counts.as_dict()
@@ -180,19 +166,8 @@ def _save(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
 
 
-def _pairs(plan: Plan, rank: int, advance: Advance) -> dict:
-    duplicates.write_pairs(plan.curation, plan.work("signatures"), plan.work("pairs"), rank)
-    return {}
-
-
-def _clusters(plan: Plan, rank: int, advance: Advance) -> dict:
-    shutil.rmtree(plan.work("clusters"), ignore_errors=True)
-    duplicates.write_clusters(plan.curation, plan.work("pairs"), plan.work("clusters"))
-    return {}
-
-
 def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes decisions.npy, uint8 [documents], and offsets.npy, int64 [ranks + 1]."""
+    """Write decisions.npy, uint8 [documents], and offsets.npy, int64 [ranks + 1]."""
     start, recipe, ranks = time.process_time(), plan.curation, range(len(plan.tasks))
     offsets = np.cumsum([0, *(counts.get("documents_kept", 0) for counts in plan.counts("filter"))])
     decisions = np.zeros(offsets[-1], np.uint8)
@@ -202,13 +177,9 @@ def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
         exact = duplicates.exact_copies(np.concatenate(hashes))
         decisions[exact[0]] = duplicates.EXACT
     if recipe.minhash_deduplication:
-        dropped = decisions != duplicates.KEPT
-        if recipe.minhash_engine == "datatrove":
-            near = duplicates.datatrove_copies(plan.work("clusters"), offsets, dropped)
-        else:
-            paths = [plan.work("filter", f"{rank:05d}.minhash.npy") for rank in ranks]
-            bands = ([np.load(path, mmap_mode="r")[band] for path in paths] for band in range(recipe.minhash_buckets))
-            near = duplicates.near_copies(bands, dropped)
+        paths = [plan.work("filter", f"{rank:05d}.minhash.npy") for rank in ranks]
+        bands = ([np.load(path, mmap_mode="r")[band] for path in paths] for band in range(recipe.minhash_buckets))
+        near = duplicates.near_copies(bands, decisions != duplicates.KEPT)
         decisions[near[0]] = duplicates.NEAR
     _save(plan.work("duplicates", "decisions.npy"), decisions)
     _save(plan.work("duplicates", "offsets.npy"), offsets)
@@ -217,7 +188,7 @@ def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
 
 
 def _finish(plan: Plan, rank: int, advance: Advance) -> dict:
-    """Writes the task's file of the result, and RANK.dropped."""
+    """Write the task's file of the result, and RANK.dropped."""
     from datatrove.data import Document
 
     task, counts = plan.tasks[rank], _Counts(advance)
@@ -268,7 +239,7 @@ def _account(plan: Plan, rank: int, advance: Advance) -> dict:
 
 
 def _gather_dropped(plan: Plan) -> None:
-    """Joins the tasks' files of each reason: gzip files one after the other are one gzip file."""
+    """Join the tasks' files of each reason: gzip files one after the other are one gzip file."""
     files = defaultdict(list)
     for stage in ("filter", "finish"):
         for rank in range(len(plan.tasks)):
@@ -286,8 +257,6 @@ def _gather_dropped(plan: Plan) -> None:
 
 STAGES: dict[str, Callable[[Plan, int, Advance], dict]] = {
     "filter": _filter,
-    "pairs": _pairs,
-    "clusters": _clusters,
     "duplicates": _duplicates,
     "finish": _finish,
     "account": _account,
@@ -299,7 +268,7 @@ MOST_NOT_ENGLISH = 0.1
 
 
 def refuse_nothing_left(accounting: dict) -> None:
-    """Raises ConfigError if a source has lost all its documents, or many to thresholds of another language."""
+    """Raise ConfigError if a source has lost all its documents, or many to thresholds of another language."""
     for name, source in accounting["sources"].items():
         foreign, recipe = source.get("not_english", 0), accounting["recipe"]
         if foreign > MOST_NOT_ENGLISH * source["documents_in"] and not recipe["languages"]:

@@ -31,7 +31,7 @@ class Table:
             self.stack.__exit__(kind, *rest)
 
     def add(self, *values: str, size: int) -> None:
-        """Adds a document: its COLUMNS, and the bytes of its text."""
+        """Add a document: its COLUMNS, and the bytes of its text."""
         for column, value in zip(self.rows.values(), values, strict=True):
             column.append(value)
         self.size += size
@@ -74,7 +74,7 @@ def read_table(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 class Dropped:
-    """Writes the documents that are dropped to `directory`/REASON.jsonl.gz, for people to look at."""
+    """Write the documents that are dropped to `directory`/REASON.jsonl.gz, for people to look at."""
 
     def __init__(self, directory: Path):
         self.directory, self.stack, self.files = directory, contextlib.ExitStack(), {}
@@ -87,7 +87,7 @@ class Dropped:
             self.stack.__exit__(*error)
 
     def add(self, reason: str, **record: str) -> None:
-        """Adds a record to the file of its reason."""
+        """Add a record to the file of its reason."""
         with writing(self.directory):
             if reason not in self.files:
                 self.directory.mkdir(parents=True, exist_ok=True)

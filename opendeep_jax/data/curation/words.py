@@ -76,7 +76,7 @@ def simplification(text: str):
 
 
 def tells(ngram: Sequence[str]) -> bool:
-    """Whether a run of words tells where it is from: one of numbers alone, as in any table or list, does not."""
+    """Return whether a run of words tells where it is from: one of numbers alone, as in any table or list, does not."""
     return any(not word.isdecimal() for word in ngram)
 
 

@@ -5,7 +5,6 @@ and named instead of failing its whole batch.
 """
 
 import contextlib
-import difflib
 import functools
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.reading.files import open_binary
 from opendeep_jax.data.reading.formats import (
     DATASETS,
     MISSING,
@@ -21,10 +21,10 @@ from opendeep_jax.data.reading.formats import (
     Fields,
     Part,
     SourceFile,
+    check_names,
     divisions,
     format_of,
 )
-from opendeep_jax.data.reading.remote import open_binary
 
 BATCH_BYTES = 8 * 2**20
 """Size of the batches of rows that are in memory at one time, about."""
@@ -33,10 +33,7 @@ BATCH_ROWS = 1024
 """Most rows of a batch."""
 
 DATASET_OPTIONS = ("name", "split", "revision", "data_dir", "data_files")
-"""What may follow the `?` of a `datasets:` path."""
-
-TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "code")
-"""Usual names of the column with the text, for a better error message."""
+"""Options that may follow the `?` of a `datasets:` path."""
 
 
 def cut(file: SourceFile, fields: Fields) -> list[Part]:
@@ -124,26 +121,11 @@ def resolve(schema: Any, name: str) -> tuple[str, ...]:
 
 
 def check_columns(file: SourceFile, schema: Any, fields: Fields) -> None:
-    """Raises ConfigError, with the file's columns and the nearest name, for a field without a column, or a text that
+    """Raise ConfigError, with the file's columns and the nearest name, for a field without a column, or a text that
     is none."""
     import pyarrow as pa
 
-    for name in fields.names:
-        if schema.names.count(name) > 1:
-            raise ConfigError(
-                f"{file.path} has {schema.names.count(name)} columns named {name!r}, so which is meant? "
-                "Write the file again with one of them, or leave it out."
-            )
-        if name not in fields.optional and not resolve(schema, name):
-            leaves = _leaves(schema)
-            close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
-            near = close or [known for known in TEXT_LIKE if known in leaves] or leaves[:1] or ["NAME"]
-            raise ConfigError(
-                f"{file.path} has no column {name!r}, which its source asks for. Its columns are {', '.join(leaves)}. "
-                f"Name the right one, as in --data.sources.N.text_field={near[0]} (or id_field, url_field, "
-                "license_field, keep), or leave the file out if the others of this source have it."
-            )
-
+    check_names(file, fields, schema.names, _leaves(schema), lambda name: bool(resolve(schema, name)))
     path = resolve(schema, fields.text)
     if path:
         kind = schema.field(path[0]).type
@@ -254,7 +236,7 @@ def load_dataset(path: str) -> Any:
 
 
 def _of_split(datasets: Any, saved: Any, split: str) -> Any:
-    """What `split` (`train`, `train[:10%]`, `train+test`) says of a saved Dataset or DatasetDict; raises KeyError.
+    """Return the part of a saved Dataset or DatasetDict that `split`, as `train[:10%]` or `train+test`, names.
 
     A Dataset, which is one split, has the name that it was saved with, or `train`; all of it is read without `split`.
     """

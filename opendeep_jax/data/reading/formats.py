@@ -1,4 +1,4 @@
-"""Formats of files with documents: how a file is cut into parts that are read on their own, and the records of a part.
+"""Formats of files with documents: how a file is cut into parts that are read on their own, and what is in a part.
 
 A record is what a line of JSON, a row of Parquet or of a `datasets` dataset, or an ArrayRecord holds. Readers stream:
 they keep a record, or a small batch of them, in memory, never a file.
@@ -11,14 +11,13 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.reading.compression import COMPRESSED, damaged, open_content
 from opendeep_jax.data.reading.examples import parse_example
+from opendeep_jax.data.reading.files import COMPRESSED, damaged, is_remote, open_binary, open_content
 from opendeep_jax.data.reading.json_values import is_lines, read_values
-from opendeep_jax.data.reading.remote import is_remote, open_binary
 
 PART_BYTES = 8 * 2**20
 """Size that the parts of a large file have, about."""
@@ -30,7 +29,7 @@ MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 """Stands for a field that a record does not have; null is None."""
 
 DATASETS = "datasets:"
-"""How the path of a Hugging Face dataset begins."""
+"""Beginning of the path of a Hugging Face dataset."""
 
 SUFFIXES = {
     "parquet": r"\.parquet",
@@ -43,6 +42,10 @@ SUFFIXES = {
 SUFFIXES_IN_WORDS = (
     ".parquet, .array_record, or .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .py (also with .gz, .bz2, .xz, .zst)"
 )
+
+
+TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "code")
+"""Usual names of the column with the text, for a better error message."""
 
 
 class Malformed(str):
@@ -72,7 +75,7 @@ class Fields(NamedTuple):
     optional: tuple[str, ...] = ()
     """Those that a file may lack; elsewhere in `names` a file with columns must have them."""
     encoding: str = ""
-    """Of lines and rows of text; nothing where it is UTF-8."""
+    """Encoding of lines and rows of text; nothing where it is UTF-8."""
 
 
 class Part(NamedTuple):
@@ -131,7 +134,7 @@ def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, An
 
 
 def place(part: Part, number: int) -> str:
-    """Where a record is, in words: `Line 3 of /data/a.jsonl`."""
+    """Return where a record is, in words: `Line 3 of /data/a.jsonl`."""
     kind = format_of(part.file)
     rows = dict.fromkeys(("parquet", "datasets", "csv"), "Row")
     noun = (rows | dict.fromkeys(("array_record", "json"), "Record")).get(kind, "Line")
@@ -239,17 +242,35 @@ def _read_json(part: Part, fields: Fields) -> Iterator[tuple[int, dict | bytes |
 
 
 def _check_header(file: SourceFile, fields: Fields) -> None:
-    """Raises ConfigError for a column that a table's first row does not name, or names twice."""
+    """Raise ConfigError for a column that a table's first row does not name, or names twice."""
     with contextlib.closing(_rows(file, fields)) as rows:
         names = next(rows, (0, []))[1]
+    check_names(file, fields, names, names, names.__contains__)
+
+
+def check_names(
+    file: SourceFile, fields: Fields, names: list[str], leaves: list[str], has: Callable[[str], bool]
+) -> None:
+    """Raise ConfigError, with the file's columns and the nearest name, for a field without a column, or with two.
+
+    Args:
+        names: of the columns.
+        leaves: of all that can be asked for, with the fields inside of columns.
+        has: whether a name is among them.
+    """
     for name in fields.names:
-        if names.count(name) == 1 or (name in fields.optional and name not in names):
+        if names.count(name) > 1:
+            said = f"{names.count(name)} columns named {name!r}"
+        elif name in fields.optional or has(name):
             continue
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) or names[:1] or ["NAME"]
-        said = f"{names.count(name)} columns named {name!r}" if name in names else f"no column {name!r}"
+        else:
+            said = f"no column {name!r}"
+        close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.5)
+        near = close or [known for known in TEXT_LIKE if known in leaves] or leaves[:1] or ["NAME"]
         raise ConfigError(
-            f"{file.path} has {said}, which its source asks for. Its first row names {', '.join(names)[:300]}. Name "
-            f"the right one, as in --data.sources.N.text_field={near[0]}, or leave the file out."
+            f"{file.path} has {said}, which its source asks for. Its columns are {', '.join(leaves)[:1000]}. Name the "
+            f"right one, as in --data.sources.N.text_field={near[0]} (or id_field, url_field, license_field, keep), or "
+            "leave the file out if the others of this source have it."
         )
 
 
@@ -345,3 +366,55 @@ def _is_object(record: bytes) -> bool:
         return isinstance(json.loads(record), dict)
     except (ValueError, RecursionError):
         return False
+
+
+# Files of text: a document each, or several with a separator between them.
+
+TEXT_BLOCK = 2**20
+"""Characters that are read at one time where documents are divided by a separator."""
+
+
+def read_texts(file: SourceFile, separator: str, encoding: str) -> Iterator[tuple[str, bytes]]:
+    """(id, UTF-8 bytes, or what else is there) of each document in a file of text; blank ones between separators not.
+
+    The id is the file's name, or `name#number` where `separator` parts documents, from 1. Raises ConfigError for a file
+    that is damaged, or that is not in an encoding of several bytes a sign.
+    """
+    with open_content(file.path, file.name) as content:
+        if not separator:
+            yield file.name, _utf8(content.read(), file, encoding)
+            return
+        for number, text in enumerate(_pieces(content, file, separator, encoding), start=1):
+            if text.strip():
+                yield f"{file.name}#{number}", text.encode("utf-8", "surrogateescape")
+
+
+def _utf8(content: bytes, file: SourceFile, encoding: str) -> bytes:
+    """The content as UTF-8. What is not in `encoding` stays as it is, with a byte that no UTF-8 has before it."""
+    if not encoding:
+        return content
+    try:
+        return content.decode(encoding).encode("utf-8")
+    except UnicodeError:
+        return b"\xff" + content
+
+
+def _pieces(content: BinaryIO, file: SourceFile, separator: str, encoding: str) -> Iterator[str]:
+    lines = "\n" in separator
+    rest = carry = ""
+    try:
+        with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="") as stream:
+            while block := stream.read(TEXT_BLOCK):
+                block = carry + block
+                carry = "\r" if lines and block.endswith("\r") else ""  # its line end may be cut in two
+                block = block.removesuffix(carry)
+                *whole, rest = (rest + (block.replace("\r\n", "\n") if lines else block)).split(separator)
+                yield from whole
+    except UnicodeError as error:
+        raise damaged(file.path, f"it is not {encoding}: {error}") from error
+    yield rest + carry
+
+
+def separator_of(text: str) -> str:
+    r"""A separator as it is written in a recipe or on a command line, where `\n` and `\t` may be two signs."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

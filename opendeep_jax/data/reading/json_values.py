@@ -14,7 +14,7 @@ FIRST_LINE = 2**26
 
 
 def is_lines(content: BinaryIO) -> bool:
-    """Whether a JSON file, read from its beginning, has one object a line (and not an array, or objects over lines)."""
+    """Return whether a JSON file, read from its beginning, has one object a line, and is no array of objects."""
     first = _next_line(content)
     if first.startswith(b"["):
         return False

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data.reading.files import read_whole
 from opendeep_jax.data.reading.formats import MISSING
-from opendeep_jax.data.reading.remote import read_whole
 
 LINK = re.compile(r"\{([^{}]+)\}")
 """A field's name in a source's text_url."""

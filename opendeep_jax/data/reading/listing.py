@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.reading.compression import COMPRESSED
+from opendeep_jax.data.reading.files import COMPRESSED, is_remote, list_remote, reaching
 from opendeep_jax.data.reading.formats import DATASETS, SUFFIXES_IN_WORDS, SourceFile, format_of
-from opendeep_jax.data.reading.remote import is_remote, list_remote, reaching
 
 # Installed packages, tests, and the record of how this machine's interpreter was built.
 LEFT_OUT_OF_STDLIB = re.compile(
@@ -36,7 +35,7 @@ ENCODED = {"text", "jsonl", "json", "csv"}
 
 
 class Listing(NamedTuple):
-    """What is at a source's path."""
+    """All that is at a source's path."""
 
     files: list[SourceFile]
     """Those to read, by name; empty ones too."""
@@ -52,7 +51,7 @@ class _Found(NamedTuple):
 
 
 def is_store(source: SourceConfig) -> bool:
-    """Whether the source's path is a finished token store."""
+    """Return whether the source's path is a finished token store."""
     return bool(source.path) and Path(source.path, "store.json").is_file()
 
 
@@ -101,7 +100,7 @@ def list_source(source: SourceConfig) -> Listing:
 
 
 def _check_effects(source: SourceConfig, files: list[SourceFile]) -> None:
-    """Raises ConfigError for a field of the source that none of its files' formats would read."""
+    """Raise ConfigError for a field of the source that none of its files' formats would read."""
     kinds = {format_of(file) for file in files}
     useless = {
         "fields": (FIELDS_OF_RECORDS if kinds == {"text"} else (), "its files are text, which has no fields"),

@@ -10,21 +10,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opendeep_jax import __version__
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
-from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.config.storage import writing
+from opendeep_jax.config.storage import LOCK, OWNER, alone_in, sha256_of, writing
 from opendeep_jax.data.sources import Part
 from opendeep_jax.data.store import VERSION, Store, check_files, index_facts, open_store, read_manifest
-from opendeep_jax.data.storing.layout import sha256_of
 from opendeep_jax.data.storing.shards import shard_facts, token_dtype, write_arrow, write_json, write_shard
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
 from opendeep_jax.text.tokenizer import Tokenizer
@@ -35,7 +32,6 @@ SHARDS = 64
 SHARD_BYTES = range(2 << 20, 256 << 20)
 # So few shards are made by this process, with the tokenizer library's own threads.
 FEW_SHARDS = 2
-LOCK, OWNER = ".lock", ".lock.owner"
 COUNTS = ("documents", "tokens", "bytes")
 
 logger = logging.getLogger(__name__)
@@ -73,7 +69,9 @@ def prepare_store(
         advance(sum(part.size for part in parts))
         return store
     groups = {f"{number:08d}": group for number, group in enumerate(group_parts(parts, shard_bytes))}
-    with _locked(directory) as lock:
+    with writing(directory):
+        (directory / "shards").mkdir(parents=True, exist_ok=True)
+    with alone_in(directory, "preparing") as lock:
         _sweep(directory)
         before, known = _what_was(directory, tokenizer)
         jobs = []
@@ -107,25 +105,8 @@ def group_parts(parts: Sequence[Part], shard_bytes: int = 0) -> list[list[Part]]
     return groups
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    """Holds the store's lock, which workers share: it is free once the last of those that write has ended."""
-    with writing(directory):
-        (directory / "shards").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with locked(
-            descriptor,
-            directory / OWNER,
-            lambda: logger.warning("Waiting for another process that is preparing %s.", directory),
-        ):
-            yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _sweep(directory: Path) -> None:
-    """Removes what processes that were killed have left under temporary names. Only for who holds the lock."""
+    """Remove what processes that were killed have left under temporary names. Only for who holds the lock."""
     with writing(directory):
         for path in [*directory.glob(".*"), *(directory / "shards").glob(".*")]:
             if path.is_dir():
@@ -135,7 +116,7 @@ def _sweep(directory: Path) -> None:
 
 
 def _what_was(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, dict]]:
-    """What store.json says, and the rows of shards.arrow by shard, if the store was whole once; else nothing."""
+    """Return what store.json says, and the rows of shards.arrow by shard, if the store was whole once; else nothing."""
     try:
         before = read_manifest(directory)
     except ConfigError as error:
@@ -153,7 +134,7 @@ def _what_was(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, di
 
 
 def _is_whole(shard: Path, facts: dict, known: dict | None) -> bool:
-    """Whether a shard is there with all its files in their sizes, as it was known, or as it would be made now."""
+    """Return whether a shard is there, all its files in their sizes, as it was known or as it would be made now."""
     try:
         manifest = json.loads((shard / "shard.json").read_text("utf-8"))
         as_known = known and known["content_hash"] == manifest["content_hash"]
@@ -171,7 +152,7 @@ def _is_whole(shard: Path, facts: dict, known: dict | None) -> bool:
 
 
 def _remove(shard: Path) -> None:
-    """Removes a shard, in a way that leaves no half of it under its name."""
+    """Remove a shard, in a way that leaves no half of it under its name."""
     with writing(shard):
         if shard.exists():
             unwanted = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}")
@@ -182,7 +163,7 @@ def _remove(shard: Path) -> None:
 def _write_index(
     directory: Path, source: SourceConfig, tokenizer: Tokenizer, facts: dict, names: list[str], before: dict
 ) -> None:
-    """Writes shards.arrow from the shards' manifests, and then store.json. `before` is an earlier store.json."""
+    """Write shards.arrow from the shards' manifests, and then store.json. `before` is an earlier store.json."""
     import pyarrow
 
     rows: list[dict] = []

@@ -12,10 +12,9 @@ import numpy as np
 from opendeep_jax import __version__
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.config.storage import new_directory, writing
+from opendeep_jax.config.storage import new_directory, sha256_of, writing
 from opendeep_jax.data.sources import Document, Part, hash_id, read_part
-from opendeep_jax.data.store import VERSION
-from opendeep_jax.data.storing.layout import OUTER_CHUNK, sha256_of, token_spec
+from opendeep_jax.data.store import OUTER_CHUNK, VERSION, token_spec
 from opendeep_jax.text.tokenizer import Tokenizer
 
 # Text that is handed to the tokenizer at once: enough for all cores, little enough for memory.
@@ -28,7 +27,7 @@ MOST_LOST = 0.01
 
 @dataclasses.dataclass
 class Collected:
-    """What a shard's documents.arrow and shard.json are made of. One entry a document in every list."""
+    """The contents of a shard's documents.arrow and shard.json. One entry a document in every list."""
 
     ids: list[str] = dataclasses.field(default_factory=list)
     urls: list[str] = dataclasses.field(default_factory=list)
@@ -40,10 +39,10 @@ class Collected:
     lost_bytes: int = 0
     """Bytes of text that no token says."""
     worst: tuple[int, str, str] = (0, "", "")
-    """Of the document that lost most: bytes, id, and the first letters that it lost."""
+    """The document that lost most: bytes, id, and the first letters that it lost."""
 
     def leave_out(self, reason: str, id: str) -> None:
-        """Counts a document that is left out."""
+        """Count a document that is left out."""
         entry = self.left_out.setdefault(reason, {"documents": 0, "examples": []})
         entry["documents"] += 1
         if len(entry["examples"]) < EXAMPLES:
@@ -146,7 +145,7 @@ def content_hash(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a manifest."""
+    """Write a manifest."""
     path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
@@ -163,7 +162,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter", collected: Collected) -> int:
-    """Adds a batch of documents; gives the bytes of their text."""
+    """Add a batch of documents; gives the bytes of their text."""
     encoded = tokenizer.encode_batch([document.text for document in batch])
     row = np.empty(sum(map(len, encoded)) + 2 * len(encoded), tokens.dtype)
     at = size = 0
@@ -194,7 +193,7 @@ def _lost_letters(text: str, said: str) -> str:
 
 
 def _refuse_losses(source: SourceConfig, tokenizer: Tokenizer, collected: Collected) -> None:
-    """Raises ConfigError where the tokenizer cannot write too much of the text."""
+    """Raise ConfigError where the tokenizer cannot write too much of the text."""
     size = sum(collected.byte_lengths)
     if collected.lost_bytes <= MOST_LOST * size:
         return
@@ -231,7 +230,7 @@ class _TokenWriter:
         self._put()
 
     def _put(self) -> None:
-        """Writes one file. Files past the first are rare: they come from single documents or files of that size."""
+        """Write one file. Files past the first are rare: they come from single documents or files of that size."""
         import tensorstore
 
         try:
@@ -271,7 +270,7 @@ def _write_documents(path: Path, collected: Collected) -> None:
 
 
 def write_arrow(path: Path, columns: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Writes an Arrow IPC file of one record batch."""
+    """Write an Arrow IPC file of one record batch."""
     import pyarrow
 
     batch = pyarrow.RecordBatch.from_pydict(columns).replace_schema_metadata(metadata)

@@ -1,16 +1,15 @@
 """`opendeep data verify`: recomputes every hash of a token store, and says exactly which files are damaged."""
 
 import hashlib
-import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.store import Store
-from opendeep_jax.data.storing.layout import INNER_CHUNK, damaged, damaged_index, numbers, sha256_of
+from opendeep_jax.config.storage import sha256_of
+from opendeep_jax.data.store import INNER_CHUNK, Store, damaged, damaged_index, numbers
 from opendeep_jax.data.storing.shards import content_hash
 from opendeep_jax.data.storing.workers import available_cores
 
@@ -18,25 +17,21 @@ from opendeep_jax.data.storing.workers import available_cores
 STRETCH = 64 * INNER_CHUNK
 
 
-def verify_store(store: Store, advance: Callable[[int], None] = lambda size: None) -> list[str]:
+def verify_store(store: Store) -> list[str]:
     """A sentence for every damaged file, in the order of the shards; none if the store is as it was written.
 
     Recomputes the SHA-256 of every file, of every shard's content from what is read back, and of the whole, in
-    threads. `advance` is called with the bytes of files done; they add up to the manifest's `file_bytes`.
+    threads.
     """
-    done: queue.SimpleQueue[int] = queue.SimpleQueue()
     problems = list(_store_problems(store))
     with ThreadPoolExecutor(available_cores()) as threads:
-        found = threads.map(lambda number: list(_shard_problems(store, number, done.put)), range(store.shards))
-        for shard_problems in found:
-            problems += shard_problems
-            while not done.empty():
-                advance(done.get())
+        for found in threads.map(lambda number: list(_shard_problems(store, number)), range(store.shards)):
+            problems += found
     return problems
 
 
 def _store_problems(store: Store) -> Iterator[str]:
-    """What is wrong with shards.arrow and store.json."""
+    """Return what is wrong with shards.arrow and store.json."""
     path, manifest = store.directory / "shards.arrow", store.manifest
     try:
         found = sha256_of(path)
@@ -55,17 +50,15 @@ def _store_problems(store: Store) -> Iterator[str]:
             yield f"{store.directory / 'store.json'} says {key} {manifest[key]}, and the shards make {value}."
 
 
-def _shard_problems(store: Store, number: int, advance: Callable[[int], None]) -> Iterator[str]:
+def _shard_problems(store: Store, number: int) -> Iterator[str]:
     directory, whole = store.shard_directory(number), True
     if not directory.exists():
-        advance(sum(file["size"] for file in store.files(number).values()))
         yield str(damaged(directory, "it is missing"))
         return
     for name, file in store.files(number).items():
         if problem := _file_problem(directory / name, file):
             whole = False
             yield str(damaged(directory / name, problem))
-        advance(file["size"])
     if whole:
         wanted = store.index.column("content_hash")[number].as_py()
         try:
@@ -78,7 +71,7 @@ def _shard_problems(store: Store, number: int, advance: Callable[[int], None]) -
 
 
 def _file_problem(path: Path, file: dict) -> str:
-    """What is wrong with a file, or nothing."""
+    """Return what is wrong with a file, or nothing."""
     try:
         size = path.stat().st_size
         if size != file["size"]:

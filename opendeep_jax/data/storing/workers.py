@@ -37,7 +37,7 @@ def run_jobs(
     advance: Callable[[int], None],
     keep_open: tuple[int, ...] = (),
 ) -> None:
-    """Calls `function(*shared, *job, advance)` for every job, each worker one at a time, in order of their start.
+    """Call `function(*shared, *job, advance)` for every job, each worker one at a time, in order of their start.
 
     With one worker all of it happens in this process. Otherwise `function` must be a module's own, `shared` and the
     jobs go through pickle, and file descriptors of `keep_open` stay open until the last worker has ended. The first
@@ -93,7 +93,7 @@ def _process(keep_open: tuple[int, ...]) -> Iterator[subprocess.Popen]:
 
 
 def _drive(process: subprocess.Popen, work: tuple, waiting: queue.SimpleQueue, events: queue.SimpleQueue) -> None:
-    """Gives one worker jobs until none waits, and passes on what it says."""
+    """Give one worker jobs until none waits, and passes on what it says."""
     try:
         with process.stdin as sink, process.stdout as replies:
             _send(sink, sys.path)

@@ -23,7 +23,7 @@ from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, look, spread
 from opendeep_jax.jobs.sweep.axes import Axis, shown, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep
 from opendeep_jax.jobs.sweep.results import TITLES, Row, ranked, settings
-from opendeep_jax.record.metrics import EVALUATION, SCALARS, read_jsonl
+from opendeep_jax.record.files import EVALUATION, METRICS, read_jsonl
 from opendeep_jax.record.plots import MUTED, STYLE, Ticks, legend, moving_average, take_turns
 from opendeep_jax.record.run_files import column
 
@@ -32,7 +32,7 @@ WIDE = 10.0
 MOST_NAMES = 24
 """Curves that a legend names."""
 CURVES = (
-    (SCALARS, "lm_loss", "training loss, nats/token"),
+    (METRICS, "lm_loss", "training loss, nats/token"),
     (EVALUATION, "held_out_bits_per_byte", "held-out bits/byte"),
 )
 """File, field and title of the curves of a run that are drawn."""

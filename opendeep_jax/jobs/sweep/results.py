@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from opendeep_jax.display.tables import latex_table, markdown_table
 from opendeep_jax.jobs.sweep.axes import shown, value_of
 from opendeep_jax.jobs.sweep.plan import Run, Sweep
 from opendeep_jax.models.accounting import flops_per_token
+from opendeep_jax.record.files import finished_summary
 from opendeep_jax.record.run_files import is_number
 
 State = Literal["finished", "failed", "handed over", "begun", "waiting"]
@@ -79,9 +79,7 @@ class Row:
 
 def read_result(run: Run) -> Result:
     """What the files of a run say of it."""
-    summary = _read_json(run.workdir / "summary.json")
-    steps = summary.get("steps")
-    if is_number(steps) and steps >= total_steps(run.config):
+    if summary := finished_summary(run.workdir, total_steps(run.config)):
         return Result(run, "finished", summary)
     failed = run.beside(".failed")
     if failed.exists():
@@ -203,11 +201,3 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
         parts.append("## Failed runs\n")
         parts += [f"{result.run.name}\n\n```text\n{result.reason}\n```\n" for result in failed]
     write_atomically(sweep.directory / "results.md", "\n".join(parts))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -10,14 +10,27 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import CONFIG_FILE, load_run_config
 from opendeep_jax.config.schedule import stage_at, stages, step_at_tokens, tokens_before, total_steps
 from opendeep_jax.display.numbers import human_count, human_time
-from opendeep_jax.jobs.watch.files import Curve, Tail, last_record, number, read_object
-from opendeep_jax.record.events import EVENTS
-from opendeep_jax.record.goodput import GOODPUT, Goodput, Ledger
-from opendeep_jax.record.heartbeat import BEAT_SECONDS, HEARTBEAT
-from opendeep_jax.record.metrics import EVALUATION, EXPERTS, SCALARS
+from opendeep_jax.jobs.watch.files import Curve
+from opendeep_jax.record.events import with_new_kind
+from opendeep_jax.record.files import (
+    DATA,
+    EVALUATION,
+    EVENTS,
+    EXPERTS,
+    GOODPUT,
+    HEARTBEAT,
+    METRICS,
+    ORIGIN,
+    SUMMARY,
+    Tail,
+    last_record,
+    number,
+    read_object,
+)
+from opendeep_jax.record.goodput import Account, Goodput
+from opendeep_jax.record.heartbeat import BEAT_SECONDS
 
-SUMMARY, ORIGIN = "summary.json", "origin.json"
-FILES = (CONFIG_FILE, "data.json", SUMMARY, SCALARS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)
+FILES = (CONFIG_FILE, DATA, SUMMARY, METRICS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)
 """What a run writes that is looked at."""
 
 ENDINGS = ("stopped", "preempted", "interrupted", "hang", "lost_peer")
@@ -47,7 +60,7 @@ class Run:
         self.origin: dict = {}
         self.experts: list[list[float]] = []
         self.goodput: Goodput | None = None
-        drawn, whole = (SCALARS, EVALUATION), (EVENTS, GOODPUT)
+        drawn, whole = (METRICS, EVALUATION), (EVENTS, GOODPUT)
         self._tails = {name: Tail(workdir / name, samples=name in drawn) for name in (*drawn, *whole)}
         self._seen: dict[str, tuple] = {}
         for name in self._tails:
@@ -60,7 +73,7 @@ class Run:
                 self._forget(name)
             for record in tail.read():
                 self._take(name, record)
-        self.goodput = self._ledger.goodput()
+        self.goodput = self._account.goodput()
         if self._changed(CONFIG_FILE):
             self._read_config()
         if self._changed(SUMMARY):
@@ -97,7 +110,7 @@ class Run:
             return "empty", "nothing there yet"
         age = max((time.time() if now is None else now) - max(times.values()), 0.0)
         sign = read_object(self.workdir / HEARTBEAT)
-        if sign.get("ended") is True and times.get(SCALARS, 0) <= times.get(HEARTBEAT, 0) + 30:
+        if sign.get("ended") is True and times.get(METRICS, 0) <= times.get(HEARTBEAT, 0) + 30:
             return "stopped", "stopped"
         if (beaten := number(sign.get("time"))) is not None and not self._ended_after(beaten):
             if age > SILENT_BEATS * BEAT_SECONDS:
@@ -105,7 +118,7 @@ class Run:
             return "running", DOING.get(str(sign.get("doing")), "running" if self.step else "starting")
         if self.events and self.events[-1].get("kind") in ENDINGS:
             ended = _seconds_of(self.events[-1].get("time"))
-            if ended is not None and max(times.get(SCALARS, 0), times.get(EVALUATION, 0)) <= ended + 30:
+            if ended is not None and max(times.get(METRICS, 0), times.get(EVALUATION, 0)) <= ended + 30:
                 return "stopped", "stopped"
         # Evaluations, saves and compilation are longer than a step; a few windows of the log are patience enough.
         if age > max(QUIET_SECONDS, 5 * max(self._intervals, default=0.0)):
@@ -140,7 +153,7 @@ class Run:
     # How it gets known
 
     def _forget(self, name: str) -> None:
-        if name == SCALARS:
+        if name == METRICS:
             self.last: dict = {}
             self.curves = {key: Curve() for key in CURVES}
             self._speeds, self._intervals = deque(maxlen=15), deque(maxlen=15)
@@ -149,10 +162,10 @@ class Run:
         elif name == EVENTS:
             self.events, self.event_count = deque(maxlen=EVENTS_KEPT), 0
         else:
-            self._ledger = Ledger()
+            self._account = Account()
 
     def _take(self, name: str, record: dict) -> None:
-        if name == SCALARS:
+        if name == METRICS:
             step = number(record.get("step"))
             if step is None:
                 return
@@ -170,10 +183,10 @@ class Run:
             self.held_out.add(x, bits)
             self.held_out_now = bits
         elif name == EVENTS:
-            self.events.append(record)
+            self.events.append(with_new_kind(record))
             self.event_count += 1
         else:
-            self._ledger.add(record)
+            self._account.add(record)
 
     def _changed(self, name: str) -> bool:
         try:

@@ -8,14 +8,10 @@ from rich.text import Text
 
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.watch.run import Run, tokens_text
-from opendeep_jax.record.goodput import KINDS
-from opendeep_jax.record.lineage import lineage
+from opendeep_jax.record.origin import lineage
+from opendeep_jax.record.time_kinds import KINDS
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-COLOURS = {
-    "step": "green", "data": "yellow", "compile": "magenta", "evaluation": "blue", "checkpoint": "cyan",
-    "restore": "bright_magenta", "start": "bright_black", "other": "white", "waste": "red", "restart": "bright_red",
-}  # fmt: skip
 STATES = {"running": "green", "finished": "blue", "stopped": "yellow", "quiet": "red", "empty": "bright_black"}
 PANELS = 2
 """So many runs get a panel each; more share a table."""
@@ -78,7 +74,7 @@ def _panel(run: Run, label: str, console: Console, now: float | None) -> Rendera
     if run.goodput and run.goodput.total > 0:
         lines.append(_goodput_line(run, width, ascii_only))
         rest = sorted((row for row in run.goodput.shares() if row[0] != "step"), key=lambda row: -row[1])
-        legend = [Text(f"{kind} {share:.1%}", COLOURS[kind]) for kind, _, share in rest if share >= 0.0005]
+        legend = [Text(f"{kind} {share:.1%}", KINDS[kind].terminal) for kind, _, share in rest if share >= 0.0005]
         lines += [Text(" " * LABEL) + Text("  ").join(legend)] if legend else []
     lines = [_fit(line, width) for line in lines]
     return Group(*lines, *_events(list(run.events), console, 4), Text(""))
@@ -102,12 +98,12 @@ def _goodput_line(run: Run, width: int, ascii_only: bool) -> Text:
     line = Text.assemble((f"{'goodput':<{LABEL}}", "bright_black"), f"{run.goodput.goodput:6.1%}  ")
     shares = {kind: share for kind, _, share in run.goodput.shares()}
     done = passed = 0.0
-    for place, kind in enumerate(KINDS):
+    for kind, (_, mark, *_) in KINDS.items():
         passed += shares.get(kind, 0.0)
         cells = round(passed * bar) - round(done * bar)
-        # Without colours the kinds must still differ.
-        marks = "#-.:~%&*+=" if ascii_only else "█" + 9 * "▒"
-        line.append(marks[place] * cells, COLOURS[kind])
+        # Without colors the kinds must still differ.
+        ink = mark if ascii_only else "█" if kind == "step" else "▒"
+        line.append(ink * cells, KINDS[kind].terminal)
         done = passed
     return line
 

@@ -13,6 +13,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.jobs.watch.page import live_page
 from opendeep_jax.jobs.watch.run import FILES, Run
+from opendeep_jax.record.files import DATA
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
@@ -47,7 +48,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in FILES if name != "data.json")
+    return any((path / name).is_file() for name in FILES if name != DATA)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

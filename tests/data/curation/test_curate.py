@@ -80,12 +80,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return found | {"curation.json": json.dumps(accounting)}
 
 
-@pytest.mark.parametrize("engine", ["rensa", "datatrove"])
-def test_what_is_planted_is_removed_and_counted_under_its_reason(planted, tmp_path, engine):
+def test_what_is_planted_is_removed_and_counted_under_its_reason(planted, tmp_path):
     first, second, evaluation = planted
-    config = configure(
-        tmp_path / "data", first, second, **ALL, minhash_engine=engine, evaluation_sets=(str(evaluation),)
-    )
+    config = configure(tmp_path / "data", first, second, **ALL, evaluation_sets=(str(evaluation),))
     one, two = curate(config, progress=False)
     assert [document.id for document in documents_of(one)] == [f"first-{i}" for i in (*range(8), 12)]
     assert [document.id for document in documents_of(two)] == [f"second-{i}" for i in range(5)]
@@ -311,12 +308,10 @@ def test_a_source_of_which_nothing_is_left_is_refused_with_the_reasons(tmp_path)
 @pytest.mark.parametrize(
     "recipe, message",
     [
-        ({"languages": ("en",)}, r"language_model names no model.*lid\.176\.bin"),
         ({"language_model": "nowhere/lid.176.bin"}, r"nowhere/lid\.176\.bin.*fasttext\.cc"),
         ({"evaluation_sets": ("nowhere/items.jsonl",)}, r"nowhere/items\.jsonl"),
         ({"evaluation_sets": ("items.csv",)}, r"items\.csv.*\.jsonl"),
         ({"evaluation_sets": ("a/items.jsonl", "b/items.jsonl")}, "two files of the same name"),
-        ({"minhash_buckets": 0}, r"minhash_buckets is 0"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_before_anything_is_read(tmp_path, recipe, message):

@@ -1,4 +1,4 @@
-"""Copies: both MinHash engines join the same planted clusters, and the first document of each stays."""
+"""Copies: MinHash joins the planted clusters and nothing else, and the first document of each stays."""
 
 import numpy as np
 import pytest
@@ -9,31 +9,17 @@ from hypothesis import strategies as st
 pytest.importorskip("datatrove")
 pytest.importorskip("rensa")
 
-from datatrove.data import Document  # noqa: E402
-
 from opendeep_jax.config.schema import CurationConfig  # noqa: E402
 from opendeep_jax.data.curation import duplicates  # noqa: E402
-from opendeep_jax.data.curation.recipe import quiet_datatrove  # noqa: E402
 from opendeep_jax.data.curation.words import shingles  # noqa: E402
 
 NOTHING = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
-def by_rensa(texts: list[str], recipe: CurationConfig, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def found(texts: list[str], recipe: CurationConfig, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     hashes = np.array([duplicates.band_hashes(text, recipe) for text in texts])
     half = len(texts) // 2  # as if of two tasks
     return duplicates.near_copies(([band[:half], band[half:]] for band in hashes.T), dropped)
-
-
-def by_datatrove(texts: list[str], recipe: CurationConfig, dropped: np.ndarray, directory):
-    quiet_datatrove()
-    half = len(texts) // 2
-    for rank, part in enumerate((texts[:half], texts[half:])):
-        duplicates.write_signatures(recipe, directory / "s", rank, (Document(text, "") for text in part))
-    for band in range(recipe.minhash_buckets):
-        duplicates.write_pairs(recipe, directory / "s", directory / "p", band)
-    duplicates.write_clusters(recipe, directory / "p", directory / "c")
-    return duplicates.datatrove_copies(directory / "c", np.array([0, half]), dropped)
 
 
 def edited(text: str, changes: int, salt: int) -> str:
@@ -69,14 +55,14 @@ def planted() -> tuple[list[str], dict[int, int]]:
 
 
 @pytest.mark.parametrize("ngram, buckets, per_bucket", [(5, 14, 8), (3, 20, 5), (1, 9, 13)])
-def test_both_engines_join_the_planted_clusters_and_nothing_else(planted, tmp_path, ngram, buckets, per_bucket):
+def test_the_planted_clusters_are_joined_and_nothing_else(planted, ngram, buckets, per_bucket):
     texts, originals = planted
     recipe = CurationConfig(minhash_ngram=ngram, minhash_buckets=buckets, minhash_hashes_per_bucket=per_bucket)
     if ngram <= 3:  # the text that is there twice then has a shingle
         originals = originals | {texts.index("too few words") + 1: texts.index("too few words")}
     dropped = np.zeros(len(texts), bool)
-    for copies, kept in (by_rensa(texts, recipe, dropped), by_datatrove(texts, recipe, dropped, tmp_path)):
-        assert dict(zip(copies.tolist(), kept.tolist(), strict=True)) == originals
+    copies, kept = found(texts, recipe, dropped)
+    assert dict(zip(copies.tolist(), kept.tolist(), strict=True)) == originals
 
 
 def test_what_is_planted_is_clear_of_the_region_where_chance_decides(planted):
@@ -87,18 +73,18 @@ def test_what_is_planted_is_clear_of_the_region_where_chance_decides(planted):
         assert 0.1 < similarity(texts[i], texts[i - 23], 5) < 0.4
 
 
-def test_an_exact_copy_is_no_near_copy_too(planted, tmp_path):
+def test_an_exact_copy_is_no_near_copy_too(planted):
     texts, originals = planted
     texts, dropped = [*texts, texts[0]], np.zeros(len(texts) + 1, bool)
     dropped[-1] = True
     recipe = CurationConfig()
-    for copies, kept in (by_rensa(texts, recipe, dropped), by_datatrove(texts, recipe, dropped, tmp_path)):
-        assert dict(zip(copies.tolist(), kept.tolist(), strict=True)) == originals
+    copies, kept = found(texts, recipe, dropped)
+    assert dict(zip(copies.tolist(), kept.tolist(), strict=True)) == originals
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("similar", [0.6, 0.7, 0.8, 0.9])
-def test_both_engines_find_pairs_as_often_as_the_papers_formula_says(similar, tmp_path):
+def test_pairs_are_found_as_often_as_the_papers_formula_says(similar):
     recipe, pairs, size = CurationConfig(), 300, 200
     chance = np.random.default_rng(0)
     common = round(2 * size * similar / (1 + similar))
@@ -113,8 +99,8 @@ def test_both_engines_find_pairs_as_often_as_the_papers_formula_says(similar, tm
     dropped = np.zeros(len(texts), bool)
     expected = 1 - (1 - (common / (2 * size - common)) ** 8) ** 14
     error = 4 * np.sqrt(expected * (1 - expected) / pairs) + 0.005
-    for copies, _ in (by_rensa(texts, recipe, dropped), by_datatrove(texts, recipe, dropped, tmp_path)):
-        assert abs(len(copies) / pairs - expected) < error
+    copies, _ = found(texts, recipe, dropped)
+    assert abs(len(copies) / pairs - expected) < error
 
 
 LETTERS = str.maketrans("0123456789", "qrstuvwxyz")  # numbers in a text would all become 0

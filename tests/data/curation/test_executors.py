@@ -82,21 +82,20 @@ def result(config) -> dict[str, bytes]:
 def test_slurm_runs_what_it_is_given_and_ends_with_the_same_bytes(slurm, sources, tmp_path):
     log = slurm()
     options = {"partition": "cpu", "time": "1:00:00", "cpus_per_task": "2"}
-    config = configure(tmp_path / "slurm", *sources, **RECIPE, minhash_engine="datatrove")
+    config = configure(tmp_path / "slurm", *sources, **RECIPE)
     curated = curate(config, "slurm", progress=False, options=options)
     assert Path(curated[0].path).parent == curation_directory(config)
-    local = configure(tmp_path / "local", *sources, **RECIPE, minhash_engine="datatrove")
+    local = configure(tmp_path / "local", *sources, **RECIPE)
     curate(local, progress=False)
     assert result(config) == result(local) != {}
     submitted = [eval(line) for line in log.read_text().splitlines()]
     stages = [entry for entry in submitted if "mem-per-cpu=1G" not in entry[0]]  # without datatrove's own statistics
-    names = ["filter", "pairs", "clusters", "duplicates", "finish", "account"]
-    sizes = [2, 14, 1, 1, 2, 1]
+    names, sizes = ["filter", "duplicates", "finish", "account"], [2, 1, 2, 1]
     for (directives, _), name, size in zip(stages, names, sizes, strict=True):
         wanted = {"partition=cpu", "time=1:00:00", "cpus-per-task=2", f"job-name=opendeep_curate_{name}"}
         assert wanted <= set(directives)
         assert any(directive.split("%")[0] == f"array=0-{size - 1}" for directive in directives)
-    assert [len(dependency) for _, dependency in stages] == [0, 1, 1, 1, 1, 1]
+    assert [len(dependency) for _, dependency in stages] == [0, 1, 1, 1]
     assert all("afterok:" in dependency[0] for _, dependency in stages[1:])
 
 

@@ -211,7 +211,7 @@ def test_files_over_http_are_read_whether_or_not_the_server_tells_their_sizes(se
         ("a.json", array() + b" x", "is not JSON"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "comma is missing after element 1"),
         ("a.csv", b'text\n"never closed\n', "is malformed: unexpected end of data"),
-        ("a.csv", b"body\nx\n", "no column 'text'.* names body"),
+        ("a.csv", b"body\nx\n", "no column 'text'.* columns are body"),
         ("a.csv", b"text,text\nx,y\n", "2 columns named 'text'"),
         ("a.zip", b"PK", "'s' is empty: .*archive .*unpacked"),
         ("a.html", b"<p>", "'s' is empty: .*ending in .html"),
@@ -265,7 +265,7 @@ def test_names_do_not_depend_on_the_order_of_the_disk_nor_on_links(tmp_path):
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_separator_parts_the_documents_of_a_text_file(tmp_path, monkeypatch, block, end):
-    monkeypatch.setattr("opendeep_jax.data.reading.text_files.BLOCK", block)
+    monkeypatch.setattr("opendeep_jax.data.reading.formats.TEXT_BLOCK", block)
     content = end.join(["one", "", "", "two é", "more", ""]).encode() + b"\xff bad" + end.encode()
     (tmp_path / "a.txt").write_bytes(content)
     assert [d.text for d in read(tmp_path, separator="\\n")[0]] == ["one", "two é", "more"]

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.data import store as layout
 from opendeep_jax.data.sources import Part, SourceFile
 from opendeep_jax.data.store import check_files, open_store
-from opendeep_jax.data.storing import layout, shards
+from opendeep_jax.data.storing import shards
 from opendeep_jax.data.storing.prepare import group_parts, prepare_store
 from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
 

@@ -26,11 +26,8 @@ def flip(path, at: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_store_has_no_problems_and_progress_adds_up(directory):
-    sizes = []
-    store = open_store(directory)
-    assert verify_store(store, sizes.append) == []
-    assert sum(sizes) == store.manifest["file_bytes"]
+def test_a_whole_store_has_no_problems(directory):
+    assert verify_store(open_store(directory)) == []
 
 
 @pytest.mark.parametrize("name", ["shard.json", "documents.arrow", "tokens/zarr.json", "tokens/c/0"])

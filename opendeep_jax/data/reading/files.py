@@ -1,7 +1,13 @@
-"""Files on this machine and, through fsspec, elsewhere (gs://, s3://, hf://, ...): listing them and opening them."""
+"""Files on this machine and, through fsspec, elsewhere (gs://, s3://, hf://, ...): listing them, opening them, and the
+bytes inside of compressed ones, with damage that is named."""
 
+import bz2
 import contextlib
+import gzip
 import io
+import lzma
+import re
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
@@ -9,7 +15,7 @@ from typing import Any, BinaryIO
 from opendeep_jax.config.checks import ConfigError
 
 BLOCK_BYTES = 16 * 2**20
-"""What a remote file asks for at one time: large enough that the way there and back hardly counts."""
+"""Bytes that are asked of a remote file at one time: large enough that the way there and back hardly counts."""
 
 LISTING_THREADS = 16
 """Files that are looked into at one time to find their sizes or parts; mostly they wait for a remote host."""
@@ -19,7 +25,7 @@ STAMPS = ("xet_hash", "blob_id", "ETag", "etag", "md5Hash", "crc32c", "generatio
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL rather than a place on this machine."""
+    """Return whether `path` is a URL rather than a place on this machine."""
     return "://" in path
 
 
@@ -45,7 +51,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def reaching(path: str) -> Iterator[None]:
-    """Turns a file that cannot be read, or a host that cannot be reached, into a ConfigError that names it."""
+    """Turn a file that cannot be read, or a host that cannot be reached, into a ConfigError that names it."""
     try:
         yield
     except ConfigError:
@@ -76,7 +82,7 @@ def _unreachable(url: str, error: Exception) -> ConfigError:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Opens a file or URL for reading bytes. Raises ConfigError, also while it is read, if it is out of reach."""
+    """Open a file or URL for reading bytes. Raises ConfigError, also while it is read, if it is out of reach."""
     if not is_remote(path):
         with reaching(path):
             return open(path, "rb", buffering=2**20)
@@ -157,7 +163,7 @@ def list_remote(url: str) -> list[tuple[str, str, int, str]]:
 
 
 def _is_file(files: Any, path: str) -> bool:
-    """Whether there is a file whose name is `path` to the letter, brackets and all."""
+    """Return whether there is a file whose name is `path` to the letter, brackets and all."""
     try:
         return bool(files.isfile(path))
     except Exception:  # a pattern that is no valid address
@@ -165,7 +171,7 @@ def _is_file(files: Any, path: str) -> bool:
 
 
 def _names_a_file(path: str) -> bool:
-    """Whether an HTTP address ends in a name with a dot: what is there may hold links, and is no directory for that."""
+    """Return whether an HTTP address ends in a name with a dot: no directory is there, though it may hold links."""
     return "." in path.partition("?")[0].rpartition("://")[2].partition("/")[2].rpartition("/")[2]
 
 
@@ -189,3 +195,77 @@ def _stamp(info: dict) -> str:
     if lfs:
         return str(lfs["sha256"])
     return next((str(info[name]) for name in STAMPS if info.get(name)), "")
+
+
+COMPRESSED = re.compile(r"\.(gz|bz2|xz|zstd?)$", re.IGNORECASE)
+"""Endings of compressed files."""
+
+OUTPUT_BYTES = 2**20
+"""Bytes that a decompressor gives at one time, about, however dense the file is."""
+
+
+@contextlib.contextmanager
+def open_content(path: str, name: str) -> Iterator[BinaryIO]:
+    """Open a file or URL for reading its bytes, decompressed where the ending of `name` says so.
+
+    Raises ConfigError, also while it is read, for a file that is out of reach, damaged or cut short.
+    """
+    with open_binary(path) as content:
+        ending = COMPRESSED.search(name)
+        try:
+            yield _decompressed(content, ending[1].lower(), path) if ending else content
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise damaged(path, error) from error
+        except OSError as error:
+            if ending and ending[1].lower() == "bz2" and error.errno is None:  # bz2's word for damage
+                raise damaged(path, error) from error
+            raise
+
+
+def _decompressed(content: BinaryIO, ending: str, path: str) -> BinaryIO:
+    openers = {"gz": lambda c: gzip.GzipFile(fileobj=c), "bz2": bz2.BZ2File, "xz": lzma.LZMAFile}
+    reader = openers[ending](content) if ending in openers else _ZstandardReader(content, path)
+    return io.BufferedReader(reader, 2**20)
+
+
+def damaged(path: str, error: object) -> ConfigError:
+    """Return the error for a file that is not whole."""
+    return ConfigError(
+        f"{path} is damaged or cut short: {error}. Fetch or write the file again, or leave it out of data.sources."
+    )
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file. zstandard's own reader takes a file that is cut short for a whole one."""
+
+    def __init__(self, content: BinaryIO, path: str):
+        import zstandard
+
+        self.content, self.path, self.pending, self.error = content, path, memoryview(b""), zstandard.ZstdError
+        # Frames with long windows (--long) are read too.
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self.frame, self.rest, self.step = self.decompressor.decompressobj(), b"", 2**12
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.pending:
+            data = self.rest[: self.step] or self.content.read(self.step)
+            self.rest = self.rest[self.step :]
+            if not data:
+                if self.frame is not None:
+                    raise damaged(self.path, "it ends inside a frame")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            try:
+                self.pending = memoryview(self.frame.decompress(data))
+            except self.error as error:
+                raise damaged(self.path, error) from error
+            dense = len(self.pending) > OUTPUT_BYTES // 2
+            self.step = max(1, self.step // 2) if dense else min(2**16, self.step * 2)
+            if self.frame.eof:
+                self.frame, self.rest = None, self.frame.unused_data + self.rest
+        size = min(len(buffer), len(self.pending))
+        buffer[:size], self.pending = self.pending[:size], self.pending[size:]
+        return size
