@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import queue
 import threading
@@ -26,6 +25,7 @@ from typing import NamedTuple
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
+from opendeep_jax.record.files import number
 
 RUN_IDS = "trackers.json"
 """File of a work directory with the run's id at each service, so that a resumed run goes on there as the same."""
@@ -220,11 +220,9 @@ def _say(name: str, what: str) -> None:
 
 
 def _numbers(record: dict) -> Iterator[tuple[str, float]]:
-    from opendeep_jax.record.run_files import is_number  # loads NumPy, and `check_trackers` has to answer at once
-
     for name, value in record.items():
         plain = value.item() if getattr(value, "size", 0) == 1 else value
-        if is_number(plain) and math.isfinite(plain):
+        if number(plain) is not None:
             yield name, float(plain)
 
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from opendeep_jax.display.tables import latex_table, markdown_table
 from opendeep_jax.jobs.sweep.axes import shown, value_of
 from opendeep_jax.jobs.sweep.plan import Run, Sweep
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.record.run_files import is_number
+from opendeep_jax.record.files import SUMMARY, number, read_object
 
 State = Literal["finished", "failed", "handed over", "begun", "waiting"]
 TITLES = {
@@ -41,8 +40,8 @@ class Result:
 
     def number(self, name: str) -> float:
         """A field of the summary; NaN where there is none, or the run has diverged."""
-        value = self.summary.get(name)
-        return float(value) if is_number(value) and is_number(self.summary.get("final_loss")) else math.nan
+        value, loss = number(self.summary.get(name)), number(self.summary.get("final_loss"))
+        return math.nan if value is None or loss is None else float(value)
 
     def described(self) -> str:
         """The result in a few words."""
@@ -79,9 +78,9 @@ class Row:
 
 def read_result(run: Run) -> Result:
     """What the files of a run say of it."""
-    summary = _read_json(run.workdir / "summary.json")
-    steps = summary.get("steps")
-    if is_number(steps) and steps >= total_steps(run.config):
+    summary = read_object(run.workdir / SUMMARY)
+    steps = number(summary.get("steps"))
+    if steps is not None and steps >= total_steps(run.config):
         return Result(run, "finished", summary)
     failed = run.beside(".failed")
     if failed.exists():
@@ -203,11 +202,3 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
         parts.append("## Failed runs\n")
         parts += [f"{result.run.name}\n\n```text\n{result.reason}\n```\n" for result in failed]
     write_atomically(sweep.directory / "results.md", "\n".join(parts))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
