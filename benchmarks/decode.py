@@ -95,7 +95,7 @@ class Ours:
         import numpy as np
 
         from opendeep_jax.generation.engine import Engine, EngineConfig
-        from opendeep_jax.generation.params import SamplingParams
+        from opendeep_jax.generation.requests import SamplingParams
 
         if batch not in self.engines:
             self.engines[batch] = Engine(self.model, EngineConfig(slots=batch, max_length=1024))

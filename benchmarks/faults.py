@@ -26,11 +26,10 @@ from typing import NamedTuple
 
 from kills import PATIENCE, POLL_SECONDS, ended, said, start, steps_done, tiny_run
 
-from opendeep_jax.checkpoint.files import steps_in
 from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.exits import MEND, OK, RESUME
 from opendeep_jax.record.events import read_events
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import checkpoint_steps, read_jsonl
 
 STEPS = 60
 HANG_SECONDS, PEER_SECONDS = 20, 5
@@ -81,7 +80,7 @@ class Scene:
 
     def ends(self, workdir: Path) -> str:
         """How the run's last state compares with that of the undisturbed one."""
-        if not (steps := steps_in(workdir / "checkpoints")) or steps[-1] != STEPS:
+        if not (steps := checkpoint_steps(workdir / "checkpoints")) or steps[-1] != STEPS:
             return f"at step {steps_done(workdir)}"
         arrays = differences(checkpoint_path(self.whole), checkpoint_path(workdir))
         return EQUAL if not arrays else "with other weights"
@@ -182,10 +181,10 @@ def damaged(scene: Scene, name: str, fault: str, harm: Callable[[Path], None]) -
     harm(max((path for path in item.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     at = time.time()
     job = scene.start(workdir, *flags)
-    after, text = watch(job, lambda: at, lambda: event(workdir, "unsound_checkpoint"))
+    after, text = watch(job, lambda: at, lambda: event(workdir, "corrupt_checkpoint"))
     got, end = f"{first}, {job[0].wait()}", scene.ends(workdir)
     sound = after is not None and (got, end) == (f"{RESUME}, {OK}", EQUAL)
-    return Row(fault, "event unsound_checkpoint", after, got, end, sound, text)
+    return Row(fault, "event corrupt_checkpoint", after, got, end, sound, text)
 
 
 def flip(file: Path) -> None:

@@ -20,7 +20,7 @@ BAR = 0.005
 def curve(precision: str, directory: Path, steps: int, batch_size: int, dtype: str) -> list[float]:
     """The main model's loss at every step, in nats per token."""
     from opendeep_jax.config.overrides import resolve
-    from opendeep_jax.record.metrics import read_jsonl
+    from opendeep_jax.record.files import read_jsonl
     from opendeep_jax.train.loop import train
 
     overrides = {

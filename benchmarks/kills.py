@@ -28,7 +28,7 @@ from pathlib import Path
 
 from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.exits import OK, RESUME
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import read_jsonl
 
 EVERY = 20
 """Steps between checkpoints."""

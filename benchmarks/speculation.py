@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from opendeep_jax.generation.engine import Engine, EngineConfig
-    from opendeep_jax.generation.params import SamplingParams
+    from opendeep_jax.generation.requests import SamplingParams
     from opendeep_jax.pretrained.sources import open_model
 
     model, codec, _ = open_model(options.workdir)

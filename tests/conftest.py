@@ -44,7 +44,7 @@ def small_run(tmp_path_factory, text_corpus) -> Path:
     """The work directory of a small finished run over 8 devices, with every mechanism of V3 switched on."""
     from small_models import small_run_config
 
-    from opendeep_jax.config.load import check_workdir
+    from opendeep_jax.record.workdir import check_workdir
     from opendeep_jax.train.loop import train
 
     directory = tmp_path_factory.mktemp("small_run")

@@ -14,7 +14,7 @@ import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -22,22 +22,23 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from opendeep_jax.checkpoint.digests import compile_digests, finish_digests, start_digests
 from opendeep_jax.checkpoint.files import (
-    DIRECTORY,
     GROUPS,
     MODEL,
     OPTIMIZER,
-    UNSOUND,
-    Elsewhere,
+    STEP,
+    CorruptCheckpoint,
     Items,
-    Unsound,
+    OtherLayout,
+    check_frozen,
+    checkpoint_path,
     disk_failures,
     from_items,
+    frozen_digests,
     make_record,
     model_groups,
+    quarantine,
     read_items,
     remove_partial,
-    set_aside,
-    steps_in,
     to_items,
 )
 from opendeep_jax.checkpoint.local import (
@@ -50,8 +51,7 @@ from opendeep_jax.checkpoint.local import (
     read_alone,
     read_own_shards,
 )
-from opendeep_jax.checkpoint.origin import ORIGIN, lost, read_origin, write_origin
-from opendeep_jax.checkpoint.versions import last_update, read_any_version
+from opendeep_jax.checkpoint.versions import LAST_UPDATE, last_update_in, read_any_version
 from opendeep_jax.checkpoint.writer import Writer, snapshot
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
@@ -61,7 +61,8 @@ from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.axes import partition_spec
-from opendeep_jax.train.state import TrainState
+from opendeep_jax.record.files import CHECKPOINTS, ORIGIN, QUARANTINE, checkpoint_steps
+from opendeep_jax.record.origin import lost, read_origin, write_origin
 
 
 class SaveReport(NamedTuple):
@@ -78,7 +79,7 @@ class SaveReport(NamedTuple):
     """A paragraph for each failure of the local tier since the last save; the run goes on without it."""
 
 
-class NoneSound(ConfigError):
+class NoSoundCheckpoint(ConfigError):
     """A run has checkpoints, and none that it could go on from."""
 
 
@@ -98,11 +99,12 @@ class Checkpoints:
             OSError: where the work directory cannot be written.
         """
         self.workdir = Path(workdir).resolve()
-        self.directory = self.workdir / DIRECTORY
+        self.directory = self.workdir / CHECKPOINTS
         self.origin = read_origin(self.workdir)
         self.local, self.notes = None, []
         self.durable = None
         self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
+        self.frozen: dict[str, str] = {}  # digests of frozen weights, which never change
         if config is not None:
             with disk_failures(self.directory):
                 self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER), origin=self.origin["step"])
@@ -116,9 +118,9 @@ class Checkpoints:
         newest = dataclasses.replace(config, keep=1 + several, keep_every=0, keep_best=0)
         root = local_root(config.local_directory, self.workdir)
         try:
-            if (root / DIRECTORY).is_dir():
-                remove_partial(root / DIRECTORY)
-            self.local = Writer(root / DIRECTORY, newest, (SHARDS,) if several else (MODEL, OPTIMIZER), alone=True)
+            if (root / CHECKPOINTS).is_dir():
+                remove_partial(root / CHECKPOINTS)
+            self.local = Writer(root / CHECKPOINTS, newest, (SHARDS,) if several else (MODEL, OPTIMIZER), alone=True)
         except OSError as error:
             self.notes.append(_local_note(root, error))
 
@@ -160,9 +162,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint in this process's sight, over both tiers, in order."""
-        return sorted({*steps_in(self.directory), *(steps_in(self.local.directory) if self.local else ())})
+        return sorted(
+            {*checkpoint_steps(self.directory), *(checkpoint_steps(self.local.directory) if self.local else ())}
+        )
 
-    def save(self, state: TrainState, measure: float | None = None, durable: bool = True) -> SaveReport | None:
+    def save(self, state: Any, measure: float | None = None, durable: bool = True) -> SaveReport | None:
         """Begins to write `state`; returns when the state may be donated to the next step. None: it is there already.
 
         Args:
@@ -174,9 +178,10 @@ class Checkpoints:
         jax.block_until_ready(state)  # training's own time; from here on it is this save's
         begun = time.perf_counter()
         self.wait()
-        step, items = int(state.step), to_items(state)
+        items = to_items(state)
+        step, last_update = (int(items[OPTIMIZER][name]) for name in (STEP, LAST_UPDATE))
         writer = self.durable if durable else self.local
-        if writer is None or step in steps_in(writer.directory):
+        if writer is None or step in checkpoint_steps(writer.directory):
             return None
         arrays = {name: array for item in items.values() for name, array in item.items()}
         size = sum(array.nbytes for array in arrays.values())
@@ -186,7 +191,10 @@ class Checkpoints:
         lanes, copies = digesting(arrays), snapshot(items)
         names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
         known = {"layout": layout(items), "processes": jax.process_count()}
-        record = make_record(step, measure, arrays, names, **known, last_update=int(state.health.last_update))
+        if state.frozen:
+            self.frozen = self.frozen or frozen_digests(state)
+            known["frozen"] = self.frozen
+        record = make_record(step, measure, arrays, names, **known, last_update=last_update)
         if writer is self.local and SHARDS in writer.items:
             copies = own_shards(copies)
         jax.block_until_ready(copies)
@@ -217,7 +225,7 @@ class Checkpoints:
         if jax.process_index() == 0 and not (known and (self.workdir / ORIGIN).exists()):
             write_origin(self.workdir, **self.origin)
 
-    def begin(self, state: TrainState) -> str | None:
+    def begin(self, state: Any) -> str | None:
         """Writes down the first state of a run that has no checkpoint; a paragraph where it began once before."""
         if self.origin["kind"] != "random" or self.durable is None:
             return None
@@ -235,27 +243,28 @@ class Checkpoints:
         same = "as they were" if start == before else "not as they were: devices or versions are others"
         return f"The run begins again at step 0, as it has no checkpoint yet. The weights of its seed are {same}."
 
-    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, list[str]] | None:
+    def restore(self, abstract: Any, before: int | None = None) -> tuple[Any, list[str]] | None:
         """The newest sound state, with the shapes and shardings of `abstract`; None where the run may begin from its
         seed: it never had a checkpoint, or none before the state that is asked for.
 
-        Unsound ones are moved out of the way, to WORKDIR/unsound, and never deleted.
+        Corrupt ones are moved out of the way, to WORKDIR/quarantine, and never deleted.
 
         Args:
+            abstract: its frozen weights are arrays, which become the state's.
             before: only states without an update of this step or later.
         Returns:
-            The state, and a paragraph on each checkpoint that was passed over.
+            The state, and a paragraph on each checkpoint that was not taken.
         Raises:
-            NoneSound: where there are or were checkpoints, or weights that the run began from, and none is sound.
-            ConfigError: where they are of another configuration.
+            NoSoundCheckpoint: where there are or were checkpoints, or weights that the run began from, none sound.
+            ConfigError: where they are of another configuration, or were saved beside other frozen weights.
         """
         self.wait()
         items, notes, elsewhere = to_items(abstract), [], None
         candidates = []
         for local, tier in enumerate((self.directory, *([self.local.directory] if self.local else ()))):
-            steps = steps_in(tier)
+            steps = checkpoint_steps(tier)
             if before is not None:
-                steps = [step for step in steps if step < before or last_update(tier / str(step)) < before]
+                steps = [step for step in steps if step < before or last_update_in(tier / str(step)) < before]
             candidates += [(step, local, tier) for step in common_steps(steps)]
         for step, local, directory in sorted(candidates, reverse=True):
             read = None
@@ -263,41 +272,43 @@ class Checkpoints:
                 read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
                 found = read_any_version(directory / str(step), items, read)
+                self.frozen = self.frozen or frozen_digests(abstract)
+                check_frozen(directory / str(step), self.frozen)
                 self._forget_local(after=step)
                 if self.durable:
                     self._note_saved(min(self.steps(), default=step))
                 return from_items(found, abstract), notes
-            except Elsewhere as error:
+            except OtherLayout as error:
                 elsewhere = directory
-                notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")
-            except Unsound as error:
-                notes.append(self._set_aside(step, directory, error))
+                notes.append(f"The checkpoint of step {step:,} in {directory} was not taken: {error}.")
+            except CorruptCheckpoint as error:
+                notes.append(self._quarantine(step, directory, error))
         if text := lost(self.workdir, self.origin, before, notes, elsewhere):
-            raise NoneSound(text)
+            raise NoSoundCheckpoint(text)
         self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is
             arrays = {name: array for item in items.values() for name, array in item.items()}
             self.digesting = self.pool.submit(compile_digests, arrays)
         return None
 
-    def _set_aside(self, step: int, directory: Path, error: Unsound) -> str:
-        """Moves an unsound checkpoint away, and tells of it."""
+    def _quarantine(self, step: int, directory: Path, error: CorruptCheckpoint) -> str:
+        """Move a corrupt checkpoint away, and return a paragraph on it."""
         target, local = None, self.local is not None and directory == self.local.directory
         if self.durable and (local or jax.process_index() == 0):
-            target = set_aside(directory / str(step), (directory.parent if local else self.workdir) / UNSOUND)
+            target = quarantine(directory / str(step), (directory.parent if local else self.workdir) / QUARANTINE)
         common_steps([])  # all have seen it, and it is gone, before any looks again
         writer = self.local if local else self.durable
         if writer:
             writer.reload()
         where = f" It was moved to {target}." if target else ""
-        return f"The checkpoint of step {step:,} in {directory} was passed over: {error}.{where}"
+        return f"The checkpoint of step {step:,} in {directory} was not taken: {error}.{where}"
 
     def _forget_local(self, after: int) -> None:
         """Deletes what the local tier has of steps that the run is going to do again. Where only some processes have
         such a checkpoint they would skip the save of that step, which the others wait for, and one that is newer than
         all to come would be kept in their place.
         """
-        for step in steps_in(self.local.directory) if self.local else ():
+        for step in checkpoint_steps(self.local.directory) if self.local else ():
             if step > after:
                 self.local.delete(step)
 
@@ -309,7 +320,7 @@ class Checkpoints:
         self.wait()
         for writer in filter(None, (self.durable, self.local)):
             with disk_failures(writer.directory):
-                for later in steps_in(writer.directory):
+                for later in checkpoint_steps(writer.directory):
                     if later >= step and not (writer is self.durable and later == self.origin["step"]):
                         writer.delete(later)
         if not self.steps() and self.origin.pop("saved", None) is not None and jax.process_index() == 0:
@@ -338,14 +349,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     Raises:
         ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
     """
-    config = load_run_config(workdir)
-    directory = Path(workdir).resolve() / DIRECTORY
-    steps = steps_in(directory)
-    if not steps:
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
-    if step not in (None, *steps):
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+    config, path = load_run_config(workdir), checkpoint_path(Path(workdir).resolve(), step, f"--workdir={workdir}")
     bones = skeleton(config.model.settled())
     axes = bones.axes()
 
@@ -355,7 +359,6 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
             sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    step = steps[-1] if step is None else step
     kinds = {"params": nnx.Param, "router_bias": RouterBias}
     abstract = {
         f"{group}.{name}": placed(name, array)
@@ -363,11 +366,11 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
         for name, array in bones.shapes(kind).items()
     }
     try:
-        arrays = model_groups(read_items(directory / str(step), {MODEL: abstract})[MODEL])
-    except Unsound as error:
-        others = ", ".join(str(other) for other in steps if other != step) or "none"
+        arrays = model_groups(read_items(path, {MODEL: abstract})[MODEL])
+    except CorruptCheckpoint as error:
+        others = ", ".join(str(other) for other in checkpoint_steps(path.parent) if str(other) != path.name) or "none"
         raise ConfigError(
-            f"--workdir={workdir}: the checkpoint of step {step} is not sound: {error}. "
+            f"--workdir={workdir}: the checkpoint of step {path.name} is not sound: {error}. "
             f"Give --step of another; there are: {others}."
         ) from error
     return bones.model(arrays["params"], arrays["router_bias"]), config
@@ -375,4 +378,4 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
 
 def remove_partial_saves(workdir: str | Path) -> None:
     """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
-    remove_partial(Path(workdir) / DIRECTORY)
+    remove_partial(Path(workdir) / CHECKPOINTS)

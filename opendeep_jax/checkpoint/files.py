@@ -31,40 +31,65 @@ import tensorstore
 import opendeep_jax
 from opendeep_jax.checkpoint.digests import finish_digests, start_digests
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 
-DIRECTORY = "checkpoints"
-UNSOUND = "unsound"
 RECORD = "digests"
 MODEL, OPTIMIZER = "model", "optimizer"
+STEP = ".step"
+"""Name of the array with the number of steps done."""
 GROUPS = ("params", "router_bias")
 """Fields of the training state that make up the model."""
 
 READERS = 8
 """Arrays that are read at once."""
+FORMAT = 1
+"""Version of a checkpoint's layout and record. 0: before versions were written; `versions` reads it."""
 
 Arrays = dict[str, Any]
 Items = dict[str, Arrays]
 
 
-class Unsound(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that cannot be read as it was written; the message says what is wrong with it."""
 
 
-class Elsewhere(Unsound):
+class OtherLayout(CorruptCheckpoint):
     """A checkpoint that is whole, as far as one sees, and made for other devices than there are."""
 
 
 def to_items(state: Any) -> Items:
-    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}."""
+    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}.
+
+    Frozen weights are not: a checkpoint has their digests (`frozen_digests`).
+    """
     model = {f"{group}.{name}": array for group in GROUPS for name, array in getattr(state, group).items()}
-    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in _paths(state) if _group(name) not in GROUPS}}
+    rest = _paths(state._replace(frozen={}))
+    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in rest if _group(name) not in GROUPS}}
 
 
 def from_items(items: Items, like: Any) -> Any:
-    """The state of `like`'s structure with the arrays of `to_items`."""
+    """The state of `like`'s structure with the arrays of `to_items`, and `like`'s own frozen weights."""
     model = {f".{group}[{name!r}]": array for group, name, array in _grouped(items[MODEL])}
-    leaves = model | items[OPTIMIZER]
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name, _ in _paths(like)])
+    leaves, trained = model | items[OPTIMIZER], like._replace(frozen={})
+    state = jax.tree.unflatten(jax.tree.structure(trained), [leaves[name] for name, _ in _paths(trained)])
+    return state._replace(frozen=like.frozen)
+
+
+def frozen_digests(state: Any) -> dict[str, str]:
+    """Return the digests of a state's frozen weights, by group and name: `base.embedding.embedding`."""
+    arrays = {f"{group}.{name}": array for group, arrays in state.frozen.items() for name, array in arrays.items()}
+    return flat_digests(arrays) if arrays else {}
+
+
+def check_frozen(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise ConfigError unless the checkpoint in `path` was saved beside frozen weights of these digests."""
+    saved = read_record(path).get("frozen", {})
+    if wrong := sorted(name for name in {*saved, *digests} if saved.get(name) != digests.get(name)):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"{path}: was saved beside other frozen weights: {', '.join(wrong[:3])}{more} differ from those given now. "
+            "Give the model that the run began with."
+        )
 
 
 def model_groups(model: Arrays) -> dict[str, Arrays]:
@@ -89,15 +114,6 @@ def _grouped(model: Arrays) -> Iterator[tuple[str, str, Any]]:
         yield group, name, array
 
 
-def steps_in(directory: Path) -> list[int]:
-    """The steps that have a whole checkpoint in a directory of checkpoints, in order."""
-    try:
-        names = (path.name for path in directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def make_record(step: int, measure: float | None, arrays: Arrays, names: Mapping[str, str], **more: Any) -> dict:
     """What a checkpoint says of itself, for JSON. `names` is each array's digest."""
     described = {
@@ -109,6 +125,7 @@ def make_record(step: int, measure: float | None, arrays: Arrays, names: Mapping
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "measure": measure if measure is not None and math.isfinite(measure) else None,
         "version": opendeep_jax.__version__,
+        "format": FORMAT,
         "arrays": described,
         **more,
     }
@@ -122,18 +139,55 @@ def _own_digest(record: dict) -> str:
 
 
 def read_record(path: Path) -> dict:
-    """The record of the checkpoint in `path`. Raises Unsound where it is missing or damaged."""
+    """Return the record of the checkpoint in `path`.
+
+    Raises:
+        CorruptCheckpoint: where it is missing or damaged.
+        ConfigError: where a newer version of OpenDeep wrote the checkpoint.
+    """
     try:
         record = json.loads((path / RECORD / "metadata").read_text(encoding="utf-8"))
         if record["record"] != _own_digest(record):
             raise ValueError("it is not what was saved")
         if record["step"] != int(path.name):
             raise ValueError(f"it is that of step {record['step']}")
-        return record
+        found = record.get("format", 0)
     except (FileNotFoundError, NotADirectoryError):
-        raise Unsound("its list of digests is missing") from None
+        raise CorruptCheckpoint("its list of digests is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unsound(f"its list of digests is damaged ({short(error)})") from error
+        raise CorruptCheckpoint(f"its list of digests is damaged ({short(error)})") from error
+    if found > FORMAT:
+        raise ConfigError(
+            f"{path}: is a checkpoint of format {found}, and this version of OpenDeep reads those up to {FORMAT}. Use "
+            f"OpenDeep {record['version']}, which wrote it, or a later one."
+        )
+    return record
+
+
+def read_measure(path: Path) -> float | None:
+    """Return the number by which the best checkpoints are kept; None where it was not measured or cannot be read."""
+    try:
+        return read_record(path)["measure"]
+    except CorruptCheckpoint:
+        return None
+
+
+def checkpoint_path(workdir: str | Path, step: int | None = None, given: str = "") -> Path:
+    """Return the directory of a run's checkpoint, the newest by default. Raises ConfigError where it is not there.
+
+    Args:
+        given: the setting that named the run, for the error; empty says --workdir.
+    """
+    directory, given = Path(workdir) / CHECKPOINTS, given or f"--workdir={workdir}"
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise ConfigError(
+            f"{given}: {workdir} has no checkpoint yet. Let `opendeep train` reach its first one, or give another run."
+        )
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"{given}: {workdir} has no checkpoint of step {step}; there are: {there}.")
+    return directory / str(steps[-1] if step is None else step)
 
 
 def read_items(
@@ -147,7 +201,7 @@ def read_items(
         read: how a checkpoint that is kept in another form is read; it looks at nothing but this process's part.
         whole: refuse a checkpoint with arrays of the optimizer that `items` has not.
     Raises:
-        Unsound: where something is missing, cannot be decoded, or is not what was saved.
+        CorruptCheckpoint: where something is missing, cannot be decoded, or is not what was saved.
         ConfigError: where the checkpoint is whole, and of arrays with other names, shapes or dtypes.
     """
     found, failure = {}, None
@@ -155,7 +209,7 @@ def read_items(
         record = read_record(path)
         _check_shapes(path, record, items, whole)
         found = read(path, items) if read else {item: read_arrays(path / item, items[item]) for item in items}
-    except Unsound as error:
+    except CorruptCheckpoint as error:
         failure = error
     everywhere(failure)
     _compare(record, {name: array for arrays in found.values() for name, array in arrays.items()})
@@ -163,7 +217,10 @@ def read_items(
 
 
 def read_arrays(path: Path, arrays: Arrays) -> Arrays:
-    """Arrays of an item's directory on the shardings of `arrays`. No digests, no other process. Raises Unsound."""
+    """Return arrays of an item's directory on the shardings of `arrays`. No digests, no other process.
+
+    Raises CorruptCheckpoint.
+    """
     context = tensorstore.Context()
 
     def read(name: str) -> jax.Array:
@@ -171,14 +228,14 @@ def read_arrays(path: Path, arrays: Arrays) -> Arrays:
         with reading(path / name):
             store = open_array(path, name, context)
             if (store.shape, store.dtype.numpy_dtype) != (tuple(wanted.shape), wanted.dtype):
-                raise Unsound(f"its {name} is {store.dtype.name}{list(store.shape)} by its own header")
+                raise CorruptCheckpoint(f"its {name} is {store.dtype.name}{list(store.shape)} by its own header")
             places = wanted.sharding.addressable_devices_indices_map(store.shape)
             parts = {str(index): store[index].read() for index in places.values()}
             shards = [jax.device_put(parts[str(index)].result(), device) for device, index in places.items()]
         return jax.make_array_from_single_device_arrays(store.shape, wanted.sharding, shards)
 
     if not path.is_dir():
-        raise Unsound(f"its {path.name} is missing")
+        raise CorruptCheckpoint(f"its {path.name} is missing")
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(arrays, pool.map(read, arrays), strict=True))
 
@@ -194,14 +251,14 @@ def key_value_store(path: Path) -> dict:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/"}}
 
 
-def everywhere(failure: Unsound | None) -> None:
-    """Raises Unsound in all processes where it failed in one; all call it."""
+def everywhere(failure: CorruptCheckpoint | None) -> None:
+    """Raises CorruptCheckpoint in all processes where it failed in one; all call it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         failed = multihost_utils.process_allgather(np.array(failure is not None))
         if failed.any() and failure is None:
-            raise Unsound(f"process {int(np.argmax(failed))} could not read its part")
+            raise CorruptCheckpoint(f"process {int(np.argmax(failed))} could not read its part")
     if failure is not None:
         raise failure
 
@@ -229,7 +286,7 @@ def _compare(record: dict, arrays: Arrays) -> None:
     found = flat_digests(arrays)
     wrong = [name for name in arrays if found[name] != record["arrays"][name]["digest"]]
     if wrong:
-        raise Unsound(damaged(wrong))
+        raise CorruptCheckpoint(damaged(wrong))
 
 
 def flat_digests(arrays: Arrays) -> dict[str, str]:
@@ -244,15 +301,15 @@ def damaged(names: list[str]) -> str:
 
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
-"""What the system refuses says nothing of the files, so it never makes a checkpoint unsound."""
+"""What the system refuses says nothing of the files, so it never makes a checkpoint corrupt."""
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what Orbax and tensorstore raise for damaged or missing files into Unsound."""
+    """Turns what Orbax and tensorstore raise for damaged or missing files into CorruptCheckpoint."""
     try:
         yield
-    except (Unsound, ConfigError, MemoryError):
+    except (CorruptCheckpoint, ConfigError, MemoryError):
         raise
     except Exception as error:
         number = disk_error(error)
@@ -260,7 +317,7 @@ def reading(path: Path) -> Iterator[None]:
             raise OSError(number, os.strerror(number), str(path)) from error
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise Unsound(f"its {path.name} cannot be read ({short(error)})") from error
+        raise CorruptCheckpoint(f"its {path.name} cannot be read ({short(error)})") from error
 
 
 def disk_error(error: Exception) -> int | None:
@@ -297,8 +354,8 @@ def short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
 
 
-def set_aside(path: Path, directory: Path) -> Path | None:
-    """Moves an unsound checkpoint into `directory`; returns where it is now, or None where it could not be moved."""
+def quarantine(path: Path, directory: Path) -> Path | None:
+    """Move a corrupt checkpoint into `directory`; return where it is now, or None where it could not be moved."""
     target = directory / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ import tensorstore
 from opendeep_jax.checkpoint.files import (
     MODEL,
     OPTIMIZER,
-    Elsewhere,
     Items,
+    OtherLayout,
     key_value_store,
     read_arrays,
     read_record,
@@ -59,9 +59,12 @@ def own_shards(items: Items) -> Items:
 
 
 def read_own_shards(path: Path, items: Items) -> Items:
-    """Arrays like the abstract ones in `items` from what all processes kept with `own_shards`. Raises Unsound."""
+    """Return arrays like the abstract ones in `items` from what all processes kept with `own_shards`.
+
+    Raises CorruptCheckpoint.
+    """
     if read_record(path).get("layout") != layout(items):
-        raise Elsewhere("its parts were saved by other devices or processes than there are now")
+        raise OtherLayout("its parts were saved by other devices or processes than there are now")
     wanted = {}
     for item, arrays in items.items():
         for name, array in arrays.items():
@@ -120,9 +123,9 @@ def _shard_name(item: str, name: str, index: str) -> str:
 
 
 def read_alone(path: Path, items: Items) -> Items:
-    """Arrays like the abstract ones in `items` from what one process kept. Raises Unsound."""
+    """Arrays like the abstract ones in `items` from what one process kept. Raises CorruptCheckpoint."""
     if (path / SHARDS).is_dir():
-        raise Elsewhere("its parts were saved by other devices or processes than there are now")
+        raise OtherLayout("its parts were saved by other devices or processes than there are now")
     return {item: read_arrays(path / item, arrays) for item, arrays in items.items()}
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,24 +14,24 @@ import tensorstore
 
 from opendeep_jax.checkpoint.digests import digest_blocks, digest_numpy
 from opendeep_jax.checkpoint.files import (
-    DIRECTORY,
     GROUPS,
     MODEL,
     OPTIMIZER,
-    UNSOUND,
-    Unsound,
+    CorruptCheckpoint,
+    checkpoint_path,
     damaged,
     make_record,
     open_array,
+    read_measure,
     read_record,
     reading,
-    steps_in,
 )
-from opendeep_jax.checkpoint.origin import read_origin
 from opendeep_jax.checkpoint.policy import why_kept
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.operations import CheckpointConfig
+from opendeep_jax.record.files import CHECKPOINTS, SUMMARY, checkpoint_steps, quarantined
+from opendeep_jax.record.origin import read_origin
 
 Seen = Callable[[int], Any]
 """Called with the bytes that were read since the last call."""
@@ -48,9 +47,9 @@ class Listed(NamedTuple):
     measure: float | None
     """Held-out bits per byte, where it was measured."""
     tier: str
-    """durable, local or unsound (moved aside)."""
+    """durable, local or quarantined."""
     why: str
-    """Why the keep policy keeps it; for an unsound one, empty."""
+    """Why the keep policy keeps it; for a quarantined one, empty."""
 
 
 class Difference(NamedTuple):
@@ -67,20 +66,8 @@ class Difference(NamedTuple):
     """Why they cannot be compared, as in `only in the first`."""
 
 
-def checkpoint_path(workdir: str | Path, step: int | None = None) -> Path:
-    """The directory of a run's checkpoint, the newest by default. Raises ConfigError where it is not there."""
-    directory = Path(workdir) / DIRECTORY
-    steps = steps_in(directory)
-    if not steps:
-        raise ConfigError(f"{workdir}: has no checkpoint. Give the directory of a run that has one.")
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"{workdir}: has no checkpoint of step {step}; there are: {there}.")
-    return directory / str(steps[-1] if step is None else step)
-
-
 def list_checkpoints(workdir: str | Path) -> list[Listed]:
-    """All checkpoints of a run that this machine sees, the newest last, unsound ones that were moved aside first.
+    """All checkpoints of a run that this machine sees, the newest last, quarantined ones first.
 
     Raises ConfigError where there is no run.
     """
@@ -88,33 +75,27 @@ def list_checkpoints(workdir: str | Path) -> list[Listed]:
 
     config = load_run_config(workdir).checkpoint
     workdir = Path(workdir)
-    aside = [(re.match(r"[0-9]+(?=-)", path.name), path) for path in (workdir / UNSOUND).glob("*")]
-    rows = [Listed(int(name[0]), "", _size(path), None, "unsound", "") for name, path in aside if name]
+    rows = [Listed(step, "", _size(path), None, "quarantined", "") for step, path in quarantined(workdir)]
     why = why_kept(measures(workdir), config, read_origin(workdir)["step"])
-    for tier, directory in [("durable", workdir / DIRECTORY)] + [
-        ("local", root / DIRECTORY) for root in local_roots(config.local_directory, workdir)
+    for tier, directory in [("durable", workdir / CHECKPOINTS)] + [
+        ("local", root / CHECKPOINTS) for root in local_roots(config.local_directory, workdir)
     ]:
-        for step in steps_in(directory):
+        for step in checkpoint_steps(directory):
             path = directory / str(step)
             try:
                 record = read_record(path)
-            except Unsound as error:
+            except CorruptCheckpoint as error:
                 rows.append(Listed(step, "", _size(path), None, tier, str(error)))
                 continue
             reason = why.get(step, "") if tier == "durable" else "newest"
             rows.append(Listed(step, record["time"], _size(path), record["measure"], tier, reason))
-    return sorted(rows, key=lambda row: (row.tier != "unsound", row.step, row.tier))
+    return sorted(rows, key=lambda row: (row.tier != "quarantined", row.step, row.tier))
 
 
 def measures(workdir: str | Path) -> dict[int, float | None]:
-    """The held-out bits per byte of every checkpoint in a work directory; None where it was not measured."""
-    found = {}
-    for step in steps_in(Path(workdir) / DIRECTORY):
-        try:
-            found[step] = read_record(Path(workdir) / DIRECTORY / str(step))["measure"]
-        except Unsound:
-            found[step] = None
-    return found
+    """Return the measure of every checkpoint in a work directory; None where it was not measured."""
+    directory = Path(workdir) / CHECKPOINTS
+    return {step: read_measure(directory / str(step)) for step in checkpoint_steps(directory)}
 
 
 def _size(path: Path) -> int:
@@ -128,7 +109,7 @@ def _size(path: Path) -> int:
 
 
 def open_arrays(path: Path) -> dict[str, tensorstore.TensorStore]:
-    """The arrays of a checkpoint by name, opened and not yet read. Raises Unsound for a file that cannot be opened."""
+    """Return the arrays of a checkpoint by name, opened and not yet read. Raises CorruptCheckpoint."""
     opened, context = {}, tensorstore.Context()
     for name in read_record(path)["arrays"]:
         item = MODEL if name.startswith(tuple(f"{group}." for group in GROUPS)) else OPTIMIZER
@@ -141,7 +122,7 @@ def array_bytes(path: Path) -> int:
     """Bytes of all arrays of a checkpoint, by its record; 0 where that cannot be read."""
     try:
         entries = read_record(path)["arrays"].values()
-    except Unsound:
+    except CorruptCheckpoint:
         return 0
     return sum(math.prod(entry["shape"]) * np.dtype(_dtype(entry["dtype"])).itemsize for entry in entries)
 
@@ -163,7 +144,7 @@ def _parts(array: tensorstore.TensorStore) -> Iterator[tuple[tuple[int, ...], tu
 
 
 def verify(path: Path, seen: Seen = lambda _: None) -> None:
-    """Reads a checkpoint and compares every array's digest. Raises Unsound with the arrays that are damaged."""
+    """Read a checkpoint and compare every array's digest. Raises CorruptCheckpoint, which names damaged arrays."""
     record, arrays, wrong = read_record(path), open_arrays(path), []
 
     def parts(array: tensorstore.TensorStore) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -179,14 +160,17 @@ def verify(path: Path, seen: Seen = lambda _: None) -> None:
                 same = [list(array.shape), str(array.dtype.numpy_dtype)] == [entry["shape"], entry["dtype"]]
                 if not same or digest_blocks(parts(array)) != entry["digest"]:
                     wrong.append(name)
-        except Unsound:
+        except CorruptCheckpoint:
             wrong.append(name)
     if wrong:
-        raise Unsound(damaged(wrong))
+        raise CorruptCheckpoint(damaged(wrong))
 
 
 def differences(first: Path, second: Path, seen: Seen = lambda _: None) -> list[Difference]:
-    """The arrays that two checkpoints have differently; empty where both are bitwise equal. Raises Unsound."""
+    """Return the arrays that two checkpoints have differently; none where both are bitwise equal.
+
+    Raises CorruptCheckpoint.
+    """
     one, other, found = open_arrays(first), open_arrays(second), []
     for name in [*one, *(name for name in other if name not in one)]:
         if name not in one or name not in other:
@@ -225,7 +209,7 @@ def _compare(one: Any, other: Any, seen: Seen) -> tuple[int, float, float]:
 def prunable(workdir: str | Path, config: CheckpointConfig) -> list[int]:
     """The steps of the checkpoints that `config` doesn't keep; never the newest, nor what the run began from."""
     kept = why_kept(measures(workdir), config, read_origin(workdir)["step"])
-    return [step for step in steps_in(Path(workdir) / DIRECTORY)[:-1] if step not in kept]
+    return [step for step in checkpoint_steps(Path(workdir) / CHECKPOINTS)[:-1] if step not in kept]
 
 
 def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: None) -> list[int]:
@@ -233,12 +217,12 @@ def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: 
 
     Raises ConfigError, and deletes nothing, where the newest checkpoint is not sound: an older one may be all there is.
     """
-    going, directory = prunable(workdir, config), Path(workdir) / DIRECTORY
+    going, directory = prunable(workdir, config), Path(workdir) / CHECKPOINTS
     if going:
         newest = checkpoint_path(workdir)
         try:
             verify(newest, seen)
-        except Unsound as error:
+        except CorruptCheckpoint as error:
             raise ConfigError(
                 f"{newest}: is the newest checkpoint, and not sound: {error}. Nothing was deleted. Move it away, then "
                 "prune the others."
@@ -271,7 +255,7 @@ def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Se
     for path in paths:
         try:
             verify(path, seen)
-        except Unsound as error:
+        except CorruptCheckpoint as error:
             raise ConfigError(f"{path}: is not sound: {error}. Average others.") from error
     names = [
         name for name in read_record(paths[-1])["arrays"] if name.startswith(tuple(f"{group}." for group in GROUPS))
@@ -287,12 +271,12 @@ def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Se
     out = out.resolve()
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")  # gets its name when it is whole
     try:
-        with contextlib.closing(Writer(partial / DIRECTORY, CheckpointConfig(), (MODEL,))) as writer:
+        with contextlib.closing(Writer(partial / CHECKPOINTS, CheckpointConfig(), (MODEL,))) as writer:
             writer.save(steps[-1], {MODEL: means}, record)
         for file in Path(workdir).glob("*.json"):
-            if file.name != "summary.json":
+            if file.name != SUMMARY:
                 shutil.copy(file, partial / file.name)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out / DIRECTORY / str(steps[-1])
+    return out / CHECKPOINTS / str(steps[-1])

@@ -1,4 +1,4 @@
-"""Checkpoints that an older version wrote, read as what they would be now."""
+"""Checkpoints that an older version wrote (format 0), read as what they would be now."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,40 +8,48 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from opendeep_jax.checkpoint.files import OPTIMIZER, Items, Unsound, open_array, read_items, read_record, reading
-from opendeep_jax.faults.health import new_health
+from opendeep_jax.checkpoint.files import (
+    OPTIMIZER,
+    CorruptCheckpoint,
+    Items,
+    open_array,
+    read_items,
+    read_record,
+    reading,
+)
 
+LAST_UPDATE = ".health.last_update"
 IN_A_ROW = ".health.skipped_in_a_row"
-"""Updates skipped since the last one, which `.health.last_update` has replaced."""
-NEW = (".health.norms", ".health.high", ".health.last_update", ".health.stretch")
+"""Updates skipped since the last one, which LAST_UPDATE has replaced."""
+NEW = {".health.norms": np.nan, ".health.high": 0, LAST_UPDATE: 0, ".health.stretch": 0}
+"""Arrays that checkpoints with IN_A_ROW lack, each with the value that a new run fills it with."""
 
 
 def read_any_version(path: Path, items: Items, read: Callable[[Path, Items], Items] | None = None) -> Items:
-    """Return what `checkpoint_files.read_items` does; what an older checkpoint lacks has the value of a new run.
+    """Return what `files.read_items` does; what an older checkpoint lacks has the value of a new run.
 
     Raises as that does.
     """
     try:
         older = IN_A_ROW in read_record(path)["arrays"]
-    except Unsound:
+    except CorruptCheckpoint:
         older = False  # the reader says what is wrong with it, in all processes
     if not older or OPTIMIZER not in items:
         return read_items(path, items, read)
     abstract = items[OPTIMIZER]
-    like = abstract[NEW[2]]
     wanted = {name: array for name, array in abstract.items() if name not in NEW}
-    found = read_items(path, items | {OPTIMIZER: wanted | {IN_A_ROW: like}}, read)
+    found = read_items(path, items | {OPTIMIZER: wanted | {IN_A_ROW: abstract[LAST_UPDATE]}}, read)
     in_a_row = int(found[OPTIMIZER].pop(IN_A_ROW).addressable_data(0))
-    fresh = new_health(int(path.name) - in_a_row)
-    values = {f".health.{name}": np.asarray(value) for name, value in fresh._asdict().items()}
-    return found | {OPTIMIZER: found[OPTIMIZER] | {name: _placed(values[name], abstract[name]) for name in NEW}}
+    values = NEW | {LAST_UPDATE: int(path.name) - in_a_row}
+    return found | {OPTIMIZER: found[OPTIMIZER] | {name: _filled(values[name], abstract[name]) for name in NEW}}
 
 
-def _placed(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: jnp.asarray(value[index]))
+def _filled(value: float, like: jax.ShapeDtypeStruct) -> jax.Array:
+    whole = np.full(like.shape, value, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: jnp.asarray(whole[index]))
 
 
-def last_update(path: Path) -> int:
+def last_update_in(path: Path) -> int:
     """Return the step of the last update in a checkpoint's state; its own step where that cannot be told."""
     try:
         record = read_record(path)
@@ -52,5 +60,5 @@ def last_update(path: Path) -> int:
         with reading(path):
             skipped = open_array(path / OPTIMIZER, IN_A_ROW, tensorstore.Context()).read().result()
         return int(path.name) - int(skipped)
-    except Unsound:
+    except CorruptCheckpoint:
         return int(path.name)

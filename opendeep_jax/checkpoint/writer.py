@@ -8,18 +8,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from opendeep_jax.checkpoint.files import (
-    RECORD,
-    Items,
-    Unsound,
-    quieten_orbax,
-    read_record,
-    remove_partial,
-    steps_in,
-)
+from opendeep_jax.checkpoint.files import RECORD, Items, quieten_orbax, read_measure, remove_partial
 from opendeep_jax.checkpoint.local import SHARDS, ShardsHandler, ShardsSave
 from opendeep_jax.checkpoint.policy import KeepPolicy
 from opendeep_jax.config.operations import CheckpointConfig
+from opendeep_jax.record.files import checkpoint_steps
 
 
 class Writer:
@@ -53,7 +46,7 @@ class Writer:
         arrays = functools.partial(ocp.PyTreeCheckpointHandler, use_compression=False, multiprocessing_options=several)
         handlers = {item: ShardsHandler() if item == SHARDS else arrays() for item in items}
         handlers[RECORD] = ocp.JsonCheckpointHandler(multiprocessing_options=several)
-        self.measures = {step: _measure(directory / str(step)) for step in steps_in(directory)}
+        self.measures = {step: read_measure(directory / str(step)) for step in checkpoint_steps(directory)}
         self.manager = ocp.CheckpointManager(
             directory,
             item_handlers=handlers,
@@ -88,13 +81,6 @@ class Writer:
         finally:
             if self.alone or jax.process_index() == 0:
                 remove_partial(self.directory)
-
-
-def _measure(path: Path) -> float | None:
-    try:
-        return read_record(path)["measure"]
-    except Unsound:
-        return None
 
 
 def snapshot(arrays: Any) -> Any:

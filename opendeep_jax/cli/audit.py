@@ -63,10 +63,10 @@ def where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
     tokenizer, prepared = _open(flags, config)
     from opendeep_jax.data import provenance
-    from opendeep_jax.record.skipped_batches import is_passed_over, read_passed_over
+    from opendeep_jax.record.skipped_batches import is_skipped, read_skipped_batches
 
-    if flags.workdir and is_passed_over(read_passed_over(flags.workdir), flags.step + 1):
-        note = "the run went back before this step and passes over its batch: it does not train on these documents."
+    if flags.workdir and is_skipped(read_skipped_batches(flags.workdir), flags.step + 1):
+        note = "the run was rolled back before this step and skips its batch: it does not train on these documents."
         print(f"opendeep data where: {note}", file=sys.stderr)
     pieces = provenance.where(prepared, flags.step, None if flags.row < 0 else flags.row, tokenizer)
     _print(pieces, flags.format, _piece_text)

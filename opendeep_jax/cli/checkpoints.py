@@ -50,10 +50,9 @@ def _parse(action: str, purpose: str, argv: Sequence[str], dry_run: bool = False
 
 def _list(argv: Sequence[str]) -> None:
     values = _parse("list", "Lists a run's checkpoints.", argv)
-    from opendeep_jax.checkpoint.origin import read_origin
     from opendeep_jax.checkpoint.tools import list_checkpoints
     from opendeep_jax.display.numbers import human_bytes
-    from opendeep_jax.record.lineage import lineage
+    from opendeep_jax.record.origin import lineage, read_origin
 
     rows = list_checkpoints(values.workdir)
     if not rows:
@@ -66,7 +65,7 @@ def _list(argv: Sequence[str]) -> None:
             human_bytes(row.bytes),
             "-" if row.measure is None else f"{row.measure:.4f}",
             row.tier,
-            row.why or ("moved aside" if row.tier == "unsound" else "not by the policy"),
+            row.why or ("corrupt, moved away" if row.tier == "quarantined" else "not by the policy"),
         )
         for row in rows
     ]
@@ -79,24 +78,25 @@ def _verify(argv: Sequence[str]) -> None:
     step = (-1, "Step of the checkpoint; -1 verifies all.")
     values = _parse("verify", "Reads checkpoints again, and compares every array's digest.", argv, step=step)
     from opendeep_jax.checkpoint import tools
-    from opendeep_jax.checkpoint.files import Unsound, steps_in
+    from opendeep_jax.checkpoint.files import CorruptCheckpoint
+    from opendeep_jax.record.files import checkpoint_steps
 
     newest = tools.checkpoint_path(values.workdir, _step(values.step))
-    paths = [newest] if values.step >= 0 else [newest.parent / str(step) for step in steps_in(newest.parent)]
+    paths = [newest] if values.step >= 0 else [newest.parent / str(step) for step in checkpoint_steps(newest.parent)]
     problems = []
     for path in paths:
         try:
             with progress_bar(path.name, tools.array_bytes(path), transient=True) as seen:
                 tools.verify(path, seen)
             print(f"step {int(path.name):,}: all {len(tools.read_record(path)['arrays'])} arrays are what was saved")
-        except Unsound as error:
+        except CorruptCheckpoint as error:
             if path.is_dir():
                 problems.append(f"step {int(path.name):,}: {error}")
             else:
                 print(f"step {int(path.name):,}: was deleted meanwhile, as the run has newer ones")
     if problems:
         raise ConfigError(
-            f"--workdir={values.workdir}: {'; '.join(problems)}. Training passes over such a checkpoint; "
+            f"--workdir={values.workdir}: {'; '.join(problems)}. Training skips such a checkpoint; "
             "restore it from a copy, or delete it."
         )
 
@@ -111,7 +111,7 @@ def _diff(argv: Sequence[str]) -> None:
         other=("", "Work directory of the second, if it is another's."),
     )
     from opendeep_jax.checkpoint import tools
-    from opendeep_jax.checkpoint.files import Unsound
+    from opendeep_jax.checkpoint.files import CorruptCheckpoint
 
     first = tools.checkpoint_path(values.workdir, _step(values.a))
     second = tools.checkpoint_path(values.other or values.workdir, _step(values.b))
@@ -120,7 +120,7 @@ def _diff(argv: Sequence[str]) -> None:
     try:
         with progress_bar("compare", tools.array_bytes(first), transient=True) as seen:
             found = tools.differences(first, second, seen)
-    except Unsound as error:
+    except CorruptCheckpoint as error:
         raise ConfigError(
             f"{first} and {second} cannot be compared: {error}. `opendeep checkpoints verify` says which is damaged."
         ) from error
@@ -149,7 +149,7 @@ def _prune(argv: Sequence[str]) -> None:
         keep_best=(-1, "So many with the fewest held-out bits per byte are kept, 0 for none; -1 as the run says."),
     )
     from opendeep_jax.checkpoint import tools
-    from opendeep_jax.train.run_directory import only_writer
+    from opendeep_jax.record.workdir import only_writer
 
     given = {name: number for name in ("keep", "keep_every", "keep_best") if (number := getattr(values, name)) != -1}
     for name, number in given.items():

@@ -13,7 +13,7 @@ from opendeep_jax.cli.flags import make_flags, parse
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import MESH_AXES
 from opendeep_jax.config.schema import ParallelConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.pretrained.engines import ENGINE_AXES, Choice
 from opendeep_jax.pretrained.sources import check_choice, sampling_defaults, source_kind
 

@@ -1,4 +1,4 @@
-"""`opendeep export hf|gguf --workdir=DIRECTORY|--model=SOURCE --out=…`"""
+"""`opendeep export hf|gguf --workdir=CHECKPOINTS|--model=SOURCE --out=…`"""
 
 import shutil
 import tempfile
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HELP = """\
 Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
 
-usage: opendeep export hf   --workdir=RUN|--model=SOURCE --out=DIRECTORY [--dtype=bfloat16|float32] [--license=…]
+usage: opendeep export hf   --workdir=RUN|--model=SOURCE --out=CHECKPOINTS [--dtype=bfloat16|float32] [--license=…]
        opendeep export gguf --workdir=RUN|--model=SOURCE --out=FILE.gguf [--type=bf16|f32|q8_0] [--pre=NAME]
 
 `opendeep export FORMAT --help` shows all settings.
@@ -139,9 +139,9 @@ def _step(values) -> int:
     source = values.workdir or values.model
     if values.step >= 0 or source_kind(source) != "run":
         return max(values.step, 0)
-    from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
+    from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 
-    return max(steps_in(Path(source, DIRECTORY)), default=0)
+    return max(checkpoint_steps(Path(source, CHECKPOINTS)), default=0)
 
 
 def _open(values, dtype: str):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.engine_flags import read_flags, sampling
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.text_pieces import TextPiece
+from opendeep_jax.generation.requests import SamplingParams
 
 if TYPE_CHECKING:
+    from opendeep_jax.generation.answers import Piece
     from opendeep_jax.generation.requests import EngineStats
 
 PURPOSE = """Continues text with a model: a run's, a Hugging Face directory, or a .gguf file.
@@ -67,21 +67,23 @@ def main(argv: Sequence[str]) -> None:
     _print_drafts(engine.stats)
 
 
-def _print_one(prompt: str, pieces: Iterator[TextPiece]) -> None:
+def _print_one(prompt: str, pieces: "Iterator[tuple[int, Piece]]") -> None:
     """The prompt with its continuation, as it comes."""
     print(prompt, end="", flush=True)
-    for piece in pieces:
+    for _, piece in pieces:
         print(piece.text, end="", flush=True)
     print()
 
 
-def _print_lines(prompts: Sequence[str], params: Sequence[SamplingParams], pieces: Iterator[TextPiece]) -> None:
+def _print_lines(
+    prompts: Sequence[str], params: Sequence[SamplingParams], pieces: "Iterator[tuple[int, Piece]]"
+) -> None:
     """A JSON line for each prompt, in their order, each as soon as those before it are written."""
     texts, finished, shown = [""] * len(prompts), {}, 0
-    for piece in pieces:
-        texts[piece.place] += piece.text
+    for place, piece in pieces:
+        texts[place] += piece.text
         if piece.finish:
-            finished[piece.place] = piece.finish
+            finished[place] = piece.finish
         while shown in finished:
             line = {"prompt": prompts[shown], "text": texts[shown], "seed": params[shown].seed}
             print(json.dumps(line | {"finish": finished[shown]}, ensure_ascii=False), flush=True)

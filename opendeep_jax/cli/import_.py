@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
 
     from opendeep_jax.config.overrides import apply
     from opendeep_jax.interop.hf_text import licenses, licenses_of_gguf
-    from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf, write_imported_from
+    from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf
+    from opendeep_jax.record.origin import write_imported_from
     from opendeep_jax.train.imported_run import check_importable, import_run
 
     check_importable(flags.out)

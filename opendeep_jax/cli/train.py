@@ -11,11 +11,11 @@ from opendeep_jax.cli.process import process_start, set_verbosity
 from opendeep_jax.cli.starts import counted
 from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.exits import BUG
-from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import Launch, resolve
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.parallel.cluster import Cluster, find_cluster
 from opendeep_jax.record.trackers import check_trackers
+from opendeep_jax.record.workdir import check_workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def _train(config: RunConfig, launch: Launch, cluster: Cluster | None) -> None:
         from opendeep_jax.train.branch import begin_branch
 
         begin_branch(config, launch.recipe, launch.workdir, launch.parent)
-    train(config, launch.workdir, launch.recipe, process_start())
+    train(config, launch.workdir, recipe=launch.recipe, begun=process_start())
 
 
 def _is_bug(error: BaseException) -> bool:

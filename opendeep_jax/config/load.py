@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -15,6 +13,7 @@ from typing import Any, get_args, get_origin
 import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_run, deferred
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.config.limits import field_types
 from opendeep_jax.config.schema import RunConfig, to_dict
 
 CONFIG_FILE = "config.json"
@@ -50,21 +49,8 @@ ROUNDING = (
 )
 """As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
 
-IMPORTED_RECIPE, TRAINED = "recipe.py", ("data.json", "metrics.jsonl")
-"""Files that `opendeep import` leaves in a work directory, and those that the first start of training adds."""
-
-OPEN_UNTIL_TRAINED = ("seed", "data.", "optimizer.", "train.")
-KEPT_FROM_IMPORT = (
-    "data.tokenizer",
-    "optimizer.kind",
-    "optimizer.first_moment_dtype",
-    "optimizer.second_moment_dtype",
-)
-"""Of an imported run that nothing has been trained of yet, the former may differ but for the latter, which say what its
-tokens mean and what its checkpoint holds."""
-
-SMALLEST_FREE_BYTES = 256 * 2**20
-"""A run is not started on a disk with less free space than this."""
+IMPORTED_RECIPE = "recipe.py"
+"""The file that `opendeep import` leaves in a work directory."""
 
 
 def recipe_directory() -> Path:
@@ -186,7 +172,7 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, dict):
             raise ConfigError(f"{origin}: {name or 'the top'} = {value!r} must be an object of named fields.")
-        fields = {field.name: field.type for field in dataclasses.fields(annotation)}
+        fields = field_types(annotation)
         for key in value:
             if key not in fields:
                 dotted = f"{name}.{key}".lstrip(".")
@@ -280,86 +266,6 @@ def parent_of(text: str) -> tuple[Path, int | None]:
             "Leave it out for the newest."
         )
     return Path(run), int(step)
-
-
-def check_workdir(config: RunConfig, workdir: str | os.PathLike, branches: bool = False) -> None:
-    """Makes `workdir` and raises ConfigError unless `config` can be run or resumed in it.
-
-    Refused are a path that is no directory or cannot be written, a nearly full disk, and the directory of a run that
-    computes something else. Fields in HARMLESS may differ, those in ROUNDING too with a printed line that says what
-    follows, and a constant schedule may be made longer.
-
-    Args:
-        branches: what begins here begins from a checkpoint, and not from its seed.
-    """
-    workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        reason = "it is a file" if workdir.is_file() else error.strerror
-        raise ConfigError(
-            f"--workdir={workdir}: cannot write there ({reason}). Choose a directory that you may write to."
-        ) from error
-    free = shutil.disk_usage(workdir).free
-    if free < SMALLEST_FREE_BYTES:
-        raise ConfigError(
-            f"--workdir={workdir}: {free / 2**20:.0f} MiB are free on this disk, and a run needs "
-            f"{SMALLEST_FREE_BYTES / 2**20:.0f} MiB or more. Free some space, or choose a directory on another disk."
-        )
-    if not (workdir / CONFIG_FILE).exists():
-        if not branches:
-            _check_own_weights(config, workdir)
-        return
-    changes = diff(load_run_config(workdir), config)
-    rounding = [entry for entry in changes if is_among(entry[0], ROUNDING)]
-    differences = [entry for entry in changes if entry not in rounding and not _may_differ(entry, config)]
-    if (workdir / IMPORTED_RECIPE).exists() and not any((workdir / name).exists() for name in TRAINED):
-        differences = [entry for entry in differences if not _is_open(entry[0])]
-    if differences:
-        lines = format_diff(differences).strip().replace("\n", "\n  ")
-        raise ConfigError(
-            f"--workdir={workdir}: it holds a run with another configuration (there -> here):\n  {lines}\n"
-            f"Give that run's settings to resume it (`opendeep train --workdir={workdir}` has them all), or another "
-            f"--workdir to start anew. `--from={workdir}@STEP --workdir=NEW` goes on from one of its checkpoints with "
-            "other settings."
-        )
-    if rounding:
-        lines = "; ".join(f"{name} {there!r} -> {here!r}" for name, there, here in rounding)
-        print(f"--workdir={workdir}: from here on numbers may differ in rounding, as the run began with {lines}.")
-
-
-def _is_open(name: str) -> bool:
-    return is_among(name, OPEN_UNTIL_TRAINED) and not is_among(name, KEPT_FROM_IMPORT)
-
-
-def _check_own_weights(config: RunConfig, workdir: Path) -> None:
-    """Raises ConfigError where a new run would train the model of an imported run, whose tokenizer it has, from random
-    weights: nearly always it is the imported ones that are meant.
-    """
-    home = Path(config.data.tokenizer).parent
-    try:
-        origin = json.loads((home / "origin.json").read_text(encoding="utf-8"))
-        imported = origin["kind"] == "import" and load_run_config(home).model == config.model
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):
-        return
-    if imported and workdir.resolve() != home.resolve():
-        raise ConfigError(
-            f"--workdir={workdir}: this is the configuration of the run imported into {home}, and its weights are "
-            f"there: a new directory would begin from random ones. Give --workdir={home}, or branch off with "
-            f"--from={home}@0 --workdir={workdir}. To train such a model from nothing, copy {config.data.tokenizer} to "
-            "another directory and give --data.tokenizer."
-        )
-
-
-def _may_differ(difference: tuple[str, Any, Any], config: RunConfig) -> bool:
-    name, there, here = difference
-    if re.fullmatch(r"data\.sources\.\d+\.epochs", name):
-        return here > there  # which permits more, and changes no batch
-    if name in ("train.steps", "train.total_tokens") and config.optimizer.schedule == "constant":
-        return 0 < there < here and not config.data.phases  # which divide the text by the length of the whole run
-    return is_among(name, HARMLESS)
 
 
 def is_among(name: str, fields: tuple[str, ...]) -> bool:

@@ -4,7 +4,6 @@ Nothing is recorded while training: a batch is a function of configuration and s
 the packing plans, and are answered for steps to come as for those done. JAX is not needed, nor are the sources.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import IMPORTED_RECIPE, load_recipe, load_run_config
+from opendeep_jax.config.load import load_recipe, load_run_config
 from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.describe import describe
@@ -21,13 +20,13 @@ from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepar
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
+from opendeep_jax.record.files import DATA, TOKENIZER, read_object
+from opendeep_jax.record.origin import began_imported
 from opendeep_jax.text.codec import TextCodec, codec_from_hf, codec_from_tokenizer
 from opendeep_jax.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 # Pieces whose text `where` reads together.
 PIECES_AT_ONCE = 1024
-DATA_FILE, METRICS_FILE = "data.json", "metrics.jsonl"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def open_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
@@ -37,7 +36,7 @@ def open_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
     run, or its stores or plans are gone or damaged.
     """
     config = load_run_config(workdir)
-    if not Path(workdir, DATA_FILE).exists():
+    if not Path(workdir, DATA).exists():
         return prepare(config)
     record = read_description(workdir)["record"]
     return run_tokenizer(workdir, wanted=record["tokenizer_hash"]), reopen(config, record)
@@ -49,7 +48,7 @@ def repair_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
     Raises ConfigError where there is no run, or its sources give other text than it was trained on.
     """
     config = load_run_config(workdir)
-    if not Path(workdir, DATA_FILE).exists():
+    if not Path(workdir, DATA).exists():
         return prepare(config)
     record = read_description(workdir)["record"]
     tokenizer = run_tokenizer(workdir, config.data.tokenizer, record["tokenizer_hash"])
@@ -58,7 +57,7 @@ def repair_run(workdir: str | Path) -> tuple[Tokenizer, Prepared]:
 
 def read_description(workdir: str | Path) -> dict:
     """data.json of the run in `workdir`. Raises ConfigError where there is none that can be read."""
-    path = Path(workdir, DATA_FILE)
+    path = Path(workdir, DATA)
     try:
         described = json.loads(path.read_text("utf-8"))
         if "record" not in described:
@@ -77,7 +76,7 @@ def open_recorded(config: RunConfig, workdir: str | Path) -> tuple[Tokenizer, Pr
 
     The sources are not looked at: a run goes on when a remote host is down, or its text has changed since.
     """
-    if not Path(workdir, DATA_FILE).exists():
+    if not Path(workdir, DATA).exists():
         return None
     record, root = read_description(workdir)["record"], Path(config.data.directory)
     directories = [*record["stores"], *record["held_out_plans"], *(plan["directory"] for plan in record["plans"])]
@@ -92,9 +91,24 @@ def open_recorded(config: RunConfig, workdir: str | Path) -> tuple[Tokenizer, Pr
 
 def recorded_mixture(workdir: str | Path) -> bool:
     """Whether the run in `workdir`, begun or not, mixes by exact weights: all do that did not begin before it."""
-    if not Path(workdir, DATA_FILE).exists():
+    if not Path(workdir, DATA).exists():
         return True
     return read_description(workdir)["record"].get("exact_mixture", False)
+
+
+def check_same_data(described: dict, workdir: str | Path) -> None:
+    """Raise ConfigError where the run in `workdir` was trained on other tokens than those `described` (Data.describe).
+
+    Its batches could not be made again, and its weights would meet ids that mean something else.
+    """
+    there = read_object(Path(workdir) / DATA)
+    if there and there["content_hash"] != described["content_hash"]:
+        raise ConfigError(
+            f"--workdir={workdir}: its run was trained on {there['train_tokens']:,} tokens (hash "
+            f"{there['content_hash'][:12]}), and its sources and tokenizer now give {described['train_tokens']:,} "
+            f"others (hash {described['content_hash'][:12]}). Bring the sources back as they were (the embedded source "
+            "changes with Python's version), or give another --workdir."
+        )
 
 
 def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Tokenizer:
@@ -102,8 +116,8 @@ def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Toke
 
     Raises ConfigError where it is gone or altered: where its content hash is not `wanted`, that of data.json.
     """
-    path = Path(workdir, TOKENIZER_FILE)
-    if not wanted and Path(workdir, DATA_FILE).exists():
+    path = Path(workdir, TOKENIZER)
+    if not wanted and Path(workdir, DATA).exists():
         wanted = read_description(workdir)["record"]["tokenizer_hash"]
     state = "missing: it held the tokenizer"
     try:
@@ -124,42 +138,15 @@ def run_codec(workdir: str | Path) -> TextCodec:
     """The text codec of the run in `workdir`. Prompts begin as the run's documents do; for somebody else's weights, as
     their own tokenizer says, whatever the run separates documents with. Raises ConfigError as `run_tokenizer` does."""
     tokenizer = run_tokenizer(workdir)
-    return codec_from_hf(workdir) if _imported(Path(workdir)) else codec_from_tokenizer(tokenizer)
-
-
-def _imported(workdir: Path) -> bool:
-    """Whether a run, or the one that it is a branch of, began with somebody else's weights."""
-    seen: set[Path] = set()
-    while workdir not in seen:
-        seen.add(workdir)
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if Path(workdir, IMPORTED_RECIPE).read_text("utf-8").startswith('"""The recipe of this imported run'):
-                return True
-        try:
-            origin = json.loads(Path(workdir, "origin.json").read_text("utf-8"))
-            if origin["kind"] == "import":
-                return True
-            workdir = Path(origin["parent"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-    return False
+    return codec_from_hf(workdir) if began_imported(workdir) else codec_from_tokenizer(tokenizer)
 
 
 def open_side(name: str) -> tuple[dict, Prepared]:
     """Description and batches of one side of a comparison: a work directory, or a recipe. Raises ConfigError."""
-    if Path(name, DATA_FILE).exists():
+    if Path(name, DATA).exists():
         return read_description(name), open_run(name)[1]
     tokenizer, prepared = prepare(load_recipe(name))
     return describe(prepared, tokenizer), prepared
-
-
-def steps_done(workdir: str | Path) -> int:
-    """Steps that the run in `workdir` has logged so far."""
-    try:
-        *_, last = Path(workdir, METRICS_FILE).read_text("utf-8").splitlines()
-        return int(json.loads(last)["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def where(prepared: Prepared, step: int, row: int | None = None, tokenizer: Tokenizer | None = None) -> Iterator[dict]:

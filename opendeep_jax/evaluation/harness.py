@@ -15,11 +15,10 @@ from typing import Any
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
 from opendeep_jax.evaluation.windows import windows
+from opendeep_jax.generation.answers import Answer, answer_all
 from opendeep_jax.generation.engine import Engine
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.generation.scoring import Scored, score
-from opendeep_jax.generation.text_pieces import text_pieces
-from opendeep_jax.text.answer_stream import AnswerStream, AnswerText
 from opendeep_jax.text.codec import TextCodec
 
 try:
@@ -99,7 +98,7 @@ class HarnessModel(LM):
         without the thinking before it."""
         asked = [request.args for request in requests]
         settings = [_settings(arguments, self.engine.max_length) for _, arguments in asked]
-        running, streams = [], []
+        running, answers = [], []
         seen: Counter[str] = Counter()
         for (context, _), (stop, params) in zip(asked, settings, strict=True):
             tokens = self._prompt(context) or [self._prefix()]
@@ -109,12 +108,13 @@ class HarnessModel(LM):
             seen[context] += 1
             sampling = SamplingParams(**params, seed=seed, end_ids=self.codec.end_ids)
             told = {"conversation": context} if self.chat else {"before": tokens}
-            streams.append(AnswerText(AnswerStream(self.codec, stop, **told)))
+            answers.append(Answer(self.codec, stop, **told))
             running.append(self.engine.submit(tokens[-room:], sampling))
         texts, done, total = [""] * len(requests), 0, len(requests)
         self.progress("answers", done, total)
-        for piece in text_pieces(self.engine, running, streams):
-            texts[piece.place] += piece.text
+        for place, piece in answer_all(self.engine, running, answers):
+            # Of a tool call its arguments.
+            texts[place] += piece.text + "".join(call["function"]["arguments"] for call in piece.calls)
             if piece.finish:
                 done += 1
                 self.progress("answers", done, total)

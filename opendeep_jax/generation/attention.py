@@ -13,10 +13,11 @@ from kernels_pallas.flash_mla.blocks import attention as causal_attention
 from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import widened
 from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache, as_numbers, as_stored
+from opendeep_jax.generation.requests import MOST_DRAFTS
 from opendeep_jax.models.attention import GroupedQueryAttention, Marks, MultiHeadLatentAttention, Scoring
 from opendeep_jax.parallel.collectives import all_gather
 
-FEW = 16
+FEW = MOST_DRAFTS + 1
 """Up to so many new tokens of a row are attended to as single ones: absorbed, or without blocks."""
 
 

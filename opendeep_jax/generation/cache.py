@@ -2,7 +2,8 @@
 
 Each layer has a pool of pages; a request's page table names its pages in order, the same ones in every layer. Page 0 is
 nobody's: what has no place is written there. A layer of Mamba-2 keeps the same for a text of any length: it has a place
-for each slot, and a last one for what has no slot.
+for each slot, and a last one for what has no slot. Layers that are scanned (`weights.Run`) have their pools one after
+the other in one array, which is never sliced: layer i's page p is page i P + p there.
 
 P pages, G key/value heads, Q size of their heads, C latent, R rotated key; S slots, H, P, N a state's heads, size and
 numbers.
@@ -10,14 +11,20 @@ numbers.
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import ModelConfig
+from opendeep_jax.parallel.axes import row_shards
+
+if TYPE_CHECKING:
+    from opendeep_jax.generation.weights import Layout
 
 LayerCache = dict[str, jax.Array]
 """A layer's pages: `key` [P, G, Q, page] and `value` [P, G, page, Q], each as a product with a few rows reads it
@@ -114,12 +121,73 @@ def cache_spec(name: str) -> PartitionSpec:
     return PartitionSpec(ROW_AXES, "tensor") if heads else PartitionSpec(ROW_AXES)
 
 
+def cache_specs(layout: "Layout", mtp: bool) -> tuple[dict[str, PartitionSpec], ...]:
+    """Return how the whole cache lies: a dictionary for each run of layers, and for the MTP modules one each."""
+    kinds = layer_kinds(layout.config, mtp)
+    places = [run.layers[0] for run in layout.runs] + [*range(layout.config.num_layers, len(kinds))]
+    return tuple({name: cache_spec(name) for name in cache_names(layout.config, kinds[place])} for place in places)
+
+
+def make_cache(layout: "Layout", pages: int, page_size: int, slots: int, mtp: bool = False) -> tuple[LayerCache, ...]:
+    """Return empty pools, with `pages` and one more than `slots` for a layer in each of the mesh's groups of rows.
+
+    Args:
+        mtp: with those of the MTP modules' layers.
+    """
+    config, mesh = layout.config, layout.mesh
+    platform = platform_of(mesh)
+    of_page, of_slot = page_shapes(config, page_size, platform), slot_shapes(config)
+
+    def zeros(name: str, layers: int, spec: PartitionSpec) -> jax.Array:
+        paged = name in of_page
+        shape = (row_shards(mesh) * layers * (pages if paged else slots + 1), *(of_page | of_slot)[name])
+        dtype = stored_dtype(config, platform) if paged else slot_dtype(config, name)
+        return jnp.zeros(shape, dtype, device=NamedSharding(mesh, spec))
+
+    specs = cache_specs(layout, mtp)
+    counts = [len(run.layers) for run in layout.runs] + [1] * (len(specs) - len(layout.runs))
+    return tuple(
+        {name: zeros(name, count, spec) for name, spec in own.items()} for count, own in zip(counts, specs, strict=True)
+    )
+
+
+def copy_pages(
+    layers: Sequence[int],
+    cache: tuple[LayerCache, ...],
+    pages: tuple[Int[Array, "B"], Int[Array, "B"]],
+    slots: tuple[Int[Array, "B"], Int[Array, "B"]],
+) -> tuple[LayerCache, ...]:
+    """Return the cache with some pages and slots copied to others, in all layers.
+
+    Args:
+        layers: how many each part of the cache is for.
+        pages, slots: (from, to); 0 to 0, and the last to the last, where there is nothing to copy.
+    """
+
+    def copied(pool: Array, count: int, moves: tuple[Array, Array]) -> Array:
+        begins = jnp.arange(count)[:, None] * (len(pool) // count)
+        source, target = (jnp.ravel(begins + numbers) for numbers in moves)
+        return pool.at[target].set(pool[source])
+
+    return tuple(
+        {name: copied(pool, count, pages if name in PAGE_AXIS else slots) for name, pool in layer.items()}
+        for count, layer in zip(layers, cache, strict=True)
+    )
+
+
+def platform_of(mesh: Mesh) -> str:
+    """`cpu`, `gpu` or `tpu`: of a mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 class Pages:
-    """Who holds which page of a pool. Page 0 is never given away."""
+    """Free-list allocator of a pool's pages, which several requests may hold together. Page 0 is never given away."""
 
     def __init__(self, count: int):
         self.count = count - 1
         self._free = list(range(count - 1, 0, -1))
+        self._holders = [0] * count
 
     @property
     def free(self) -> int:
@@ -127,9 +195,18 @@ class Pages:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Gives pages away; the caller has looked that there are so many."""
-        return [self._free.pop() for _ in range(count)]
+        """Give pages away; the caller has looked that there are so many."""
+        return self.share([self._free.pop() for _ in range(count)])
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """Note one more holder of each of these pages, and return them."""
+        for page in pages:
+            self._holders[page] += 1
+        return list(pages)
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Takes pages back."""
-        self._free.extend(reversed(pages))
+        """Take pages back; those that nobody else holds are free."""
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)

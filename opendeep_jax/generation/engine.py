@@ -1,122 +1,127 @@
 """Continuous batching: requests come and go while a batch of slots runs, each request with its own pages of the cache.
 
-A step takes in a piece of waiting prompts and then one token of every running request. All shapes are fixed: decoding
-always computes all slots, so that a request's numbers do not depend on how many others there are, and a prompt is cut
-by its own length alone. Pages for a request's longest output are set aside when it starts: none is ever thrown out.
+A step prefills a piece of waiting prompts and then decodes one token of every running request. All shapes are fixed:
+decoding always computes all slots, so that a request's numbers do not depend on how many others there are, and a prompt
+is cut by its own length alone. Pages for a request's longest output are set aside when it starts: none is ever thrown
+out. In a job of several processes each has an engine of its own, on its own devices.
 """
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation import sampling, scoring, speculation
-from opendeep_jax.generation.adjusting import adjustments
-from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token
+from opendeep_jax.generation import sampling, scoring
+from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token, make_cache, platform_of
 from opendeep_jax.generation.forward import Rows
-from opendeep_jax.generation.params import MOST_LOGPROBS, Completion, SamplingParams, TokenLogprob
-from opendeep_jax.generation.programs import (
-    Chosen,
-    advance,
-    make_cache,
-    on_mesh,
-    pick,
-    platform_of,
-    score,
-    with_logprobs,
-)
+from opendeep_jax.generation.programs import programs_of
 from opendeep_jax.generation.requests import (
+    Completion,
     EngineConfig,
     EngineStats,
+    Group,
     Progress,
     Request,
+    Samples,
+    SamplingParams,
+    TokenLogprob,
     bucket,
     check_settings,
     chunk_size,
+    columns,
     cut_out,
     longest,
 )
-from opendeep_jax.generation.weights import take_apart
+from opendeep_jax.generation.sampling import Sampled, Wanted, adjustments, kept_tokens
+from opendeep_jax.generation.weights import check_names, convert, one_device_mesh
 from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.parameters import Arrays, split
 from opendeep_jax.parallel.axes import row_shards
 
 LEAST_PAGES = 2
 """Pages of the narrowest table: few widths are few programs to compile."""
 
 
-class Programs(NamedTuple):
-    """What an engine runs, compiled for each number of new tokens and pages that occurs."""
-
-    advance: dict[bool, Callable]
-    """`programs.advance`, by whether every row begins."""
-    take_in_both: dict[bool, Callable]
-    """`speculation.take_in`, likewise."""
-    verify: Callable
-    pick: dict[bool, Callable]
-    """`programs.pick`, by whether log-probabilities are wanted."""
-    with_logprobs: Callable
-    score: dict[bool, Callable]
-    """`programs.score`, by whether the most likely tokens are wanted."""
-
-
 class Engine:
     """Generates from a model. Belongs to one thread.
 
     Args:
-        model: its arrays are divided over `mesh`, or stay where they are without one.
-        mesh: rows are divided over its data, fsdp and expert axes, heads over tensor.
+        model: its arrays are copied, divided over `mesh`.
+        mesh: devices of this process; rows are divided over its data, fsdp and expert axes, heads over tensor. None
+            takes the first device.
         consume: give the model's arrays up as the engine's are made of them; it cannot be used afterwards.
     Raises:
         ConfigError: for settings that cannot work.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), mesh=None, consume: bool = False):  # noqa: B008
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig = EngineConfig(),  # noqa: B008
+        mesh: Mesh | None = None,
+        consume: bool = False,
+    ):
         check_settings(config, model.config, {} if mesh is None else mesh.shape)
-        self.config, self.model, self.mesh = config, model.config, mesh
-        self.page_size = config.page_size or (TPU_LANES if platform_of(mesh) == "tpu" else 64)
+        self.config, self.model, self.mesh = config, model.config, mesh or one_device_mesh()
+        if any(device.process_index != jax.process_index() for device in self.mesh.devices.flat):
+            raise ConfigError(
+                "The engine's mesh has devices of other processes: each process has an engine of its own. Make the "
+                "mesh of jax.local_devices()."
+            )
+        self.page_size = config.page_size or (TPU_LANES if platform_of(self.mesh) == "tpu" else 64)
         self.slots, self.max_length = config.slots, longest(config, model.config)
-        self.shards = 1 if mesh is None else row_shards(mesh)
+        self.shards = row_shards(self.mesh)
         self.slots_per_shard = config.slots // self.shards
         self.left_to_decode = int(config.speculate > 0)
-        """Tokens of a prompt that are not taken in but decoded: a speculating step wants the last one itself."""
+        """Tokens of a prompt that are decoded, not prefilled: a speculating step wants the last one itself."""
         self.vocab_size = config.vocab_size or model.config.vocab_size
-        self.bones, self.weights = take_apart(model, mesh, consume)
+        self.programs = programs_of(model.config, self.mesh, self.vocab_size, config.speculate, config.expert_choices)
+        _, params, router_bias = split(model)
+        self.weights = convert(self.programs.layout, params | router_bias, consume)
         self.table_width = -(-self.max_length // self.page_size)
         pages = self.slots_per_shard * self.table_width
         if config.cache_tokens:
             pages = -(-config.cache_tokens // (self.page_size * self.shards))
         self.pools = [Pages(pages + 1) for _ in range(self.shards)]
         self.cache = make_cache(
-            self.bones, pages + 1, self.page_size, self.slots_per_shard, mesh, mtp=config.speculate > 0
+            self.programs.layout, pages + 1, self.page_size, self.slots_per_shard, mtp=config.speculate > 0
         )
         self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
         self.waiting: deque[Request] = deque()
-        self._doomed: list[Request] = []
+        self._aborted: list[Request] = []
         self._counts = dict.fromkeys(
             ("prompt_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens", "steps"), 0
         )
-        compiled = partial(on_mesh, bones=self.bones, mesh=mesh, mtp=config.speculate > 0)
-        both = (False, True)
-        self.programs = Programs(
-            advance={first: compiled(partial(advance, self.bones, first), extra=1) for first in both},
-            take_in_both={first: compiled(partial(speculation.take_in, self.bones, first), extra=2) for first in both},
-            verify=compiled(partial(speculation.verify, self.bones, self.vocab_size, config.speculate), extra=4),
-            pick={top: jax.jit(partial(pick, self.vocab_size, top)) for top in both},
-            # A function of its own: what is compiled for it goes with the engine.
-            with_logprobs=jax.jit(partial(with_logprobs)),
-            score={top: compiled(partial(score, self.bones, top=MOST_LOGPROBS * top), extra=2) for top in both},
-        )
+
+    def load(self, params: Arrays, router_bias: Arrays) -> None:
+        """Replace the weights, compiling nothing new; what the cache held of the old ones is void.
+
+        Args:
+            params, router_bias: by name, as training has them (`TrainState`), copied: a later step may donate them.
+                Where they are divided over several processes, all call this together.
+        Raises:
+            ConfigError: while requests are running, whose cache would be of the old weights; for another model's.
+        """
+        if self.busy:
+            raise ConfigError(
+                "Requests are running, and their cache is of the old weights. Let them end, or abort them."
+            )
+        old, arrays = self.weights, {**params, **router_bias}
+        check_names(self.programs.layout, arrays)
+        self.weights = None
+        for array in jax.tree.leaves(old):
+            array.delete()  # never both at a time
+        self.weights = convert(self.programs.layout, arrays)
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.waiting or self._doomed) or any(self.running)
+        return bool(self.waiting or self._aborted) or any(self.running)
 
     @property
     def capacity(self) -> int:
@@ -131,8 +136,20 @@ class Engine:
         running = sum(request is not None for request in self.running)
         return EngineStats(running, len(self.waiting), free, total, **self._counts)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams = SamplingParams()) -> Request:  # noqa: B008
-        """Queues a prompt. Raises ConfigError for one that is empty, too long, or has tokens that the model lacks."""
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams = SamplingParams(),  # noqa: B008
+        samples: int = 1,
+    ) -> Request:
+        """Queue a prompt, and return its request.
+
+        Args:
+            samples: outputs to sample, by seeds that count up from the given one. The prompt is prefilled once, and all
+                are in `Request.samples`; each gets the tokens that it would get if submitted by itself.
+        Raises:
+            ConfigError: for a prompt that is empty, too long, or has tokens that the model lacks.
+        """
         prompt = [int(token) for token in prompt]
         if not prompt:
             raise ConfigError("The prompt is empty: it needs at least one token, such as the one that begins a text.")
@@ -141,11 +158,9 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens, and prompt and output together may have {self.max_length}. "
                 "Shorten it, or start with a greater max_length."
             )
-        odd = [token for token in prompt if not 0 <= token < self.bones.config.vocab_size]
+        odd = [token for token in prompt if not 0 <= token < self.model.vocab_size]
         if odd:
-            raise ConfigError(
-                f"The prompt holds the token {odd[0]}; the model's are 0 to {self.bones.config.vocab_size - 1}."
-            )
+            raise ConfigError(f"The prompt holds the token {odd[0]}; the model's are 0 to {self.model.vocab_size - 1}.")
         if params.adjusts and self.config.speculate:
             raise ConfigError(
                 "Penalties, logit_bias and min_tokens change what follows each single token, and this engine guesses "
@@ -158,114 +173,198 @@ class Engine:
                 f"The prompt's {len(prompt)} tokens and max_tokens = {params.max_tokens} take {needed} pages, and the "
                 f"cache has {self.pools[0].count}. Lower max_tokens, or start with greater cache_tokens."
             )
-        self.waiting.append(request)
+        seeds = [(params.seed + i) % 2**32 for i in range(1, samples)]
+        request.samples = [request, *(Request(prompt, replace(params, seed=seed)) for seed in seeds)]
+        # Pages belong to a group of devices: more samples than such a group has slots for are several groups.
+        most = samples if self.shards == 1 else self.slots_per_shard
+        for begin in range(0, samples if samples > 1 and self._prefix(request) else 0, most):
+            group = Group(request.samples[begin : begin + most])
+            for member in group.members:
+                member.group = group
+        for member in request.samples:
+            member.samples = request.samples
+        self.waiting += request.samples
         return request
 
     def abort(self, request: Request) -> None:
-        """Ends a request; the next step frees its pages and reports it."""
-        if request.finish is None and request not in self._doomed:
-            self._doomed.append(request)
+        """End a request; the next step frees its pages and reports it."""
+        if request.finish is None and request not in self._aborted:
+            self._aborted.append(request)
 
     def step(self) -> list[Progress]:
-        """Takes in a piece of the waiting prompts and one token of every running request; what came of it."""
-        progress = [self._end(request, "aborted") for request in self._doomed if request.finish is None]
-        self._doomed = []
-        self._admit()
-        self._take_in(progress)
-        ready = [request if request and not self._left(request) else None for request in self.running]
-        if any(ready):
-            (self._speculate if self.config.speculate else self._decode)(ready, progress)
-        self._counts["steps"] += 1
+        """Prefill a piece of the waiting prompts, decode one token of every running request; return what came of it."""
+        with jax.set_mesh(self.mesh):
+            progress = [self._end(request, "aborted") for request in self._aborted if request.finish is None]
+            self._aborted = []
+            self._admit()
+            self._prefill(progress)
+            ready = [request if request and not self._left(request) else None for request in self.running]
+            if any(ready):
+                (self._speculate if self.config.speculate else self._decode)(ready, progress)
+            self._counts["steps"] += 1
         return progress
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:
-        """Runs prompts to their ends and returns their outputs in order; others that are running go on as well."""
+        """Run prompts to their ends and return their outputs in order; others that are running go on as well."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self.submit(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        while any(request.finish is None for request in requests):
-            self.step()
+        self._finish(requests)
         return [Completion(request.tokens, request.logprobs, request.finish) for request in requests]
 
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], samples: int = 1
+    ) -> Samples:
+        """Run groups of samples of prompts to their ends and return them in columns, a prompt's side by side.
+
+        Args:
+            params: each prompt's, or one for all, by seeds that count up from prompt to prompt. Ends are kept, and
+                log-probabilities are given, whatever it says.
+        """
+        if isinstance(params, SamplingParams):
+            params = [replace(params, seed=(params.seed + i * samples) % 2**32) for i in range(len(prompts))]
+        given = [replace(one, keep_end=True, drawn_logprobs=True, logprobs=max(one.logprobs, 0)) for one in params]
+        first = [self.submit(prompt, one, samples) for prompt, one in zip(prompts, given, strict=True)]
+        requests = [request for one in first for request in one.samples]
+        self._finish(requests)
+        return columns(requests, [place for place in range(len(prompts)) for _ in range(samples)])
+
+    def _finish(self, requests: Sequence[Request]) -> None:
+        while any(request.finish is None for request in requests):
+            self.step()
+
     def score(self, texts: Sequence[Sequence[int]], first: Sequence[int], top: int = 0) -> list[scoring.Scored]:
-        """Log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
+        """Return log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
         return scoring.score(self, texts, first, top)
 
     def scored(
         self, requests: list[Request | None], tokens, starts, counts, targets, top: bool = False
     ) -> tuple[np.ndarray, ...]:
-        """`programs.score` of some tokens of requests that hold pages, one or None of each group of devices."""
+        """Return `forward.score` of some tokens of requests that hold pages, one or None of each group of devices."""
         rows = self._rows(requests, tokens, starts, counts)
-        out, self.cache = self.programs.score[top](self.weights, self.cache, rows, targets)
+        with jax.set_mesh(self.mesh):
+            out, self.cache = self.programs.score[top](self.weights, self.cache, rows, targets)
         return jax.device_get(out)
 
     def _pages_of(self, request: Request) -> int:
         return -(-self._limit(request) // self.page_size)
 
     def _admit(self) -> None:
-        """Gives waiting requests slots and pages, first come first served."""
+        """Give waiting requests slots and pages, first come first served; a group's others beside its leader."""
         while self.waiting:
-            request = self.waiting[0]
-            needed = self._pages_of(request)
-            idle = (slot for slot, held in enumerate(self.running) if held is None)
-            free = [slot for slot in idle if self._pool(slot).free >= needed]
+            request, idle = self.waiting[0], [slot for slot, held in enumerate(self.running) if held is None]
+            needed, group, shared = self._pages_of(request), request.group, []
+            if group and group.leader:
+                shared = group.pages[: self._prefix(request) // self.page_size]
+                idle = [slot for slot in idle if self._pool(slot) is self._pool(group.leader.slot)]
+            free = [slot for slot in idle if self._pool(slot).free >= needed - len(shared)]
             if not free:
                 return
             self.waiting.popleft()
-            # The group with most pages left: they fill up evenly.
+            # The group of devices with most pages left: they fill up evenly.
             request.slot = max(free, key=lambda slot: self._pool(slot).free)
-            request.pages = self._pool(request.slot).take(needed)
+            pool = self._pool(request.slot)
+            request.pages = pool.share(shared) + pool.take(needed - len(shared))
             self.running[request.slot] = request
+            if group and not group.leader:
+                group.leader = request
+                group.pages = pool.share(request.pages[: -(-self._prefix(request) // self.page_size)])
 
     def _pool(self, slot: int) -> Pages:
         """The pages of a slot's group of devices."""
         return self.pools[slot // self.slots_per_shard]
 
-    def _take_in(self, progress: list[Progress]) -> None:
-        """Takes prompts into the cache, a chunk after another, until the step's share is used up."""
+    def _prefill(self, progress: list[Progress]) -> None:
+        """Prefill prompts, a chunk after another, until the step's share is used up."""
         budget = most = self.config.prefill_tokens
         while budget > 0:
             chosen = [None] * self.shards
             for slot, request in enumerate(self.running):
-                # A prompt that is begun comes before the others of its group.
+                # A prompt that is begun comes before the others of its group of devices.
                 shard = slot // self.slots_per_shard
-                if request and self._left(request) and (not chosen[shard] or request.taken_in):
+                leads = request and (not request.group or request.group.leader is request)
+                if leads and self._left(request) and (not chosen[shard] or request.prefilled):
                     chosen[shard] = request
             if not any(chosen):
-                return
-            starts = [request.taken_in if request else 0 for request in chosen]
+                break
+            starts = [request.prefilled if request else 0 for request in chosen]
             chunks = [chunk_size(self._left(request), most) if request else 0 for request in chosen]
             tokens, following = cut_out([request.prompt if request else () for request in chosen], starts, chunks)
             rows = self._rows(chosen, tokens, starts, chunks)
             # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
             first = not any(starts)
             if self.config.speculate:
-                _, self.cache = self.programs.take_in_both[first](self.weights, self.cache, rows, following)
+                out, self.cache = self.programs.prefill_drafting[first](self.weights, self.cache, rows, following)
             else:
-                logits, self.cache = self.programs.advance[first](self.weights, self.cache, rows)
-            for request, count in zip(chosen, chunks, strict=True):
+                out, self.cache = self.programs.next_logits[first](self.weights, self.cache, rows)
+            self._keep_experts(chosen, out[1], chunks)
+            for row, (request, count) in enumerate(zip(chosen, chunks, strict=True)):
                 if request:
-                    request.taken_in += count
+                    request.prefilled += count
                     self._counts["prompt_tokens"] += count
+                    if request.group and not self._left(request):
+                        group = request.group
+                        group.ready, group.logits, group.experts = True, (out[0], row), list(request.experts)
             done = [request if request and not self._left(request) else None for request in chosen]
             if any(done) and not self.config.speculate:
-                self._accept_all(done, logits, progress)
+                self._accept_all(done, out[0], progress)
             budget -= tokens.shape[1]
+        self._start_samples(progress)
+
+    def _start_samples(self, progress: list[Progress]) -> None:
+        """Let samples that have slots go on from their group's prompt, where that is in the cache by now."""
+        begun = [request if self._follows(request) and request.group.ready else None for request in self.running]
+        if not any(begun):
+            return
+        source, target = np.zeros((2, self.slots), np.int32)
+        from_slot, to_slot = np.full((2, self.slots), self.slots_per_shard, np.int32)
+        for row, request in enumerate(begun):
+            if request:
+                whole, partial = divmod(self._prefix(request), self.page_size)
+                if partial:
+                    source[row], target[row] = request.group.pages[whole], request.pages[whole]
+                from_slot[row] = request.group.leader.slot % self.slots_per_shard
+                to_slot[row] = request.slot % self.slots_per_shard
+                request.prefilled, request.experts = self._prefix(request), list(request.group.experts)
+        self.cache = self.programs.copy_pages(self.cache, (source, target), (from_slot, to_slot))
+        for group in dict.fromkeys(request.group for request in begun if request):
+            if not self.config.speculate:
+                logits = self.programs.repeat(*group.logits, self.slots)
+                own = [request if request and request.group is group else None for request in begun]
+                self._accept_all(own, logits, progress)
+            self._release(group)
+
+    def _follows(self, request: Request | None) -> bool:
+        """Whether a request waits for its group's leader to prefill the prompt."""
+        return bool(request and request.group and request.group.leader is not request and self._left(request))
+
+    def _release(self, group: Group) -> None:
+        """Give a group's pages back once all its samples have begun. A hybrid's states go on with their request, so
+        samples that are still waiting then prefill the prompt anew."""
+        pending = any(member.finish is None and self._left(member) for member in group.members)
+        if group.leader and not (pending and "M" not in self.model.layer_pattern):
+            self._pool(group.leader.slot).give_back(group.pages)
+            group.leader, group.pages, group.ready, group.logits = None, [], False, None
+
+    def _prefix(self, request: Request) -> int:
+        """Tokens of the prompt that are prefilled before decoding."""
+        return len(request.prompt) - self.left_to_decode
 
     def _left(self, request: Request) -> int:
-        """Tokens of the prompt to be taken in before decoding."""
-        return len(request.prompt) - self.left_to_decode - request.taken_in
+        """Tokens of the prompt that are still to be prefilled."""
+        return self._prefix(request) - request.prefilled
 
     def _decode(self, ready: list[Request | None], progress: list[Progress]) -> None:
-        """One token of each request whose prompt is in the cache, given in their slots."""
+        """Decode one token of each request whose prompt is in the cache, given in their slots."""
         tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
         rows = self._rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
-        logits, self.cache = self.programs.advance[False](self.weights, self.cache, rows)
+        (logits, experts), self.cache = self.programs.next_logits[False](self.weights, self.cache, rows)
+        self._keep_experts(ready, experts, [1] * self.slots)
         self._accept_all(ready, logits, progress)
 
     def _speculate(self, ready: list[Request | None], progress: list[Progress]) -> None:
-        """One token of each request whose prompt is in the cache, and as many more as drafts stand."""
+        """Decode one token of each request whose prompt is in the cache, and as many more as drafts stand."""
         tokens = np.zeros((self.slots, 1 + self.config.speculate), np.int32)
         limits, starts, counts = np.zeros((3, self.slots), np.int32)
         for row, request in enumerate(ready):
@@ -275,39 +374,51 @@ class Engine:
                 new = [last, *request.drafts][: limits[row] - starts[row]]
                 tokens[row, : len(new)], counts[row] = new, len(new)
         rows = self._rows(ready, tokens, starts, counts, ahead=self.config.speculate)
-        settings, index, top = self._settings(ready)
+        settings, index, wanted = self._settings(ready)
         out, self.cache = self.programs.verify(self.weights, self.cache, rows, limits, settings, index)
-        chosen, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
-        given = jax.device_get(self.programs.with_logprobs(out.tokens, out.logits)) if top else None
+        told = jax.device_get(self.programs.describe(wanted, out.tokens, out.logits, settings)) if any(wanted) else None
+        sampled, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
+        self._keep_experts(ready, out.experts, accepted + 1)
         for row, request in enumerate(ready):
             if request:
                 request.drafts = drafts[row].tolist()
                 self._counts["drafted_tokens"] += int(counts[row]) - 1
                 self._counts["accepted_tokens"] += int(accepted[row])
-                count = int(accepted[row]) + 1
-                of_row = given and Chosen(*(array[row] for array in given))
-                progress.append(self._accept(request, chosen[row, :count], of_row))
+                own = told or Sampled(sampled)
+                own = Sampled(*(None if array is None else array[row, : accepted[row] + 1] for array in own))
+                progress.append(self._accept(request, own))
 
     def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
-        """Chooses after the rows of some requests, None for those that idle."""
-        settings, index, top = self._settings(requests)
-        out = jax.device_get(self.programs.pick[top](logits, settings, index, adjustments(requests)))
+        """Sample after the rows of some requests, None for those that idle."""
+        settings, index, wanted = self._settings(requests)
+        out = jax.device_get(self.programs.sample(wanted, logits, settings, index, adjustments(requests)))
         for row, request in enumerate(requests):
             if request:
-                one = Chosen(*(None if array is None else array[row : row + 1] for array in out))
-                progress.append(self._accept(request, one.tokens, one if top else None))
+                own = Sampled(*(None if array is None else array[row : row + 1] for array in out))
+                progress.append(self._accept(request, own))
 
-    def _settings(self, requests: list[Request | None]) -> tuple[sampling.RowSampling, np.ndarray, bool]:
-        """The rows' sampling settings, their places in their outputs, and whether one wants log-probabilities."""
-        settings, index, top = sampling.idle(len(requests)), np.zeros(len(requests), np.int32), False
+    def _settings(self, requests: list[Request | None]) -> tuple[sampling.RowSampling, np.ndarray, Wanted]:
+        """The rows' sampling settings, their places in their outputs, and what any of them wants to be told."""
+        settings, index = sampling.idle(len(requests)), np.zeros(len(requests), np.int32)
+        top = drawn = False
         for row, request in enumerate(requests):
             if request:
                 params = request.params
                 own = params.temperature, params.top_k, params.top_p, params.min_p, params.seed
                 for array, value in zip(settings, own, strict=True):
                     array[row] = value
-                index[row], top = len(request.tokens), top or params.logprobs >= 0
-        return settings, index, top
+                # What is drawn from comes with the model's own, but not with the most likely tokens.
+                index[row], drawn = len(request.tokens), drawn or params.drawn_logprobs
+                top = top or params.logprobs >= params.drawn_logprobs
+        return settings, index, Wanted(top, drawn, self.config.kept_tokens)
+
+    def _keep_experts(self, requests: list[Request | None], experts: jax.Array | None, counts: Sequence[int]) -> None:
+        """Give requests the routers' choices for their new tokens, where the engine asks for them."""
+        if experts is not None:
+            experts = jax.device_get(experts)
+            for row, request in enumerate(requests):
+                if request:
+                    request.experts.append(experts[row, : counts[row]].copy())
 
     def _rows(self, requests, tokens, starts, counts, ahead: int = 0) -> Rows:
         """The step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
@@ -324,27 +435,30 @@ class Engine:
         return Rows(tokens, np.array(starts, np.int32), np.array(present, np.int32), pages, np.array(slots, np.int32))
 
     def pages_seen(self, positions: int) -> int:
-        """Pages in the tables of a step that reaches so many positions."""
+        """Return the pages in the tables of a step that reaches so many positions."""
         return min(bucket(-(-positions // self.page_size), LEAST_PAGES), self.table_width)
 
-    def _accept(self, request: Request, tokens: np.ndarray, given: Chosen | None) -> Progress:
-        """Gives a request the tokens that were chosen for it, up to its end.
-
-        Args:
-            given: log-probabilities of the tokens, where any request of the step wants them.
-        """
-        new, logprobs, finish = [], [], None
-        for place, token in enumerate(map(int, tokens)):
-            if token in request.params.end_ids:
-                finish = "stop"
+    def _accept(self, request: Request, sampled: Sampled) -> Progress:
+        """Give a request the tokens [T] that were sampled for it, up to its end."""
+        params, finish, count = request.params, None, 0
+        for token in sampled.tokens.tolist():
+            if token in params.end_ids:
+                finish, count = "stop", count + params.keep_end
                 break
-            new.append(token)
-            if given and (count := request.params.logprobs) >= 0:
-                top = zip(given.top_tokens[place].tolist(), given.top_logprobs[place].tolist(), strict=True)
-                logprobs.append(TokenLogprob(token, float(given.logprobs[place]), tuple(itertools.islice(top, count))))
-            if request.length + len(new) >= self._limit(request):
+            count += 1
+            if request.length + count >= self._limit(request):
                 finish = "length"
                 break
+        new, logprobs = sampled.tokens[:count].tolist(), []
+        if params.logprobs >= 0:
+            logprobs = [
+                TokenLogprob(token, float(sampled.logprobs[place]), self._top(sampled, place, params.logprobs))
+                for place, token in enumerate(new)
+            ]
+        if params.drawn_logprobs:
+            request.drawn_logprobs += sampled.drawn[:count].tolist()
+        if self.config.kept_tokens:
+            request.kept += [kept_tokens(bits, self.vocab_size) for bits in sampled.kept[:count]]
         request.tokens += new
         request.logprobs += logprobs
         self._counts["generated_tokens"] += len(new)
@@ -352,17 +466,40 @@ class Engine:
             self._end(request, finish)
         return Progress(request, new, logprobs, finish)
 
+    @staticmethod
+    def _top(sampled: Sampled, place: int, count: int) -> tuple[tuple[int, float], ...]:
+        """The most likely tokens at a place and their log-probabilities."""
+        if not count:
+            return ()
+        return tuple(
+            zip(*(each[place, :count].tolist() for each in (sampled.top_tokens, sampled.top_logprobs)), strict=True)
+        )
+
     def _limit(self, request: Request) -> int:
         """Tokens that a request may have, its prompt's included."""
         return min(len(request.prompt) + request.params.max_tokens, self.max_length)
 
     def _end(self, request: Request, why: str) -> Progress:
-        """Frees what a request holds."""
+        """Free what a request holds."""
         request.finish = why
         if request.slot >= 0:
-            self._pool(request.slot).give_back(request.pages)
-            self.running[request.slot] = None
-            request.pages = []
+            self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        group = request.group
+        if group and group.leader is request and not group.ready:  # those beside it wait again, for another to lead
+            beside = [member for member in group.members if member.slot >= 0 and member.finish is None]
+            for member in beside:
+                self._leave(member)
+                member.slot = -1
+            self.waiting.extendleft(reversed(beside))
+            self._pool(request.slot).give_back(group.pages)
+            group.leader, group.pages = None, []
+        elif group:
+            self._release(group)
         return Progress(request, [], [], why)
+
+    def _leave(self, request: Request) -> None:
+        """Give a request's slot and pages back."""
+        self._pool(request.slot).give_back(request.pages)
+        self.running[request.slot], request.pages = None, []

@@ -1,4 +1,4 @@
-"""A request on its way, what the engine reports of it, and the engine's settings."""
+"""What a request asks of the generator and what it gets, and the engine's settings. Without JAX."""
 
 import functools
 import math
@@ -7,17 +7,107 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.model_rules import hybrid_mesh_problems
 from opendeep_jax.config.rules import MESH_AXES, ROW_AXES, width_problems
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.generation.attention import FEW
-from opendeep_jax.generation.params import SamplingParams, TokenLogprob
+from opendeep_jax.config.sentences import problem
 
+MOST_DRAFTS = 15
+"""Tokens that may be drafted for each step of the model."""
 SMALLEST_CHUNK = 16
 DEFAULT_LENGTH = 4096
+MOST_LOGPROBS = 20
+"""Alternatives whose log-probabilities a request may ask for."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. The filters apply together: top_k first, then top_p and min_p of what it leaves.
+
+    Raises ConfigError for a value that makes no sense.
+    """
+
+    max_tokens: int = 256
+    """Longest output; it ends sooner at one of `end_ids` or where the model's length is full."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token every time."""
+    top_k: int = 0
+    """Choose among this many most likely tokens; 0 among all."""
+    top_p: float = 1.0
+    """Choose among the fewest most likely tokens that together have this probability (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Choose among tokens with at least this share of the most likely one's probability (Nguyen et al. 2024)."""
+    seed: int = 0
+    """Decides the draws, whatever other requests are running."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end the output, and are no part of it unless `keep_end` is set."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies others, of tokens in prompt or output (Keskar et al. 2019)."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as the output has it."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit if the output has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is put on their logits."""
+    min_tokens: int = 0
+    """None of `end_ids` is chosen before the output has so many."""
+    logprobs: int = -1
+    """Alternatives whose log-probabilities under the model come with each token; 0 the token's own alone, -1 none."""
+    drawn_logprobs: bool = False
+    """Give each token's log-probability under the distribution that it was drawn from: after penalties, temperature
+    and filters. At temperature 0 it is 0: the token was certain."""
+    keep_end: bool = False
+    """Keep the one of `end_ids` that was sampled: the output's last token, with its log-probabilities."""
+
+    def __post_init__(self):
+        rules = [
+            ("max_tokens", lambda x: x >= 1, "must be at least 1"),
+            ("temperature", lambda x: 0 <= x <= 100, "must be from 0 to 100"),
+            ("top_k", lambda x: x >= 0, "must be at least 0"),
+            ("top_p", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "must be from 0 to 1"),
+            ("repetition_penalty", lambda x: 0 < x <= 10, "must be above 0 and at most 10"),
+            ("frequency_penalty", lambda x: -2 <= x <= 2, "must be from -2 to 2"),
+            ("presence_penalty", lambda x: -2 <= x <= 2, "must be from -2 to 2"),
+            ("min_tokens", lambda x: x >= 0, "must be at least 0"),
+            ("seed", lambda x: 0 <= x < 2**32, "must be from 0 to 2**32 - 1"),
+            ("logprobs", lambda x: -1 <= x <= MOST_LOGPROBS, f"must be from -1 to {MOST_LOGPROBS}"),
+        ]
+        for name, holds, rule in rules:
+            value = getattr(self, name)
+            whole = name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise ConfigError(problem(name, value, f"must be a {'whole ' * whole}number", ""))
+            if math.isnan(value) or not holds(value):
+                raise ConfigError(problem(name, value, rule, ""))
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits of single tokens are changed."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(penalties or self.logit_bias or (self.min_tokens and self.end_ids))
+
+
+class TokenLogprob(NamedTuple):
+    """A token's log-probability under the model, before penalties, temperature and filters, in nats."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens and theirs, as many as the request asked for."""
+
+
+class Completion(NamedTuple):
+    """A finished request's output."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    """One for each token where the request asked for them."""
+    finish: str
+    """`stop` at one of `end_ids`, `length`, or `aborted`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +128,10 @@ class EngineConfig:
     """Tokens that may be chosen, the tokenizer's; 0 takes all of the model's."""
     speculate: int = 0
     """Tokens that the MTP module drafts for each step of the model; 0 decodes plainly."""
+    expert_choices: bool = False
+    """Keep which experts each token was routed to; the programs are others."""
+    kept_tokens: bool = False
+    """Keep which tokens each one was drawn among, after top_k, top_p and min_p."""
 
 
 @dataclass(eq=False)
@@ -48,13 +142,24 @@ class Request:
     params: SamplingParams
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
+    kept: list[Int[np.ndarray, "n"] | None] = field(default_factory=list)
+    """The tokens that each one was drawn among; None for all. Where the engine has `kept_tokens`."""
+    experts: list[Int[np.ndarray, "n layers K"]] = field(default_factory=list)
+    """The experts of each MoE layer that the tokens in the cache were routed to, in parts. Where the engine has
+    `expert_choices`. A sample's last token is in no cache."""
     finish: str | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
-    taken_in: int = 0
+    prefilled: int = 0
     """Tokens of the prompt that are in the cache."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, by the MTP module."""
+    group: "Group | None" = None
+    """The samples of one prompt that this is one of."""
+
+    samples: "list[Request]" = field(default_factory=list)
+    """All that were submitted together, this one among them."""
 
     @functools.cached_property
     def distinct(self) -> frozenset[int]:
@@ -67,6 +172,26 @@ class Request:
         return len(self.prompt) + len(self.tokens)
 
 
+@dataclass(eq=False)
+class Group:
+    """Samples of one prompt: the first to start prefills it, the others share its pages. Only the engine writes here.
+
+    Whole pages are shared; the last one, which each sample writes on in, is copied, and so are a hybrid's states.
+    """
+
+    members: list[Request]
+    leader: Request | None = None
+    """Whose prompt is or was prefilled; None while none is in the cache."""
+    pages: list[int] = field(default_factory=list)
+    """The prompt's, held until every member has what it needs of them."""
+    ready: bool = False
+    """Whether the whole prompt is in the cache."""
+    logits: tuple | None = None
+    """What the first tokens are sampled from: a step's logits, on the devices, and the prompt's row of them."""
+    experts: list = field(default_factory=list)
+    """`Request.experts` of the prompt."""
+
+
 class Progress(NamedTuple):
     """What a step brought a request."""
 
@@ -75,6 +200,26 @@ class Progress(NamedTuple):
     logprobs: list[TokenLogprob]
     finish: str | None
     """`stop`, `length` or `aborted` when it is done."""
+
+
+class Samples(NamedTuple):
+    """Outputs of N requests in columns, T the longest: what reinforcement learning reads."""
+
+    prompt: Int[np.ndarray, "N"]
+    """Which of the prompts each continues."""
+    ids: Int[np.ndarray, "N T"]
+    """Sampled tokens, the end token included where there is one; 0 behind them."""
+    lengths: Int[np.ndarray, "N"]
+    ended: Bool[np.ndarray, "N"]
+    """Whether the end was sampled; else the length was full."""
+    drawn_logprobs: Float[np.ndarray, "N T"]
+    """Of the distribution that each token was drawn from; 0 behind them."""
+    logprobs: Float[np.ndarray, "N T"]
+    """Of the model, before penalties, temperature and filters."""
+    kept: list[list[Int[np.ndarray, "n"] | None]]
+    """As `Request.kept`."""
+    experts: list[Int[np.ndarray, "length layers K"] | None]
+    """Of each request's prompt and output but its last token; None where the engine keeps none."""
 
 
 class EngineStats(NamedTuple):
@@ -129,6 +274,25 @@ def longest(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_length or min(model.max_length, DEFAULT_LENGTH)
 
 
+def columns(requests: Sequence[Request], prompt: Sequence[int]) -> Samples:
+    """Return finished requests that asked for both kinds of log-probabilities in columns.
+
+    Args:
+        prompt: which prompt each request's is.
+    """
+    lengths = np.array([len(request.tokens) for request in requests], np.int32)
+    ids = np.zeros((len(requests), max(lengths, default=0)), np.int32)
+    drawn, own = np.zeros((2, *ids.shape), np.float32)
+    for row, request in enumerate(requests):
+        count = lengths[row]
+        ids[row, :count], drawn[row, :count] = request.tokens, request.drawn_logprobs
+        own[row, :count] = [one.logprob for one in request.logprobs]
+    ended = np.array([request.finish == "stop" for request in requests], bool)
+    experts = [np.concatenate(request.experts) if request.experts else None for request in requests]
+    kept = [request.kept for request in requests]
+    return Samples(np.array(prompt, np.int32), ids, lengths, ended, drawn, own, kept, experts)
+
+
 def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping[str, int]) -> None:
     """Raises ConfigError for settings that cannot work.
 
@@ -157,12 +321,14 @@ def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping
         )
     if config.speculate and not model.mtp.depth:
         raise ConfigError(f"speculate = {config.speculate}: this model has no MTP module to draft with. Set it to 0.")
-    if not 0 <= config.speculate < FEW:
-        raise ConfigError(f"speculate = {config.speculate}: must be at most {FEW - 1}.")
+    if config.speculate > MOST_DRAFTS:
+        raise ConfigError(f"speculate = {config.speculate}: must be at most {MOST_DRAFTS}.")
+    if config.expert_choices and not model.num_moe_layers:
+        raise ConfigError("expert_choices: this model has no experts. Leave it out.")
     if config.slots % shards:
         raise ConfigError(f"slots = {config.slots}: must be a multiple of the mesh's {shards} groups of rows.")
-    for problem in (*hybrid_mesh_problems(model, sizes), *width_problems(model, sizes)):
-        raise ConfigError(problem)
+    for found in (*hybrid_mesh_problems(model, sizes), *width_problems(model, sizes)):
+        raise ConfigError(found)
     for axis in ("context", "stage"):
         if sizes[axis] > 1:
             raise ConfigError(

@@ -1,17 +1,28 @@
-"""Choosing tokens: temperature, top-k, top-p, min-p, each row by its own settings and seed, without a sort.
+"""Sampling tokens: temperature, top-k, top-p, min-p, each row by its own settings and seed, without a sort.
 
 A filter keeps the logits from some threshold on. Which one, is found by bisection over the bits of a float: 32 sums
 over the vocabulary give the exact threshold, where a sort would move it all.
 
-B rows, V vocabulary.
+Changes to the logits of single tokens (penalties for what was said already, biases, ends that come too soon) are few
+beside a vocabulary, so they reach the device as a short list for each row. Its length grows eightfold at a time, for
+each of which one program is compiled when it first occurs; a step without such requests runs none of it.
+
+B rows, V vocabulary, K places in the lists.
 """
 
+import collections
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
+
+from opendeep_jax.generation.requests import MOST_LOGPROBS, Request
+
+FEW_CHANGES = 1024
 
 
 class RowSampling(NamedTuple):
@@ -35,8 +46,103 @@ def idle(rows: int) -> RowSampling:
     )
 
 
-def choose(logits: Float[Array, "B V"], sampling: RowSampling, index: Int[Array, "B"]) -> Int[Array, "B"]:
-    """A token of each row: the most likely one, or drawn by the row's seed and `index`, its place in the text."""
+class Wanted(NamedTuple):
+    """What is to be told of sampled tokens beside themselves; each combination is a program."""
+
+    top: bool = False
+    """The model's log-probabilities, of the most likely tokens too."""
+    drawn: bool = False
+    """Log-probabilities of the distribution that was drawn from, and the model's own."""
+    kept: bool = False
+    """The tokens that were drawn among."""
+
+
+class Sampled(NamedTuple):
+    """What a step gives for each row, or for each of a row's places, as far as it was asked for."""
+
+    tokens: Int[Array, "*B"]
+    logprobs: Float[Array, "*B"] | None = None
+    top_tokens: Int[Array, "*B 20"] | None = None
+    top_logprobs: Float[Array, "*B 20"] | None = None
+    drawn: Float[Array, "*B"] | None = None
+    kept: UInt8[Array, "*B V/8"] | None = None
+    """A bit for each token, the lowest first."""
+
+
+def sample(
+    vocab_size: int,
+    wanted: Wanted,
+    logits: Float[Array, "B V"],
+    settings: RowSampling,
+    index: Int[Array, "B"],
+    changes: "Adjustments | None",
+) -> Sampled:
+    """Sample a token of each row.
+
+    Args:
+        vocab_size: tokens from here on are never sampled: the model's table may be longer than the tokenizer's.
+        index: each row's place in its output, which its draw depends on.
+        changes: to the logits that are drawn by; the model's own log-probabilities are without them.
+    """
+    logits = limited(logits, vocab_size)
+    changed = logits if changes is None else adjusted(logits, changes)
+    return describe(wanted, draw(changed, settings, index), logits, changed, settings)
+
+
+def describe(
+    wanted: Wanted, tokens: Int[Array, "B"], logits: Float[Array, "B V"], changed: Float[Array, "B V"], settings
+) -> Sampled:
+    """Return sampled tokens with what is wanted of them.
+
+    Args:
+        logits: the model's.
+        changed: those that were drawn by, before temperature and filters.
+    """
+
+    def own(logprobs):
+        return jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+    out = Sampled(tokens)
+    if wanted.top or wanted.drawn:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        out = out._replace(logprobs=own(logprobs))
+    if wanted.top:
+        top, top_tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
+        out = out._replace(top_tokens=top_tokens, top_logprobs=top)
+    if wanted.drawn or wanted.kept:
+        cut = filtered(changed, settings)
+    if wanted.drawn:
+        drawn = own(jax.nn.log_softmax(cut, axis=-1))
+        out = out._replace(drawn=jnp.where(settings.temperature > 0, drawn, 0))
+    if wanted.kept:
+        out = out._replace(kept=jnp.packbits(cut > -jnp.inf, axis=-1, bitorder="little"))
+    return out
+
+
+def describe_drafted(vocab_size: int, wanted: Wanted, tokens, logits, settings) -> Sampled:
+    """`describe` of the tokens [B, T] that a speculating step has sampled by logits [B, T, V]."""
+    rows, new = tokens.shape
+    flat = limited(logits.reshape(rows * new, -1), vocab_size)
+    settings = RowSampling(*(jnp.repeat(setting, new) for setting in settings))
+    out = describe(wanted, tokens.reshape(-1), flat, flat, settings)
+    return jax.tree.map(lambda x: x.reshape(rows, new, *x.shape[1:]), out)
+
+
+def kept_tokens(bits: UInt8[np.ndarray, "V/8"], vocab_size: int) -> Int[np.ndarray, "n"] | None:
+    """Return the ids of a row's kept tokens; None for all."""
+    found = np.flatnonzero(np.unpackbits(bits, bitorder="little")).astype(np.int32)
+    return None if len(found) >= vocab_size else found
+
+
+def limited(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "... V"]:
+    """Return logits with -inf for tokens that the tokenizer does not have."""
+    if vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def draw(logits: Float[Array, "B V"], sampling: RowSampling, index: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Return a token of each row: the most likely, or drawn by the row's seed and `index`, its place in the text."""
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: _drawn(logits, sampling, index),
@@ -106,3 +212,53 @@ def _ordered_bits(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
 def _from_ordered_bits(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     back = jnp.where(bits >> 31, bits & jnp.uint32((1 << 31) - 1), ~bits)
     return jax.lax.bitcast_convert_type(back, jnp.float32)
+
+
+class Adjustments(NamedTuple):
+    """For each row the tokens whose logits change, each once; a token beyond the vocabulary stands for none."""
+
+    tokens: Int[Array, "B K"]
+    factors: Float[Array, "B K"]
+    """Divides positive logits, and multiplies others; then"""
+    added: Float[Array, "B K"]
+
+
+def adjustments(requests: Sequence[Request | None]) -> Adjustments | None:
+    """Return what the next tokens of these requests ask for, in numpy; None where none asks for any."""
+    if not any(request and request.params.adjusts for request in requests):
+        return None
+    changes = [_changes(request) if request and request.params.adjusts else {} for request in requests]
+    longest = max(map(len, changes))
+    places = FEW_CHANGES * 8 ** max(math.ceil(math.log(max(longest, 1) / FEW_CHANGES, 8)), 0)
+    tokens = np.full((len(requests), places), np.iinfo(np.int32).max, np.int32)
+    factors, added = np.ones(tokens.shape, np.float32), np.zeros(tokens.shape, np.float32)
+    for row, found in enumerate(changes):
+        if found:
+            tokens[row, : len(found)] = list(found)
+            factors[row, : len(found)], added[row, : len(found)] = zip(*found.values(), strict=True)
+    return Adjustments(tokens, factors, added)
+
+
+def _changes(request: Request) -> dict[int, tuple[float, float]]:
+    """(factor, addend) of each token whose logit changes."""
+    params, said = request.params, collections.Counter(request.tokens)
+    factors: dict[int, float] = {}
+    added: collections.defaultdict[int, float] = collections.defaultdict(float)
+    if params.repetition_penalty != 1:
+        factors = dict.fromkeys((*request.distinct, *said), params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        for token, count in said.items():
+            added[token] -= params.frequency_penalty * count + params.presence_penalty
+    for token, value in params.logit_bias:
+        added[token] += value
+    if len(request.tokens) < params.min_tokens:
+        added.update(dict.fromkeys(params.end_ids, -math.inf))
+    return {token: (factors.get(token, 1.0), added.get(token, 0.0)) for token in (*factors, *added)}
+
+
+def adjusted(logits: Float[Array, "B V"], changes: Adjustments) -> Float[Array, "B V"]:
+    """Logits with the rows' changes; those of other rows and tokens stay as they are, to the bit."""
+    rows = jnp.arange(len(logits))[:, None]
+    before = jnp.take_along_axis(logits, jnp.minimum(changes.tokens, logits.shape[1] - 1), axis=1)
+    after = jnp.where(before > 0, before / changes.factors, before * changes.factors) + changes.added
+    return logits.at[rows, changes.tokens].set(after, mode="drop")

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.requests import Request, cut_out
+from opendeep_jax.generation.requests import Request, SamplingParams, cut_out
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine

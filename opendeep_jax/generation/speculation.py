@@ -18,9 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from opendeep_jax.generation.cache import LayerCache
 from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_layer
-from opendeep_jax.generation.programs import limited
-from opendeep_jax.generation.sampling import RowSampling, choose
-from opendeep_jax.generation.weights import Bones, Weights
+from opendeep_jax.generation.sampling import RowSampling, draw, limited
+from opendeep_jax.generation.weights import Layout, Weights
 from opendeep_jax.parallel.collectives import all_gather
 
 
@@ -28,36 +27,41 @@ class Verified(NamedTuple):
     """What a step gives for each row."""
 
     tokens: Int[Array, "B T"]
-    """Chosen after each of the new ones; those after the first refused draft mean nothing."""
+    """Sampled after each of the new ones; those after the first refused draft mean nothing."""
     accepted: Int[Array, "B"]
     """Drafts that stand: so many and one more of `tokens` are the text's."""
     drafts: Int[Array, "B K"]
     """For the next step."""
     logits: Float[Array, "B T V"]
+    experts: Int[Array, "B T layers K"] | None
+    """The routers' choices for the new tokens, where they are asked for."""
 
 
-def take_in(
-    bones: Bones,
+def prefill(
+    layout: Layout,
     first: bool,
+    experts: bool,
     weights: Weights,
     cache: tuple[LayerCache, ...],
     rows: Rows,
     following: Int[Array, "B T"],
-) -> tuple[tuple, tuple[LayerCache, ...]]:
-    """Takes a prompt in, all but its last token: the model's cache and the module's.
+) -> tuple[tuple[None, Array | None], tuple[LayerCache, ...]]:
+    """Prefill a prompt but its last token, in the model's cache and the module's; return the routers' choices with it.
 
     Args:
-        first: as for `forward`.
+        first, experts: as for `forward.forward`.
         following: the token after each new one.
     """
-    hidden, cache = forward(bones, weights, cache, rows, first)
-    return (), (*cache[:-1], _module(bones, weights, hidden, following, cache[-1], rows, first)[1])
+    out, cache = forward(layout, weights, cache, rows, first, experts)
+    _, held = _module(layout, weights, out.hidden, following, cache[-1], rows, first)
+    return (None, out.experts), (*cache[:-1], held)
 
 
 def verify(
-    bones: Bones,
+    layout: Layout,
     vocab_size: int,
     drafts: int,
+    experts: bool,
     weights: Weights,
     cache: tuple[LayerCache, ...],
     rows: Rows,
@@ -65,23 +69,23 @@ def verify(
     sampling: RowSampling,
     index: Int[Array, "B"],
 ) -> tuple[Verified, tuple[LayerCache, ...]]:
-    """Takes in each row's last token and its drafts, chooses after each of them, and drafts anew.
+    """Run the model over each row's last token and its drafts, sample after each of them, and draft anew.
 
     Args:
-        vocab_size, index: as for `programs.pick`.
+        vocab_size, index: as for `sampling.sample`.
         drafts: how many to make.
         limits: positions that each row may have.
     """
-    hidden, cache = forward(bones, weights, cache, rows)
-    outside, (batch, new) = bones.outside(weights), rows.tokens.shape
+    (hidden, choices), cache = forward(layout, weights, cache, rows, experts=experts)
+    outside, (batch, new) = layout.outside(weights), rows.tokens.shape
     logits = limited(outside.logits(hidden), vocab_size)
     flat = RowSampling(*(jnp.repeat(setting, new) for setting in sampling))
     index = (index[:, None] + jnp.arange(new)).reshape(-1)
-    tokens = choose(logits.reshape(batch * new, -1), flat, index).reshape(batch, new)
+    tokens = draw(logits.reshape(batch * new, -1), flat, index).reshape(batch, new)
     stands = (rows.tokens[:, 1:] == tokens[:, :-1]) & (jnp.arange(1, new) < rows.counts[:, None])
     accepted = jnp.sum(jnp.cumprod(stands, axis=1), axis=1, dtype=jnp.int32)
     kept = rows._replace(counts=jnp.where(rows.counts > 0, accepted + 1, 0))
-    out, held = _module(bones, weights, hidden, tokens, cache[-1], kept)
+    out, held = _module(layout, weights, hidden, tokens, cache[-1], kept)
     out = jnp.take_along_axis(out, accepted[:, None, None], axis=1)
 
     def likely(out):
@@ -91,15 +95,15 @@ def verify(
     for ahead in range(1, drafts):
         position = rows.start + accepted + ahead
         present = ((rows.counts > 0) & (position < limits)).astype(jnp.int32)
-        out, held = _module(bones, weights, out, proposed[-1], held, Rows(proposed[-1], position, present, rows.pages))
+        out, held = _module(layout, weights, out, proposed[-1], held, Rows(proposed[-1], position, present, rows.pages))
         proposed.append(likely(out))
-    return Verified(tokens, accepted, jnp.concatenate(proposed, axis=1), logits), (*cache[:-1], held)
+    return Verified(tokens, accepted, jnp.concatenate(proposed, axis=1), logits, choices), (*cache[:-1], held)
 
 
-def _module(bones, weights, hidden, following, cache, rows, first=False):
-    """The first MTP module's outputs [B, T, D] for positions whose model outputs and following tokens these are."""
-    at, outside, module = places(rows, first), bones.outside(weights), bones.mtp(weights, 0)
+def _module(layout, weights, hidden, following, cache, rows, first=False):
+    """Return the first MTP module's outputs [B, T, D], given the model's and the tokens that follow."""
+    at, outside, module = places(rows, first), layout.outside(weights), layout.mtp(weights, 0)
     flat = own_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
     inputs = flat, outside.embedding(own_tokens(following.reshape(1, -1)))
-    x, cache = through_layer(module, inputs, context_of(bones, at), cache, at, rows)
+    x, cache = through_layer(module, inputs, context_of(layout, at), cache, at, rows.slots)
     return all_gather(x, "tensor", 1).reshape(hidden.shape), cache

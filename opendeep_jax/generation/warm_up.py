@@ -14,8 +14,8 @@ from opendeep_jax.generation.requests import SMALLEST_CHUNK, bucket, chunk_size
 def warm_up(engine: Engine, longest: int = 0) -> Iterator[tuple[int, int]]:
     """Compiles by running each program once without a request; yields how many are done, and of how many.
 
-    What is left out is compiled when it is first needed: scores, and prompts that are taken in by several groups of
-    devices at once and are at different places.
+    What is left out is compiled when it is first needed: scores, groups of samples, log-probabilities of what is drawn
+    from, and prompts that are prefilled by several groups of devices at once and are at different places.
 
     Args:
         engine: idle.
@@ -26,16 +26,18 @@ def warm_up(engine: Engine, longest: int = 0) -> Iterator[tuple[int, int]]:
     total = len(chunks) + len(tables)
     for done, (first, new, pages) in enumerate(chunks):
         yield done, total
-        _take_in(engine, first, idle_rows(engine, engine.shards, new, pages))
+        with jax.set_mesh(engine.mesh):
+            _prefill(engine, first, idle_rows(engine, engine.shards, new, pages))
     for done, pages in enumerate(tables, len(chunks)):
         yield done, total
-        _decode(engine, idle_rows(engine, engine.slots, 1 + engine.config.speculate, pages))
+        with jax.set_mesh(engine.mesh):
+            _decode(engine, idle_rows(engine, engine.slots, 1 + engine.config.speculate, pages))
     jax.block_until_ready(engine.cache)
     yield total, total
 
 
 def prompt_shapes(engine: Engine, longest: int) -> list[tuple[bool, int, int]]:
-    """(whether it is the prompt's first, new tokens, pages) of all chunks that prompts are taken in by, small first."""
+    """Return (whether it is a prompt's first, new tokens, pages) of all chunks of prompts, small first."""
     most, shapes = engine.config.prefill_tokens, set()
     for begin in range(0, longest, most):  # a prompt has whole chunks, and then at most one more's tokens
         for left in range(1, min(most, longest - 1 - begin - engine.left_to_decode) + 1):
@@ -60,26 +62,32 @@ def idle_rows(engine: Engine, rows: int, new: int, pages: int) -> Rows:
     return Rows(np.zeros((rows, new), np.int32), zeros, zeros, table, slots)
 
 
-def _take_in(engine: Engine, first: bool, rows: Rows) -> None:
+def _prefill(engine: Engine, first: bool, rows: Rows) -> None:
     programs = engine.programs
     if engine.config.speculate:
-        _, engine.cache = programs.take_in_both[first](engine.weights, engine.cache, rows, rows.tokens)
+        _, engine.cache = programs.prefill_drafting[first](engine.weights, engine.cache, rows, rows.tokens)
     else:
-        logits, engine.cache = programs.advance[first](engine.weights, engine.cache, rows)
-        _pick(engine, logits)
+        (logits, _), engine.cache = programs.next_logits[first](engine.weights, engine.cache, rows)
+        _sample(engine, logits)
 
 
 def _decode(engine: Engine, rows: Rows) -> None:
-    programs, zeros = engine.programs, rows.start
+    programs, zeros, settings = engine.programs, rows.start, sampling.idle(len(rows.start))
     if engine.config.speculate:
-        settings = sampling.idle(len(zeros))
         out, engine.cache = programs.verify(engine.weights, engine.cache, rows, zeros, settings, zeros)
-        programs.with_logprobs(out.tokens, out.logits)
+        for wanted in _wanted(engine):
+            if any(wanted):
+                programs.describe(wanted, out.tokens, out.logits, settings)
     else:
-        logits, engine.cache = programs.advance[False](engine.weights, engine.cache, rows)
-        _pick(engine, logits)
+        (logits, _), engine.cache = programs.next_logits[False](engine.weights, engine.cache, rows)
+        _sample(engine, logits)
 
 
-def _pick(engine: Engine, logits: jax.Array) -> None:
-    for choose in engine.programs.pick.values():
-        choose(logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32), None)
+def _sample(engine: Engine, logits: jax.Array) -> None:
+    for wanted in _wanted(engine):
+        engine.programs.sample(wanted, logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32), None)
+
+
+def _wanted(engine: Engine) -> list[sampling.Wanted]:
+    """What requests of servers and of evaluation want to be told."""
+    return [sampling.Wanted(top, False, engine.config.kept_tokens) for top in (False, True)]

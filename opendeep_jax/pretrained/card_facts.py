@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import opendeep_jax
-from opendeep_jax.checkpoint.origin import parent_directory, read_origin
 from opendeep_jax.config.load import CONFIG_FILE, load_run_config
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.interop.hf_card import Provenance
-from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf, read_imported_from
+from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf
 from opendeep_jax.pretrained.sources import source_kind
 from opendeep_jax.record.files import DATA, EVALUATION, number, read_jsonl, read_object
+from opendeep_jax.record.origin import parent_directory, read_imported_from, read_origin
 
 DATASETS = (
     re.compile(r"datasets:([\w.-]+/[\w.-]+)"),

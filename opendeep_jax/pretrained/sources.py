@@ -84,7 +84,7 @@ def sampling_defaults(codec: "TextCodec") -> dict[str, float]:
 
 def _makes_sense(name: str, value: float) -> bool:
     """Whether a setting of a file can be met; others are left at what changes nothing, with a warning."""
-    from opendeep_jax.generation.params import SamplingParams
+    from opendeep_jax.generation.requests import SamplingParams
 
     try:
         SamplingParams(**{name: value})

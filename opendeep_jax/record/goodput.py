@@ -8,9 +8,6 @@ Durations are of a clock that nothing sets; only the gaps between two starts are
 """
 
 import contextlib
-import datetime
-import json
-import os
 import statistics
 import time
 import uuid
@@ -20,23 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opendeep_jax.display.numbers import human_time
-from opendeep_jax.record.metrics import read_jsonl
-
-GOODPUT = "goodput.jsonl"
-
-MEASURED = ("step", "data", "compile", "evaluation", "checkpoint", "restore", "start", "other")
-"""What a process counts. start: before its first count. checkpoint: what a save keeps the loop from, and waiting for
-the last one. evaluation: samples too."""
-KINDS = ("step", "data", "compile", "evaluation", "checkpoint", "restore", "start", "other", "waste", "restart")
-"""Those, and what only all starts together tell. waste: the seconds of steps and of waiting for their data that came to
-nothing, as a later start or a rollback did the steps again, or their updates were skipped. restart: from a start's last
-line to the next start's beginning."""
+from opendeep_jax.record.files import GOODPUT, read_jsonl
+from opendeep_jax.record.record import Record, now
+from opendeep_jax.record.time_kinds import KINDS, measured
 
 
 class Clock:
-    """Gives every second of this process to one kind, and writes the sums. Not for use by several threads.
+    """Account of every second of this process, each of one kind (`time_kinds`). Not for use by several threads.
 
-        clock = Clock(workdir, begun, first_step=100)
+        clock = Clock(record, begun, first_step=100)
         with clock.counting("compile"):
             …
         clock.default = "step"  # from here on, what isn't counted as something else
@@ -48,23 +37,22 @@ class Clock:
         clock.write(step)
 
     Args:
-        workdir: where goodput.jsonl is.
+        record: writes goodput.jsonl, where this process writes.
         begun: when the process was started, on the clock of `time.perf_counter`.
         first_step: the step that training goes on from; set `clock.first_step` where it is known only later.
-        writes: whether this process writes; one of a job does.
     """
 
-    def __init__(self, workdir: str | Path, begun: float, first_step: int = 0, writes: bool = True):
-        self.path, self.first_step, self.writes = Path(workdir) / GOODPUT, first_step, writes
+    def __init__(self, record: Record, begun: float, first_step: int = 0):
+        self.record, self.first_step = record, first_step
         self.start = uuid.uuid4().hex[:12]
-        self.seconds = dict.fromkeys(MEASURED, 0.0)
+        self.seconds = dict.fromkeys(measured(), 0.0)
         self.skipped_updates = 0
         self._default, self._kinds, self._mark = "start", [], begun
-        self._written, self._appends = 0.0, False
+        self._written = 0.0
 
     @property
     def default(self) -> str:
-        """The kind of all time outside of `counting`: `start` at first."""
+        """Kind of all time outside of `counting`: `start` at first."""
         return self._default
 
     @default.setter
@@ -74,7 +62,7 @@ class Clock:
 
     @contextlib.contextmanager
     def counting(self, kind: str) -> Iterator[None]:
-        """Gives the time in the block to `kind`. A block inside it takes its own time out. ValueError: no such kind."""
+        """Give the time in the block to `kind`. A block inside it takes its own time out. ValueError: no such kind."""
         _known(kind)
         self._charge()
         self._kinds.append(kind)
@@ -85,45 +73,33 @@ class Clock:
             self._kinds.pop()
 
     def total(self, *kinds: str) -> float:
-        """Seconds so far of these kinds, or of all."""
+        """Return the seconds so far of these kinds, or of all."""
         self._charge()
-        return sum(self.seconds[kind] for kind in kinds or MEASURED)
+        return sum(self.seconds[kind] for kind in kinds or self.seconds)
 
     def skipped(self, updates: int = 1) -> None:
-        """Notes updates that were skipped since the last line: their steps' time is waste."""
+        """Note updates that were skipped since the last line: their steps' time is waste."""
         self.skipped_updates += updates
 
-    def went_back(self, from_step: int, to_step: int) -> None:
-        """Notes a rollback after `from_step`: the run goes on from `to_step`, and what lies between is waste."""
+    def rollback(self, from_step: int, to_step: int) -> None:
+        """Note a rollback after `from_step`: the run goes on from `to_step`, and what lies between is waste."""
         self.write(from_step)
         self.first_step = to_step
         self.write(to_step)
 
     def log(self, step: int) -> None:
-        """As `write`, where the last line is a thousandth of this process's time ago, or a minute."""
+        """Write as `write` does, where the last line is a thousandth of this process's time ago, or a minute."""
         total = self.total()
         if total - self._written >= min(total / 1000, 60.0):
             self.write(step)
 
     def write(self, step: int) -> None:
-        """Appends a line: `step` steps are done. Raises OSError where it cannot."""
+        """Append a line: `step` steps are done. Raises OSError where it cannot."""
         self._written = self.total()
-        if not self.writes:
-            return
-        record = {
-            "start": self.start,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "wall": time.time(),
-            "step": int(step),
-            "first_step": int(self.first_step),
-            "skipped": self.skipped_updates,
-            "seconds": {kind: round(seconds, 4) for kind, seconds in self.seconds.items()},
-        }
-        with open(self.path, "ab") as file:
-            # A start that died in the middle of a line must not spoil this one's first.
-            torn = not self._appends and file.tell() and not _ends_a_line(self.path)
-            file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-        self._appends = True
+        line = {"start": self.start, "time": now(), "wall": time.time(), "step": int(step)}
+        line |= {"first_step": int(self.first_step), "skipped": self.skipped_updates}
+        seconds = {kind: round(seconds, 4) for kind, seconds in self.seconds.items()}
+        self.record.append(GOODPUT, line | {"seconds": seconds})
 
     def _charge(self) -> None:
         now = time.perf_counter()
@@ -132,15 +108,9 @@ class Clock:
 
 
 def _known(kind: str) -> str:
-    if kind not in MEASURED:
-        raise ValueError(f"{kind}: time is counted as one of {', '.join(MEASURED)}")
+    if kind not in measured():
+        raise ValueError(f"{kind}: time is counted as one of {', '.join(measured())}")
     return kind
-
-
-def _ends_a_line(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
 
 
 @dataclass(frozen=True)
@@ -174,31 +144,30 @@ class Goodput:
 
 
 def read_goodput(workdir: str | Path) -> Goodput | None:
-    """What the lines of a run's goodput.jsonl add up to; None where there are none."""
+    """Return what the lines of a run's goodput.jsonl add up to; None where there are none."""
     return account(read_jsonl(Path(workdir) / GOODPUT))
 
 
 def account(records: Iterable[dict]) -> Goodput | None:
-    """What the records of a goodput.jsonl add up to; None where none is sound."""
-    ledger = Ledger()
+    """Return what the records of a goodput.jsonl add up to; None where none is sound."""
+    total = Account()
     for record in records:
-        ledger.add(record)
-    return ledger.goodput()
+        total.add(record)
+    return total.goodput()
 
 
-class Ledger:
-    """Adds up a run's time line by line, so that who watches a run reads each line once."""
+class Account:
+    """Sum of a run's time, line by line, so that who watches a run reads each line once."""
 
     def __init__(self):
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._last: dict | None = None
         self._starts: dict[str, dict] = {}
-        self._kept: list[
-            list[float]
-        ] = []  # stretches of steps that still count: [from, to, step seconds, data seconds]
+        # Stretches of steps that still count: [from, to, step seconds, data seconds].
+        self._kept: list[list[float]] = []
 
     def add(self, record: dict) -> None:
-        """Adds one line. One that is broken is passed over."""
+        """Add one line. One that is broken is skipped."""
         if not _is_sound(record):
             return
         seconds, before = record["seconds"], self._starts.get(record["start"])
@@ -208,7 +177,7 @@ class Ledger:
                 gap = record["wall"] - sum(seconds.values()) - self._last["wall"]
                 self._seconds["restart"] += max(gap, 0.0)
             before = {"step": record["first_step"], "seconds": {}, "skipped": 0}
-        spent = {kind: max(seconds.get(kind, 0.0) - before["seconds"].get(kind, 0.0), 0.0) for kind in MEASURED}
+        spent = {kind: max(seconds.get(kind, 0.0) - before["seconds"].get(kind, 0.0), 0.0) for kind in measured()}
         for kind, value in spent.items():
             self._seconds[kind] += value
         self._starts[record["start"]] = self._last = record
@@ -223,7 +192,7 @@ class Ledger:
         self._kept.append([first, last, (1 - share) * spent["step"], (1 - share) * spent["data"]])
 
     def goodput(self) -> Goodput | None:
-        """The sums so far; None before the first sound line."""
+        """Return the sums so far; None before the first sound line."""
         return Goodput(dict(self._seconds), len(self._starts)) if self._starts else None
 
     def _throw_away(self, step: int) -> None:
@@ -256,7 +225,7 @@ FEWEST_WINDOWS, WINDOWS = 5, 64
 
 
 class InputWatch:
-    """Tells input that comes too late from steps that take too long, window by window of the log.
+    """Judge that tells input that comes too late from steps that take too long, window by window of the log.
 
     A device computes while the loop waits for a batch, so waiting alone is no harm. What the device still has to do is
     seen at the log, where the loop waits for it: for one step at least, the one just begun. So a device was busy for no
@@ -268,11 +237,11 @@ class InputWatch:
         self._speeds: deque[float] = deque(maxlen=WINDOWS)
 
     def forget(self) -> None:
-        """Steps have another size from here on: their speed is learned anew."""
+        """Learn the speed anew, as steps have another size from here on."""
         self._speeds.clear()
 
     def window(self, steps: int, seconds: float, data_seconds: float, device_seconds: float) -> tuple[str, str] | None:
-        """Judges a window of the log; returns (kind, text) for `record_event` where the state has changed, else None.
+        """Judge a window of the log; returns (kind, text) for `record_event` where the state has changed, else None.
 
         Two windows in a row have to agree. Kinds: `starved`, `slow`, `recovered_speed`.
 

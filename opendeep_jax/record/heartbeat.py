@@ -10,12 +10,13 @@ import json
 import time
 from pathlib import Path
 
-HEARTBEAT = "heartbeat.json"
+from opendeep_jax.record.files import HEARTBEAT
+
 BEAT_SECONDS = 5.0
 
 
 def beat(workdir: str | Path, doing: str, step: int, ended: bool = False) -> None:
-    """Write the sign of life. A disk that does not take it costs the sign, never the run."""
+    """Write the sign of life, which no ledger keeps. A disk that does not take it costs the sign, never the run."""
     sign = {"time": time.time(), "doing": doing, "step": step, "ended": ended}
     with contextlib.suppress(OSError):
         (Path(workdir) / HEARTBEAT).write_text(json.dumps(sign) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ from opendeep_jax.display.page import (
     tiles,
 )
 from opendeep_jax.record.goodput import Goodput
-from opendeep_jax.record.lineage import lineage
+from opendeep_jax.record.origin import lineage
 from opendeep_jax.record.report_curves import captioned, number_chart, over, run_points
 from opendeep_jax.record.report_experts import experts_section, load_image
 from opendeep_jax.record.run_view import HELD_OUT, RunView, stage_shares
@@ -86,7 +86,7 @@ def _run_page(run: RunView, status: str, now: float | None = None) -> str:
         tiles([*(_live_numbers(run, now) if now is not None else ()), *_headline_numbers(run)]),
         _learning([run], [""]),
         _speed([run], [""]),
-        _goodput(run.goodput),
+        goodput_section(run.goodput),
         _phase(run) if now is not None else "",
         _events(run.events, run.event_count),
         experts_section(run),
@@ -275,7 +275,7 @@ def _goodput_bar(goodput: Goodput, title: str = "") -> str:
     return stack(parts, title, f"{goodput.goodput:.1%}")
 
 
-def _goodput(goodput: Goodput | None) -> str:
+def goodput_section(goodput: Goodput | None) -> str:
     """Return a section with the bar and a table of kinds; empty where nothing was counted."""
     if goodput is None or goodput.total <= 0:
         return ""

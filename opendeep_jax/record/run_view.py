@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import CONFIG_FILE, load_run_config
+from opendeep_jax.config.load import CONFIG_FILE, DIFF_FILE, load_run_config
 from opendeep_jax.config.schedule import rate_piece_at, stage_at, stages, tokens_before, total_steps
 from opendeep_jax.display.numbers import human_count, human_time
+from opendeep_jax.record.events import with_new_kind
 from opendeep_jax.record.files import (
     DATA,
     ENVIRONMENT,
@@ -31,12 +32,11 @@ from opendeep_jax.record.files import (
     number,
     read_object,
 )
-from opendeep_jax.record.goodput import Goodput, Ledger
+from opendeep_jax.record.goodput import Account, Goodput
 from opendeep_jax.record.heartbeat import BEAT_SECONDS
 
 FILES = (CONFIG_FILE, DATA, SUMMARY, METRICS, EVALUATION, EXPERTS, EVENTS, GOODPUT, HEARTBEAT)
 """Files of a run whose age tells whether it is alive."""
-DIFF = "config_diff.txt"
 ENDINGS = ("stopped", "preempted", "interrupted", "hang", "lost_peer")
 """Kinds of events after which a process ends."""
 HELD_OUT = "held_out_bits_per_byte"
@@ -136,7 +136,7 @@ class RunView:
                 self._forget(name)
             for record in tail.read():
                 self._take(name, record)
-        self.goodput = self._ledger.goodput()
+        self.goodput = self._account.goodput()
         if self._changed(CONFIG_FILE):
             self._read_config()
         for name, field in ((SUMMARY, "summary"), (ORIGIN, "origin"), (ENVIRONMENT, "environment")):
@@ -262,7 +262,7 @@ class RunView:
         elif name == SAMPLES:
             self.samples = deque(maxlen=TEXTS_KEPT)
         else:
-            self._ledger = Ledger()
+            self._account = Account()
 
     def _take(self, name: str, record: dict) -> None:
         match name:
@@ -275,7 +275,7 @@ class RunView:
                 self.evaluated |= {key: value for key, value in record.items() if number(value) is not None}
                 self.not_finite += [record] * bool(record.get("non_finite"))
             case "events.jsonl":
-                self.events.append(record)
+                self.events.append(with_new_kind(record))
                 self.event_count += 1
             case "experts.jsonl":
                 if self.experts and (self._experts_seen - 1) % self._stride:
@@ -287,7 +287,7 @@ class RunView:
             case "samples.jsonl":
                 self.samples.append(record)
             case _:
-                self._ledger.add(record)
+                self._account.add(record)
 
     def _take_step(self, record: dict) -> None:
         step = number(record.get("step"))
@@ -319,7 +319,7 @@ class RunView:
     def _read_config(self) -> None:
         self.settings = read_object(self.workdir / CONFIG_FILE)
         try:
-            self.diff = (self.workdir / DIFF).read_text(encoding="utf-8", errors="replace")
+            self.diff = (self.workdir / DIFF_FILE).read_text(encoding="utf-8", errors="replace")
         except OSError:
             self.diff = ""
         try:

@@ -1,101 +1,11 @@
-"""Tokens that come back from the engine, as the text, the thinking and the log-probabilities of an answer."""
+"""Log-probabilities and tool calls of answers as OpenAI's API spells them."""
 
 import codecs
-import dataclasses
-import secrets
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from opendeep_jax.generation.params import TokenLogprob
-from opendeep_jax.text.answer_stream import AnswerStream
+from opendeep_jax.generation.requests import TokenLogprob
 from opendeep_jax.text.codec import TextCodec
-from opendeep_jax.text.harmony import Call, Spoken
-
-if TYPE_CHECKING:
-    from opendeep_jax.generation.engine import Progress
-
-
-@dataclasses.dataclass
-class Piece:
-    """What is new of one answer."""
-
-    text: str = ""
-    reasoning: str = ""
-    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Pieces of tool calls, as OpenAI's streams have them."""
-    finish: str | None = None
-    """`stop`, `length` or `tool_calls` once the answer is complete."""
-
-    def __bool__(self) -> bool:
-        return bool(self.text or self.reasoning or self.logprobs or self.calls or self.finish)
-
-
-class Answer:
-    """One answer as it grows; `push` gives what is new, `whole` keeps all.
-
-    Args:
-        codec: Turns tokens to text.
-        stop: The answer ends before any of these strings.
-        conversation: The rendered conversation that this answers; its thinking is then told apart, if the model
-            thinks. None for a text that just goes on.
-        least: No stop string ends it before it has so many tokens.
-        before: Ids of a text that just goes on.
-    """
-
-    def __init__(
-        self,
-        codec: TextCodec,
-        stop: Sequence[str],
-        conversation: str | None = None,
-        least: int = 0,
-        before: Sequence[int] = (),
-    ):
-        self._stream = AnswerStream(codec, stop, conversation, least, before)
-        self.whole = Piece()
-        self.tokens = 0
-        self.submitted, self.first, self.last = time.perf_counter(), 0.0, 0.0
-
-    def push(self, progress: "Progress") -> Piece:
-        """Takes progress of the engine's; nothing is taken after a stop string."""
-        if self.whole.finish:
-            return Piece()
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        piece, taken = Piece(finish=progress.finish), 0
-        for token in progress.tokens:
-            self._add(piece, self._stream.push([token]))
-            taken += 1
-            if self._stream.stopped:
-                piece.finish = "stop"
-                break
-        self.tokens += taken
-        piece.logprobs = list(progress.logprobs[:taken])
-        if piece.finish:
-            self._add(piece, self._stream.finish())
-        if piece.finish == "stop" and (self.whole.calls or piece.calls):
-            piece.finish = "tool_calls"
-        self.whole.text += piece.text
-        self.whole.reasoning += piece.reasoning
-        self.whole.calls += piece.calls
-        self.whole.logprobs += piece.logprobs
-        self.whole.finish = piece.finish
-        return piece
-
-    @staticmethod
-    def _add(piece: Piece, spoken: Spoken) -> None:
-        piece.reasoning += spoken.thinking
-        piece.text += spoken.answer
-        piece.calls += map(_spelled, spoken.calls)
-
-
-def _spelled(call: Call) -> dict[str, Any]:
-    """A piece of a tool call; its first one has the name and an id."""
-    if not call.name:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": call.index, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def joined_calls(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.text_pieces import TextPiece, text_pieces
+from opendeep_jax.generation.answers import Answer, Piece, answer_all
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.text.codec import TextCodec
-from opendeep_jax.text.stream import TextStream
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
@@ -22,8 +21,9 @@ def continued(
     prompts: Sequence[str],
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),
-) -> Iterator[TextPiece]:
-    """Goes on with each prompt until its end, a stop string or its longest length; gives pieces as they come.
+) -> Iterator[tuple[int, Piece]]:
+    """Continue each prompt until its end, a stop string or its longest length; yield pieces as they come, each with its
+    prompt's place.
 
     Args:
         engine: idle.
@@ -36,7 +36,8 @@ def continued(
     for prompt, one in zip(prompts, params, strict=True):
         ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
         requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids)))
-    return text_pieces(engine, requests, [TextStream(codec, stop, before=request.prompt) for request in requests])
+    stop = [text for text in stop if text]
+    return answer_all(engine, requests, [Answer(codec, stop, before=request.prompt) for request in requests])
 
 
 def read_prompts(path: Path) -> list[str]:

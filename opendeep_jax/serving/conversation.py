@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.serving.answers import Answer, Piece
+from opendeep_jax.generation.answers import Answer, Piece, answer_all
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.text.codec import TextCodec
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ class Conversation:
         answer = Answer(self.codec, [], rendered)
         request = self.engine.submit(prompt, settings)
         try:
-            while not answer.whole.finish and not stopped():
-                for progress in self.engine.step():
-                    if progress.request is request and (piece := answer.push(progress)):
-                        yield piece
+            for _, piece in answer_all(self.engine, [request], [answer], stopped):
+                yield piece
         finally:
-            if not answer.whole.finish:
-                self.engine.abort(request)
-                while self.engine.busy:
-                    self.engine.step()
             self.messages = [*asked, {"role": "assistant", "content": answer.whole.text}]

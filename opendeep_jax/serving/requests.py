@@ -4,12 +4,13 @@ import dataclasses
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from opendeep_jax.generation.params import SamplingParams, TokenLogprob
-from opendeep_jax.serving.answers import Answer, Piece, Places, chat_logprobs, completion_logprobs, joined_calls
+from opendeep_jax.generation.answers import Answer, Piece
+from opendeep_jax.generation.requests import SamplingParams, TokenLogprob
+from opendeep_jax.serving.answers import Places, chat_logprobs, completion_logprobs, joined_calls
 from opendeep_jax.serving.errors import ApiError
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from opendeep_jax.serving.service import Limits
@@ -45,6 +46,34 @@ class Asked:
     stream_usage: bool = False
     scores_prompts: int = -1
     """Alternatives that are wanted at each token of the prompts; -1 for no log-probabilities of prompts at all."""
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Yield a stream's events before the first text."""
+        firsts = (self.opening(index) for index in range(len(self.answers)))
+        return (self._chunk_head | {"choices": [first]} for first in firsts if first is not None)
+
+    def add(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the events of what is new of a choice."""
+        yield self._chunk_head | {"choices": [self.chunk(index, piece)]}
+
+    def end(self) -> Iterator[dict[str, Any] | str]:
+        """Yield the events after the last text."""
+        if self.stream_usage:
+            yield self._chunk_head | {"choices": [], "usage": self.usage()}
+        yield "[DONE]"
+
+    def failed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the last event of a stream that fails, of the error's body."""
+        return body
+
+    def whole(self, scores: "Sequence[Scored] | None") -> dict[str, Any]:
+        """Return the whole answer; with log-probabilities of the prompts' tokens where they are wanted."""
+        choices = [self.choice(index, scores) for index in range(len(self.answers))]
+        return self.head | {"object": self.kinds[0], "choices": choices, "usage": self.usage()}
+
+    @property
+    def _chunk_head(self) -> dict[str, Any]:
+        return self.head | {"object": self.kinds[1]} | ({"usage": None} if self.stream_usage else {})
 
     def usage(self) -> dict[str, int]:
         """Counts of tokens so far."""

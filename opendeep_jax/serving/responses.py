@@ -1,14 +1,18 @@
 """OpenAI's newer API for answers, `/v1/responses`, for text: a conversation by other names, and a stream of events."""
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+import pydantic_core
+from pydantic import Field, ValidationError, field_validator
 
-from opendeep_jax.serving.answers import Piece, joined_calls
-from opendeep_jax.serving.requests import Asked
+from opendeep_jax.generation.answers import Piece
+from opendeep_jax.serving.answers import joined_calls
+from opendeep_jax.serving.errors import ApiError
+from opendeep_jax.serving.requests import Asked, chat
 from opendeep_jax.serving.schemas import ChatRequest, Strict
 
 INSTEAD = {
@@ -39,6 +43,8 @@ class ResponseRequest(Strict):
     tools: list[dict[str, Any]] | None = None
     more: dict[str, Any] = {}
     """Settings of sampling."""
+    chat: Any = None
+    """The same as a request for chat."""
 
     @field_validator("text")
     @classmethod
@@ -49,28 +55,39 @@ class ResponseRequest(Strict):
         return text
 
 
-def read(body: Any) -> tuple[ResponseRequest, ChatRequest]:
-    """A body, and the same as a request for chat. Raises ValidationError; ValueError for what is refused by name."""
+def read(text: bytes) -> ResponseRequest:
+    """Return what a body asks. Raises ValidationError, and ApiError for what is refused by name."""
+    try:
+        return _read(pydantic_core.from_json(text))
+    except ValidationError:
+        raise
+    except ValueError as error:
+        name, known, _ = str(error).partition(": ")
+        raise ApiError(400, str(error), name if known and name.isidentifier() else None) from error
+
+
+def _read(body: Any) -> ResponseRequest:
     own, more = {}, {}
     for name, value in body.items() if isinstance(body, dict) else ():
         if value is None or name in UNUSED or (name == "background" and value is False):
             continue
         if name in INSTEAD:
             raise ValueError(f"{name}: {INSTEAD[name]}.")
-        (own if name in ResponseRequest.model_fields and name != "more" else more)[name] = value
+        (own if name in ResponseRequest.model_fields and name not in ("more", "chat") else more)[name] = value
     asked = ResponseRequest.model_validate((own | {"more": more}) if isinstance(body, dict) else body)
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     messages += [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else _messages(asked.input)
-    chat = more | {"messages": messages, "stream": asked.stream, "max_completion_tokens": asked.max_output_tokens}
+    fields = more | {"messages": messages, "stream": asked.stream, "max_completion_tokens": asked.max_output_tokens}
     if effort := (asked.reasoning or {}).get("effort"):
-        chat["reasoning_effort"] = effort
+        fields["reasoning_effort"] = effort
     if asked.tools:
         named = [{key: value for key, value in tool.items() if key != "type"} for tool in asked.tools]
         kinds = [tool.get("type") for tool in asked.tools]
-        chat["tools"] = [{"type": kind, "function": tool} for kind, tool in zip(kinds, named, strict=True)]
+        fields["tools"] = [{"type": kind, "function": tool} for kind, tool in zip(kinds, named, strict=True)]
     if asked.model is not None:
-        chat["model"] = asked.model
-    return asked, ChatRequest.model_validate(chat)
+        fields["model"] = asked.model
+    asked.chat = ChatRequest.model_validate(fields)
+    return asked
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,16 +115,26 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
+def response(body: ResponseRequest, *given: Any, seconds: float) -> "Response":
+    """Read a request; arguments and errors are those of `requests.chat`."""
+    return Response(body, chat(body.chat, *given, seconds=seconds))
+
+
 class Response:
-    """One response as it grows, and the events that tell of it.
+    """One response as it grows: as `requests.Asked`, with the events and the spelling of this API.
 
     Args:
         body: What was asked.
         asked: The same, as chat is asked of the engine; it has one answer.
     """
 
+    scores_prompts = -1
+
     def __init__(self, body: ResponseRequest, asked: Asked):
         self._asked, self._sequence = asked, 0
+        self.prompts, self.requests, self.answers, self.stream = (
+            asked.prompts, asked.requests, asked.answers, asked.stream
+        )  # fmt: skip
         self._ids = {kind: f"{kind}_{secrets.token_hex(12)}" for kind in ("resp", "rs", "msg", "fc")}
         self._done: list[dict[str, Any]] = []
         """Items of the output that are complete."""
@@ -135,21 +162,23 @@ class Response:
             "user": body.more.get("user"),
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The response, once the answer is complete."""
-        for _ in self.added(self._asked.answers[0].whole):
-            pass
-        for _ in self.ended():
+    def whole(self, scores: None) -> dict[str, Any]:
+        """Return the response, once the answer is complete."""
+        for _ in itertools.chain(self.add(0, self.answers[0].whole), self.end()):
             pass
         return self._described()
 
-    def begun(self) -> Iterator[dict[str, Any]]:
+    def failed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the last event of a stream that fails, of the error's body."""
+        return {"type": "error", **body["error"]}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
         """The events before the first text."""
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._described("in_progress"))
 
-    def added(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The events of what is new."""
+    def add(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the events of what is new."""
         for kind, text in (("reasoning", piece.reasoning), ("message", piece.text)):
             if text:
                 if self._open is None or self._open[0] != kind:
@@ -160,8 +189,8 @@ class Response:
                 more = {"logprobs": []} if kind == "message" else {}
                 yield self._event(name, **self._place(), content_index=0, delta=text, **more)
 
-    def ended(self) -> Iterator[dict[str, Any]]:
-        """The last events."""
+    def end(self) -> Iterator[dict[str, Any]]:
+        """Yield the last events."""
         yield from self._close()
         for number, call in enumerate(joined_calls(self._asked.answers[0].whole.calls)):
             item = {"type": "function_call", "id": f"{self._ids['fc']}{number}", "call_id": call["id"]}

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from opendeep_jax.generation.params import MOST_LOGPROBS
+from opendeep_jax.generation.requests import MOST_LOGPROBS
 
 MAX_CHOICES = 128
 """Prompts times `n` of one request."""

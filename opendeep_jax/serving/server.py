@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any
 
 import prometheus_client
-import pydantic_core
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -24,8 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from opendeep_jax.generation.answers import Piece
 from opendeep_jax.serving import requests, responses
-from opendeep_jax.serving.answers import Piece
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
 from opendeep_jax.serving.metrics import Metrics
 from opendeep_jax.serving.page import page_response
@@ -181,99 +179,48 @@ async def _model(request: Request) -> Response:
 
 
 async def _completions(request: Request) -> Response:
-    return await _answer(request, CompletionRequest, requests.completion)
+    return await _answer(request, partial(_read, CompletionRequest.model_validate_json, requests.completion))
 
 
 async def _chat(request: Request) -> Response:
     served = _served(request)
     read = partial(requests.chat, seconds=served.config.request_seconds)
-    return await _answer(request, ChatRequest, read, served.templates)
+    return await _answer(request, partial(_read, ChatRequest.model_validate_json, read), served.templates)
 
 
 async def _respond(request: Request) -> Response:
-    served, found = _served(request), []
-
-    def read(body: bytes, *given: Any) -> Asked:
-        try:
-            own, as_chat = responses.read(pydantic_core.from_json(body))
-        except ValidationError:
-            raise
-        except ValueError as error:
-            known = str(error).partition(": ")
-            raise ApiError(400, str(error), known[0] if known[0].isidentifier() and known[1] else None) from error
-        _check_model(served, own.model or served.name)
-        asked = requests.chat(as_chat, *given, seconds=served.config.request_seconds)
-        found.append(responses.Response(own, asked))
-        return asked
-
-    asked, job, until = await _submitted(request, read, served.templates)
-    (response,) = found
-    if asked.stream:
-        return _EventStream(job, _response_events(served, asked, job, until, response))
-    await _unless_gone(request, _whole(served, asked, job, until))
-    return JSONResponse(response.whole())
+    served = _served(request)
+    read = partial(responses.response, seconds=served.config.request_seconds)
+    return await _answer(request, partial(_read, responses.read, read), served.templates)
 
 
-async def _response_events(
-    served: Served, asked: Asked, job: Job, until: float, response: responses.Response
-) -> AsyncIterator[str]:
-    """A response's events, each by its name too. An error that comes late is the last one."""
-
-    def spelled(event: dict[str, Any]) -> str:
-        return f"event: {event['type']}\n{_event(event)}"
-
-    try:
-        async with asyncio.timeout_at(until):
-            for event in response.begun():
-                yield spelled(event)
-            async for _, piece in _pieces(served, asked, job):
-                for event in response.added(piece):
-                    yield spelled(event)
-        for event in response.ended():
-            yield spelled(event)
-    except Exception as error:
-        if not isinstance(error, FORESEEN):
-            log.exception("a stream failed")
-        yield spelled({"type": "error", **as_api_error(error).body["error"]})
+def _read(parse: Callable[[bytes], Any], prepare: Callable[..., Asked], served: Served, body: bytes) -> Asked:
+    """Return what a body asks of the engine."""
+    if served.service.limits is None:
+        raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
+    found = parse(body)
+    _check_model(served, found.model or served.name)
+    return prepare(found, served.codec, served.service.limits, served.name, served.defaults)
 
 
 async def _answer(
-    request: Request, schema: type, read: Callable[..., Asked], pool: ThreadPoolExecutor | None = None
+    request: Request, read: Callable[[Served, bytes], Asked], pool: ThreadPoolExecutor | None = None
 ) -> Response:
-    served = _served(request)
-
-    def parsed(body: bytes, *given: Any) -> Asked:
-        found = schema.model_validate_json(body)
-        _check_model(served, found.model or served.name)
-        return read(found, *given)
-
-    asked, job, until = await _submitted(request, parsed, pool)
-    if asked.stream:
-        return _EventStream(job, _events(served, asked, job, until))
-    return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
-
-
-async def _submitted(
-    request: Request, read: Callable[..., Asked], pool: ThreadPoolExecutor | None
-) -> tuple[Asked, Job, float]:
-    """What a body asks, submitted to the engine, and until when it may take: the time begins as the body is there.
+    """Answer a request, whole or as a stream; the time that it may take begins as its body is there.
 
     Args:
-        read: Makes of a body and of what the model is like what is asked of the engine.
-        pool: Where that is done; by default where the event loop does such things.
+        read: makes of a body what is asked of the engine.
+        pool: where that is done; by default where the event loop does such things.
     """
     served = _served(request)
     body = await _body(request, served.config)
     until = asyncio.get_running_loop().time() + served.config.request_seconds
-
-    def prepared() -> Asked:
-        if served.service.limits is None:
-            raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
-        return read(body, served.codec, served.service.limits, served.name, served.defaults)
-
     async with asyncio.timeout_at(until):  # a body of megabytes takes a while to be read and tokenized
-        asked = await asyncio.get_running_loop().run_in_executor(pool, prepared)
-    return asked, served.service.submit(asked.requests), until
+        asked = await asyncio.get_running_loop().run_in_executor(pool, read, served, body)
+    job = served.service.submit(asked.requests)
+    if asked.stream:
+        return _EventStream(job, _events(served, asked, job, until))
+    return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
 
 
 async def _whole(served: Served, asked: Asked, job: Job, until: float) -> dict[str, Any]:
@@ -283,27 +230,24 @@ async def _whole(served: Served, asked: Asked, job: Job, until: float) -> dict[s
             scores = await served.service.score(asked.prompts, [1] * len(asked.prompts), asked.scores_prompts)
         async for _ in _pieces(served, asked, job):
             pass
-    choices = [asked.choice(index, scores) for index in range(len(asked.answers))]
-    return asked.head | {"object": asked.kinds[0], "choices": choices, "usage": asked.usage()}
+    return asked.whole(scores)
 
 
 async def _events(served: Served, asked: Asked, job: Job, until: float) -> AsyncIterator[str]:
-    """The chunks of a stream as server-sent events. An error that comes late is the stream's last event."""
-    head = asked.head | {"object": asked.kinds[1]} | ({"usage": None} if asked.stream_usage else {})
+    """The server-sent events of a stream. An error that comes late is the last one."""
     try:
         async with asyncio.timeout_at(until):
-            for index in range(len(asked.answers)):
-                if (first := asked.opening(index)) is not None:
-                    yield _event(head | {"choices": [first]})
+            for event in asked.begin():
+                yield _event(event)
             async for index, piece in _pieces(served, asked, job):
-                yield _event(head | {"choices": [asked.chunk(index, piece)]})
-        if asked.stream_usage:
-            yield _event(head | {"choices": [], "usage": asked.usage()})
-        yield "data: [DONE]\n\n"
+                for event in asked.add(index, piece):
+                    yield _event(event)
+        for event in asked.end():
+            yield _event(event)
     except Exception as error:
         if not isinstance(error, FORESEEN):
             log.exception("a stream failed")
-        yield _event(as_api_error(error).body)
+        yield _event(asked.failed(as_api_error(error).body))
 
 
 async def _pieces(served: Served, asked: Asked, job: Job) -> AsyncIterator[tuple[int, Piece]]:
@@ -318,8 +262,12 @@ async def _pieces(served: Served, asked: Asked, job: Job) -> AsyncIterator[tuple
             yield index, piece
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
+def _event(data: dict[str, Any] | str) -> str:
+    """A server-sent event; of a response's, which have types, by its name too."""
+    if isinstance(data, str):
+        return f"data: {data}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'), allow_nan=False)}\n\n"
 
 
 class _EventStream(StreamingResponse):

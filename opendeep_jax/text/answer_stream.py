@@ -66,30 +66,6 @@ class AnswerStream:
         return Spoken(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
 
 
-class AnswerText:
-    """The text of an `AnswerStream` alone; tool calls are their arguments, thinking is left out."""
-
-    def __init__(self, stream: AnswerStream):
-        self._stream = stream
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
-        return self._stream.stopped
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Takes the next tokens; returns the text that is certain now."""
-        return _text(self._stream.push(ids))
-
-    def finish(self) -> str:
-        """The rest, when no more tokens come."""
-        return _text(self._stream.finish())
-
-
-def _text(spoken: Spoken) -> str:
-    return spoken.answer + "".join(call.arguments for call in spoken.calls)
-
-
 def thinking_marks(codec: TextCodec) -> Marks | None:
     """Return how the model writes that it thinks, as its chat template tells; None if it does not."""
     template = codec.chat_template or ""

@@ -19,17 +19,8 @@ from typing import Any
 
 import jax
 
-from opendeep_jax.checkpoint.files import (
-    DIRECTORY,
-    MODEL,
-    OPTIMIZER,
-    Unsound,
-    flat_digests,
-    make_record,
-    steps_in,
-)
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, CorruptCheckpoint, flat_digests, make_record
 from opendeep_jax.checkpoint.local import layout
-from opendeep_jax.checkpoint.origin import read_origin, write_origin
 from opendeep_jax.checkpoint.writer import Writer
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
@@ -38,7 +29,6 @@ from opendeep_jax.config.load import (
     DIFF_FILE,
     HARMLESS,
     ROUNDING,
-    check_workdir,
     diff,
     format_diff,
     is_among,
@@ -49,21 +39,19 @@ from opendeep_jax.config.load import (
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.data.prepared import check_data
-from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
-from opendeep_jax.train.branch_parent import Parent, check_tokenizer, open_parent, unsound_parent
+from opendeep_jax.record.files import CHECKPOINTS, DATA, SKIPPED_BATCHES, checkpoint_steps
+from opendeep_jax.record.origin import read_origin, write_origin
+from opendeep_jax.record.skipped_batches import read_skipped_batches
+from opendeep_jax.record.workdir import check_workdir, only_writer
+from opendeep_jax.train.branch_parent import Parent, check_tokenizer, corrupt_parent, open_parent
 from opendeep_jax.train.branch_state import make_state, plan_move
-from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.run_directory import only_writer
-from opendeep_jax.train.state import abstract_state
+from opendeep_jax.train.feed import TEXT_FILES, with_tokenizer
+from opendeep_jax.train.optimizer import learning_rate_schedule
+from opendeep_jax.train.setup import assemble
 
 STAGED = "branching"
-TEXT_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-"""What a run keeps of its tokenizer."""
-
 LENGTH = ("train.steps", "train.total_tokens")
 OWN_ORDER = ("data.", "seed", "train.batch_size", "train.batch_ramp")
 """Fields that decide which batch a step has."""
@@ -85,7 +73,7 @@ def check_branch(config: RunConfig, workdir: str | Path, parent: str) -> None:
         )
     finish_branch(workdir)
     origin = read_origin(workdir)
-    if (workdir / CONFIG_FILE).exists() or steps_in(workdir / DIRECTORY):
+    if (workdir / CONFIG_FILE).exists() or checkpoint_steps(workdir / CHECKPOINTS):
         if not (origin["kind"] == "branch" and _is_parent(run, origin) and step in (None, origin["step"])):
             raise ConfigError(
                 f"--from={parent}: --workdir={workdir} holds a run already, and it {_began(origin)}. Leave --from out "
@@ -100,7 +88,7 @@ def _check_begun(config: RunConfig, workdir: Path) -> None:
     try:
         check_workdir(config, workdir)
     except ConfigError as error:
-        if (workdir / DATA_FILE).exists():
+        if (workdir / DATA).exists():
             raise
         cure = f"Nothing has been trained there yet: delete {workdir} to begin with these settings."
         raise ConfigError(f"{error} {cure}") from error
@@ -152,11 +140,11 @@ def begin_branch(
 
 
 def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Callable[[str], None]) -> None:
-    mesh, bones = make_mesh(config.parallel), skeleton(config.model)
-    optimizer = make_optimizer(config, bones.axes())
+    mesh = make_mesh(config.parallel)
     changes, staged = diff(parent.config, config), workdir.resolve() / STAGED  # Orbax takes no relative path
     with jax.set_mesh(mesh):
-        template = abstract_state(config, optimizer, bones, mesh)
+        setup = assemble(config, mesh)
+        template, optimizer = setup.template, setup.optimizer
         comparable = all(is_among(name, SAME_LOSS) for name, _, _ in changes)
         move = plan_move(parent.record, parent.config, config, template, keep_health=comparable)
         if move.refusal:
@@ -167,15 +155,15 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
                 "A branch may change what is done with the weights, and none of their shapes. Take these back (there "
                 f"-> here):\n  {differences}"
             )
-        primary_first("branch/text", lambda: check_data(_with_tokenizer(config, parent.workdir)))
+        primary_first("branch/text", lambda: check_data(with_tokenizer(config, parent.workdir)))
         notes = [*move.notes, *_notes(config, parent, changes)]
         if is_primary():
             say("\n".join([f"branch of {parent.workdir} at step {parent.step:,}", *(f"  {note}" for note in notes)]))
             shutil.rmtree(staged, ignore_errors=True)
         try:
             items = make_state(parent.path, move, template, optimizer)
-        except Unsound as error:
-            raise unsound_parent(given, parent.workdir, parent.step, error) from error
+        except CorruptCheckpoint as error:
+            raise corrupt_parent(given, parent.workdir, parent.step, error) from error
         arrays = {name: array for item in items.values() for name, array in item.items()}
         measure = parent.record["measure"] if comparable else None
         last_update = int(items[OPTIMIZER][".health.last_update"])
@@ -194,7 +182,7 @@ def _settle(config: RunConfig, recipe: RunConfig | None, workdir: Path, parent: 
         if (parent.workdir / name).is_file():
             shutil.copyfile(parent.workdir / name, staged / name)
     if windows := _inherited(config, parent, changes):
-        write_atomically(staged / PASSED_OVER, json.dumps(windows, indent=2) + "\n")
+        write_atomically(staged / SKIPPED_BATCHES, json.dumps(windows, indent=2) + "\n")
     save_run_config(config, parent.config if recipe is None else recipe, staged)
     write_origin(
         workdir,
@@ -222,9 +210,11 @@ def finish_branch(workdir: str | Path) -> bool:
     staged = workdir / STAGED
     if not staged.is_dir() or read_origin(workdir)["kind"] != "branch":
         return False
-    (workdir / DIRECTORY).mkdir(exist_ok=True)
-    others = [(staged / name, workdir / name) for name in (*TEXT_FILES, PASSED_OVER, DIFF_FILE, CONFIG_FILE)]
-    for source, target in [(staged / str(step), workdir / DIRECTORY / str(step)) for step in steps_in(staged)] + others:
+    (workdir / CHECKPOINTS).mkdir(exist_ok=True)
+    others = [(staged / name, workdir / name) for name in (*TEXT_FILES, SKIPPED_BATCHES, DIFF_FILE, CONFIG_FILE)]
+    for source, target in [
+        (staged / str(step), workdir / CHECKPOINTS / str(step)) for step in checkpoint_steps(staged)
+    ] + others:
         with contextlib.suppress(FileNotFoundError):
             os.replace(source, target)
     shutil.rmtree(staged, ignore_errors=True)
@@ -235,19 +225,6 @@ def remove_unfinished(workdir: str | Path) -> None:
     """Delete what is there of a branch that was killed before it was whole."""
     if read_origin(workdir)["kind"] != "branch":
         shutil.rmtree(Path(workdir) / STAGED, ignore_errors=True)
-
-
-def with_own_tokenizer(config: RunConfig, workdir: str | Path) -> RunConfig:
-    """`config` as a branch reads its text: with the tokenizer that it has from its parent, whatever the sources."""
-    return _with_tokenizer(config, workdir) if read_origin(workdir)["kind"] == "branch" else config
-
-
-def _with_tokenizer(config: RunConfig, workdir: str | Path) -> RunConfig:
-    """`config` with the tokenizer that a work directory keeps, if it keeps one."""
-    path = Path(workdir, TOKENIZER_FILE).absolute()
-    if not path.exists():
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path)))
 
 
 def _has_own_order(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> bool:
@@ -265,7 +242,7 @@ def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, 
     end = parent.step if _has_own_order(config, parent, changes) else sys.maxsize
     return [
         {**window, "last": min(window["last"], end), "last_update": -1}
-        for window in read_passed_over(parent.workdir)
+        for window in read_skipped_batches(parent.workdir)
         if window["first"] <= end
     ]
 
@@ -280,7 +257,7 @@ def _notes(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]
         notes.append(f"learning rate of step {parent.step + 1:,}: {here:.4g}; by the parent's schedule {there:.4g}")
     if _has_own_order(config, parent, changes):
         text = f"batches from step {parent.step + 1:,} on are those that this configuration has at these steps"
-        if any(window["last"] > parent.step for window in read_passed_over(parent.workdir)):
-            text += "; what the parent passes over is of its own order, and counts no more"
+        if any(window["last"] > parent.step for window in read_skipped_batches(parent.workdir)):
+            text += "; what the parent skips is of its own order, and counts no more"
         notes.append(text)
     return notes

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from opendeep_jax.checkpoint.files import DIRECTORY, Unsound, read_record, steps_in
+from opendeep_jax.checkpoint.files import CorruptCheckpoint, checkpoint_path, read_record
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, parent_of
 from opendeep_jax.config.schedule import tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.provenance import run_tokenizer
+from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer
 
 
@@ -24,7 +25,7 @@ class Parent(NamedTuple):
     @property
     def path(self) -> Path:
         """Its directory."""
-        return self.workdir / DIRECTORY / str(self.step)
+        return self.workdir / CHECKPOINTS / str(self.step)
 
 
 def open_parent(config: RunConfig, parent: str, step: int | None = None) -> Parent:
@@ -33,26 +34,21 @@ def open_parent(config: RunConfig, parent: str, step: int | None = None) -> Pare
     Raises ConfigError where it is not there or its record is damaged, and where `config` has no step to do after it.
     """
     run, named = parent_of(parent)
-    parents_config, steps = load_run_config(run, f"--from={parent}"), steps_in(run / DIRECTORY)
-    step = named if step is None else step
-    if not steps:
-        raise ConfigError(f"--from={parent}: {run} has no checkpoint yet. Let `opendeep train` reach its first one.")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise ConfigError(f"--from={parent}: {run} has no checkpoint of step {step}; there are: {there}.")
+    parents_config = load_run_config(run, f"--from={parent}")
+    path = checkpoint_path(run, named if step is None else step, f"--from={parent}")
+    step = int(path.name)
     try:
-        record = read_record(run / DIRECTORY / str(step))
-    except Unsound as error:
-        raise unsound_parent(parent, run, step, error) from error
+        record = read_record(path)
+    except CorruptCheckpoint as error:
+        raise corrupt_parent(parent, run, step, error) from error
     if total_steps(config) <= step:
         raise ConfigError(f"--from={parent}: {_too_short(config, step)}")
     return Parent(run, step, parents_config, record)
 
 
-def unsound_parent(parent: str, run: Path, step: int, error: Unsound) -> ConfigError:
+def corrupt_parent(parent: str, run: Path, step: int, error: CorruptCheckpoint) -> ConfigError:
     """The error for a checkpoint that cannot be read as it was written; it names the others."""
-    steps = steps_in(run / DIRECTORY)
+    steps = checkpoint_steps(run / CHECKPOINTS)
     if step not in steps:  # a run that is going keeps its newest ones only
         there = ", ".join(map(str, steps)) or "none"
         return ConfigError(f"--from={parent}: the checkpoint of step {step} was deleted meanwhile; there are: {there}.")

@@ -7,8 +7,6 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
-from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
-from opendeep_jax.checkpoint.origin import IMPORTED, write_origin
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import CONFIG_FILE, IMPORTED_RECIPE, save_run_config
@@ -16,10 +14,12 @@ from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import split
+from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
+from opendeep_jax.record.origin import IMPORTED, write_origin
+from opendeep_jax.record.workdir import only_writer
 from opendeep_jax.text.codec import TextCodec, save_codec
 from opendeep_jax.text.tokenizer import load_tokenizer
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
 
 RECIPE_FILE = IMPORTED_RECIPE
@@ -39,7 +39,7 @@ def get_config():
 
 def check_importable(workdir: str | Path) -> None:
     """Raises ConfigError where a run is in the way."""
-    if steps_in(Path(workdir) / DIRECTORY) and not (Path(workdir) / CONFIG_FILE).exists():
+    if checkpoint_steps(Path(workdir) / CHECKPOINTS) and not (Path(workdir) / CONFIG_FILE).exists():
         raise ConfigError(
             f"--out={workdir}: holds a checkpoint of an import that was cut short. Delete it, or choose another."
         )

@@ -1,4 +1,4 @@
-"""The training loop: prepare, resume, step, log, evaluate, save, report; and go back where a step went wrong."""
+"""The training loop: prepare, resume, step, log, evaluate, save, report; and roll back where a step went wrong."""
 
 import contextlib
 import functools
@@ -8,52 +8,62 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoneSound, remove_partial_saves
-from opendeep_jax.config.load import check_workdir, record_context_length
+from opendeep_jax.checkpoint.checkpoints import Checkpoints, remove_partial_saves
+from opendeep_jax.config.load import record_context_length
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.pipeline import Data, open_data
-from opendeep_jax.data.prepared import check_data
-from opendeep_jax.data.provenance import DATA_FILE
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.display.progress import ProgressLine
 from opendeep_jax.display.tables import key_value_table
-from opendeep_jax.faults import injection as drill
+from opendeep_jax.faults.injection import inject_faults
 from opendeep_jax.faults.interrupt import STEPS_AHEAD, StopRequests, stop_requests
-from opendeep_jax.faults.recovery import GoBack, Recovery
+from opendeep_jax.faults.recovery import Recovery, Rollback
 from opendeep_jax.faults.replay import Replay, compare_copies
 from opendeep_jax.faults.watchdog import Watchdog
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.distributed import is_primary, primary_first
-from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
-from opendeep_jax.record.events import record_event
+from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch
+from opendeep_jax.record.files import finished_summary
 from opendeep_jax.record.goodput import Clock, read_goodput
+from opendeep_jax.record.record import Record
 from opendeep_jax.record.report import write_report
-from opendeep_jax.train.branch import finish_branch, remove_unfinished, with_own_tokenizer
+from opendeep_jax.record.workdir import check_workdir, only_writer
+from opendeep_jax.train.branch import finish_branch, remove_unfinished
 from opendeep_jax.train.compiling import say_once
-from opendeep_jax.train.losses import Metrics
+from opendeep_jax.train.feed import Feed, Pretraining
+from opendeep_jax.train.objective import Objective
 from opendeep_jax.train.observer import Observer
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
-from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
-from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
-from opendeep_jax.train.step import make_train_step
-from opendeep_jax.train.summary import check_memory, data_rows, model_rows, peak_flops
+from opendeep_jax.train.run_directory import save_run
+from opendeep_jax.train.setup import Setup, assemble, check_implementations, use_compilation_cache
+from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.step import StepOutput
+from opendeep_jax.train.summary import check_memory, model_rows, peak_flops
 
 
-def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = None, begun: float | None = None) -> dict:
-    """Trains the run in `workdir` from its newest sound checkpoint (or from nothing) to its end; returns its summary.
+def train(
+    config: RunConfig,
+    workdir: str | Path,
+    feed: Feed | None = None,
+    objective: Objective | None = None,
+    *,
+    frozen: dict[str, Arrays] | None = None,
+    recipe: RunConfig | None = None,
+    begun: float | None = None,
+) -> dict:
+    """Train the run in `workdir` from its newest sound checkpoint (or from nothing) to its end; return its summary.
 
     A run that has ended is left as it is; only its report is written again. In a job of several processes all call
     this; the first one prints and writes, and the others get an empty summary.
 
     Args:
+        feed: gives the batches; None trains on the text of `config.data`.
+        objective: is minimized; None takes `objective.pretraining`.
+        frozen: weights that do not train, on the mesh of `config.parallel` (`TrainState.frozen`).
         recipe: what the configuration was made from, for `config_diff.txt`; None leaves it to what is there.
         begun: when the program was started, on the clock of `time.perf_counter`; None says now.
     Raises:
@@ -65,6 +75,7 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
     """
     begun = time.perf_counter() if begun is None else begun
     workdir, steps = Path(workdir), total_steps(config)
+    feed = Pretraining(config, workdir) if feed is None else feed
     with contextlib.ExitStack() as stack:
         primary_first("directory", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
         primary_first("branching", lambda: _finish_branch(config, workdir) if is_primary() else None)
@@ -75,7 +86,8 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))
         try:
-            summary = _train(config, workdir, recipe, steps, begun, watchdog)
+            run = config, Record(workdir, is_primary()), feed
+            summary = _train(*run, lambda mesh: assemble(config, mesh, objective, frozen), recipe, begun, watchdog)
         except Exception as error:
             if lost := watchdog.lost_peer(error):
                 raise lost from error
@@ -85,14 +97,14 @@ def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = Non
 
 
 def _finish_branch(config: RunConfig, workdir: Path) -> None:
-    """What a branch that was killed when it began has left is moved to its places, or deleted."""
+    """Move what a branch that was killed when it began has left to its places, or delete it."""
     if finish_branch(workdir):
         check_workdir(config, workdir)
     remove_unfinished(workdir)
 
 
 def say(text: str) -> None:
-    """Prints, in one process of the job."""
+    """Print, in one process of the job."""
     if is_primary():
         print(text, flush=True)
 
@@ -102,15 +114,13 @@ def _report(workdir: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Run:
+class Loop:
     """Everything that takes part in the loop."""
 
-    config: RunConfig
+    setup: Setup
     steps: int
-    mesh: Mesh
-    programs: Programs
-    pass_over: Callable[..., TrainState]
-    data: Data
+    skip_batch: Callable[..., TrainState]
+    feed: Feed
     checkpoints: Checkpoints
     observer: Observer
     recovery: Recovery
@@ -121,125 +131,115 @@ class Run:
     stop: StopRequests
 
 
-def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
-    """Trains from the state after step `start` to the run's end; returns the last state.
+def train_steps(loop: Loop, state: TrainState, start: int) -> TrainState:
+    """Train from the state after step `start` to the run's end; return the last state.
 
     Raises:
-        GoBack: where a step went wrong in a way that only an earlier state cures.
+        Rollback: where a step went wrong in a way that only an earlier state cures.
         KeyboardInterrupt, Resume: after a signal; the state is saved.
     """
-    config, observer, recovery = run.config, run.observer, run.recovery
+    config, observer, recovery = loop.setup.config, loop.observer, loop.recovery
+    log_every, saving = config.train.log_every, config.checkpoint
+    take_step = inject_faults(functools.partial(_take_step, loop), config, recovery.record.workdir)
     under_way: deque[jax.Array] = deque()
-    batches = run.data.iterate(start, lambda rows: rows_here(run.mesh, global_rows(config, rows, run.mesh)))
-    first = not recovery.went_back
-    for step in range(start + 1, run.steps + 1):
-        run.watchdog.doing("data", step)
-        drill.strike(config.faults.drill, recovery.workdir, step)
-        with run.clock.counting("data"):
-            rows = next(batches)
-        if recovery.passes_over(step):
-            state, metrics = run.pass_over(state, *recovery.taken_in(step)), None
-            observer.leave_out(step)
-        else:
-            state, metrics = _step(run, state, step, rows)
-            recovery.note(step, metrics)
-            under_way.append(metrics["loss"])
+    first = not recovery.rolled_back
+    for step in range(start + 1, loop.steps + 1):
+        state, output = take_step(loop.feed.batch, state, step)
+        if output is not None:
+            under_way.append(output.metrics["loss"])
             if first or len(under_way) > STEPS_AHEAD:
                 jax.block_until_ready(under_way.popleft())
         if first:
-            run.progress.message(f"first step after {human_time(time.perf_counter() - observer.begun)}")
+            loop.progress.message(f"first step after {human_time(time.perf_counter() - observer.begun)}")
             first = False
         observer.step = step
-        stops = run.stop.after(step) and step < run.steps
-        saves = _saves(config, step, run.steps, stops)
-        if metrics and is_due(step, config.train.log_every, start + 1, run.steps):
-            run.progress.update(step, **observer.log(step, metrics))
+        stops = loop.stop.after(step) and step < loop.steps
+        durable, local = stops or is_due(step, saving.every, loop.steps), is_due(step, saving.local_every)
+        if output is not None and is_due(step, log_every, start + 1, loop.steps):
+            loop.progress.update(step, **observer.log(step, output))
             for kind, text in observer.noticed():
                 recovery.event(kind, step, text)
-        if any(saves) or is_due(step, config.train.log_every, start + 1):
-            run.clock.skipped(recovery.review())
-            run.clock.log(step)
-        if is_due(step, config.evaluation.every) and step < run.steps:
-            run.watchdog.doing("evaluation")
-            run.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
+        if durable or local or is_due(step, log_every, start + 1):
+            loop.clock.skipped(recovery.review())
+            loop.clock.log(step)
+        if is_due(step, config.evaluation.every) and step < loop.steps:
+            loop.progress.update(step, **observer.evaluate(step, state, config.evaluation.batches))
         if is_due(step, config.train.sample_every):
-            run.watchdog.doing("evaluation")
-            run.progress.message(observer.sample(step, state))
-        if any(saves) or is_due(step, config.faults.check_replicas_every):
-            _save(run, state, step, saves)
+            loop.progress.message(observer.sample(step, state))
+        if durable or local or is_due(step, config.faults.check_replicas_every):
+            _save(loop, state, step, durable, local)
         if stops:
-            run.checkpoints.wait()
-            ending = run.stop.end()
+            loop.checkpoints.wait()
+            ending = loop.stop.end()
             kind = "interrupted" if isinstance(ending, KeyboardInterrupt) else "preempted"
-            recovery.event(kind, step, f"stopped by {run.stop.signal} after step {step:,}, which is saved.")
+            recovery.event(kind, step, f"stopped by {loop.stop.signal} after step {step:,}, which is saved.")
             raise ending
     return state
 
 
-def _step(run: Run, state: TrainState, step: int, rows: Batch) -> tuple[TrainState, Metrics]:
-    """Begins a step on this process's rows; the device does the rest while the loop goes on."""
-    config, drills = run.config, run.config.faults.drill
-    if not run.programs.has(step - 1):
-        with run.observer.aside(state, "compile"):
-            run.watchdog.doing("compile", step)
-            run.observer.inputs.forget()
-            run.programs.at(step - 1)
-    rows = drill.spoil_batch(drills, step, rows, config.model.vocab_size)
-    batch = put_batch(rows, run.mesh, run.programs.rows(step - 1))
-    state = drill.spoil_state(drills, run.recovery.workdir, step, state)
+def _take_step(
+    loop: Loop, batch_of: Callable[[int, TrainState], Batch], state: TrainState, step: int
+) -> tuple[TrainState, StepOutput | None]:
+    """Begin a step on this process's rows; the device does the rest while the loop goes on. No output where the run was
+    rolled back before the step and skips its batch."""
+    config, programs = loop.setup.config, loop.setup.programs
+    loop.watchdog.doing("data", step)
+    if loop.recovery.skips(step):
+        loop.observer.skip(step)
+        return loop.skip_batch(state, *loop.recovery.taken_in(step)), None
+    with loop.clock.counting("data"):
+        rows = batch_of(step - 1, state)
+    shape = loop.feed.shape(step - 1)
+    if not programs.has(*shape):
+        with loop.observer.aside(state, "compile", step=step):
+            loop.observer.inputs.forget()
+            programs.of(*shape)
+    batch = put_batch(rows, loop.setup.mesh, global_rows(config, shape[0], loop.setup.mesh))
     if is_due(step, config.faults.replay_every):
-        with run.observer.aside(state, "other"):
-            run.watchdog.doing("replay", step)
-            _refuse(run.replay.compare(state, batch))
-    run.watchdog.doing("step", step)
-    return run.programs.at(step - 1)(state, batch)
+        with loop.observer.aside(state, "other", "replay", step):
+            _refuse(loop.replay.compare(state, batch))
+    loop.watchdog.doing("step", step)
+    state, output = programs.of(*shape)(state, batch)
+    loop.recovery.note(step, output.check)
+    return state, output
 
 
-def _save(run: Run, state: TrainState, step: int, saves: "Saves") -> None:
-    """Saves the state, if that is due, after its copies on the devices were found to be equal."""
-    with run.observer.aside(state, "checkpoint"):
-        run.watchdog.doing("checkpoint")
+def _save(loop: Loop, state: TrainState, step: int, durable: bool, local: bool) -> None:
+    """Save the state, if that is due, after its copies on the devices were found to be equal."""
+    with loop.observer.aside(state, "checkpoint"):
         _refuse(compare_copies(state, f"step {step:,} was saved"))
-        if any(saves):
-            run.clock.write(step)
-            saved = run.checkpoints.save(state, run.observer.measure(step), durable=saves.durable)
-            run.observer.saved(step, saved)
+        if durable or local:
+            loop.clock.write(step)
+            saved = loop.checkpoints.save(state, loop.observer.measure(step), durable=durable)
+            loop.observer.saved(step, saved)
             for note in saved.notes if saved else ():
-                run.recovery.event("local_checkpoint", step, note)
-
-
-class Saves(NamedTuple):
-    """Which checkpoints are due."""
-
-    durable: bool
-    local: bool
-
-
-def _saves(config: RunConfig, step: int, steps: int, stops: bool) -> Saves:
-    saving = config.checkpoint
-    return Saves(stops or is_due(step, saving.every, steps), is_due(step, saving.local_every))
+                loop.recovery.event("local_checkpoint", step, note)
 
 
 def _refuse(corruption: str | None) -> None:
     if corruption:
-        raise GoBack(corruption)
+        raise Rollback(corruption)
 
 
 def is_due(step: int, every: int, *also: int) -> bool:
-    """Whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
+    """Return whether something done every so many steps (0: never), and at some steps besides, is due at `step`."""
     return step in also or (every > 0 and step % every == 0)
 
 
 def _train(
-    config: RunConfig, workdir: Path, recipe: RunConfig | None, steps: int, begun: float, watchdog: Watchdog
+    config: RunConfig,
+    record: Record,
+    feed: Feed,
+    assemble_on: Callable[[Mesh], Setup],
+    recipe: RunConfig | None,
+    begun: float,
+    watchdog: Watchdog,
 ) -> dict:
+    steps, workdir = total_steps(config), record.workdir
     use_compilation_cache(config)
-    of_text = with_own_tokenizer(config, workdir)
-    if not (workdir / DATA_FILE).exists():  # else the text is there already
-        primary_first("text", lambda: check_data(of_text))
-    mesh, bones, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
-    optimizer = make_optimizer(config, bones.axes())
-    clock = Clock(workdir, begun, writes=is_primary())
+    feed.check()
+    mesh, peak, clock = make_mesh(config.parallel), peak_flops(config), Clock(record, begun)
+    recovery = Recovery(record, config.faults, feed.documents, say)
     primary_first("partial saves", lambda: remove_partial_saves(workdir) if is_primary() else None)
     with (
         jax.set_mesh(mesh),
@@ -247,54 +247,57 @@ def _train(
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         check_implementations(config)
-        template = abstract_state(config, optimizer, bones, mesh)
-        say(key_value_table(model_rows(config, template, mesh, peak, checkpoints.steps())))
-        check_memory(config, template, mesh.size)
-        # Text is tokenized while the step is compiled.
-        opening = pool.submit(primary_first, "data", functools.partial(open_data, of_text, is_primary(), workdir))
-        beginning = functools.partial(create_state, config, optimizer, template)
-        sources = workdir, checkpoints, template, beginning, watchdog, clock
-        state, start = _newest(*sources)
-        step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
-        programs = Programs(config, step_function, template, mesh)
+        setup = assemble_on(mesh)
+        programs = setup.programs
+        say(key_value_table(model_rows(config, setup.template, mesh, peak, checkpoints.steps())))
+        check_memory(config, setup.template, mesh.size)
+        opening = pool.submit(feed.open, setup)  # text is tokenized while the step is compiled
+
+        def restore(before: int | None = None) -> tuple[TrainState, int]:
+            """Return the state to go on from, and its step: of the newest sound checkpoint, or the run's first."""
+            watchdog.doing("restore")
+            with clock.counting("restore"):
+                state = recovery.restore(checkpoints, setup.template, before)
+            state = setup.first_state() if state is None else state
+            return state, int(state.step)
+
+        state, start = restore()
         # With a running clock, unless the bars of the text's preparation are on the terminal at the same time.
-        programs.say = (say_once if (workdir / DATA_FILE).exists() else say) if is_primary() else None
-        passing_over = jax.jit(functools.partial(pass_over, config), donate_argnums=0)
+        programs.say = (say_once if feed.is_ready else say) if is_primary() else None
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):
-                programs.at(start)
+                programs.of(*feed.shape(start))
         if start == 0:
-            _begin(workdir, checkpoints, state)
+            recovery.begin_again(checkpoints, state)
         watchdog.doing("data preparation")
-        data = opening.result()
-        say(key_value_table(data_rows(config, data.describe())))
-        primary_first("record", lambda: save_run(config, recipe, data, workdir) if is_primary() else None)
+        opening.result()
+        say(key_value_table(feed.startup_rows()))
+        primary_first("record", lambda: _save_run(config, recipe, feed, record) if is_primary() else None)
         clock.first_step = start
-        observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
+        observer = Observer(config, record, feed, mesh, peak, start, begun, clock, watchdog)
         with contextlib.closing(observer), ProgressLine(steps, start, quiet=not is_primary()) as progress:
+            recovery.say = progress.message
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
-            recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
             recovery.begin(start, int(state.health.last_update))
-            saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
+            parts = feed, checkpoints, observer, recovery, Replay(setup.local_digests, mesh), progress, watchdog, clock
             with stop_requests() as stop:
-                run = Run(config, steps, mesh, programs, passing_over, data, *saving, progress, watchdog, clock, stop)
+                loop = Loop(setup, steps, setup.skip_batch(), *parts, stop)
                 while True:
                     try:
-                        state = train_steps(run, state, start)
+                        state = train_steps(loop, state, start)
                         break
-                    except GoBack as error:
+                    except Rollback as error:
                         fault = error.with_traceback(None)  # whose frames hold the state: there may be no room for two
                     state, at = None, observer.step
                     checkpoints.wait()
-                    state, start = _newest(*sources, fault.first)
+                    state, start = restore(fault.first)
                     if fault.first is not None:  # what was saved later belongs to what is undone
                         checkpoints.discard_from(start + 1)
                     if start == 0:
-                        _begin(workdir, checkpoints, state)
-                    recovery.go_back(fault, at, start, int(state.health.last_update))
-                    observer.go_back(start)
-            watchdog.doing("evaluation", steps)
+                        recovery.begin_again(checkpoints, state)
+                    recovery.rollback(fault, at, start, int(state.health.last_update))
+                    observer.rollback(start)
             progress.update(steps, **observer.evaluate(steps, state, config.evaluation.final_batches))
             with clock.counting("checkpoint"):
                 checkpoints.wait()  # a run is finished when its last checkpoint is whole
@@ -304,39 +307,6 @@ def _train(
         return summary
 
 
-def _newest(
-    workdir: Path,
-    checkpoints: Checkpoints,
-    template: TrainState,
-    beginning: Callable[[], TrainState],
-    watchdog: Watchdog,
-    clock: Clock,
-    before: int | None = None,
-) -> tuple[TrainState, int]:
-    """The state to go on from, and its step: of the newest sound checkpoint without an update of step `before` or
-    later, or the first one, where there never was a checkpoint."""
-    watchdog.doing("restore")
-    try:
-        with clock.counting("restore"):
-            restored = checkpoints.restore(template, before)
-    except NoneSound as error:
-        if is_primary():
-            record_event(workdir, "unsound_checkpoint", 0, str(error))
-        raise
-    if restored is None:
-        return beginning(), 0
-    state, notes = restored
-    for note in notes:
-        say(note)
-        if is_primary():
-            record_event(workdir, "unsound_checkpoint", int(state.step), note)
-    return state, int(state.step)
-
-
-def _begin(workdir: Path, checkpoints: Checkpoints, state: TrainState) -> None:
-    """Says that a run begins again, where it does, and whether with the weights that it began with before."""
-    again = checkpoints.begin(state)
-    if again:
-        say(again)
-        if is_primary():
-            record_event(workdir, "begun_again", 0, again)
+def _save_run(config: RunConfig, recipe: RunConfig | None, feed: Feed, record: Record) -> None:
+    feed.save(record)
+    save_run(config, recipe, record)

@@ -1,117 +1,114 @@
-"""What a run tells the world: numbers, evaluations, samples, the summary."""
+"""Numbers of a run for the world: metrics, evaluations, samples, the summary."""
 
 import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.schedule import length_at, tokens_before
+from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.pipeline import Data
-from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
+from opendeep_jax.faults.watchdog import Watchdog
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
-from opendeep_jax.models.parameters import Skeleton
-from opendeep_jax.parallel.distributed import is_primary
 from opendeep_jax.record.clocks import WallClock
+from opendeep_jax.record.files import EVALUATION, METRICS, SUMMARY, last_record, read_jsonl
 from opendeep_jax.record.goodput import Clock, InputWatch, read_goodput
-from opendeep_jax.record.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
+from opendeep_jax.record.metrics import MetricsWriter
+from opendeep_jax.record.record import Record
 from opendeep_jax.record.trackers import open_trackers
-from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
-from opendeep_jax.train.run_directory import SUMMARY
+from opendeep_jax.train.feed import Feed
 from opendeep_jax.train.state import TrainState
-from opendeep_jax.train.step import Metrics
+from opendeep_jax.train.step import StepOutput
 from opendeep_jax.train.summary import peak_memory_bytes
 
 
 class Observer:
-    """Measures and writes; it changes nothing of the run.
+    """Measures a run and writes what it measures; changes nothing of it.
 
     Args:
+        record: of the run; in a job of several processes all compute, and the first one writes.
         peak: FLOP/s of one device, for MFU; 0 if it isn't known.
         step: the step that training goes on from.
         begun: when the program was started, on the clock of `time.perf_counter`.
-        clock: what this start's time went into; speeds are of its steps and their data.
-
-    In a job of several processes all compute, and the first one writes.
+        clock: of this start's time; speeds are of its steps and their data.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        workdir: Path,
-        data: Data,
-        bones: Skeleton,
+        record: Record,
+        feed: Feed,
         mesh: Mesh,
         peak: float,
         step: int,
         begun: float,
         clock: Clock,
+        watchdog: Watchdog,
     ):
-        self.config, self.workdir, self.data, self.mesh = config, workdir, data, mesh
-        self.clock, self.begun = clock, begun
+        self.config, self.record, self.feed = config, record, feed
+        self.clock, self.begun, self.watchdog = clock, begun, watchdog
         self.clock.default = "step"
         self.stalls: list[float] = []
         self.wall_clock, self._noticed = WallClock(), []
-        self.trackers = open_trackers(config, workdir) if is_primary() else None
+        self.trackers = open_trackers(config, record.workdir) if record.writes else None
         self.first_step = step + 1
         self._begin(step)
-        lines = read_jsonl(workdir / SCALARS)
-        self.seconds_before = lines[-1].get("seconds", 0.0) if lines else 0.0
+        self.seconds_before = (last_record(record.workdir / METRICS) or {}).get("seconds", 0.0)
         self.peak = peak * mesh.size
-        self.evaluator = make_evaluator(config, bones, data.tokenizer, mesh)
-        self.next_tokens = make_next_tokens(bones, data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def _begin(self, step: int) -> None:
-        self.writer = MetricsWriter(self.workdir, step, is_primary(), self.trackers)
+        self.record.rewind(step)
+        self.writer = MetricsWriter(self.record, step, self.trackers)
         self.step = step
         self.inputs, self.measured = InputWatch(), (0, None)
         self.logged = step, self._training_seconds(), self.clock.total("data")
-        self._left_out = 0, 0
+        self._skipped = 0, 0
 
     def _training_seconds(self) -> float:
         return self.clock.total("step", "data")
 
-    def go_back(self, step: int) -> None:
-        """The run goes on from the state after `step`: what was logged later is dropped."""
+    def rollback(self, step: int) -> None:
+        """Go on from the state after `step`; what was logged later is cut."""
         self.writer.close()
-        self.clock.went_back(self.step, step)
+        self.clock.rollback(self.step, step)
         self.first_step = step  # whose time is known: nothing is compiled again
         self._begin(step)
 
-    def leave_out(self, step: int) -> None:
-        """Notes that nothing was trained on the batch of `step`: it counts for no speed."""
-        steps, tokens = self._left_out
-        self._left_out = steps + 1, tokens + tokens_before(self.config, step) - tokens_before(self.config, step - 1)
+    def skip(self, step: int) -> None:
+        """Note that nothing was trained on the batch of `step`: it counts for no speed."""
+        steps, tokens = self._skipped
+        self._skipped = steps + 1, tokens + tokens_before(self.config, step) - tokens_before(self.config, step - 1)
 
     @contextlib.contextmanager
-    def aside(self, state: TrainState, kind: str) -> Iterator[None]:
-        """What happens in here is not training, but of this kind (`goodput.MEASURED`): it counts for no speed."""
+    def aside(self, state: TrainState, kind: str, doing: str = "", step: int | None = None) -> Iterator[None]:
+        """Count the time of a block that is not training as of this kind (`record.time_kinds`): for no speed.
+
+        Args:
+            doing: what the watchdog is told; by default the kind.
+        """
+        self.watchdog.doing(doing or kind, step)
         jax.block_until_ready(state)
         with self.clock.counting(kind):
             yield
 
-    def log(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Writes a step's numbers. Here the loop waits for the device."""
+    def log(self, step: int, output: StepOutput) -> dict[str, float]:
+        """Write a step's numbers, and return those for the terminal. Here the loop waits for the device."""
         dispatched = time.perf_counter()
-        metrics = jax.device_get(metrics)
+        metrics, check, load, bias = jax.device_get(output)
         device_seconds = time.perf_counter() - dispatched
-        load, bias = metrics.pop("load"), metrics.pop("router_bias")
         previous, before, data_before = self.logged
         now, data = self._training_seconds(), self.clock.total("data")
-        left_out, their_tokens = self._left_out
-        steps = step - previous - left_out
+        skipped, their_tokens = self._skipped
+        steps = step - previous - skipped
         tokens = tokens_before(self.config, step) - tokens_before(self.config, previous) - their_tokens
         seconds = now - before
         record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
-        record |= {name: float(value) for name, value in metrics.items()}
+        record |= {name: float(value) for name, value in {**check._asdict(), **metrics}.items()}
         if load:
             layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
             peaks = layers.max(axis=1) / np.maximum(layers.mean(axis=1), 1e-9)
@@ -134,98 +131,84 @@ class Observer:
         if jump := self.wall_clock.jumped():
             self._noticed.append(("clock_jump", jump))
         self.writer.scalars(record)
-        self.step, self.logged, self._left_out = step, (step, now, data), (0, 0)
+        self.step, self.logged, self._skipped = step, (step, now, data), (0, 0)
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}
 
     def noticed(self) -> list[tuple[str, str]]:
-        """What the logs since the last call have shown, as (kind, text) of an event."""
+        """Return what the logs since the last call have shown, as (kind, text) of an event."""
         found, self._noticed = self._noticed, []
         return found
 
     def flops(self, step: int) -> float:
-        """FLOPs per token of `step` (from 0)."""
-        return flops_per_token(self.config.model, length_at(self.config, step)).total
+        """Return FLOPs per token of `step` (from 0)."""
+        return flops_per_token(self.config.model, self.feed.shape(step)[1]).total
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        """Measures held-out text, all of it for 0 batches. Gives and writes nothing where no text is held out."""
-        batches = held_out_batches(self.config, self.data, self.mesh, max_batches)
-        if not len(batches):
+        """Let the feed measure the state, on all it has for 0 batches; write what it finds and return its measure."""
+        with self.aside(state, "evaluation", step=step):
+            found = self.feed.evaluate(step, state, max_batches)
+        if not found:
             return {}
-        with self.aside(state, "evaluation"):
-            result = self.evaluator(state.params, state.router_bias, batches)
-        self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **result})
-        self.measured = step, result["held_out_bits_per_byte"]
-        return {"held_out_bits_per_byte": result["held_out_bits_per_byte"]}
+        self.writer.evaluation({"step": step, "tokens": tokens_before(self.config, step), **found})
+        self.measured = step, found.get(self.feed.measure)
+        return {name: value for name, value in found.items() if name == self.feed.measure}
 
     def measure(self, step: int) -> float | None:
-        """Held-out bits per byte, where they were measured at this very step."""
+        """Return the feed's measure, where it was taken at this very step."""
         return self.measured[1] if self.measured[0] == step else None
 
     def saved(self, step: int, report) -> None:
-        """Notes what a save kept the loop from."""
+        """Note what a save kept the loop from."""
         if report is not None:
             self.stalls.append(report.stall_seconds)
             self.writer.checkpoint({"step": step, "stall_seconds": report.stall_seconds, "bytes": report.bytes})
 
     def sample(self, step: int, state: TrainState) -> str:
-        """Lets the model continue the sample prompts; returns what to print."""
-        train, tokenizer = self.config.train, self.data.tokenizer
-        prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in train.sample_prompts]
+        """Let the feed continue the sample prompts; return what to print."""
         with self.aside(state, "evaluation"):
-            *_, texts = continue_prompts(
-                self.next_tokens,
-                state.params,
-                state.router_bias,
-                prompts,
-                tokenizer.eos_id,
-                self.config.data.sequence_length,
-                train.sample_tokens,
-                self.config.seed + step,
-            )
-        texts = [tokenizer.decode(text) for text in texts]
-        for prompt, text in zip(train.sample_prompts, texts, strict=True):
+            samples = self.feed.sample(step, state)
+        for prompt, text in samples:
             self.writer.sample(step, prompt, text)
-        return "\n".join(f"  {prompt}{text}" for prompt, text in zip(train.sample_prompts, texts, strict=True))
+        return "\n".join(f"  {prompt}{text}" for prompt, text in samples)
 
     def seconds(self) -> float:
-        """How long the run has taken, with all starts up to the step that the next one went on from."""
+        """Return how long the run has taken, with all starts up to the step that the next one went on from."""
         return self.seconds_before + time.perf_counter() - self.begun
 
     def close(self) -> None:
-        """Closes the files and the trackers; a second call does nothing."""
+        """Close the files and the trackers; a second call does nothing."""
         self.writer.close()
         if self.trackers is not None:
             self.trackers.close()
 
-    def finish(self, steps: int) -> dict:
-        """Writes summary.json, over all starts of the run, and closes the files. Empty but for the first process."""
+    def finish(self, steps: int) -> dict[str, Any]:
+        """Write summary.json, over all starts of the run, and close the files. Empty but for the first process."""
         self.close()
-        if not is_primary():
+        if not self.record.writes:
             return {}
-        lines, evaluations = (read_jsonl(self.workdir / name) for name in (SCALARS, EVALUATION))
-        count, speed, text = count_parameters(self.config.model), training_speed(lines), self.data.held_out_text()
-        names = ("held_out_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte")
-        held_out = compressors(text) | evaluations[-1] if text else {}
+        workdir = self.record.workdir
+        lines, goodput = read_jsonl(workdir / METRICS), read_goodput(workdir)
+        count, speed = count_parameters(self.config.model), training_speed(lines)
         summary = {
             "steps": steps,
             "tokens": tokens_before(self.config, steps),
             "seconds": self.seconds(),
             "final_loss": lines[-1]["loss"],
-            **{name: held_out.get(name) for name in names},
+            **self.feed.summary(read_jsonl(workdir / EVALUATION)),
             "tokens_per_second": speed,
             "mfu": speed * self.flops(steps - 1) / self.peak if speed and self.peak else None,
             "parameters": count.total + count.mtp,
             "active_parameters": count.active,
             "peak_memory_bytes": peak_memory_bytes(),
-            "goodput": goodput.goodput if (goodput := read_goodput(self.workdir)) else None,
+            "goodput": goodput.goodput if goodput else None,
             "checkpoint_stall_seconds": statistics.mean(self.stalls) if self.stalls else None,
         }
-        write_atomically(self.workdir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        self.record.write(SUMMARY, summary)
         return summary
 
 
 def training_speed(lines: list[dict]) -> float | None:
-    """Mean tokens/s over the lines of metrics.jsonl, start-up, evaluations, samples and checkpoints left out.
+    """Return the mean tokens/s over the lines of metrics.jsonl, without start-up, evaluations, samples and saves.
 
     None where no line has a speed: a run of one step.
     """

@@ -69,8 +69,8 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_damaged_one_set_aside(harm
     state, notes = restore(tmp_path)
     check_is(state, 2)
     (note,) = notes
-    assert note.startswith("The checkpoint of step 4 in ") and "\n" not in note and "unsound/4-" in note
-    (aside,) = (tmp_path / "unsound").iterdir()
+    assert note.startswith("The checkpoint of step 4 in ") and "\n" not in note and "quarantine/4-" in note
+    (aside,) = (tmp_path / "quarantine").iterdir()
     assert aside.name.startswith("4-") and (aside / "model").is_dir()
     save(tmp_path, 4)  # the run comes by again
     assert restore(tmp_path)[1] == []
@@ -93,11 +93,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_anew(tmp_path):
     save(tmp_path, 2, 4)
     for step in ("2", "4"):
         shutil.rmtree(tmp_path / "checkpoints" / step / "model")
-    with pytest.raises(ConfigError, match="none of its checkpoints is sound.*step 4.*step 2.*unsound"):
+    with pytest.raises(ConfigError, match="none of its checkpoints is sound.*step 4.*step 2.*quarantine"):
         restore(tmp_path)
     with pytest.raises(ConfigError, match="none of its checkpoints is sound"):
         restore(tmp_path)
-    shutil.rmtree(tmp_path / "unsound")
+    shutil.rmtree(tmp_path / "quarantine")
     with pytest.raises(ConfigError, match="its run had checkpoints, and there is none now.*another --workdir"):
         restore(tmp_path)
 
@@ -110,7 +110,7 @@ def test_reading_only_moves_nothing(tmp_path):
         check_is(state, 2)
         assert checkpoints.steps() == [2, 4] and "moved" not in note
         assert checkpoints.save(state_at(9)) is None
-    assert not (tmp_path / "unsound").exists()
+    assert not (tmp_path / "quarantine").exists()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_local_tier_is_newer_and_the_durable_one_outlives_it(tmp_path):
         flip(file)
     state, (note,) = restore(tmp_path / "run", **tiers)
     check_is(state, 2)
-    assert "step 5" in note and "process_0/unsound" in note
+    assert "step 5" in note and "process_0/quarantine" in note
     shutil.rmtree(tmp_path / "fast")
     state, notes = restore(tmp_path / "run", **tiers)
     check_is(state, 2)
@@ -195,7 +195,7 @@ def test_the_local_tier_is_newer_and_the_durable_one_outlives_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../run", "../link", "a b", "ü%20#?&", 'quo"te\n'])
-def test_no_name_of_a_directory_makes_a_checkpoint_unsound(name, tmp_path, monkeypatch):
+def test_no_name_of_a_directory_makes_a_checkpoint_corrupt(name, tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "run")
     (tmp_path / "elsewhere" / "run").mkdir(parents=True)
@@ -278,13 +278,13 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, monkeyp
     assert raised.value.errno == errno.EACCES
 
 
-def test_a_file_that_may_not_be_read_makes_no_checkpoint_unsound(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_makes_no_checkpoint_corrupt(tmp_path, monkeypatch):
     save(tmp_path, 2)
     refused = ValueError("Error opening file [source locations='x'] [os_error_code='13']")
     monkeypatch.setattr(checkpoint_files, "open_array", lambda *_: (_ for _ in ()).throw(refused))
     with pytest.raises(PermissionError):
         restore(tmp_path)
-    assert not (tmp_path / "unsound").exists()
+    assert not (tmp_path / "quarantine").exists()
 
 
 def test_the_record_says_what_there_is(tmp_path):

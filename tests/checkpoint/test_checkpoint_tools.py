@@ -7,7 +7,7 @@ import pytest
 from small_checkpoints import flip, payload, save, state_at
 
 from opendeep_jax.checkpoint import tools
-from opendeep_jax.checkpoint.files import Unsound, steps_in
+from opendeep_jax.checkpoint.files import CorruptCheckpoint
 from opendeep_jax.checkpoint.tools import (
     average,
     checkpoint_path,
@@ -20,6 +20,7 @@ from opendeep_jax.checkpoint.tools import (
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
+from opendeep_jax.record.files import checkpoint_steps
 
 
 def test_a_whole_checkpoint_is_verified_byte_by_byte(tmp_path):
@@ -35,7 +36,7 @@ def test_damage_is_found_without_a_device(item, harm, tmp_path):
     save(tmp_path, 2)
     for file in payload(tmp_path / "checkpoints" / "2" / item):
         flip(file) if harm == "flip" else file.unlink()
-    with pytest.raises(Unsound):
+    with pytest.raises(CorruptCheckpoint):
         verify(checkpoint_path(tmp_path))
 
 
@@ -47,7 +48,7 @@ def test_a_damaged_array_is_named(tmp_path):
             data = bytearray(file.read_bytes())
             data[at] ^= 1
             file.write_bytes(data)
-    with pytest.raises(Unsound, match="^params.head.weight is not what was saved"):
+    with pytest.raises(CorruptCheckpoint, match="^params.head.weight is not what was saved"):
         verify(checkpoint_path(tmp_path))
 
 
@@ -91,9 +92,9 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
     for name in ("²", "007", "3.tmp", "-4"):
         (tmp_path / "checkpoints" / name).mkdir()
     for name in ("12x-3", "note", "5-20260101-000000"):
-        (tmp_path / "unsound" / name).mkdir(parents=True)
-    assert steps_in(tmp_path / "checkpoints") == [2]
-    assert [(row.step, row.tier) for row in tools.list_checkpoints(tmp_path)] == [(5, "unsound"), (2, "durable")]
+        (tmp_path / "quarantine" / name).mkdir(parents=True)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [2]
+    assert [(row.step, row.tier) for row in tools.list_checkpoints(tmp_path)] == [(5, "quarantined"), (2, "durable")]
 
 
 def test_a_file_that_the_run_deletes_meanwhile_counts_nothing(tmp_path):

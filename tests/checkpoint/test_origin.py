@@ -12,17 +12,19 @@ import pytest
 from small_checkpoints import abstract, save, state_at
 from small_models import run_config
 
-from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoneSound
+from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoSoundCheckpoint
 from opendeep_jax.checkpoint.digests import digest_numpy
-from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, make_record, steps_in, to_items
-from opendeep_jax.checkpoint.origin import ORIGIN, read_origin, write_origin
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, make_record, to_items
 from opendeep_jax.checkpoint.policy import why_kept
 from opendeep_jax.checkpoint.tools import list_checkpoints, prunable, prune
 from opendeep_jax.checkpoint.versions import IN_A_ROW, NEW
 from opendeep_jax.checkpoint.writer import Writer
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import check_workdir, save_run_config
+from opendeep_jax.config.load import save_run_config
 from opendeep_jax.config.schema import CheckpointConfig
+from opendeep_jax.record.files import ORIGIN, checkpoint_steps
+from opendeep_jax.record.origin import FORMAT, read_origin, write_origin
+from opendeep_jax.record.workdir import check_workdir
 from opendeep_jax.train.imported_run import RECIPE, check_importable
 
 
@@ -74,11 +76,11 @@ def move_all(workdir):
 
 
 def damage_all_and_clean_up(workdir):
-    for step in steps_in(workdir / "checkpoints"):
+    for step in checkpoint_steps(workdir / "checkpoints"):
         (workdir / "checkpoints" / str(step) / "digests" / "metadata").write_text("{}")
-    with pytest.raises(NoneSound):
+    with pytest.raises(NoSoundCheckpoint):
         restore(workdir)
-    shutil.rmtree(workdir / "unsound")
+    shutil.rmtree(workdir / "quarantine")
 
 
 LOSSES = [delete_all, move_all, damage_all_and_clean_up]
@@ -92,7 +94,7 @@ def test_a_run_that_had_a_checkpoint_is_never_begun_anew(lose, kind, before, tmp
     save(tmp_path, 2, 4)
     lose(tmp_path)
     for _ in range(2):
-        with pytest.raises(NoneSound, match="none of its checkpoints is sound.*another --workdir"):
+        with pytest.raises(NoSoundCheckpoint, match="none of its checkpoints is sound.*another --workdir"):
             restore(tmp_path, before)
     save(tmp_path, 2)  # as if it were brought back
     assert int(restore(tmp_path)[0].step) == 2
@@ -105,14 +107,14 @@ def test_a_lost_local_tier_is_a_lost_checkpoint(tmp_path):
         checkpoints.save(state_at(3), durable=False)
     assert int(restore(tmp_path / "run", **tiers)[0].step) == 3
     shutil.rmtree(tmp_path / "fast")
-    with pytest.raises(NoneSound, match="local_directory"):
+    with pytest.raises(NoSoundCheckpoint, match="local_directory"):
         restore(tmp_path / "run", **tiers)
 
 
 def test_a_run_without_a_checkpoint_begins_again_and_says_so(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.restore(abstract()) is None and checkpoints.begin(state_at(0)) is None
-    assert read_origin(tmp_path).keys() == {"kind", "step", "start"}
+    assert read_origin(tmp_path).keys() == {"kind", "step", "start", "format"}
     for state, text in ((state_at(0), "are as they were"), (state_at(1), "not as they were")):
         with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
             assert checkpoints.restore(abstract()) is None
@@ -138,7 +140,7 @@ def test_a_checkpoint_whose_updates_since_the_fault_were_all_skipped_is_good(tmp
         assert int(state.step) == 12 and int(state.health.last_update) == 9
         checkpoints.discard_from(13)
         assert checkpoints.steps() == [12]
-        with pytest.raises(NoneSound, match="none from before step 9"):
+        with pytest.raises(NoSoundCheckpoint, match="none from before step 9"):
             checkpoints.restore(abstract(), before=9)
         assert checkpoints.steps() == [12]
 
@@ -163,7 +165,7 @@ def test_an_older_checkpoint_is_read_with_the_values_of_a_new_run_for_what_it_la
     assert np.isnan(state.health.norms).all() and not state.health.high.any() and state.health.stretch == 0
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract())
     assert int(restore(tmp_path, before=6)[0].step) == 8
-    with pytest.raises(NoneSound):
+    with pytest.raises(NoSoundCheckpoint):
         restore(tmp_path, before=5)
 
 
@@ -190,7 +192,7 @@ def test_of_a_run_older_than_the_file_its_other_files_tell_what_it_began_from(th
     if there in ("nothing", "another recipe"):
         assert restore(tmp_path) is None
     elif not there.endswith(("of step 0", "other checkpoints")):  # of which nothing is left to tell
-        with pytest.raises(NoneSound):
+        with pytest.raises(NoSoundCheckpoint):
             restore(tmp_path)
 
 
@@ -203,7 +205,7 @@ def test_a_damaged_origin_is_refused_and_never_taken_for_random(text, tmp_path):
 
 def test_an_import_that_was_cut_short_is_neither_trained_nor_mixed_with_another(tmp_path):
     write_origin(tmp_path, "import")
-    with pytest.raises(NoneSound, match="began from imported weights"):
+    with pytest.raises(NoSoundCheckpoint, match="began from imported weights"):
         restore(tmp_path)
     check_importable(tmp_path)
     save(tmp_path, 0)
@@ -223,7 +225,7 @@ def test_an_imported_runs_configuration_in_another_directory_is_no_silent_beginn
         check_workdir(config, tmp_path / "b")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_size=48))
     check_workdir(other, tmp_path / "c")
-    assert json.loads((home / ORIGIN).read_text()) == {"kind": "import", "step": 0}
+    assert json.loads((home / ORIGIN).read_text()) == {"kind": "import", "step": 0, "format": FORMAT}
 
 
 def test_an_old_run_writes_down_what_it_began_from_at_its_next_start(tmp_path):
@@ -231,4 +233,4 @@ def test_an_old_run_writes_down_what_it_began_from_at_its_next_start(tmp_path):
     (tmp_path / ORIGIN).unlink()
     restore(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    assert read_origin(tmp_path) == {"kind": "import", "step": 0, "saved": 1}
+    assert read_origin(tmp_path) == {"kind": "import", "step": 0, "saved": 1, "format": FORMAT}

@@ -73,7 +73,7 @@ def test_pruning_and_averaging(workdir, capsys, tmp_path):
         ("average --workdir=W --steps=two --out=x", "with commas between"),
         ("average --workdir=W --steps=2,4", "--out is missing"),
         ("prune --workdir=W --keep=-7", "--keep=-7: must be at least 0"),
-        ("diff --workdir=W --other=/nowhere", "/nowhere: has no checkpoint"),
+        ("diff --workdir=W --other=/nowhere", "/nowhere has no checkpoint"),
         ("list", "--workdir is missing"),
         ("list --workdir=/nowhere", "no run can be read there"),
     ],

@@ -17,10 +17,9 @@ from small_models import DENSE, random_model, write_text
 
 import opendeep_jax
 from opendeep_jax.checkpoint.checkpoints import load_model
-from opendeep_jax.checkpoint.origin import write_origin
 from opendeep_jax.cli import export, import_, train
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import check_workdir, load_run_config, save_run_config
+from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
@@ -28,6 +27,8 @@ from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
 from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.record.origin import write_origin
+from opendeep_jax.record.workdir import check_workdir
 from opendeep_jax.text.codec import codec_from_hf, codec_from_tokenizer, save_codec
 from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
 from opendeep_jax.text.tokenizer import byte_tokenizer

@@ -6,18 +6,12 @@ import json
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import (
-    check_workdir,
-    from_json,
-    load_run_config,
-    record_context_length,
-    save_run_config,
-    to_json,
-)
+from opendeep_jax.config.load import from_json, load_run_config, record_context_length, save_run_config, to_json
 from opendeep_jax.config.model import AttentionConfig, ModelConfig, RopeConfig
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import DataConfig, DataPhase, RunConfig
 from opendeep_jax.interop import config_from_hf, config_to_hf
+from opendeep_jax.record.workdir import check_workdir
 
 SHORT, LONG = DataPhase("short", tokens=10**6), DataPhase("long", sequence_length=8192)
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import check_workdir, diff, load_recipe, save_run_config
+from opendeep_jax.config.load import diff, load_recipe, save_run_config
 from opendeep_jax.config.overrides import Launch, apply, resolve
 from opendeep_jax.config.schema import DataConfig, DataPhase, RunConfig, SourceConfig
 from opendeep_jax.config.source_paths import same_text
+from opendeep_jax.record.workdir import check_workdir
 
 
 def changed(*arguments: str) -> dict:

@@ -14,7 +14,6 @@ import pytest
 from processes import tiny_config, write_recipe
 
 from opendeep_jax.checkpoint import checkpoints as checkpoint
-from opendeep_jax.checkpoint.files import steps_in
 from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.cli.main import main
 from opendeep_jax.config import exits
@@ -23,10 +22,10 @@ from opendeep_jax.config.operations import DRILLS
 from opendeep_jax.config.schema import CheckpointConfig, FaultsConfig, ParallelConfig
 from opendeep_jax.record import clocks
 from opendeep_jax.record.events import read_events
+from opendeep_jax.record.files import SKIPPED_BATCHES, checkpoint_steps, read_jsonl
 from opendeep_jax.record.goodput import read_goodput
-from opendeep_jax.record.metrics import read_jsonl
-from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
-from opendeep_jax.train.run_directory import only_writer
+from opendeep_jax.record.skipped_batches import read_skipped_batches
+from opendeep_jax.record.workdir import only_writer
 
 STEPS, SAVED = 28, 4
 NAN = ("nan_gradient@3", "nan_gradient@9-11")
@@ -90,14 +89,16 @@ def calm(recipe) -> Run:
     """The run that leaves the same batches out from the start, and meets no other fault."""
     run = Run(recipe, "calm")
     run.workdir.mkdir()
-    (run.workdir / PASSED_OVER).write_text(json.dumps([{"first": 9, "last": 12, "to_step": 8, "reason": "told so"}]))
+    (run.workdir / SKIPPED_BATCHES).write_text(
+        json.dumps([{"first": 9, "last": 12, "to_step": 8, "reason": "told so"}])
+    )
     run.train(*SPIKE)
     return run
 
 
 def check_same_end(one: Run, other: Run) -> None:
     assert differences(checkpoint_path(one.workdir), checkpoint_path(other.workdir)) == []
-    assert steps_in(one.workdir / "checkpoints")[-1] == STEPS
+    assert checkpoint_steps(one.workdir / "checkpoints")[-1] == STEPS
 
 
 def test_after_all_faults_a_run_ends_as_one_that_met_none(drilled, calm):
@@ -111,7 +112,11 @@ def test_after_all_faults_a_run_ends_as_one_that_met_none(drilled, calm):
 
 
 def test_each_fault_is_an_event_in_the_order_it_was_met(drilled):
-    kinds = [(event["kind"], event["step"]) for event in drilled.events() if event["kind"] not in ("slow", "starved")]
+    kinds = [
+        (event["kind"], event["step"])
+        for event in drilled.events()
+        if event["kind"] not in ("slow", "starved", "rewound")
+    ]
     met = [pair for pair in kinds if pair[0] != "recovered_speed"]
     assert met == [
         ("non_finite", 3),
@@ -122,9 +127,11 @@ def test_each_fault_is_an_event_in_the_order_it_was_met(drilled):
         ("clock_jump", 16),
         ("rollback", 20),
         ("preempted", 22),
-        ("unsound_checkpoint", 20),
+        ("corrupt_checkpoint", 20),
         ("spike", 24),
     ]
+    went_back = [*(event["to_step"] for event in drilled.events("rollback")), 20]
+    assert [event["step"] for event in drilled.events("rewound")] == went_back
 
 
 def test_a_nan_gradient_is_skipped_and_its_documents_named(drilled):
@@ -134,7 +141,7 @@ def test_a_nan_gradient_is_skipped_and_its_documents_named(drilled):
 
 
 def test_after_several_in_a_row_the_run_passes_over_their_batches(drilled):
-    (window,) = read_passed_over(drilled.workdir)
+    (window,) = read_skipped_batches(drilled.workdir)
     assert (window["first"], window["last"], window["to_step"]) == (9, 12, 8)
     assert not {9, 10, 11, 12} & drilled.metrics().keys()
     assert "3 updates in a row, from step 9 on" in drilled.events("rollback")[0]["text"]
@@ -148,9 +155,9 @@ def test_a_flipped_bit_is_found_before_it_is_saved_and_undone(drilled):
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(drilled):
-    (event,) = drilled.events("unsound_checkpoint")
-    assert "The checkpoint of step 22 in " in event["text"] and "unsound/22-" in event["text"]
-    assert len(list((drilled.workdir / "unsound").glob("22-*"))) == 1
+    (event,) = drilled.events("corrupt_checkpoint")
+    assert "The checkpoint of step 22 in " in event["text"] and "quarantine/22-" in event["text"]
+    assert len(list((drilled.workdir / "quarantine").glob("22-*"))) == 1
 
 
 def test_work_that_was_done_twice_is_waste(drilled, calm):
@@ -181,7 +188,7 @@ def test_a_full_disk_ends_the_run_until_there_is_space(went_back):
 
 
 def test_going_back_for_a_spike_passes_over_its_batch_alone(went_back, drilled):
-    assert [(w["first"], w["last"], w["to_step"]) for w in read_passed_over(went_back.workdir)] == [
+    assert [(w["first"], w["last"], w["to_step"]) for w in read_skipped_batches(went_back.workdir)] == [
         (9, 12, 8),
         (24, 24, 20),
     ]
@@ -200,9 +207,9 @@ def test_a_run_that_goes_back_to_one_place_too_often_stops_and_goes_on_when_told
     run = Run(recipe, "stopped")
     assert run.train(rollback_after=1, max_rollbacks=1) == STOPPED
     (event,) = run.events("stopped")
-    assert "gone back to the weights of step 8 once" in event["text"] and event["text"] in capsys.readouterr().err
+    assert "rolled back to the weights of step 8 once" in event["text"] and event["text"] in capsys.readouterr().err
     assert run.train(rollback_after=1, max_rollbacks=5) == OK
-    assert steps_in(run.workdir / "checkpoints")[-1] == STEPS
+    assert checkpoint_steps(run.workdir / "checkpoints")[-1] == STEPS
 
 
 def test_a_second_run_in_one_directory_is_refused_at_once(calm, capsys):
@@ -217,14 +224,14 @@ def test_a_run_without_a_sound_checkpoint_never_starts_anew(calm, capsys, tmp_pa
     run = Run(calm.recipe, "unsound")
     shutil.copytree(calm.workdir, run.workdir)
     (run.workdir / "summary.json").unlink()
-    for step in steps_in(run.workdir / "checkpoints"):
+    for step in checkpoint_steps(run.workdir / "checkpoints"):
         (run.workdir / "checkpoints" / str(step) / "digests" / "metadata").write_text("{}")
     lines = (run.workdir / "metrics.jsonl").read_bytes()
     assert run.train() == MEND and "none of its checkpoints is sound" in capsys.readouterr().err
-    assert "none of its checkpoints is sound" in read_events(run.workdir, "unsound_checkpoint")[-1]["text"]
+    assert "none of its checkpoints is sound" in read_events(run.workdir, "corrupt_checkpoint")[-1]["text"]
     assert run.train() == MEND
     assert (run.workdir / "metrics.jsonl").read_bytes() == lines
-    assert len(list((run.workdir / "unsound").iterdir())) == STEPS // SAVED
+    assert len(list((run.workdir / "quarantine").iterdir())) == STEPS // SAVED
 
 
 def test_a_run_whose_last_batches_are_passed_over_saves_its_last_step_all_the_same(calm):
@@ -232,8 +239,8 @@ def test_a_run_whose_last_batches_are_passed_over_saves_its_last_step_all_the_sa
     shutil.copytree(calm.workdir, run.workdir)
     (run.workdir / "summary.json").unlink()
     shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
-    windows = [*read_passed_over(run.workdir), {"first": STEPS - 3, "last": STEPS, "to_step": STEPS - 4}]
-    (run.workdir / PASSED_OVER).write_text(json.dumps(windows))
+    windows = [*read_skipped_batches(run.workdir), {"first": STEPS - 3, "last": STEPS, "to_step": STEPS - 4}]
+    (run.workdir / SKIPPED_BATCHES).write_text(json.dumps(windows))
     assert run.train() == OK
     before, after = (checkpoint_path(run.workdir, step) for step in (STEPS - SAVED, STEPS))
     assert [difference.name for difference in differences(before, after)] == [".step"]

@@ -19,7 +19,7 @@ from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.faults.watchdog import SLOWER, STACKS, Watchdog
 from opendeep_jax.parallel import distributed
 from opendeep_jax.record.events import read_events
-from opendeep_jax.record.heartbeat import HEARTBEAT
+from opendeep_jax.record.files import HEARTBEAT
 
 HANG = FaultsConfig(hang_seconds=0.5)
 

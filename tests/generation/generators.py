@@ -10,7 +10,7 @@ from small_models import FAMILIES, random_model
 
 from opendeep_jax.config.schema import MTPConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 
 MODELS = FAMILIES | {"gqa with mtp": dataclasses.replace(FAMILIES["gqa"], mtp=MTPConfig(depth=1))}
 LENGTH = 128

@@ -8,10 +8,9 @@ import pytest
 from generators import SETTINGS, engine_of, logits_of, model_of
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.adjusting import FEW_CHANGES, adjustments
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.requests import Request
+from opendeep_jax.generation.requests import Request, SamplingParams
+from opendeep_jax.generation.sampling import FEW_CHANGES, adjustments
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 PROMPT = [5, 6, 7, 5]
@@ -69,10 +68,10 @@ def test_no_end_is_chosen_before_the_least_length():
 def test_no_program_is_compiled_for_a_request_of_its_own():
     engine = Engine(model_of("dense"), EngineConfig(**SETTINGS))
     engine.generate([PROMPT], dataclasses.replace(GREEDY, frequency_penalty=1.0))
-    compiled = engine.programs.pick[False]._cache_size()
+    compiled = engine.programs.sample._cache_size()
     for number in range(3):
         engine.generate([[*PROMPT, number]], dataclasses.replace(GREEDY, logit_bias=((number, 1.0 + number),)))
-    assert engine.programs.pick[False]._cache_size() == compiled
+    assert engine.programs.sample._cache_size() == compiled
 
 
 def test_many_changes_take_longer_lists_and_none_takes_nothing():

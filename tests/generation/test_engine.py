@@ -1,6 +1,7 @@
 """The engine gives each request what the model alone would give it, whatever else is running."""
 
 import dataclasses
+import itertools
 import random
 
 import jax
@@ -12,18 +13,20 @@ from small_models import FAMILIES, random_model
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig
+from opendeep_jax.generation.cache import make_cache
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.forward import Rows, forward
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.programs import make_cache
-from opendeep_jax.generation.weights import take_apart
+from opendeep_jax.generation.requests import SamplingParams
+from opendeep_jax.generation.weights import convert, layout_of, one_device_mesh
 from opendeep_jax.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from opendeep_jax.models.decoder import Block, MixerBlock
 from opendeep_jax.models.layers import FeedForward
 from opendeep_jax.models.mamba2 import Mamba2
 from opendeep_jax.models.moe import MoE
+from opendeep_jax.models.parameters import split
 from opendeep_jax.parallel.mesh import make_mesh
 
+LENGTHS = itertools.count(1000)
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
@@ -56,13 +59,20 @@ def called(modules, program) -> list[str]:
 def test_layers_are_called_as_training_calls_them(family):
     """So what is added to a layer, an attention or a mixer is in generation too."""
     model = model_of(family)
-    bones, weights = take_apart(model)
-    one, cache = jnp.ones(1, jnp.int32), make_cache(bones, 4, 8, 1)
+    layout, (_, *arrays) = layout_of(model.config, one_device_mesh()), split(model)
+    weights = convert(layout, arrays[0] | arrays[1])
+    one, cache = jnp.ones(1, jnp.int32), make_cache(layout, 4, 8, 1)
     modules = (Block, MixerBlock, MultiHeadLatentAttention, GroupedQueryAttention, Mamba2, MoE, FeedForward)
-    generated = called(modules, lambda: forward(bones, weights, cache, Rows(one[None], one, one, one[None], one)))
-    trained = called(modules, lambda: model(jnp.ones((1, 8), jnp.int32)))  # layers of a kind are traced once
+    generated = called(modules, lambda: forward(layout, weights, cache, Rows(one[None], one, one, one[None], one)))
+    trained = called(modules, lambda: model(jnp.ones((1, 8), jnp.int32)))
     assert set(generated) == set(trained)
-    assert len([name for name in generated if name.endswith("Block")]) == model.config.num_layers
+    kinds = {(run.stack, run.sliding) for run in layout.runs}  # layers of a kind are traced once
+    assert len([name for name in generated if name.endswith("Block")]) == len(kinds)
+
+
+def fresh_model():
+    """A model of a configuration of its own, whose programs no other test shares."""
+    return random_model(dataclasses.replace(model_of("dense").config, context_length=next(LENGTHS)))
 
 
 class OwnCore(GroupedQueryAttention):
@@ -76,14 +86,14 @@ def test_a_core_that_the_cache_does_not_know_is_refused(monkeypatch):
     from opendeep_jax.models import attention
 
     monkeypatch.setattr(attention, "GroupedQueryAttention", OwnCore)
-    engine = Engine(random_model(model_of("dense").config), EngineConfig(**SETTINGS))
+    engine = Engine(fresh_model(), EngineConfig(**SETTINGS))
     with pytest.raises(ConfigError, match="OwnCore has a core of its own, and generation knows none over a cache"):
         engine.generate([[1]], GREEDY)
 
 
 def test_an_attention_that_calls_no_core_is_refused(monkeypatch):
     monkeypatch.setattr(GroupedQueryAttention, "__call__", lambda self, x, *_: x)
-    engine = Engine(random_model(model_of("dense").config), EngineConfig(**SETTINGS))
+    engine = Engine(fresh_model(), EngineConfig(**SETTINGS))
     with pytest.raises(ConfigError, match="Block called its core 0 times"):
         engine.generate([[1]], GREEDY)
 

@@ -1,6 +1,5 @@
 """The generator's programs compile for real chips that are not there, with the kernels meant for them."""
 
-import functools
 import importlib.util
 
 import jax
@@ -12,8 +11,8 @@ from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import AttentionConfig, ModelConfig, MoEConfig, MTPConfig, ParallelConfig
 from opendeep_jax.generation.cache import cache_spec, page_shapes
 from opendeep_jax.generation.forward import Rows
-from opendeep_jax.generation.programs import advance, on_mesh
-from opendeep_jax.generation.weights import Weights, make_bones, weight_specs
+from opendeep_jax.generation.programs import programs_of
+from opendeep_jax.generation.weights import Weights
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.plan.topology import compile_only_devices, parse_topology
 
@@ -40,8 +39,9 @@ def compiled():
         pytest.skip("the compiler for TPUs is not installed")
     devices = compile_only_devices(parse_topology("v5e:2x4"))
     mesh = make_mesh(ParallelConfig(data=2, tensor=2, expert=2), devices)
-    bones = make_bones(MODEL)
-    specs, rows_spec = weight_specs(bones, mesh), PartitionSpec(ROW_AXES)
+    programs = programs_of(MODEL, mesh, MODEL.vocab_size, 0, False)
+    layout = programs.layout
+    specs, rows_spec = layout.specs(), PartitionSpec(ROW_AXES)
 
     def abstract(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -53,8 +53,8 @@ def compiled():
         }
 
     weights = Weights(
-        tuple(arrays(block, spec) for block, spec in zip(bones.blocks, specs.layers, strict=True)),
-        arrays(bones.shared, specs.shared),
+        tuple(arrays(block, spec) for block, spec in zip(layout.blocks, specs.runs, strict=True)),
+        arrays(layout.shared, specs.shared),
     )
     pools = {
         name: abstract((4 * PAGES, *shape), jnp.bfloat16, cache_spec(name))
@@ -63,9 +63,8 @@ def compiled():
 
     def compiled(first: bool, rows: int, new: int):
         shapes = (rows, new), (rows,), (rows,), (rows, 16)
-        program = on_mesh(functools.partial(advance, bones, first), bones=bones, mesh=mesh, extra=1, mtp=False)
         given = Rows(*(abstract(shape, jnp.int32, rows_spec) for shape in shapes))
-        return program.lower(weights, (pools,) * MODEL.num_layers, given).compile()
+        return programs.next_logits[first].lower(weights, (pools,) * MODEL.num_layers, given).compile()
 
     return compiled
 

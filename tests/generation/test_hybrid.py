@@ -12,7 +12,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.cache import bytes_per_slot, bytes_per_token
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.parallel.mesh import make_mesh
 
 FAMILY = "nemotron-h"

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.sampling import RowSampling, choose, filtered, idle
+from opendeep_jax.generation.requests import SamplingParams
+from opendeep_jax.generation.sampling import RowSampling, draw, filtered, idle
 
 VOCAB = 29
-filter_jitted, choose_jitted = jax.jit(filtered), jax.jit(choose)
+filter_jitted, draw_jitted = jax.jit(filtered), jax.jit(draw)
 
 
 def rows(count, **values) -> RowSampling:
@@ -71,7 +71,7 @@ def test_draws_follow_the_softmax_of_the_scaled_logits():
     logits = np.random.default_rng(0).normal(size=5).astype(np.float32)
     expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     many = jnp.broadcast_to(logits, (count, 5))
-    drawn = choose_jitted(many, rows(count, temperature=[temperature] * count), np.arange(count, dtype=np.int32))
+    drawn = draw_jitted(many, rows(count, temperature=[temperature] * count), np.arange(count, dtype=np.int32))
     shares = np.bincount(drawn, minlength=5) / count
     assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / count)
 
@@ -79,18 +79,18 @@ def test_draws_follow_the_softmax_of_the_scaled_logits():
 def test_a_rows_draw_depends_on_its_seed_and_place_alone():
     logits = np.random.default_rng(1).normal(size=(4, VOCAB)).astype(np.float32)
     index = np.array([5, 5, 6, 5], np.int32)
-    alone = choose_jitted(logits[:1], rows(1, seed=[3]), index[:1])
-    together = choose_jitted(logits[[0] * 4], rows(4, seed=[3, 4, 3, 3], top_k=[0, 3, 0, 0]), index)
+    alone = draw_jitted(logits[:1], rows(1, seed=[3]), index[:1])
+    together = draw_jitted(logits[[0] * 4], rows(4, seed=[3, 4, 3, 3], top_k=[0, 3, 0, 0]), index)
     assert together[0] == together[3] == alone[0]
-    spread = choose_jitted(np.zeros((64, VOCAB), np.float32), rows(64, seed=np.arange(64)), np.zeros(64, np.int32))
+    spread = draw_jitted(np.zeros((64, VOCAB), np.float32), rows(64, seed=np.arange(64)), np.zeros(64, np.int32))
     assert len(set(spread.tolist())) > VOCAB // 2
-    along = choose_jitted(np.zeros((64, VOCAB), np.float32), rows(64), np.arange(64, dtype=np.int32))
+    along = draw_jitted(np.zeros((64, VOCAB), np.float32), rows(64), np.arange(64, dtype=np.int32))
     assert len(set(along.tolist())) > VOCAB // 2
 
 
 def test_rows_of_temperature_zero_take_the_most_likely_token_beside_rows_that_draw():
     logits = np.random.default_rng(2).normal(size=(3, VOCAB)).astype(np.float32)
-    out = choose_jitted(logits, rows(3, temperature=[0, 5, 0], top_k=[2, 0, 0]), np.zeros(3, np.int32))
+    out = draw_jitted(logits, rows(3, temperature=[0, 5, 0], top_k=[2, 0, 0]), np.zeros(3, np.int32))
     assert out[0] == logits[0].argmax() and out[2] == logits[2].argmax()
 
 

@@ -9,7 +9,7 @@ from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.cache import bytes_per_token, page_shapes
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.generation.scoring import score
 from opendeep_jax.parallel.mesh import make_mesh
 

@@ -5,7 +5,7 @@ from generators import SETTINGS, engine_of, mixed_requests, model_of
 
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.parallel.mesh import make_mesh
 
 

@@ -6,7 +6,7 @@ from generators import SETTINGS, mixed_requests, model_of
 
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.generation.warm_up import prompt_shapes, warm_up
 from opendeep_jax.parallel.mesh import make_mesh
 
@@ -15,7 +15,7 @@ LONGEST = 36
 
 def compiled(engine: Engine) -> list[int]:
     """How many programs of each kind there are."""
-    functions = jax.tree.leaves(engine.programs._asdict(), is_leaf=callable)
+    functions = [f for f in jax.tree.leaves(engine.programs._asdict(), is_leaf=callable) if callable(f)]
     return [function._cache_size() for function in functions]
 
 
@@ -48,17 +48,17 @@ def test_warming_up_changes_no_output():
 
 def test_a_long_prompt_has_the_chunks_that_the_engine_takes():
     engine = Engine(model_of("dense"), EngineConfig(**SETTINGS))
-    seen, take = set(), engine.programs.advance
+    seen, take = set(), engine.programs.next_logits
 
     def noting(first):
-        def advance(weights, cache, rows):
+        def next_logits(weights, cache, rows):
             if len(rows.tokens) == engine.shards:
                 seen.add((first, rows.tokens.shape[1], rows.pages.shape[1]))
             return take[first](weights, cache, rows)
 
-        return advance
+        return next_logits
 
-    engine.programs = engine.programs._replace(advance={first: noting(first) for first in (False, True)})
+    engine.programs = engine.programs._replace(next_logits={first: noting(first) for first in (False, True)})
     for length in range(1, engine.max_length):
         engine.generate([[1] * length], SamplingParams(max_tokens=1, temperature=0))
     assert seen == set(prompt_shapes(engine, engine.max_length))

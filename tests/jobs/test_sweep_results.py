@@ -27,7 +27,7 @@ from opendeep_jax.jobs.sweep.results import (
 )
 from opendeep_jax.jobs.sweep.run import report
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.record.metrics import to_json_line
+from opendeep_jax.record.record import to_json_line
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 SETTINGS = {"optimizer.learning_rate": "1e-4,1e-3,1e-2", "model.moe.experts_per_token": "1,2"}

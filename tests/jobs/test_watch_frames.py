@@ -23,10 +23,9 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.load import load_recipe, to_json
 from opendeep_jax.jobs.watch.terminal import frame, sparkline
 from opendeep_jax.jobs.watch.watch import labels
-from opendeep_jax.record.goodput import Goodput
 from opendeep_jax.record.report import live_page
 from opendeep_jax.record.run_view import RunView
-from opendeep_jax.record.time_kinds import KINDS, Kind
+from opendeep_jax.record.time_kinds import KINDS
 
 BAD = "</td><script>alert(1)</script>\x1b[31m\ud800"
 
@@ -211,18 +210,6 @@ def test_the_page_stays_small(tmp_path, count):
     (run,) = looked(tmp_path / "a")
     page = live_page([run] * count, [f"run {index}" for index in range(count)], every=2.0)
     assert len(page.encode()) < 1e6
-
-
-def test_a_new_kind_of_time_needs_one_line(tmp_path, monkeypatch):
-    for name, kind in [("sampling", Kind("pale green", "@", "sampling from the policy")), ("rewards", KINDS["data"])]:
-        monkeypatch.setitem(KINDS, name, kind)
-    write_run(tmp_path)
-    seconds = {name: 10.0 for name in KINDS}
-    view = looked(tmp_path)[0]
-    monkeypatch.setattr(view, "goodput", Goodput(seconds, 1))
-    assert f"sampling {10 / sum(seconds.values()):.1%}" in drawn([view], 200)
-    assert "@" in drawn([view], 200, "ascii")
-    assert "sampling from the policy" in Document(live_page([view], ["tiny"], every=2.0)).texts
 
 
 # The command

@@ -9,8 +9,7 @@ from starlette.testclient import TestClient
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig, RopeConfig
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.requests import EngineConfig
+from opendeep_jax.generation.requests import EngineConfig, SamplingParams
 from opendeep_jax.interop import load_gguf, save_gguf, save_hf
 from opendeep_jax.pretrained.engines import Choice, mesh_sizes, open_engine, read_model_config
 from opendeep_jax.pretrained.sources import open_codec

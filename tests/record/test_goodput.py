@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import time
@@ -5,9 +6,16 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from opendeep_jax.jobs.watch.terminal import frame
 from opendeep_jax.record import goodput
-from opendeep_jax.record.goodput import GOODPUT, KINDS, Clock, InputWatch, account, read_goodput
+from opendeep_jax.record.files import GOODPUT
+from opendeep_jax.record.goodput import Clock, InputWatch, account, read_goodput
+from opendeep_jax.record.record import Record
+from opendeep_jax.record.report import goodput_section
+from opendeep_jax.record.run_view import RunView
+from opendeep_jax.record.time_kinds import KINDS, Kind
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def line(start, wall, step, first_step=0, skipped=0, /, **seconds):
 
 
 def test_every_second_belongs_to_one_kind(tmp_path, now):
-    clock = Clock(tmp_path, begun=98.0)
+    clock = Clock(Record(tmp_path), begun=98.0)
     wait(now, 1)  # 3 seconds of start
     with clock.counting("compile"):
         wait(now, 20)
@@ -55,7 +63,7 @@ def test_every_second_belongs_to_one_kind(tmp_path, now):
 
 
 def test_a_block_that_raises_is_counted_and_ended(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     with pytest.raises(OSError), clock.counting("checkpoint"):
         wait(now, 2)
         raise OSError
@@ -64,7 +72,7 @@ def test_a_block_that_raises_is_counted_and_ended(tmp_path, now):
 
 
 def test_a_kind_that_does_not_exist_is_refused(tmp_path):
-    clock = Clock(tmp_path, begun=time.perf_counter())
+    clock = Clock(Record(tmp_path), begun=time.perf_counter())
     with pytest.raises(ValueError, match="waste"), clock.counting("waste"):
         pass
     with pytest.raises(ValueError, match="nothing"):
@@ -72,12 +80,12 @@ def test_a_kind_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_a_process_that_does_not_write_makes_no_file(tmp_path):
-    Clock(tmp_path, begun=time.perf_counter(), writes=False).write(3)
+    Clock(Record(tmp_path, writes=False), begun=time.perf_counter()).write(3)
     assert not (tmp_path / GOODPUT).exists() and read_goodput(tmp_path) is None
 
 
 def test_a_long_run_does_not_write_a_line_at_every_log(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     for step in range(10):  # a young one does
         wait(now, 1)
         clock.log(step)
@@ -92,20 +100,39 @@ def test_a_long_run_does_not_write_a_line_at_every_log(tmp_path, now):
 
 
 def test_a_line_that_an_earlier_start_left_half_spoils_nothing(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     wait(now, 3)
     clock.write(1)
     with open(tmp_path / GOODPUT, "a") as file:
         file.write('{"start": "x", "wa')
-    Clock(tmp_path, begun=103.0).write(1)
+    Clock(Record(tmp_path), begun=103.0).write(1)
     assert read_goodput(tmp_path).starts == 2
+
+
+def test_a_new_kind_of_time_needs_one_line(tmp_path, now, monkeypatch):
+    monkeypatch.setitem(KINDS, "rollout", Kind("pale green", "@", "sampling what is trained on"))
+    assert len(KINDS) == 11
+    clock = Clock(Record(tmp_path), begun=100.0)
+    with clock.counting("rollout"):
+        wait(now, 4)
+    clock.default = "step"
+    wait(now, 4)
+    clock.write(1)
+    found = read_goodput(tmp_path)
+    assert found.seconds["rollout"] == 4 and "rollout 50.0%" in str(found)
+    assert "sampling what is trained on" in goodput_section(found)
+    run = RunView(tmp_path)
+    run.look()
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(frame([run], ["run"], console))
+    assert "rollout 50.0%" in console.file.getvalue()
 
 
 # All starts together
 
 
 def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(tmp_path, now):
-    first = Clock(tmp_path, begun=100.0)
+    first = Clock(Record(tmp_path), begun=100.0)
     first.default = "step"
     wait(now, 10)
     first.write(50)
@@ -115,7 +142,7 @@ def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(t
     first.write(150)  # 0.3 s of step and 0.1 s of data each
     wait(now, 5)  # until it is killed
     wait(now, 15)  # until it is started again
-    second = Clock(tmp_path, begun=now[0], first_step=100)
+    second = Clock(Record(tmp_path), begun=now[0], first_step=100)
     with second.counting("restore"):
         wait(now, 2)
     second.default = "step"
@@ -129,12 +156,12 @@ def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(t
 
 
 def test_a_rollback_wastes_what_it_undoes(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 100)
     clock.write(100)
     wait(now, 8)
-    clock.went_back(108, 40)
+    clock.rollback(108, 40)
     wait(now, 60)
     clock.write(100)
     found = read_goodput(tmp_path)
@@ -143,11 +170,11 @@ def test_a_rollback_wastes_what_it_undoes(tmp_path, now):
 
 
 def test_a_rollback_that_is_killed_before_it_goes_on_is_counted_once(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 100)
-    clock.went_back(100, 50)
-    again = Clock(tmp_path, begun=now[0], first_step=50)
+    clock.rollback(100, 50)
+    again = Clock(Record(tmp_path), begun=now[0], first_step=50)
     again.default = "step"
     wait(now, 50)
     again.write(100)
@@ -155,7 +182,7 @@ def test_a_rollback_that_is_killed_before_it_goes_on_is_counted_once(tmp_path, n
 
 
 def test_a_skipped_update_is_waste(tmp_path, now):
-    clock = Clock(tmp_path, begun=100.0)
+    clock = Clock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 20)
     clock.write(10)
@@ -175,7 +202,7 @@ def test_a_clock_that_was_set_back_gives_no_negative_gap():
     assert found.seconds["restart"] == 0 and found.total == pytest.approx(20)
 
 
-def test_broken_lines_are_passed_over(tmp_path):
+def test_broken_lines_are_skipped(tmp_path):
     sound = line("a", 10.0, 10, step=8.0, data=2.0)
     broken = ["{", "[1]", "null", json.dumps(sound | {"seconds": None}), json.dumps(sound | {"step": "x"}),
               json.dumps(sound | {"wall": None}), json.dumps(sound | {"start": 3}),
@@ -303,7 +330,7 @@ def test_the_texts_name_numbers_and_a_cure():
     assert "60% of the time over the last 10 steps" in events[1][1] and "data.workers" in events[1][1]
 
 
-def test_empty_windows_are_passed_over():
+def test_empty_windows_are_skipped():
     watch = InputWatch()
     assert watch.window(0, 1.0, 0.5, 0.0) is None and watch.window(3, 0.0, 0.0, 0.0) is None
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import struct
 
@@ -6,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opendeep_jax.record.metrics import MetricsWriter, read_jsonl, rewind, to_json_line
+from opendeep_jax.record.events import read_events
+from opendeep_jax.record.files import read_jsonl
+from opendeep_jax.record.metrics import MetricsWriter
+from opendeep_jax.record.record import Record, to_json_line
 
 
 def _steps(path):
@@ -14,7 +18,9 @@ def _steps(path):
 
 
 def _write_run(workdir, steps, resume_step=0):
-    writer = MetricsWriter(workdir, resume_step)
+    record = Record(workdir)
+    record.rewind(resume_step)
+    writer = MetricsWriter(record, resume_step)
     for step in steps:
         writer.scalars({"step": step, "tokens": step * 10, "loss": 9.0 - step})
         writer.evaluation({"step": step, "tokens": step * 10, "held_out_bits_per_byte": 2.0})
@@ -24,7 +30,7 @@ def _write_run(workdir, steps, resume_step=0):
 
 
 def test_every_line_is_on_disk_before_the_writer_closes(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(Record(tmp_path))
     writer.scalars({"step": 1, "loss": np.float32(2.5), "tokens": np.int64(8), "grad_norm": np.ones((1,))})
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "tokens": 8, "grad_norm": 1.0}]
     writer.close()
@@ -50,7 +56,7 @@ def test_lists_may_hold_numbers_that_are_not_finite():
 
 
 def test_expert_loads_are_written_over_the_mean_of_their_layer(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(Record(tmp_path))
     writer.experts(5, np.array([[1, 3], [0, 0]]), np.array([[0.123456, float("nan")], [0, 0]]))
     writer.close()
     (record,) = read_jsonl(tmp_path / "experts.jsonl")
@@ -79,12 +85,12 @@ def test_resuming_mends_a_line_that_was_cut_off(tmp_path):
 def test_a_file_with_nothing_to_drop_is_left_as_it_is(tmp_path):
     _write_run(tmp_path, [1, 2])
     before = (tmp_path / "metrics.jsonl").stat()
-    assert rewind(tmp_path / "metrics.jsonl", 2) == 0
+    assert Record(tmp_path).rewind(2) == 0
     after = (tmp_path / "metrics.jsonl").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_reading_passes_over_what_is_not_a_whole_object(tmp_path):
+def test_reading_skips_what_is_not_a_whole_object(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"step": 1}\n\x00\x00\xff\n[1]\n{"step": 2}\n{"step"')
     assert _steps(path) == [1, 2]
@@ -100,10 +106,10 @@ def test_a_limit_spreads_the_lines_and_keeps_both_ends(tmp_path):
 
 @given(prompt=st.text(), text=st.text())
 def test_any_text_a_model_writes_comes_back(tmp_path_factory, prompt, text):
-    writer = MetricsWriter(tmp_path_factory.mktemp("run"))
+    writer = MetricsWriter(Record(tmp_path_factory.mktemp("run")))
     writer.sample(1, prompt, text)
     writer.close()
-    assert read_jsonl(writer.workdir / "samples.jsonl") == [{"step": 1, "prompt": prompt, "text": text}]
+    assert read_jsonl(writer.record.workdir / "samples.jsonl") == [{"step": 1, "prompt": prompt, "text": text}]
 
 
 @given(st.dictionaries(st.text(min_size=1), st.floats(width=32), max_size=5), st.integers(1, 9), st.integers(0, 9))
@@ -111,7 +117,7 @@ def test_rewinding_keeps_exactly_the_lines_up_to_the_step(tmp_path_factory, numb
     numbers.pop("step", None)
     path = tmp_path_factory.mktemp("run") / "x.jsonl"
     path.write_text("".join(to_json_line({"step": i} | numbers) for i in range(1, lines + 1)))
-    assert rewind(path, step) == max(lines - step, 0)
+    assert Record(path.parent).rewind(step, ["x.jsonl"]) == max(lines - step, 0)
     assert _steps(path) == list(range(1, min(step, lines) + 1))
 
 
@@ -149,4 +155,39 @@ def test_tensorboard_is_told_to_hide_the_lost_part(tmp_path):
 def test_a_directory_that_cannot_be_made_is_the_callers_to_report(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        MetricsWriter(tmp_path / "file" / "run")
+        Record(tmp_path / "file" / "run")
+
+
+def test_a_rewind_of_the_metrics_is_an_event_with_the_hash_of_what_was_cut(tmp_path):
+    _write_run(tmp_path, range(1, 8))
+    cut = b"".join((tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[5:])
+    _write_run(tmp_path, [6], resume_step=5)
+    (event,) = read_events(tmp_path)
+    assert (event["kind"], event["step"], event["file"], event["lines"]) == ("rewound", 5, "metrics.jsonl", 2)
+    assert event["sha256"] == hashlib.sha256(cut).hexdigest()
+    Record(tmp_path).rewind(6)  # nothing is cut, so nothing happened
+    assert len(read_events(tmp_path)) == 1
+
+
+def test_every_write_can_be_chained_and_gives_the_files_back(tmp_path):
+    files: dict[str, bytes] = {}
+    appended = ("metrics.jsonl", "events.jsonl")
+
+    def ledger(name, data):
+        files[name] = files.get(name, b"") + data if name in appended and not rewinding else data
+
+    record, rewinding = Record(tmp_path, ledger=ledger), False
+    for step in range(1, 4):
+        record.append("metrics.jsonl", {"step": step})
+    record.event("spike", 2, "step 2: …")
+    record.write("summary.json", {"steps": 3})
+    rewinding = True
+    record.rewind(2, ["metrics.jsonl"])
+    files.pop("events.jsonl")
+    assert files and files == {name: (tmp_path / name).read_bytes() for name in files}
+
+
+def test_events_of_older_versions_have_the_kinds_of_now(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"kind": "unsound_checkpoint", "step": 3, "text": "…"}\n')
+    (event,) = read_events(tmp_path, "corrupt_checkpoint")
+    assert event == {"kind": "corrupt_checkpoint", "step": 3, "text": "…"}

@@ -10,6 +10,7 @@ import pytest
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.goodput import Clock
 from opendeep_jax.record.metrics import MetricsWriter
+from opendeep_jax.record.record import Record
 from opendeep_jax.record.report import write_report
 from opendeep_jax.record.report_experts import routing
 from opendeep_jax.record.run_view import RunView
@@ -22,7 +23,7 @@ SUMMARY = {
 
 
 def _write_run(workdir, steps=60, layers=2, experts=4, loss=None):
-    writer = MetricsWriter(workdir)
+    writer = MetricsWriter(Record(workdir))
     for step in range(1, steps + 1):
         scalars = {
             "step": step, "tokens": step * 100, "loss": 9 / step if loss is None else loss(step), "lm_loss": 8 / step,
@@ -192,7 +193,7 @@ def test_numbers_that_are_not_finite_are_announced(tmp_path):
 
 
 def test_a_dense_run_has_no_expert_section(tmp_path):
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(Record(tmp_path))
     for step in (1, 2, 3):
         writer.scalars({"step": step, "loss": 3.0 / step, "mtp_loss": 0.0})
     writer.close()
@@ -203,7 +204,7 @@ def test_a_dense_run_has_no_expert_section(tmp_path):
 
 def test_the_report_says_where_the_time_went(finished):
     begun = time.perf_counter() - 100
-    clock = Clock(finished, begun)
+    clock = Clock(Record(finished), begun)
     clock.default = "step"
     clock.seconds |= {"start": 10.0, "step": 70.0, "compile": 19.0, "checkpoint": 0.0}
     clock.write(60)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams, TokenLogprob
+from opendeep_jax.generation.requests import SamplingParams, TokenLogprob
 from opendeep_jax.generation.scoring import Scored
 
 

@@ -9,8 +9,8 @@ from live_server import byte_codec
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.evaluation.harness import HarnessModel
-from opendeep_jax.generation.params import SamplingParams, TokenLogprob
-from opendeep_jax.serving.answers import Answer
+from opendeep_jax.generation.answers import Answer
+from opendeep_jax.generation.requests import SamplingParams, TokenLogprob
 from opendeep_jax.serving.continuation import continued
 from opendeep_jax.serving.requests import completion
 from opendeep_jax.serving.schemas import CompletionRequest
@@ -24,11 +24,11 @@ SIX = SamplingParams(max_tokens=6)
 def whole(pieces) -> dict[int, tuple[str, str]]:
     """Each prompt's text and end."""
     texts, ends = {}, {}
-    for piece in pieces:
-        assert piece.place not in ends  # nothing comes after an end
-        texts[piece.place] = texts.get(piece.place, "") + piece.text
+    for place, piece in pieces:
+        assert place not in ends  # nothing comes after an end
+        texts[place] = texts.get(place, "") + piece.text
         if piece.finish:
-            ends[piece.place] = piece.finish
+            ends[place] = piece.finish
     return {place: (text, ends[place]) for place, text in texts.items()}
 
 

@@ -13,7 +13,7 @@ from live_server import byte_codec, live
 from rich.console import Console
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.serving.conversation import Conversation
 from opendeep_jax.serving.terminal import answer, chat, piped_input
 

@@ -6,7 +6,7 @@ import pytest
 from fake_engine import EchoEngine
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.params import SamplingParams
+from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.serving.service import EngineService, Failed, Full, Unavailable
 
 

@@ -16,8 +16,7 @@ from processes import tiny_config
 from rich.console import Console
 from small_models import DENSE, run_config
 
-from opendeep_jax.checkpoint.files import read_record, steps_in, to_items
-from opendeep_jax.checkpoint.origin import read_origin, write_origin
+from opendeep_jax.checkpoint.files import read_record, to_items
 from opendeep_jax.checkpoint.tools import average, differences, open_arrays
 from opendeep_jax.cli.main import main
 from opendeep_jax.cli.train import check_start
@@ -29,13 +28,14 @@ from opendeep_jax.jobs.watch import run as watch_run
 from opendeep_jax.jobs.watch import terminal as watch_terminal
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.pretrained.imported_from import read_imported_from, write_imported_from
-from opendeep_jax.record.metrics import read_jsonl
-from opendeep_jax.record.skipped_batches import read_passed_over
+from opendeep_jax.record.files import checkpoint_steps, read_jsonl
+from opendeep_jax.record.origin import read_imported_from, read_origin, write_imported_from, write_origin
+from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.text.tokenizer import train_bpe
 from opendeep_jax.train import branch, loop
-from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
+from opendeep_jax.train.branch import STAGED, begin_branch, content_digest
 from opendeep_jax.train.branch_state import plan_move
+from opendeep_jax.train.feed import with_own_tokenizer
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from opendeep_jax.train.state import init_state
 
@@ -105,7 +105,7 @@ def test_a_branch_with_no_other_setting_is_its_parent_going_on_to_the_bit(trunk,
     shutil.rmtree(parent)  # the branch has all that it needs, and the same command goes on with it
     workdir = train(*command)
     assert arrays(workdir, 8) == arrays(trunk, 8)
-    assert steps_in(workdir / "checkpoints") == [4, 6, 8]
+    assert checkpoint_steps(workdir / "checkpoints") == [4, 6, 8]
     assert losses(workdir) == {step: loss for step, loss in losses(trunk).items() if step > 4}
     assert [entry for entry in diff(load_run_config(trunk), load_run_config(workdir)) if entry[0] != "name"] == []
     assert "Began with: branch of" in (workdir / "report.html").read_text()
@@ -212,7 +212,7 @@ def test_an_average_of_weights_can_be_trained_on_with_new_moments(trunk, tmp_pat
     average(trunk, [4, 6], tmp_path / "mean")
     start(f"--from={tmp_path / 'mean'}", f"--workdir={tmp_path / 'branch'}")
     assert "AdamW's moments begin anew" in capsys.readouterr().out
-    assert steps_in(tmp_path / "branch" / "checkpoints") == [6]
+    assert checkpoint_steps(tmp_path / "branch" / "checkpoints") == [6]
     state = moments(tmp_path / "branch", 6, ".step")
     assert int(state[".step"]) == 6
 
@@ -254,7 +254,7 @@ def test_killed_while_branching_the_same_command_does_the_rest_and_nothing_is_ha
         start(*command)
     whole = at in ("finish_branch", "replace")
     assert (workdir / "origin.json").exists() == whole and not (workdir / "config.json").exists()
-    assert steps_in(workdir / "checkpoints") == ([4] if at == "replace" else [])
+    assert checkpoint_steps(workdir / "checkpoints") == ([4] if at == "replace" else [])
     shutil.copytree(workdir, other)
     start(*command)
     assert arrays(workdir, 4) == arrays(trunk, 4) and not (workdir / STAGED).exists()
@@ -265,7 +265,7 @@ def test_killed_while_branching_the_same_command_does_the_rest_and_nothing_is_ha
             start(f"--from={trunk}@6", f"--workdir={other}")
     else:
         start(f"--from={trunk}@6", f"--workdir={other}")
-        assert steps_in(other / "checkpoints") == [6] and arrays(other, 6) == arrays(trunk, 6)
+        assert checkpoint_steps(other / "checkpoints") == [6] and arrays(other, 6) == arrays(trunk, 6)
 
 
 def test_what_is_left_of_a_branch_that_never_was_does_not_reach_another_run(trunk, tmp_path):
@@ -340,7 +340,7 @@ def test_a_damaged_parent_is_refused_with_its_other_checkpoints_and_none_is_take
     assert "the checkpoint of step 8 is not sound" in said and "there are: 2, 4, 6." in said
     (parent / "checkpoints" / "6" / "digests" / "metadata").write_text("{")
     assert "the checkpoint of step 6 is not sound" in refused(f"--from={parent}@6", f"--workdir={workdir}")
-    assert not (workdir / "config.json").exists() and steps_in(workdir / "checkpoints") == []
+    assert not (workdir / "config.json").exists() and checkpoint_steps(workdir / "checkpoints") == []
     start(f"--from={parent}@4", f"--workdir={workdir}")
 
 
@@ -349,12 +349,12 @@ def test_a_parents_passed_over_batches_count_as_long_as_the_batches_are_the_same
     windows = [{"first": first, "last": first + 1, "to_step": first - 1, "reason": "test"} for first in (4, 6)]
     (parent / "passed_over.json").write_text(json.dumps(windows))
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'same'}", "--optimizer.learning_rate=1e-3")
-    same = read_passed_over(tmp_path / "same")
+    same = read_skipped_batches(tmp_path / "same")
     assert [(window["first"], window["last"], window["last_update"]) for window in same] == [(4, 5, -1), (6, 7, -1)]
-    assert "passes over" not in capsys.readouterr().out
+    assert "its own order, and counts" not in capsys.readouterr().out
     start(f"--from={parent}@4", f"--workdir={tmp_path / 'other'}", "--seed=5")
-    assert [(window["first"], window["last"]) for window in read_passed_over(tmp_path / "other")] == [(4, 4)]
-    assert "what the parent passes over is of its own order, and counts no more" in capsys.readouterr().out
+    assert [(window["first"], window["last"]) for window in read_skipped_batches(tmp_path / "other")] == [(4, 4)]
+    assert "what the parent skips is of its own order, and counts no more" in capsys.readouterr().out
 
 
 def test_a_branch_reads_other_text_with_its_parents_tokenizer(trunk, tmp_path):
@@ -398,6 +398,6 @@ def test_an_imported_run_is_branched_from_and_its_source_is_known_in_any_directo
     write_imported_from(home, {"source": "organization/model"})
     monkeypatch.chdir(tmp_path)
     start("--from=tuned@4", "--workdir=branch")
-    assert steps_in(tmp_path / "branch" / "checkpoints") == [4]
+    assert checkpoint_steps(tmp_path / "branch" / "checkpoints") == [4]
     monkeypatch.chdir(tmp_path.parent)
     assert read_imported_from(tmp_path / "branch") == {"source": "organization/model"}

@@ -9,10 +9,10 @@ import processes
 import pytest
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
-from opendeep_jax.checkpoint.origin import read_origin
 from opendeep_jax.checkpoint.tools import differences
 from opendeep_jax.record.events import read_events
-from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.files import read_jsonl
+from opendeep_jax.record.origin import read_origin
 
 STEPS = 10
 

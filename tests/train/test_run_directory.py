@@ -18,9 +18,13 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.interrupt import stop_requests
+from opendeep_jax.record.files import finished_summary
+from opendeep_jax.record.record import Record
+from opendeep_jax.record.workdir import only_writer
 from opendeep_jax.text.tokenizer import load_tokenizer
 from opendeep_jax.train import loop
-from opendeep_jax.train.run_directory import environment, finished_summary, only_writer, save_run
+from opendeep_jax.train.feed import Pretraining
+from opendeep_jax.train.run_directory import environment, save_run
 from opendeep_jax.train.state import TrainState
 
 CONFIG = run_config(DENSE)
@@ -111,8 +115,10 @@ def test_the_copy_of_a_tokenizer_keeps_boundaries_that_are_named_beside_it(tmp_p
     library.save(str(original / "my.json"))
     (original / "tokenizer_config.json").write_text('{"bos_token": "<start>", "eos_token": {"content": "<stop>"}}')
     tokenizer = load_tokenizer(original / "my.json")
-    data = types.SimpleNamespace(tokenizer=tokenizer, content_hash="x", describe=lambda: {"content_hash": "x"})
-    save_run(CONFIG, CONFIG, data, workdir)
+    feed = Pretraining(CONFIG, workdir)
+    feed.data = types.SimpleNamespace(tokenizer=tokenizer, describe=lambda: {"content_hash": "x"})
+    feed.save(Record(workdir))
+    save_run(CONFIG, CONFIG, Record(workdir))
     copy = load_tokenizer(workdir / "tokenizer.json")
     assert (copy.bos_id, copy.eos_id) == (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
     assert json.loads((workdir / "environment.json").read_text()) == environment()

@@ -9,7 +9,7 @@ from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.sweep.plan import Run
 from opendeep_jax.jobs.sweep.results import read_result
-from opendeep_jax.record.metrics import SCALARS
+from opendeep_jax.record.files import METRICS
 
 REDRAW_SECONDS = 0.5
 TAIL_BYTES = 8192
@@ -105,7 +105,7 @@ class SweepProgress:
 def last_record(run: Run) -> dict:
     """The last whole line of a run's metrics.jsonl; {} if there is none yet."""
     try:
-        with open(run.workdir / SCALARS, "rb") as file:
+        with open(run.workdir / METRICS, "rb") as file:
             file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:

@@ -17,7 +17,7 @@ from opendeep_jax.display.tables import latex_table, markdown_table
 from opendeep_jax.jobs.sweep.axes import shown, value_of
 from opendeep_jax.jobs.sweep.plan import Run, Sweep
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.record.files import SUMMARY, number, read_object
+from opendeep_jax.record.files import finished_summary, number
 
 State = Literal["finished", "failed", "handed over", "begun", "waiting"]
 TITLES = {
@@ -78,9 +78,7 @@ class Row:
 
 def read_result(run: Run) -> Result:
     """What the files of a run say of it."""
-    summary = read_object(run.workdir / SUMMARY)
-    steps = number(summary.get("steps"))
-    if steps is not None and steps >= total_steps(run.config):
+    if summary := finished_summary(run.workdir, total_steps(run.config)):
         return Result(run, "finished", summary)
     failed = run.beside(".failed")
     if failed.exists():

@@ -14,7 +14,6 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import OK, STOPPED
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.load import check_workdir
 from opendeep_jax.display.tables import text_table
 from opendeep_jax.jobs.launch.render import check_engine, check_target
 from opendeep_jax.jobs.sweep.local import LAST_LINES, Command, locked, prepare_data, run_here, train_command
@@ -32,6 +31,7 @@ from opendeep_jax.jobs.sweep.results import (
     write_tables,
 )
 from opendeep_jax.jobs.sweep.search import check_optuna, next_combinations
+from opendeep_jax.record.workdir import check_workdir
 
 BEST = "best.py"
 

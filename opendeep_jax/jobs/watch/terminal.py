@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opendeep_jax.display.numbers import human_time
-from opendeep_jax.record.lineage import lineage
+from opendeep_jax.record.origin import lineage
 from opendeep_jax.record.run_view import RunView
 from opendeep_jax.record.time_kinds import KINDS
 

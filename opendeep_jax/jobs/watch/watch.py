@@ -11,7 +11,8 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.record.run_view import DATA, FILES, RunView
+from opendeep_jax.record.files import DATA
+from opendeep_jax.record.run_view import FILES, RunView
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
