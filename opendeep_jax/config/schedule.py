@@ -48,8 +48,8 @@ def stage_at(config, step: int) -> Stage:
 
 
 def micro_batches(train, rows: int, shards: int = 1) -> int:
-    """How many micro-batches a batch of so many rows, with or without padding, is cut into on `shards` devices that
-    divide rows, by a TrainConfig."""
+    """Return how many micro-batches a batch of so many rows, with or without padding, is cut into on `shards` devices
+    that divide rows, by a TrainConfig."""
     if train.rows_per_device:
         return math.ceil(rows / (train.rows_per_device * shards))
     for stage in train.batch_ramp:

@@ -100,7 +100,7 @@ def _merge(into: list[float], other: list[float]) -> None:
 
 
 class RunView:
-    """What the files of a run say; `look()` takes in what is new since the last time.
+    """A run as its files have it; `look()` takes in what is new since the last time.
 
     Args:
         workdir: the run directory. Files that are missing or broken count as empty.

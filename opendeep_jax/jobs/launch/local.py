@@ -24,7 +24,7 @@ PAUSE_SECONDS = 1.0
 
 
 def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:
-    """Runs `command` in `processes` processes, which find each other by OPENDEEP_* variables, and returns the status.
+    """Run `command` in `processes` processes, which find each other by OPENDEEP_* variables, and return the status.
 
     Process 0 has this terminal; lines of the others begin with their number. All end before this returns, and if this
     process is killed they are told to stop (SIGTERM). SIGINT and SIGTERM are passed on.
@@ -110,7 +110,7 @@ def _run_once(
 
 
 def _wait(children: Sequence[subprocess.Popen], patience: float) -> None:
-    """Returns when all have ended. Once one has failed the others have `patience` seconds, then they are ended."""
+    """Return when all have ended. Once one has failed the others have `patience` seconds, then they are ended."""
     failed_at = told_at = None
     while any(child.poll() is None for child in children):
         now = time.monotonic()
@@ -192,7 +192,7 @@ def _free_port() -> int:
 
 
 def _echo(lines: IO[bytes], index: int) -> None:
-    """Prints a process's lines with its number in front, whole, so that two never mix."""
+    """Print a process's lines with its number in front, whole, so that two never mix."""
     for line in lines:
         sys.stdout.write(f"[{index}] {line.decode(errors='replace').rstrip()}\n")
         sys.stdout.flush()
