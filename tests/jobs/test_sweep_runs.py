@@ -20,6 +20,7 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, OK, RESUME, STOPPED
 from opendeep_jax.config.load import load_recipe
+from opendeep_jax.jobs.child import gpus_of
 from opendeep_jax.jobs.sweep import local as sweep_local
 from opendeep_jax.jobs.sweep import run as sweep_module
 from opendeep_jax.jobs.sweep.local import locked
@@ -221,15 +222,15 @@ def test_runs_at_once_share_the_cores_evenly(tmp_path):
     code = f"import os, sys\nprint(sorted(os.sched_getaffinity(0)))\n{FINISH}"
     run_sweep(_sweep(tmp_path), parallel=2, command=_python(code))
     used = [json.loads(path.read_text()) for path in (tmp_path / "sweep" / "runs").glob("*.log")]
-    assert {len(share) for share in used} == {len(cores) // 2}
+    assert {len(share) for share in used} <= {len(cores) // 2, -(-len(cores) // 2)}
     assert sorted(os.sched_getaffinity(0)) == cores
 
 
 def test_gpus_are_shared_where_there_are_enough(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    shares = [sweep_local._environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
-    assert shares == ["3,5", "6,7"]
-    assert sweep_local._environment(0, 5)["CUDA_VISIBLE_DEVICES"] == "3,5,6,7"
+    assert [gpus_of(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3,5", "6,7"]
+    assert gpus_of(0, 5) == {}  # all of them for every run
 
 
 def test_two_sweeps_in_one_directory_are_refused(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ on from its checkpoint the next time.
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.jobs.child import child_command
+from opendeep_jax.jobs.child import child_command, cores_of, gpus_of
 from opendeep_jax.jobs.sweep.plan import RECIPE, Sweep, SweepRun
 from opendeep_jax.jobs.sweep.progress import SweepProgress
 from opendeep_jax.jobs.sweep.results import read_result
@@ -131,11 +130,11 @@ class _Child:
         with open(log, "ab") as output:
             # A session of its own: a terminal's Ctrl-C reaches the sweep alone, which hands it on once.
             self.process = subprocess.Popen(
-                child_command(self.command, signal.SIGKILL, _share(self.slot, self.parallel)),
+                child_command(self.command, signal.SIGKILL, cores_of(self.slot, self.parallel)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.slot, self.parallel),
+                env=os.environ | gpus_of(self.slot, self.parallel),
                 start_new_session=True,
             )
 
@@ -170,30 +169,6 @@ def _ending(status: int) -> str:
         hint = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
     return "ended without a result" if status == 0 else f"exit status {status}"
-
-
-def _share(slot: int, parallel: int) -> set[int]:
-    """The cores of one of several runs at once: XLA takes as many threads as it may use cores, and runs that all take
-    all of them slow each other down. Empty for one run, and where there are fewer cores than runs."""
-    if parallel == 1 or not hasattr(os, "sched_getaffinity"):
-        return set()
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // parallel
-    return set(cores[slot * each : (slot + 1) * each])
-
-
-def _environment(slot: int, parallel: int) -> dict[str, str]:
-    """This process's, with the slot's share of the NVIDIA GPUs where there are enough for all runs at once."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        found = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
-        gpus = sorted((match[1] for match in found if match), key=int)
-    else:
-        gpus = [gpu for gpu in visible.split(",") if gpu]
-    each = len(gpus) // parallel
-    if parallel == 1 or not each:
-        return dict(os.environ)
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * each : (slot + 1) * each])}
 
 
 @contextlib.contextmanager
