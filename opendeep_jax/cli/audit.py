@@ -99,8 +99,9 @@ def when(argv: Sequence[str]) -> None:
         raise ConfigError("--doc is missing: give a document's id, as `opendeep data where` shows it.")
     _, prepared = _open(flags, config)
     from opendeep_jax.data import provenance
+    from opendeep_jax.record.files import steps_done
 
-    done = provenance.steps_done(flags.workdir) if config is None else 0
+    done = steps_done(flags.workdir) if config is None else 0
     found = provenance.when(prepared, flags.doc)
     _print(({**one, "steps_done": done} for one in found), flags.format, _document_text)
 
