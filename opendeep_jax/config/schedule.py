@@ -1,5 +1,6 @@
-"""Batch size, row length and tokens as functions of the step. Plain integers, exact at 14.8 trillion tokens."""
+"""Batch size, row length, tokens and learning rate as functions of the step. Integers are exact at 14.8T tokens."""
 
+import itertools
 import math
 import sys
 from typing import NamedTuple
@@ -51,8 +52,8 @@ def stage_at(config, step: int) -> Stage:
 
 
 def micro_batches(train, rows: int, shards: int = 1) -> int:
-    """How many micro-batches a batch of so many rows, with or without padding, is cut into on `shards` devices that
-    divide rows, by a TrainConfig."""
+    """Return how many micro-batches a batch of so many rows, with or without padding, is cut into on `shards` devices
+    that divide rows, by a TrainConfig."""
     if train.rows_per_device:
         return math.ceil(rows / (train.rows_per_device * shards))
     for stage in train.batch_ramp:
@@ -123,21 +124,64 @@ def step_at_tokens(config, tokens: int) -> float:
     raise AssertionError("the last stage has no end")
 
 
+class RatePiece(NamedTuple):
+    """Steps over which the learning rate, a fraction of its peak, goes from `begin` to `end`; then it stays there."""
+
+    name: str
+    """As people read it: `warm-up`, `cosine`, `stable`, `decay`, `linear (phase 2 of 5)`."""
+    shape: str
+    """`constant`, `linear` or `cosine`."""
+    begin: float
+    end: float
+    first_step: int
+    steps: int
+    """From `begin` to `end`, 1 or more. The next piece may start before they are over."""
+
+
+def rate_pieces(config) -> list[RatePiece]:
+    """Return the learning rate's schedule, in order. The first piece is the warm-up, also where it has no steps."""
+    optimizer, total = config.optimizer, total_steps(config)
+    warmup, final = optimizer.warmup_steps, optimizer.final_fraction
+    left = max(total - warmup, 1)
+    # Step 0 already learns: its rate is the first stair of the warm-up, not 0.
+    pieces = [RatePiece("warm-up", "linear", 1.0 / max(warmup, 1), 1.0, 0, max(warmup - 1, 1))]
+    if optimizer.schedule == "phases":  # V3's, which follow the warm-up: token counts become steps
+        tokens, start, rate = tokens_before(config, warmup), warmup, 1.0
+        for place, phase in enumerate(optimizer.phases, 1):
+            tokens += phase.tokens
+            end, begin = round(step_at_tokens(config, tokens)), phase.to if phase.shape == "constant" else rate
+            name = f"{phase.shape} (phase {place} of {len(optimizer.phases)})"
+            pieces.append(RatePiece(name, phase.shape, begin, phase.to, start, max(end - start, 1)))
+            start, rate = end, phase.to
+    elif optimizer.schedule == "cosine":
+        pieces.append(RatePiece("cosine", "cosine", 1.0, final, warmup, left))
+    elif optimizer.schedule == "wsd":
+        decay = min(max(round(total * optimizer.decay_fraction), 1), left)
+        pieces.append(RatePiece("stable", "constant", 1.0, 1.0, warmup, left))
+        pieces.append(RatePiece("decay", "linear", 1.0, final, total - decay, decay))
+    else:
+        pieces.append(RatePiece("constant", "constant", 1.0, 1.0, warmup, left))
+    return pieces
+
+
+def rate_piece_at(config, step: int) -> RatePiece:
+    """Return the piece of the learning rate's schedule that `step` (from 0) belongs to."""
+    warmup, *pieces = rate_pieces(config)
+    return next((piece for piece in reversed(pieces) if piece.first_step <= step), warmup)
+
+
 def borders(config) -> tuple[int, ...]:
-    """Steps (from 0, the first left out) from which on losses or gradients may lie elsewhere by the configuration's own
-    doing, in order.
+    """Return the steps (from 0, the first left out) from which on losses or gradients may lie elsewhere by the
+    configuration's own doing, in order.
 
     They are those of another mixture, row length, packing or batch size, of a rate that jumps, and of another weight
     of multi-token prediction.
     """
+    mtp = config.model.mtp
     found = {stage.first_step for stage in stages(config) if stage.steps > 0}
-    optimizer, mtp = config.optimizer, config.model.mtp
-    start, rate, tokens = optimizer.warmup_steps, 1.0, tokens_before(config, optimizer.warmup_steps)
-    for phase in optimizer.phases if optimizer.schedule == "phases" else ():
-        if phase.shape == "constant" and phase.to != rate:
-            found.add(start)
-        rate, tokens = phase.to, tokens + phase.tokens
-        start = round(step_at_tokens(config, tokens))
+    if config.optimizer.schedule == "phases":
+        pairs = itertools.pairwise(rate_pieces(config))
+        found |= {after.first_step for before, after in pairs if after.begin != before.end}
     if mtp.depth and mtp.final_from_tokens and mtp.final_loss_weight != mtp.loss_weight:
         found.add(math.ceil(step_at_tokens(config, mtp.final_from_tokens)))
     return tuple(sorted(found - {0}))

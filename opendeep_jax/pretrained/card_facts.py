@@ -11,8 +11,8 @@ from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.interop.hf_card import Provenance
 from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf
 from opendeep_jax.pretrained.sources import source_kind
+from opendeep_jax.record.files import DATA, EVALUATION, number, read_jsonl, read_object
 from opendeep_jax.record.origin import parent_directory, read_imported_from, read_origin
-from opendeep_jax.record.run_files import is_number, read_data, read_run
 
 DATASETS = (
     re.compile(r"datasets:([\w.-]+/[\w.-]+)"),
@@ -77,7 +77,7 @@ def _of_run(workdir: Path, step: int, license: str, name: str) -> Provenance:
         lineage=tuple(lineage),
         sources=tuple(row for run in stretches if run.last > run.first for row in _sources(run, len(stretches) > 1)),
         languages=tuple(config.data.curation.languages) or tuple(imported.get("languages", ())),
-        training=_training(config, read_run(workdir).evaluations, step, tokens) if step else {},
+        training=_training(config, read_jsonl(workdir / EVALUATION), step, tokens) if step else {},
     )
 
 
@@ -112,7 +112,7 @@ def _stretches(workdir: Path, step: int) -> tuple[list[Stretch], str]:
 
 def _training(config: RunConfig, evaluations: list[dict], step: int, tokens: int) -> dict[str, Any]:
     measured = [line for line in evaluations if line.get("step") == step]
-    bits = next((bits for line in measured if is_number(bits := line.get("held_out_bits_per_byte"))), None)
+    bits = next((bits for line in measured if (bits := number(line.get("held_out_bits_per_byte"))) is not None), None)
     optimizer = config.optimizer
     facts = {
         "tokens trained on": f"{tokens:,}",
@@ -133,7 +133,7 @@ def _sources(run: Stretch, several: bool) -> tuple[dict[str, str], ...]:
         several: the model comes of other runs too, so a share says of which it is.
     """
     config, of_run = run.config, f" of {run.tokens:,} tokens" if several else ""
-    entries = read_data(run.workdir).get("sources", ())
+    entries = read_object(run.workdir / DATA).get("sources", ())
     recorded = {entry.get("name"): entry for entry in entries if isinstance(entry, dict)}
     weights = sum(source.weight for source in config.data.sources)
     return tuple(

@@ -130,8 +130,8 @@ def number(value: object) -> float | None:
 
 
 CHUNK = 4 * 2**20
-WHOLE, LAST, SAMPLED = 16 * 2**20, 2**20, 6000
-"""A long history that is to be drawn is read in part: of more bytes than WHOLE, so many lines and the LAST bytes."""
+WHOLE, LAST = 16 * 2**20, 2**20
+"""A long history that is to be drawn is read in part: of more bytes than WHOLE, some lines and the LAST bytes."""
 
 
 class Tail:
@@ -141,10 +141,10 @@ class Tail:
 
     Args:
         path: of the file, which need not be there.
-        samples: of a long backlog, evenly spread lines will do, and the last ones.
+        samples: of a backlog beyond WHOLE bytes, so many evenly spread lines will do, and the last ones; 0 reads all.
     """
 
-    def __init__(self, path: Path, samples: bool = False):
+    def __init__(self, path: Path, samples: int = 0):
         self.path, self.samples, self._file, self._offset = path, samples, None, 0
 
     def restarted(self) -> bool:
@@ -173,8 +173,8 @@ class Tail:
 
     def _sampled(self, file, end: int) -> Iterator[bytes]:
         begin = self._offset
-        for place in range(SAMPLED):
-            file.seek(begin + place * (end - begin) // SAMPLED)
+        for place in range(self.samples):
+            file.seek(begin + place * (end - begin) // self.samples)
             if place:
                 file.readline()  # the rest of a line
             yield file.readline()

@@ -1,143 +1,206 @@
-"""`report.html` and `loss.png` of a run: a pure function of the files in its work directory.
+"""The page of a run, or of several laid over each other, and `loss.png`: functions of the files in run directories.
 
-A run that is still going, has died, or has only just begun gives a report of what is there.
+`opendeep train` writes `report.html` at the end, `opendeep report` at any time, and `opendeep watch --html` again and
+again. A run that is still going, has died, or has only just begun gives a page of what is there.
 """
 
+import datetime
 import json
+import math
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from opendeep_jax.config.files import replacing, write_atomically
+from opendeep_jax.display import chart
+from opendeep_jax.display.chart import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
 from opendeep_jax.display.numbers import human_bytes, human_count, human_time
-from opendeep_jax.display.page import bars, details, figure, page, section, table, text, tiles
-from opendeep_jax.record import plots
+from opendeep_jax.display.page import (
+    Markup,
+    bars,
+    columns,
+    details,
+    dot,
+    grid,
+    header,
+    legend,
+    page,
+    runs_legend,
+    section,
+    stack,
+    swatch,
+    table,
+    text,
+    tiles,
+)
+from opendeep_jax.record.goodput import Goodput
 from opendeep_jax.record.origin import lineage
-from opendeep_jax.record.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line
-from opendeep_jax.record.report_events import events_section, goodput_section
-from opendeep_jax.record.run_files import RunFiles, column, is_number, read_run
+from opendeep_jax.record.report_curves import captioned, number_chart, over, run_points
+from opendeep_jax.record.report_experts import experts_section, load_image
+from opendeep_jax.record.run_view import HELD_OUT, RunView, stage_shares
+from opendeep_jax.record.time_kinds import KINDS
 
 COMPRESSORS = (("gzip\u00a0-9", "gzip_bits_per_byte", ORANGE), ("xz\u00a0-9", "xz_bits_per_byte", GREEN))
-BIAS_LAYERS, BIAS_EXPERTS, BIAS_POINTS = 12, 16, 120  # layers with a chart of their biases, curves in it, their points
+IMAGES = 24
+"""So many runs have a picture of their expert loads."""
+EVENTS_SHOWN = 40
 
 
 def write_report(workdir: str | Path) -> Path:
-    """Writes report.html and loss.png into `workdir` from the files there; returns the path of report.html.
+    """Write report.html and loss.png into `workdir` from the files there; return the path of report.html.
 
     Both are replaced atomically. Raises OSError when the directory cannot be written.
     """
-    run = read_run(workdir)
-    sections = [
-        _headline(run),
-        _learning(run),
-        _speed(run),
+    run = RunView(workdir, details=True, whole=True).look()
+    path = run.workdir / "report.html"
+    write_atomically(path, page(f"{run.name}: run report", _run_page(run, _status(run))))
+    with replacing(run.workdir / "loss.png") as picture:
+        _loss_png(run, picture)
+    return path
+
+
+def live_page(runs: Sequence[RunView], labels: Sequence[str], every: float, now: float | None = None) -> str:
+    """Return the page of runs that may be under way. It loads itself again until all of them are finished.
+
+    Args:
+        runs: one, of a view with details, gives its whole report; several are laid over each other.
+        every: seconds between loads, rounded up.
+        now: seconds since 1970; the present by default.
+    """
+    now = time.time() if now is None else now
+    going_on = not all(run.is_finished for run in runs)
+    written = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    status = f"As of {written} UTC." + (" The page reloads itself." if going_on else " Nothing is left to wait for.")
+    title = labels[0] if len(runs) == 1 else f"{len(runs)} runs"
+    body = _run_page(runs[0], status, now) if len(runs) == 1 else _runs_page(runs, labels, title, status, now)
+    return page(f"{title}: watch", body, max(math.ceil(every), 1) if going_on else 0)
+
+
+def _run_page(run: RunView, status: str, now: float | None = None) -> str:
+    parts = [
+        header("OpenDeep", run.name, status),
+        _warning(run),
+        _verdict(run),
+        tiles([*(_live_numbers(run, now) if now is not None else ()), *_headline_numbers(run)]),
+        _learning([run], [""]),
+        _speed([run], [""]),
         goodput_section(run.goodput),
-        events_section(run.events),
-        _experts(run),
+        _phase(run) if now is not None else "",
+        _events(run.events, run.event_count),
+        experts_section(run),
         _samples(run),
         _configuration(run),
     ]
-    document = page(f"{run.name}: run report", "".join(sections))
-    report = run.workdir / "report.html"
-    write_atomically(report, document)
-    with replacing(run.workdir / "loss.png") as picture:
-        _loss_png(run, picture)
-    return report
+    return "".join(parts)
+
+
+def _runs_page(runs: Sequence[RunView], labels: Sequence[str], title: str, status: str, now: float) -> str:
+    events = [event | {"run": label} for run, label in zip(runs, labels, strict=True) for event in run.events]
+    events.sort(key=lambda event: str(event.get("time", "")))
+    spent = [_goodput_bar(run.goodput, label) for run, label in zip(runs, labels, strict=True) if run.goodput]
+    kinds = legend((name, kind.css) for name, kind in KINDS.items())
+    peak = number_chart(runs, labels, "expert_load_max_over_mean", "largest load over the mean", "The busiest expert.")
+    images = [load_image(run, label) for run, label in zip(runs, labels, strict=True) if run.load]
+    parts = [
+        header("OpenDeep", title, status),
+        _table(runs, labels, now),
+        _learning(runs, labels),
+        _speed(runs, labels),
+        section("Where the time went", "", kinds * bool(spent), *spent),
+        section("Experts", "", grid(peak, *images[:IMAGES])),
+        _events(events, len(events)),
+    ]
+    return "".join(parts)
 
 
 # Curves
 
 
-def _line(run: RunFiles, name: str, key: str, colour: str = BLUE, records: list[dict] | None = None, **style) -> Line:
-    records = [record for record in (run.steps if records is None else records) if key in record]
-    return Line(name, run.time(records), column(records, key), colour, **style)
+def _loss_lines(run: RunView) -> list[Line]:
+    terms = (("next token", "lm_loss", BLUE), ("multi-token prediction", "mtp_loss", VIOLET), ("total", "loss", MUTED))
+    lines = [Line(name, run_points(run, key), color, smooth=True) for name, key, color in terms]
+    return [line for line in lines if line.points]
 
 
-def _present(lines: list[Line]) -> list[Line]:
-    """The lines with something to show: a loss that is zero throughout is switched off."""
-    return [line for line in lines if np.any(np.nan_to_num(line.y))]
+def _compressors(run: RunView) -> tuple[Level, ...]:
+    found = ((name, run.number(key), color) for name, key, color in COMPRESSORS)
+    return tuple(Level(name, value, color) for name, value, color in found if value is not None)
 
 
-def _loss_lines(run: RunFiles) -> list[Line]:
-    lines = [
-        _line(run, "next token", "lm_loss", BLUE, smooth=True),
-        _line(run, "multi-token prediction", "mtp_loss", VIOLET, smooth=True),
-        _line(run, "total", "loss", MUTED, smooth=True, width=1.2),
-    ]
-    return _present(lines)
-
-
-def _held_out_lines(run: RunFiles) -> list[Line]:
-    few = len(run.evaluations) < 60
-    return _present([_line(run, "held-out text", "held_out_bits_per_byte", BLUE, run.evaluations, dots=few)])
-
-
-def _compressors(run: RunFiles) -> list[Level]:
-    found = ((name, run.number(key, run.evaluations), colour) for name, key, colour in COMPRESSORS)
-    return [Level(name, value, colour) for name, value, colour in found if value is not None]
-
-
-def _time_label(run: RunFiles) -> str:
-    return "tokens trained" if run.has_tokens else "step"
-
-
-def _chart(run: RunFiles, name: str, label: str, caption: str, lines: list[Line], **options) -> str:
-    """A captioned chart; empty when there is nothing to draw."""
-    lines = _present(lines)
-    return figure(plots.line_chart(lines, _time_label(run), label, prefix=name, **options), caption) if lines else ""
-
-
-def _grid(*figures: str, small: bool = False) -> str:
-    body = "".join(figures)
-    return f'<div class="grid{" small" * small}">{body}</div>' if body else ""
-
-
-def _loss_png(run: RunFiles, path: Path) -> None:
-    losses, held_out = _loss_lines(run), _held_out_lines(run)
-    panels = [("loss, nats per token", losses, [])] if losses else []
-    panels += [("held-out bits per byte", held_out, _compressors(run))] if held_out else []
+def _loss_png(run: RunView, path: Path) -> None:
+    losses = _loss_lines(run)
+    held_out = [Line("held-out text", run_points(run, HELD_OUT), dots=len(run.held_out) < 60)]
+    panels = [("loss, nats per token", losses, ())] if losses else []
+    panels += [("held-out bits per byte", held_out, _compressors(run))] if len(run.held_out) else []
     parameters, active = run.number("parameters"), run.number("active_parameters")
     sizes = f"{human_count(parameters)} parameters" if parameters else ""
     sizes += f", {human_count(active)} active per token" if parameters and active else ""
     title = run.name if panels else f"{run.name}: nothing logged yet"
-    plots.write_png(path, title, sizes, panels, _time_label(run))
+    chart.write_png(path, title, sizes, panels, over([run]))
 
 
-# Sections
+def _learning(runs: Sequence[RunView], labels: Sequence[str]) -> str:
+    one = len(runs) == 1
+    levels = _compressors(runs[0]) if one else ()
+    unseen = "Bits needed for a byte of text the model never saw. Lower is better, whatever the tokenizer."
+    loss = "Training loss; the total holds every term."
+    charts = grid(
+        captioned(runs, _loss_lines(runs[0]), "loss", "loss, nats per token", loss)
+        if one
+        else number_chart(runs, labels, "loss", "loss, nats per token", loss),
+        number_chart(runs, labels, HELD_OUT, "held-out bits per byte", unseen, levels=levels),
+        number_chart(runs, labels, "learning_rate", "learning rate", "The schedule as it was applied."),
+        number_chart(runs, labels, "grad_norm", "gradient norm", "Global norm before clipping; it shows trouble first.",
+               log=True),
+    )  # fmt: skip
+    lead = "Curves that coincide take turns in dashes. Click a name to hide its run, with Shift the others."
+    return section("Learning", "" if one else lead, runs_legend(labels) * bool(charts), charts)
 
 
-def _headline(run: RunFiles) -> str:
-    step = max((int(record["step"]) for record in run.steps if is_number(record.get("step"))), default=0)
-    train = run.config.get("train")
-    planned = train.get("steps") if isinstance(train, dict) else 0
-    if _is_finished(run):
+def _speed(runs: Sequence[RunView], labels: Sequence[str]) -> str:
+    median = _median_mfu(runs[0])
+    levels = (Level(f"median {median:.1%}", median),) if median is not None else ()
+    utilization = "Model FLOPs utilization: the share of the hardware’s peak that the model’s arithmetic used."
+    speed = "Training alone; evaluations and checkpoints don’t count."
+    mfu = "MFU, percent of the hardware’s peak"
+    charts = grid(
+        number_chart(runs, labels, "tokens_per_second", "tokens per second", speed),
+        number_chart(runs, labels, "mfu", mfu, utilization, GREEN, levels=levels, percent=True),
+    )
+    return section("Speed", "", charts)
+
+
+def _median_mfu(run: RunView) -> float | None:
+    means = run.curves["mfu"].means() if "mfu" in run.curves else []
+    return float(np.median(means)) if means else None
+
+
+# A run in numbers and words
+
+
+def _status(run: RunView) -> str:
+    planned = run.total or _dict(run.settings, "train").get("steps")
+    if run.is_finished:
         status = f"Finished after {run.number('steps'):,} steps."
     else:
-        status = f"Not finished: the last logged step is {step:,}" + (f" of {planned:,}." if planned else ".")
-    if ancestry := lineage(run.origin):
-        status += f" Began with: {ancestry}."
-    head = f"<h1>{text(run.name)}</h1><p class=status>{text(status)}</p>"
-    numbers = tiles(_headline_numbers(run))
-    return f"<header><div class=kicker>OpenDeep</div>{head}</header>{_warning(run)}{_verdict(run)}{numbers}"
+        status = f"Not finished: the last logged step is {run.step:,}" + (f" of {planned:,}." if planned else ".")
+    ancestry = lineage(run.origin)
+    return f"{status} Began with: {ancestry}." if ancestry else status
 
 
-def _is_finished(run: RunFiles) -> bool:
-    steps = run.number("steps")
-    return steps is not None and all(record.get("step", 0) <= steps for record in run.steps[-1:])
-
-
-def _warning(run: RunFiles) -> str:
-    bad = [record for record in run.steps + run.evaluations if record.get("non_finite")]
-    if not bad:
+def _warning(run: RunView) -> str:
+    if not (bad := run.not_finite):
         return ""
-    names = ", ".join(f"{name} was {value}" for name, value in bad[0]["non_finite"].items())
+    names = ", ".join(f"{name} was {value}" for name, value in _dict(bad[0], "non_finite").items())
     lines = "1 logged line has" if len(bad) == 1 else f"{len(bad)} logged lines have"
     message = f"{lines} numbers that are not finite. The first, at step {bad[0].get('step')}: {names}."
     return f"<p class=warning>{text(message)}</p>"
 
 
-def _verdict(run: RunFiles) -> str:
-    bits = run.number("held_out_bits_per_byte", run.evaluations)
+def _verdict(run: RunView) -> str:
+    bits = run.number(HELD_OUT)
     if bits is None:
         return ""
     levels = _compressors(run)
@@ -146,145 +209,112 @@ def _verdict(run: RunFiles) -> str:
     sentence = f"Text it has never seen takes this model {bits:.3f} bits per byte"
     sentence += f", fewer than {better}" if better else ""
     sentence += f", not yet fewer than {worse}" if worse else ""
-    rows = [("this model", bits, "model"), *((level.name, level.y, "") for level in levels)]
-    return f"<div class=hero><p>{text(sentence)}.</p>{bars(sorted(rows, key=lambda row: row[1]))}</div>"
+    rows = [("this model", bits, True), *((level.name, level.y, False) for level in levels)]
+    rows = [(name, value, f"{value:.3f}", strong) for name, value, strong in sorted(rows, key=lambda row: row[1])]
+    return f"<div class=hero><p>{text(sentence)}.</p>{bars(rows)}</div>"
 
 
-def _headline_numbers(run: RunFiles) -> list[tuple[str, str, str]]:
-    loss, mfu = run.number("final_loss"), column(run.steps, "mfu")
-    seconds, active = run.number("seconds", run.steps), run.number("active_parameters")
-    utilisation = f"median MFU {_median(mfu):.1%}" if np.isfinite(mfu).any() else ""
+def _headline_numbers(run: RunView) -> list[tuple[str, str, str]]:
+    loss, median, seconds = run.number("final_loss"), _median_mfu(run), run.number("seconds")
+    active = run.number("active_parameters")
     rows = [
         ("Final loss", loss, "{:.3f}".format, "nats per token, all terms"),
-        ("Loss", run.number("loss", run.steps) if loss is None else None, "{:.3f}".format, "nats per token, all terms"),
-        (
-            "Tokens trained",
-            run.number("tokens", run.steps),
-            human_count,
-            f"in {human_time(seconds)}" if seconds else "",
-        ),
-        ("Tokens per second", run.number("tokens_per_second", run.steps), "{:,.0f}".format, utilisation),
+        ("Loss", run.number("loss") if loss is None else None, "{:.3f}".format, "nats per token, all terms"),
+        ("Tokens trained", run.number("tokens"), human_count, f"in {human_time(seconds)}" if seconds else ""),
+        ("Tokens per second", run.number("tokens_per_second"), "{:,.0f}".format,
+         f"median MFU {median:.1%}" if median is not None else ""),
         ("Parameters", run.number("parameters"), human_count, f"{human_count(active)} per token" if active else ""),
         ("Peak memory", run.number("peak_memory_bytes"), human_bytes, ""),
-    ]
+    ]  # fmt: skip
     return [(label, form(value), remark) for label, value, form, remark in rows if value is not None]
 
 
-def _median(values: np.ndarray) -> float:
-    return float(np.median(values[np.isfinite(values)]))
-
-
-def _learning(run: RunFiles) -> str:
-    rate = [_line(run, "", "learning_rate")]
-    norm = [_line(run, "", "grad_norm", smooth=True)]
-    unseen = "Bits needed for a byte of text the model never saw. Lower is better, whatever the tokenizer."
-    charts = _grid(
-        _chart(run, "loss", "loss, nats per token", "Training loss; the total holds every term.", _loss_lines(run)),
-        _chart(run, "unseen", "held-out bits per byte", unseen, _held_out_lines(run), levels=_compressors(run)),
-        _chart(run, "rate", "learning rate", "The schedule as it was applied.", rate),
-        _chart(run, "norm", "gradient norm", "Global norm before clipping; it shows trouble first.", norm, log=True),
-    )
-    return section("Learning", "", charts)
-
-
-def _speed(run: RunFiles) -> str:
-    speed = [_line(run, "", "tokens_per_second", smooth=True)]
-    mfu, shares = [_line(run, "", "mfu", GREEN, smooth=True)], column(run.steps, "mfu")
-    median = [Level(f"median {_median(shares):.1%}", _median(shares))] if np.isfinite(shares).any() else []
-    utilization = "Model FLOPs utilization: the share of the hardware’s peak that the model’s arithmetic used."
-    charts = _grid(
-        _chart(run, "speed", "tokens per second", "Training alone; evaluations and checkpoints don’t count.", speed),
-        _chart(run, "mfu", "MFU, percent of the hardware’s peak", utilization, mfu, levels=median, percent=True),
-    )
-    return section("Speed", "", charts)
-
-
-def _experts(run: RunFiles) -> str:
-    (time, load), (bias_time, bias) = run.routing("load"), run.routing("bias")
-    layers = load.shape[1]
-    names = _layer_names(run, max(layers, bias.shape[1]))
-    peaks = [
-        Line(names[i] if layers <= 8 else "", time, load[:, i].max(axis=1), **style, width=1.2)
-        for i, style in enumerate(plots.ordered_looks(layers))
+def _live_numbers(run: RunView, now: float) -> list[tuple[str, str, str]]:
+    """Return what only a run under way has: state, step, time left."""
+    state, _, since = run.state(now)[1].partition(" for ")
+    total, left, loss = run.total, run.seconds_left(now), run.last.get("loss", "")
+    rows = [
+        ("State", state, f"for {since}" if since else ""),
+        ("Step", f"{run.step:,}", ", ".join(filter(None, (f"of {total:,}" if total else "", run.tokens_text())))),
+        ("Loss now", "not finite" if loss is None else "", ""),
+        ("Time left", human_time(left) if left is not None else "", ""),
+        ("Goodput", f"{run.goodput.goodput:.1%}" if run.goodput else "", ""),
     ]
-    peaks = peaks or [_line(run, "", "expert_load_max_over_mean", smooth=True)]
-    ranges = [_line(run, "highest", "router_bias_max", ORANGE), _line(run, "lowest", "router_bias_min", BLUE)]
-    small = [_line(run, "balance", "balance_loss", smooth=True), _line(run, "z", "z_loss", VIOLET, smooth=True)]
-    balanced = [Level("perfect balance", 1.0, GREEN)]
-    auxiliary = "The balance loss before its weight: each router adds 1 when balanced. The z loss with its weight."
-    busiest = "The busiest expert of each layer" + ", from the first (blue) to the last (ochre)" * (layers > 8) + "."
-    overview = _grid(
-        _chart(run, "peak", "largest load over the mean", busiest, peaks, levels=balanced),
-        # Every bias has a chart of its own below, where they were logged.
-        _chart(run, "biases", "router bias", "Range over all layers and experts.", [] if len(bias) else ranges),
-        _chart(run, "small", "auxiliary losses", auxiliary, small),
-    )
-    introduction = (
-        "Where the tokens went. After each step the bias of an expert that got less than its share rises, and of one "
-        "that got more falls; it takes part in the choice of experts, not in their weights."
-    )
-    return section("Experts", introduction * bool(overview), overview, _load_maps(load, names),
-                   _bias_charts(run, bias_time, bias, load, names))  # fmt: skip
+    return [row for row in rows if row[1]]
 
 
-def _layer_names(run: RunFiles, count: int) -> list[str]:
-    """Layers as the model counts them, from 0 and with the dense ones; the one beyond the last is MTP's."""
-    model = run.config.get("model")
-    model = model if isinstance(model, dict) else {}
-    first, end = model.get("num_dense_layers", 0), model.get("num_layers", 10**9)
-    return [f"Layer {first + i}" if first + i < end else "MTP module" for i in range(count)]
-
-
-def _load_maps(load: np.ndarray, names: list[str]) -> str:
-    if not len(load):
-        return ""
-    # In log2 half and double the mean load are equally far from balance.
-    maps = np.log2(np.maximum(load, 2.0**-9))
-    ramp = f'<i style="background:{plots.colour_ramp()}"></i>'
-    legend = f"<p class=ramp><span>a quarter of the mean</span>{ramp}<span>four times</span></p>"
-    images = (plots.heat_map(maps[:, i], -2, 2) for i in range(load.shape[1]))
-    pictures = (
-        figure(f'<img alt="{text(names[i])}: load of every expert over time" src="{image}">', names[i])
-        for i, image in enumerate(images)
-    )
-    title = "<h3>Load of every expert</h3><p class=lead>A row for each expert, time to the right.</p>"
-    return title + legend + _grid(*pictures, small=True)
-
-
-def _bias_charts(run: RunFiles, time: np.ndarray, bias: np.ndarray, load: np.ndarray, names: list[str]) -> str:
-    if not np.any(np.nan_to_num(bias)):
-        return ""
-    layers, experts = bias.shape[1:]
-    shown = _spread(layers, BIAS_LAYERS)
-    early = (
-        load[: 1 + len(load) // 20].mean(axis=0) if load.shape[1:] == bias.shape[1:] else np.zeros((layers, experts))
-    )
-    charts = []
-    for layer in shown:
-        # From the idlest to the busiest expert of the first steps: the biases must fan out in the opposite order.
-        chosen = np.argsort(early[layer], kind="stable")[_spread(experts, BIAS_EXPERTS)]
-        lines = [
-            Line(
-                "",
-                *plots.thin(time, bias[:, layer, expert], BIAS_POINTS),
-                plots.gradual_colour(i, len(chosen)),
-                width=0.9,
-            )
-            for i, expert in enumerate(chosen)
+def _table(runs: Sequence[RunView], labels: Sequence[str], now: float) -> str:
+    """Return the table of several runs as they are now."""
+    head = ("Run", "State", "Step", "Loss", "Held-out", "Tokens/s", "MFU", "Time left", "Goodput", "Data", "Rate")
+    rows = []
+    for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        (state, words), left, last = run.state(now), run.seconds_left(now), run.last
+        loss = last.get("loss", "")
+        cells = [
+            Markup(swatch(place) + text(label)),
+            Markup(f"<span class={state}>{text(words)}</span>"),
+            f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
+            "not finite" if loss is None else loss and f"{loss:.3f}",
+            "" if run.held_out_now is None else f"{run.held_out_now:.3f}",
+            f"{last['tokens_per_second']:,.0f}" if "tokens_per_second" in last else "",
+            f"{last['mfu']:.1%}" if "mfu" in last else "",
+            "" if left is None else human_time(left),
+            f"{run.goodput.goodput:.1%}" if run.goodput else "",
+            *run.phase(),
         ]
-        charts.append(_chart(run, f"bias{layer}", "router bias", names[layer], lines, size=(3.2, 1.9)))
-    lead = "Blue to ochre: from the idlest to the busiest expert at the start."
-    if layers > BIAS_LAYERS or experts > BIAS_EXPERTS:
-        lead += f" {len(shown)} of {layers} layers, {min(experts, BIAS_EXPERTS)} of {experts} experts in each."
-    return f"<h3>Router biases</h3><p class=lead>{lead}</p>{_grid(*charts, small=True)}"
+        rows.append(cells)
+    return section("Runs", "", columns(rows, head, "wide"))
 
 
-def _spread(count: int, limit: int) -> list[int]:
-    """At most `limit` indices below `count`, evenly spread, the first and the last among them."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})
+def _goodput_bar(goodput: Goodput, title: str = "") -> str:
+    """Return one stacked bar of all time, a color for each kind; empty before any time was counted."""
+    parts = [
+        (f"{kind} {share:.1%}, {human_time(seconds)}", share, KINDS[kind].css)
+        for kind, seconds, share in goodput.shares()
+    ]
+    return stack(parts, title, f"{goodput.goodput:.1%}")
 
 
-def _samples(run: RunFiles) -> str:
+def goodput_section(goodput: Goodput | None) -> str:
+    """Return a section with the bar and a table of kinds; empty where nothing was counted."""
+    if goodput is None or goodput.total <= 0:
+        return ""
+    rows = [
+        (Markup(dot(KINDS[kind].css) + text(kind)), human_time(seconds), f"{share:.1%}", KINDS[kind].meaning)
+        for kind, seconds, share in goodput.shares()
+    ]
+    starts = "one start" if goodput.starts == 1 else f"{goodput.starts:,} starts"
+    lead = f"{goodput.goodput:.1%} of {human_time(goodput.total)} went into steps that count, over {starts}."
+    return section("Where the time went", lead, _goodput_bar(goodput), columns(rows))
+
+
+def _phase(run: RunView) -> str:
+    """Return where a run is in its data phases, batch ramp and schedule."""
+    data, rate = run.phase()
+    parts = [(hint, share, "var(--blue)" if here else "var(--grid)") for hint, share, here in stage_shares(run)]
+    words = f"<p>{text(data)}; learning rate: {text(rate)}</p>" if data else ""
+    return section("Data and schedule", "", words and words + (stack(parts) if len(parts) > 1 else ""))
+
+
+def _events(events: Iterable[dict], count: int) -> str:
+    """Return a section with the newest events on top; empty where nothing happened."""
+    newest = list(events)[: -EVENTS_SHOWN - 1 : -1]
+    named = any("run" in event for event in newest)
+    rows = [
+        [str(event.get("time", ""))[:19].replace("T", " "), *([event.get("run", "")] if named else []),
+         event.get("step", ""), event.get("kind", ""), event.get("text", "")]
+        for event in newest
+    ]  # fmt: skip
+    hidden = count - len(newest)
+    more = f"<p class=lead>{hidden:,} earlier ones are in events.jsonl.</p>" if hidden > 0 else ""
+    lead = "The newest first; times are UTC."
+    return section("What happened", lead, columns(rows), more) if rows else ""
+
+
+# Texts and settings
+
+
+def _samples(run: RunView) -> str:
     by_prompt: dict[str, list[dict]] = {}
     for record in run.samples:
         by_prompt.setdefault(str(record.get("prompt", "")), []).insert(0, record)
@@ -301,32 +331,35 @@ def _sample(record: dict) -> str:
     return f"<div class=sample><span>step {text(record.get('step', '?'))}</span>{written}</div>"
 
 
-def _configuration(run: RunFiles) -> str:
-    groups = {name: value for name, value in run.config.items() if isinstance(value, dict)}
-    rest = {name: value for name, value in run.config.items() if name not in groups}
-    nested = {name: value for name, value in run.summary.items() if isinstance(value, dict)}
-    numbers = {name: value for name, value in run.summary.items() if name not in nested}
-    environment = run.environment | nested.pop("environment", {})
+def _configuration(run: RunView) -> str:
+    groups = {name: value for name, value in run.settings.items() if isinstance(value, dict)}
+    rest = {name: value for name, value in run.settings.items() if name not in groups}
+    summary = {name: value for name, value in run.summary.items() if name != "environment"}
     return section(
         "Configuration",
         "Nothing else decided what this run computed.",
         details("Difference from the recipe", f"<pre>{text(run.diff)}</pre>" if run.diff.strip() else "", is_open=True),
-        details("Run", table(_flatten(rest))),
-        *(details(name.capitalize(), table(_flatten(group))) for name, group in groups.items()),
+        details("Run", table(_flat(rest))),
+        *(details(name.capitalize(), table(_flat(group))) for name, group in groups.items()),
     ) + section(
         "Record",
         "",
-        details("Summary", table(_flatten(numbers | nested))),
-        details("Environment", table(_flatten(environment))),
-        details("Origin", table(_flatten(run.origin))),
+        details("Summary", table(_flat(summary))),
+        details("Environment", table(_flat(run.environment | _dict(run.summary, "environment")))),
+        details("Origin", table(_flat(run.origin))),
     )
 
 
-def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
     rows = []
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            rows += _flatten(value, f"{prefix}{name}.")
+            rows += _flat(value, f"{prefix}{name}.")
         else:
             rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows
+
+
+def _dict(tree: dict, name: str) -> dict:
+    value = tree.get(name)
+    return value if isinstance(value, dict) else {}

@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import queue
 import threading
@@ -26,6 +25,7 @@ from typing import NamedTuple
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
+from opendeep_jax.record.files import number
 
 RUN_IDS = "trackers.json"
 """File of a work directory with the run's id at each service, so that a resumed run goes on there as the same."""
@@ -56,13 +56,13 @@ class Trackers:
         self._threads = [_ServiceThread(name, opener) for name, opener in openers.items()]
 
     def log(self, step: int, group: str, record: dict) -> None:
-        """Hands on the finite numbers of a record. `step` is the optimizer step, `group` such as `train`."""
+        """Hand on the finite numbers of a record. `step` is the optimizer step, `group` such as `train`."""
         numbers = {f"{group}/{name}": value for name, value in _numbers(record) if name != "step"}
         for thread in self._threads if numbers else ():
             thread.put((int(step), numbers))
 
     def close(self) -> None:
-        """Lets the services finish, for a limited time; a second call does nothing."""
+        """Let the services finish, for a limited time; a second call does nothing."""
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.put(None)
@@ -72,7 +72,7 @@ class Trackers:
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raises ConfigError, naming the extra, for a tracker whose package is not installed."""
+    """Raise ConfigError, naming the extra, for a tracker whose package is not installed."""
     for name in config.tracking.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -185,7 +185,7 @@ class _ServiceThread:
         self._thread.start()
 
     def put(self, entry: tuple[int, dict[str, float]] | None) -> None:
-        """Queues a record, or the end."""
+        """Queue a record, or the end."""
         if self._failed:
             return
         try:
@@ -196,7 +196,7 @@ class _ServiceThread:
                 _say(self.name, f"is {QUEUE_SIZE:,} records behind; what it cannot take is left out there")
 
     def finish(self, deadline: float) -> None:
-        """Waits until the end was reached, or the deadline, on the clock of `time.monotonic`."""
+        """Wait until the end was reached, or the deadline, on the clock of `time.monotonic`."""
         with contextlib.suppress(queue.Full):  # in case `put` found no room for it
             if not self._failed:  # else nobody makes room
                 self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.0))
@@ -220,11 +220,9 @@ def _say(name: str, what: str) -> None:
 
 
 def _numbers(record: dict) -> Iterator[tuple[str, float]]:
-    from opendeep_jax.record.run_files import is_number  # loads NumPy, and `check_trackers` has to answer at once
-
     for name, value in record.items():
         plain = value.item() if getattr(value, "size", 0) == 1 else value
-        if is_number(plain) and math.isfinite(plain):
+        if number(plain) is not None:
             yield name, float(plain)
 
 

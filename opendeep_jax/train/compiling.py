@@ -1,4 +1,4 @@
-"""Words for the minutes that XLA compiles: what it compiles, for how long, and how long that took last time."""
+"""Messages for the minutes that XLA compiles: what it compiles, for how long, and how long that took last time."""
 
 import contextlib
 import hashlib
@@ -81,7 +81,7 @@ def quiet_alarms() -> Iterator[None]:
 
 
 class Times:
-    """How long a program took to compile the last time, in a file beside the compiled programs.
+    """Record of how long a program took to compile the last time, in a file beside the compiled programs.
 
     Args:
         directory: of the file; empty keeps nothing.

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from opendeep_jax.config.schedule import step_at_tokens, tokens_before, total_steps
+from opendeep_jax.config.schedule import RatePiece, rate_pieces
 from opendeep_jax.config.schema import OptimizerConfig, RunConfig
 from opendeep_jax.train.rounding import round_stochastically
 
@@ -29,41 +29,18 @@ def learning_rate(config: RunConfig) -> optax.Schedule:
 
 def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
     """The learning rate as a fraction of its peak, as a function of the step (from 0)."""
-    optimizer, steps = config.optimizer, total_steps(config)
-    warmup = optimizer.warmup_steps
-    if optimizer.schedule == "phases":
-        parts, ends = _phases(config)
-    elif optimizer.schedule == "cosine":
-        parts = [_cosine(1.0, optimizer.final_fraction, max(steps - warmup, 1))]
-        ends = [steps]
-    elif optimizer.schedule == "wsd":
-        decay = min(max(round(steps * optimizer.decay_fraction), 1), max(steps - warmup, 1))
-        parts = [optax.constant_schedule(1.0), optax.linear_schedule(1.0, optimizer.final_fraction, decay)]
-        ends = [steps - decay, steps]
-    else:
-        parts, ends = [optax.constant_schedule(1.0)], [steps]
-    # Step 0 already learns: its rate is the first stair of the warm-up, not 0.
-    warm = optax.linear_schedule(1.0 / max(warmup, 1), 1.0, max(warmup - 1, 1))
-    return optax.join_schedules([warm, *parts], [warmup, *ends[:-1]])
+    pieces = rate_pieces(config)
+    return optax.join_schedules([_piece(piece) for piece in pieces], [piece.first_step for piece in pieces[1:]])
 
 
-def _phases(config: RunConfig) -> tuple[list[optax.Schedule], list[int]]:
-    """V3's phases, which follow the warm-up: token counts become steps."""
-    parts, ends, rate, start = [], [], 1.0, config.optimizer.warmup_steps
-    tokens = tokens_before(config, start)
-    for phase in config.optimizer.phases:
-        tokens += phase.tokens
-        end = round(step_at_tokens(config, tokens))
-        span = max(end - start, 1)
-        if phase.shape == "constant":
-            parts.append(optax.constant_schedule(phase.to))
-        elif phase.shape == "linear":
-            parts.append(optax.linear_schedule(rate, phase.to, span))
-        else:
-            parts.append(_cosine(rate, phase.to, span))
-        ends.append(end)
-        rate, start = phase.to, end
-    return parts, ends
+def _piece(piece: RatePiece) -> optax.Schedule:
+    match piece.shape:
+        case "constant":
+            return optax.constant_schedule(piece.end)
+        case "linear":
+            return optax.linear_schedule(piece.begin, piece.end, piece.steps)
+        case _:
+            return _cosine(piece.begin, piece.end, piece.steps)
 
 
 def _cosine(begin: float, end: float, span: int) -> optax.Schedule:

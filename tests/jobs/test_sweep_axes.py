@@ -9,6 +9,7 @@ from opendeep_jax.config.load import load_recipe, recipe_names
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.jobs.sweep.axes import combinations, parse_axes, run_name
 from opendeep_jax.jobs.sweep.recipe import recipe_source
+from opendeep_jax.jobs.sweep.search import drawn
 
 RATE, EXPERTS = "optimizer.learning_rate", "model.moe.experts_per_token"
 
@@ -22,40 +23,41 @@ def _two(method, rates, experts):
 
 
 def test_a_grid_has_every_combination_the_last_axis_fastest():
-    found = combinations(_two("grid", "1e-4,3e-4", "2,4,8"), "grid", 0)
+    found = combinations(_two("grid", "1e-4,3e-4", "2,4,8"), "grid")
     assert [tuple(one.values()) for one in found] == [
         ("1e-4", "2"), ("1e-4", "4"), ("1e-4", "8"), ("3e-4", "2"), ("3e-4", "4"), ("3e-4", "8")
     ]  # fmt: skip
 
 
 def test_zip_goes_along_all_lists_at_once():
-    found = combinations(_two("zip", "1e-4,3e-4", "2,4"), "zip", 0)
+    found = combinations(_two("zip", "1e-4,3e-4", "2,4"), "zip")
     assert found == [{RATE: "1e-4", EXPERTS: "2"}, {RATE: "3e-4", EXPERTS: "4"}]
     with pytest.raises(ConfigError, match="learning_rate has 2, .*experts_per_token has 3"):
-        combinations(_two("zip", "1e-4,3e-4", "1,2,4"), "zip", 0)
+        combinations(_two("zip", "1e-4,3e-4", "1,2,4"), "zip")
 
 
 def test_a_larger_random_search_begins_with_the_smaller_one_and_repeats_nothing():
     axes = _two("random", "1e-4:1e-2:log", "1:3")
-    few, many = combinations(axes, "random", 5), combinations(axes, "random", 40)
+    few, many = drawn(axes, 5, 0), drawn(axes, 40, 0)
     assert many[:5] == few
     assert len({tuple(one.values()) for one in many}) == 40
-    assert combinations(axes, "random", 5, seed=1) != few
+    assert drawn(axes, 5, 1) != few
+    assert drawn(axes, 7, 0, before=many[20:25])[:5] == many[20:25]  # what a sweep has drawn stays
 
 
 def test_random_draws_stay_inside_their_ranges_and_reach_both_ends():
-    drawn = combinations(_axes("random", train__loss_chunk="1:9:log", optimizer__beta1="0.81234:0.9"), "random", 300)
-    chunks = [int(one["train.loss_chunk"]) for one in drawn]
+    found = drawn(_axes("random", train__loss_chunk="1:9:log", optimizer__beta1="0.81234:0.9"), 300, 0)
+    chunks = [int(one["train.loss_chunk"]) for one in found]
     assert set(chunks) == set(range(1, 10))
     assert sum(chunk <= 3 for chunk in chunks) > 150  # half of the logarithmic way
-    assert all(0.81234 <= float(one["optimizer.beta1"]) <= 0.9 for one in drawn)
-    rates = [math.log10(float(one[RATE])) for one in combinations(_two("random", "1e-4:1e-2:log", "2"), "random", 200)]
+    assert all(0.81234 <= float(one["optimizer.beta1"]) <= 0.9 for one in found)
+    rates = [math.log10(float(one[RATE])) for one in drawn(_two("random", "1e-4:1e-2:log", "2"), 200, 0)]
     assert -4 <= min(rates) < -3.8 and -2.2 < max(rates) <= -2 and 70 < sum(rate < -3 for rate in rates) < 130
 
 
 def test_more_trials_than_combinations_are_refused():
     with pytest.raises(ConfigError, match="more than 6 combinations"):
-        combinations(_two("random", "1e-4,3e-4", "1:3"), "random", 7)
+        drawn(_two("random", "1e-4,3e-4", "1:3"), 7, 0)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,15 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, OK, RESUME, STOPPED
 from opendeep_jax.config.load import load_recipe
+from opendeep_jax.jobs.child import gpus_of
 from opendeep_jax.jobs.sweep import local as sweep_local
 from opendeep_jax.jobs.sweep import run as sweep_module
-from opendeep_jax.jobs.sweep import search as sweep_optuna
 from opendeep_jax.jobs.sweep.local import locked
 from opendeep_jax.jobs.sweep.plan import plan_sweep, read_sweep
-from opendeep_jax.jobs.sweep.progress import SweepProgress, last_record
+from opendeep_jax.jobs.sweep.progress import SweepProgress
 from opendeep_jax.jobs.sweep.results import read_result
 from opendeep_jax.jobs.sweep.run import run_sweep
+from opendeep_jax.record.files import METRICS, last_record
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 GRID = {"optimizer.learning_rate": "1e-4,1e-3", "model.moe.experts_per_token": "1,2"}
@@ -221,15 +222,15 @@ def test_runs_at_once_share_the_cores_evenly(tmp_path):
     code = f"import os, sys\nprint(sorted(os.sched_getaffinity(0)))\n{FINISH}"
     run_sweep(_sweep(tmp_path), parallel=2, command=_python(code))
     used = [json.loads(path.read_text()) for path in (tmp_path / "sweep" / "runs").glob("*.log")]
-    assert {len(share) for share in used} == {len(cores) // 2}
+    assert {len(share) for share in used} <= {len(cores) // 2, -(-len(cores) // 2)}
     assert sorted(os.sched_getaffinity(0)) == cores
 
 
 def test_gpus_are_shared_where_there_are_enough(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    shares = [sweep_local._environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
-    assert shares == ["3,5", "6,7"]
-    assert sweep_local._environment(0, 5)["CUDA_VISIBLE_DEVICES"] == "3,5,6,7"
+    assert [gpus_of(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3,5", "6,7"]
+    assert gpus_of(0, 5) == {}  # all of them for every run
 
 
 def test_two_sweeps_in_one_directory_are_refused(tmp_path, monkeypatch):
@@ -248,7 +249,6 @@ def test_a_wrong_value_starts_and_writes_nothing(tmp_path):
 
 
 def test_optuna_learns_from_the_results_and_goes_on_where_it_was(tmp_path):
-    pytest.importorskip("optuna")
     settings = {"optimizer.learning_rate": "1e-4:1e-1:log", "optimizer.kind": "adamw,muon"}
     code = """
 import json, math, re, sys
@@ -266,16 +266,12 @@ json.dump({"steps": 10, "final_loss": bits, "held_out_bits_per_byte": bits}, ope
     assert sum("adamw" in name for name in names[0][12:]) > 5  # of 8
 
 
-def test_optuna_ends_when_everything_was_tried_and_checks_every_value_first(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("optuna")
+def test_optuna_ends_when_everything_was_tried_and_checks_every_value_first(tmp_path, capsys):
     sweep = _sweep(tmp_path, method="optuna", trials=5)
     assert run_sweep(sweep, command=_python(FINISH)) == OK
     assert "the search ends after 2 combinations" in capsys.readouterr().out
     wrong = plan_sweep(tmp_path / "wrong", run_config(), {"optimizer.kind": "adamw,sgd"}, "optuna", trials=5)
     with pytest.raises(ConfigError, match="sgd"):
-        run_sweep(wrong, command=_python(FINISH))
-    monkeypatch.setattr(sweep_optuna.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'opendeep-jax\[optuna\]'"):
         run_sweep(wrong, command=_python(FINISH))
     assert not (tmp_path / "wrong").exists()
 
@@ -312,10 +308,10 @@ def test_runs_for_a_cluster_are_handed_over_once_and_collected_later(tmp_path, m
 
 def test_progress_survives_half_a_line_and_a_stream_that_is_gone(tmp_path):
     (run,) = _sweep(tmp_path, {"optimizer.learning_rate": "1e-3"}).runs_of(0, {"optimizer.learning_rate": "1e-3"})
-    assert last_record(run) == {}
+    assert last_record(run.workdir / METRICS) is None
     run.workdir.mkdir(parents=True)
     (run.workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
-    assert last_record(run) == {"step": 1, "loss": 3.0}
+    assert last_record(run.workdir / METRICS) == {"step": 1, "loss": 3.0}
     stream = io.StringIO()
     stream.close()
     with SweepProgress([run], stream) as progress:

@@ -10,11 +10,10 @@ import pytest
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, to_json
 from opendeep_jax.config.schema import DataPhase, Phase, RampStage
-from opendeep_jax.jobs.watch.files import POINTS, Curve
-from opendeep_jax.jobs.watch.run import Run, data_phase, rate_phase
 from opendeep_jax.jobs.watch.watch import Watch, find_runs, labels
-from opendeep_jax.record import files
+from opendeep_jax.record import files as record_files
 from opendeep_jax.record.files import HEARTBEAT, Tail, last_record
+from opendeep_jax.record.run_view import POINTS, Curve, RunView, data_phase, rate_phase
 
 
 def add(path, *records):
@@ -82,17 +81,16 @@ def test_a_tail_reads_a_file_that_was_replaced_or_cut_again(tmp_path):
 
 
 def test_lines_longer_than_a_piece_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 10)
+    monkeypatch.setattr(record_files, "CHUNK", 10)
     path = tmp_path / "metrics.jsonl"
     add(path, *({"step": step, "pad": "x" * step} for step in range(40)))
     assert steps_of(Tail(path)) == list(range(40))
 
 
-def test_a_long_backlog_is_sampled_evenly_and_its_end_is_whole(tmp_path, monkeypatch):
+def test_a_long_backlog_is_sampled_evenly_and_its_end_is_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     add(path, *({"step": step, "pad": "x" * 500} for step in range(40_000)))
-    monkeypatch.setattr(files, "SAMPLED", 100)
-    tail = Tail(path, samples=True)
+    tail = Tail(path, samples=100)
     steps = steps_of(tail)
     assert steps[0] == 0 and steps[-1000:] == list(range(39_000, 40_000)) and 1500 < len(steps) < 3000
     gaps = [b - a for a, b in zip(steps[:90], steps[1:91], strict=True)]
@@ -131,7 +129,7 @@ def test_a_curve_of_any_length_keeps_its_mean_its_spikes_and_its_end():
 
 def test_a_run_is_followed_as_it_grows(tmp_path):
     (tmp_path / "config.json").write_text(to_json(a_config(steps=10, batch_size=2)))
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.name == "quickstart" and run.total == 10 and run.step == 0 and run.state() == ("running", "starting")
     add(tmp_path / "metrics.jsonl", logged(1), logged(2, 2.0))
@@ -142,7 +140,7 @@ def test_a_run_is_followed_as_it_grows(tmp_path):
     add(tmp_path / "goodput.jsonl", {"start": "a", "wall": 1.0, "step": 2, "first_step": 0, "seconds": seconds})
     run.look()
     assert run.step == 2 and run.last["loss"] == 2.0 and run.held_out_now == 2.5 and run.goodput.goodput == 0.75
-    assert run.experts == [[1, 1], [0.5, 0]] and [event["kind"] for event in run.events] == ["slow"]
+    assert run.load == [[1, 1], [0.5, 0]] and [event["kind"] for event in run.events] == ["slow"]
     assert run.state()[0] == "running"
     per_step = 2 * run.config.data.sequence_length
     assert run.seconds_left() == pytest.approx(8 * per_step / 50.0)
@@ -155,7 +153,7 @@ def test_a_run_is_followed_as_it_grows(tmp_path):
 def test_a_run_that_went_back_to_a_checkpoint_shows_no_doubles(tmp_path):
     path = tmp_path / "metrics.jsonl"
     add(path, *(logged(step) for step in range(1, 9)))
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert len(run.curves["loss"]) == 8
     (tmp_path / "rewound").write_text("".join(path.read_text().splitlines(True)[:4]))
@@ -166,7 +164,7 @@ def test_a_run_that_went_back_to_a_checkpoint_shows_no_doubles(tmp_path):
 
 
 def test_states_tell_silence_from_a_stop(tmp_path):
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.state()[0] == "empty"
     add(tmp_path / "metrics.jsonl", logged(1), logged(2))
@@ -217,7 +215,7 @@ def test_time_is_left_only_to_a_run_that_is_alive(tmp_path, signs, later, state,
     sign(tmp_path, now, **signs)
     for path in tmp_path.iterdir():
         os.utime(path, (now, now))
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.state(now + later) == (state, words)
     assert (run.seconds_left(now + later) is not None) == (state == "running")
@@ -228,7 +226,7 @@ def test_a_run_that_was_started_again_after_a_stop_is_running_while_it_compiles(
     add(tmp_path / "metrics.jsonl", logged(1), logged(2))
     add(tmp_path / "events.jsonl", event_at(now, "preempted"))
     sign(tmp_path, now + 600, doing="compile")
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.state(now + 602) == ("running", "compiling")
 
@@ -237,14 +235,14 @@ def test_a_run_that_was_started_again_after_a_stop_is_running_while_it_compiles(
 def test_a_sign_of_life_that_is_none_counts_for_nothing(tmp_path, content):
     add(tmp_path / "metrics.jsonl", logged(1), logged(2))
     (tmp_path / HEARTBEAT).write_text(content)
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.state()[0] == "running" and run.state(time.time() + 3600)[0] == "quiet"
 
 
 def test_a_slow_run_is_given_time(tmp_path):
     add(tmp_path / "metrics.jsonl", logged(10) | {"step_seconds": 30.0}, logged(20) | {"step_seconds": 30.0})
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     run.look()
     assert run.state(time.time() + 1000)[0] == "running" and run.state(time.time() + 2000)[0] == "quiet"
 
@@ -259,13 +257,12 @@ HOSTILE = ['{"step": "x"}', '{"step": 1e999}', '{"step": 2, "loss": null, "token
 def test_files_that_hold_anything_never_stop_the_watch(tmp_path):
     names = ("config.json", "data.json", "summary.json", "metrics.jsonl", "evaluation.jsonl", "experts.jsonl",
              "events.jsonl", "goodput.jsonl")  # fmt: skip
-    run = Run(tmp_path)
+    run = RunView(tmp_path)
     for content in [*HOSTILE, "\n".join(HOSTILE) + "\n", ""]:
         for name in names:
             (tmp_path / name).write_text(content + "\n")
         run.look()
-        fresh = Run(tmp_path)
-        fresh.look()
+        fresh = RunView(tmp_path, details=True).look()
         for looked in (run, fresh):
             assert looked.state()[1] and looked.phase() == ("", "") and looked.seconds_left() is None
     for name in names:
@@ -349,7 +346,7 @@ def test_labels_tell_runs_apart(tmp_path):
     runs = []
     for name in ("x/a", "x/b", "y/a"):
         (tmp_path / name).mkdir(parents=True)
-        runs.append(Run(tmp_path / name))
+        runs.append(RunView(tmp_path / name))
         runs[-1].name = "same"
     assert labels(runs[:1]) == ["same"] and labels(runs[:2]) == ["a", "b"]
     assert labels(runs) == ["x/a", "x/b", "y/a"]

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from opendeep_jax.jobs.watch.run import Run
 from opendeep_jax.jobs.watch.terminal import frame
 from opendeep_jax.record import goodput
 from opendeep_jax.record.files import GOODPUT
 from opendeep_jax.record.goodput import Clock, InputWatch, account, read_goodput
 from opendeep_jax.record.record import Record
-from opendeep_jax.record.report_events import goodput_legend, goodput_section
+from opendeep_jax.record.report import goodput_section
+from opendeep_jax.record.run_view import RunView
 from opendeep_jax.record.time_kinds import KINDS, Kind
 
 
@@ -120,8 +120,8 @@ def test_a_new_kind_of_time_needs_one_line(tmp_path, now, monkeypatch):
     clock.write(1)
     found = read_goodput(tmp_path)
     assert found.seconds["rollout"] == 4 and "rollout 50.0%" in str(found)
-    assert "sampling what is trained on" in goodput_section(found) and "rollout" in goodput_legend()
-    run = Run(tmp_path)
+    assert "sampling what is trained on" in goodput_section(found)
+    run = RunView(tmp_path)
     run.look()
     console = Console(width=100, file=io.StringIO(), color_system=None)
     console.print(frame([run], ["run"], console))

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from opendeep_jax.generation.params import SamplingParams
 
 from opendeep_jax.checkpoint.files import FORMAT as CHECKPOINT_FORMAT
 from opendeep_jax.checkpoint.files import make_record, read_record
@@ -17,10 +18,10 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.requests import EngineConfig, SamplingParams
-from opendeep_jax.jobs.watch.run import Run
 from opendeep_jax.pretrained.sources import open_model
 from opendeep_jax.record.files import METRICS, SUMMARY, last_record, read_object
 from opendeep_jax.record.origin import FORMAT, ORIGIN, read_origin, write_origin
+from opendeep_jax.record.run_view import RunView
 from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.train.evaluate import evaluate_workdir
 from opendeep_jax.train.loop import train
@@ -45,7 +46,7 @@ def old_run(tmp_path) -> Path:
 
 
 def test_an_old_run_is_watched_and_its_checkpoints_listed(old_run):
-    run = Run(old_run)
+    run = RunView(old_run)
     run.look()
     assert (run.step, run.total, run.state()[0]) == (7, 8, "stopped")
     assert [event["kind"] for event in run.events][-2:] == ["rollback", "preempted"]

@@ -24,7 +24,7 @@ OURS = set(
 
 
 def check_environment(target: str, env: Sequence[str], secret: str, config: RunConfig) -> None:
-    """Raises ConfigError for variables that cannot be handed over so, and where a tracker's key is missing."""
+    """Raise ConfigError for variables that cannot be handed over so, and where a tracker's key is missing."""
     for entry in env:
         name, equals, value = entry.partition("=")
         if not re.fullmatch(NAME, name) or not value.isprintable():
@@ -52,7 +52,7 @@ def check_environment(target: str, env: Sequence[str], secret: str, config: RunC
 
 
 def check_sbatch(options: Sequence[str]) -> None:
-    """Raises ConfigError for what is no option of sbatch, or one that the template sets."""
+    """Raise ConfigError for what is no option of sbatch, or one that the template sets."""
     for option in options:
         name, _, value = option.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or not re.fullmatch(r"[^\s'\"\\`$]*", value):
@@ -65,7 +65,7 @@ def check_sbatch(options: Sequence[str]) -> None:
 
 
 def environment_values(target: str, env: Sequence[str], secret: str) -> dict[str, str]:
-    """What the variables become in a target's template; `env` is checked."""
+    """Return the variables as a target's template has them; `env` is checked."""
     pairs = [tuple(entry.split("=", 1)) for entry in env if "=" in entry]
     by_name = [entry for entry in env if "=" not in entry]
     names = [name for name, _ in pairs] + by_name

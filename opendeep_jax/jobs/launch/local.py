@@ -1,7 +1,6 @@
 """Several processes on this machine as one job: started, listened to, started again together, ended together."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from typing import IO
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import BUG, INTERRUPTED, MEND, OK, RESUME, STOPPED
-from opendeep_jax.jobs.child import child_command
+from opendeep_jax.jobs.child import child_command, cores_of, gpus_here, gpus_of
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 30.0
@@ -24,7 +23,7 @@ PAUSE_SECONDS = 1.0
 
 
 def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:
-    """Runs `command` in `processes` processes, which find each other by OPENDEEP_* variables, and returns the status.
+    """Run `command` in `processes` processes, which find each other by OPENDEEP_* variables, and return the status.
 
     Process 0 has this terminal; lines of the others begin with their number. All end before this returns, and if this
     process is killed they are told to stop (SIGTERM). SIGINT and SIGTERM are passed on.
@@ -110,7 +109,7 @@ def _run_once(
 
 
 def _wait(children: Sequence[subprocess.Popen], patience: float) -> None:
-    """Returns when all have ended. Once one has failed the others have `patience` seconds, then they are ended."""
+    """Return when all have ended. Once one has failed the others have `patience` seconds, then they are ended."""
     failed_at = told_at = None
     while any(child.poll() is None for child in children):
         now = time.monotonic()
@@ -152,37 +151,17 @@ def _start(
 
 
 def _own_part(index: int, count: int) -> tuple[dict[str, str], set[int]]:
-    """The GPUs (as environment) or else the cores that one of `count` processes has to itself.
+    """Return the GPUs (as environment) or else the cores that one of `count` processes has to itself.
 
     Raises ConfigError for GPUs that can't be divided.
     """
-    gpus = _gpus()
-    if gpus:
-        if len(gpus) % count:
-            raise ConfigError(
-                f"--processes={count}: does not divide the {len(gpus)} GPUs here. Give a divisor of {len(gpus)}, or "
-                "choose GPUs by CUDA_VISIBLE_DEVICES; JAX_PLATFORMS=cpu uses none."
-            )
-        each = len(gpus) // count
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index * each : (index + 1) * each])}, set()
-    if not hasattr(os, "sched_getaffinity"):
-        return {}, set()
-    cores = sorted(os.sched_getaffinity(0))
-    if count > len(cores):
-        return {}, {cores[index % len(cores)]}
-    return {}, set(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
-
-
-def _gpus() -> list[str]:
-    """Names of the GPUs that JAX would use, as CUDA_VISIBLE_DEVICES takes them."""
-    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
-        return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return [str(index) for index, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    gpus = gpus_here()
+    if len(gpus) % count:
+        raise ConfigError(
+            f"--processes={count}: does not divide the {len(gpus)} GPUs here. Give a divisor of {len(gpus)}, or "
+            "choose GPUs by CUDA_VISIBLE_DEVICES; JAX_PLATFORMS=cpu uses none."
+        )
+    return (gpus_of(index, count), set()) if gpus else ({}, cores_of(index, count))
 
 
 def _free_port() -> int:
@@ -192,7 +171,7 @@ def _free_port() -> int:
 
 
 def _echo(lines: IO[bytes], index: int) -> None:
-    """Prints a process's lines with its number in front, whole, so that two never mix."""
+    """Print a process's lines with its number in front, whole, so that two never mix."""
     for line in lines:
         sys.stdout.write(f"[{index}] {line.decode(errors='replace').rstrip()}\n")
         sys.stdout.flush()

@@ -123,7 +123,7 @@ COMMON = ("job_name", "shared", "grace_seconds")
 
 
 def template_directory() -> Path:
-    """Where the templates are: inside the installed package, or `launch/` of a source tree."""
+    """Return the directory of the templates: inside the installed package, or `launch/` of a source tree."""
     package = Path(opendeep_jax.__file__).parent
     installed = package / "launch"
     return installed if installed.is_dir() else package.parent / "launch"
@@ -182,7 +182,7 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 def submit(job: Job, text: str) -> int:
-    """Hands `render`'s text to the target's engine and returns its status. Raises ConfigError where it is missing."""
+    """Hand `render`'s text to the target's engine and return its status. Raise ConfigError where it is missing."""
     target = TARGETS[job.target]
     check_engine(job.target)
     with tempfile.TemporaryDirectory() as directory:
@@ -194,7 +194,7 @@ def submit(job: Job, text: str) -> int:
 
 
 def check_target(name: str) -> None:
-    """Raises ConfigError for a target that there is not."""
+    """Raise ConfigError for a target that there is not."""
     targets = ["local", *TARGETS]
     if name not in targets:
         elsewhere = ours(name, OTHER_TARGETS)
@@ -203,7 +203,7 @@ def check_target(name: str) -> None:
 
 
 def check_engine(name: str) -> None:
-    """Raises ConfigError where the command that takes jobs for a target is not installed."""
+    """Raise ConfigError where the command that takes jobs for a target is not installed."""
     program = "gcloud" if name == "tpu-vm" else TARGETS[name].submit[0]
     if shutil.which(program) is None:
         raise ConfigError(
@@ -291,7 +291,7 @@ def _of_nodes(topology: Topology) -> dict[str, str]:
 
 
 def _of_target(job: Job, target: Target, topology: Topology, settings: dict[str, str]) -> dict[str, str]:
-    """What only this target's template has: the command as its language writes it, and values that follow."""
+    """Return what only this target's template has: the command as its language writes it, and values that follow."""
     name, spot = settings["job_name"], settings.get("spot") == "true"
     shell = shlex.join(job.command)
     if target.template.startswith("gke"):

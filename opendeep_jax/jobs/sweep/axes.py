@@ -11,9 +11,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_origin
 
 from opendeep_jax.config.checks import ConfigError
@@ -23,9 +22,6 @@ from opendeep_jax.config.schema import RunConfig
 
 MOST_CHARACTERS = 180
 """Of a run's name: file systems take 255 bytes, and suffixes come behind it."""
-REDRAWS = 1000
-"""Draws in a row that were all drawn before, after which random search has run out of combinations."""
-
 Combination = dict[str, str]
 """A value, as it is written on the command line, for the field of every axis."""
 
@@ -63,7 +59,7 @@ class Axis:
     range: Range | None = None
 
     def arguments(self, value: str) -> list[str]:
-        """What sets the field to `value` on the command line of a run."""
+        """Return what sets the field to `value` on the command line of a run."""
         return [f"--{self.field}", *value.split()] if _is_tuple(self.annotation) else [f"--{self.field}={value}"]
 
 
@@ -98,53 +94,17 @@ def parse_axes(base: RunConfig, settings: Mapping[str, str], method: str) -> tup
     return tuple(axes)
 
 
-def combinations(axes: Sequence[Axis], method: str, trials: int, seed: int = 0) -> list[Combination]:
-    """The combinations of a grid, a zip, or a random search of so many `trials`, in the order they are run.
+def combinations(axes: Sequence[Axis], method: str) -> list[Combination]:
+    """Return the combinations of a `grid` or a `zip`, in the order they are run.
 
-    A random search with more trials begins with those of a smaller one. Raises ConfigError for lists to zip that are
-    not equally long, and more trials than there are combinations.
+    Raises ConfigError for lists to zip that are not equally long.
     """
-    if method == "grid":
-        return [_combination(axes, values) for values in itertools.product(*(axis.values for axis in axes))]
-    if method == "zip":
-        if len({len(axis.values) for axis in axes}) > 1:
-            counts = ", ".join(f"{axis.field} has {len(axis.values)}" for axis in axes)
-            raise ConfigError(f"--method=zip goes along all lists at once, so they are equally long: {counts}.")
-        return [_combination(axes, values) for values in zip(*(axis.values for axis in axes), strict=True)]
-    return list(itertools.islice(_drawn(axes, trials, random.Random(seed)), trials))
-
-
-def _drawn(axes: Sequence[Axis], trials: int, dice: random.Random) -> Iterator[Combination]:
-    drawn: list[Combination] = []
-    repeats = 0
-    while repeats < REDRAWS:
-        combination = _combination(axes, [_draw(axis, dice) for axis in axes])
-        if combination in drawn:
-            repeats += 1
-            continue
-        repeats = 0
-        drawn.append(combination)
-        yield combination
-    raise ConfigError(
-        f"--trials={trials}: there are hardly more than {len(drawn)} combinations to draw from. Ask for {len(drawn)} "
-        "or fewer, or take --method=grid, which runs them all."
-    )
-
-
-def _draw(axis: Axis, dice: random.Random) -> str:
-    span = axis.range
-    if span is None:
-        return dice.choice(axis.values)
-    if span.log:
-        # Whole numbers share the line evenly: each has the stretch that rounds to it.
-        slack = 0.499 if span.whole else 0.0
-        number = math.exp(dice.uniform(math.log(span.low - slack), math.log(span.high + slack)))
-        return span.text(number)
-    return span.text(dice.randint(int(span.low), int(span.high)) if span.whole else dice.uniform(span.low, span.high))
-
-
-def _combination(axes: Sequence[Axis], values: Sequence[str]) -> Combination:
-    return {axis.field: value for axis, value in zip(axes, values, strict=True)}
+    lists = [axis.values for axis in axes]
+    if method == "zip" and len(set(map(len, lists))) > 1:
+        counts = ", ".join(f"{axis.field} has {len(axis.values)}" for axis in axes)
+        raise ConfigError(f"--method=zip goes along all lists at once, so they are equally long: {counts}.")
+    rows = zip(*lists, strict=True) if method == "zip" else itertools.product(*lists)
+    return [{axis.field: value for axis, value in zip(axes, row, strict=True)} for row in rows]
 
 
 def run_name(config: RunConfig, axes: Sequence[Axis]) -> str:

@@ -7,7 +7,6 @@ on from its checkpoint the next time.
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.jobs.child import child_command
-from opendeep_jax.jobs.sweep.plan import RECIPE, Run, Sweep
+from opendeep_jax.jobs.child import child_command, cores_of, gpus_of
+from opendeep_jax.jobs.sweep.plan import RECIPE, Sweep, SweepRun
 from opendeep_jax.jobs.sweep.progress import SweepProgress
 from opendeep_jax.jobs.sweep.results import read_result
 
@@ -31,17 +30,17 @@ POLL_SECONDS = 0.1
 LAST_LINES = 12
 """Of a failed run's output that are kept as its reason."""
 
-Command = Callable[[Run], list[str]]
+Command = Callable[[SweepRun], list[str]]
 
 
 def train_command(sweep: Sweep) -> Command:
-    """What starts a run: `opendeep train` on the sweep's recipe with the run's own settings."""
+    """Return what starts a run: `opendeep train` on the sweep's recipe with the run's own settings."""
     opendeep = [sys.executable, "-m", "opendeep_jax"]
     return lambda run: [*opendeep, "train", *sweep.shared, f"--workdir={run.workdir}", *run.arguments]
 
 
-def prepare_data(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Prepares every text and tokenizer that the runs need, once, so that they need not wait for each other.
+def prepare_data(sweep: Sweep, runs: Sequence[SweepRun]) -> None:
+    """Prepare every text and tokenizer that the runs need, once, so that they need not wait for each other.
 
     Raises ConfigError, with what was printed, where that fails: no run has begun then.
     """
@@ -54,8 +53,8 @@ def prepare_data(sweep: Sweep, runs: Sequence[Run]) -> None:
             raise ConfigError(f"The text of {run.name} cannot be prepared, and no run has begun:\n{lines}")
 
 
-def run_here(runs: Sequence[Run], parallel: int, command: Command) -> int:
-    """Runs those of `runs` that have no result, at most `parallel` at once, in their order.
+def run_here(runs: Sequence[SweepRun], parallel: int, command: Command) -> int:
+    """Run those of `runs` that have no result, at most `parallel` at once, in their order.
 
     Ctrl-C and SIGTERM are handed on to the children, which save what they have. Returns 0 when all have ended, RESUME
     after SIGTERM and INTERRUPTED after Ctrl-C. A run that fails leaves NAME.failed, and the others go on.
@@ -91,7 +90,7 @@ def run_here(runs: Sequence[Run], parallel: int, command: Command) -> int:
 
 @contextlib.contextmanager
 def locked(directory: Path, what: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Holds the lock on a directory; raises ConfigError if another process still has it after so many seconds."""
+    """Hold the lock on a directory; raise ConfigError if another process still has it after so many seconds."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     deadline = time.monotonic() + seconds
@@ -117,7 +116,7 @@ def locked(directory: Path, what: str, seconds: float = LOCK_SECONDS) -> Iterato
 class _Child:
     """A run's process."""
 
-    def __init__(self, run: Run, command: list[str], slot: int, parallel: int):
+    def __init__(self, run: SweepRun, command: list[str], slot: int, parallel: int):
         self.run, self.command, self.slot, self.parallel = run, command, slot, parallel
         self.restarts = 0
         self._start()
@@ -131,21 +130,21 @@ class _Child:
         with open(log, "ab") as output:
             # A session of its own: a terminal's Ctrl-C reaches the sweep alone, which hands it on once.
             self.process = subprocess.Popen(
-                child_command(self.command, signal.SIGKILL, _share(self.slot, self.parallel)),
+                child_command(self.command, signal.SIGKILL, cores_of(self.slot, self.parallel)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(self.slot, self.parallel),
+                env=os.environ | gpus_of(self.slot, self.parallel),
                 start_new_session=True,
             )
 
     def signal(self, number: int) -> None:
-        """Sends a signal to the process, and SIGKILL to all of its session."""
+        """Send a signal to the process, and SIGKILL to all of its session."""
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
     def has_ended(self, stopping: bool) -> bool:
-        """Whether the run has ended, well or not; one that asks to be started again is."""
+        """Return whether the run has ended, well or not; one that asks to be started again is."""
         status = self.process.poll()
         if status is None:
             return False
@@ -170,30 +169,6 @@ def _ending(status: int) -> str:
         hint = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
     return "ended without a result" if status == 0 else f"exit status {status}"
-
-
-def _share(slot: int, parallel: int) -> set[int]:
-    """The cores of one of several runs at once: XLA takes as many threads as it may use cores, and runs that all take
-    all of them slow each other down. Empty for one run, and where there are fewer cores than runs."""
-    if parallel == 1 or not hasattr(os, "sched_getaffinity"):
-        return set()
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // parallel
-    return set(cores[slot * each : (slot + 1) * each])
-
-
-def _environment(slot: int, parallel: int) -> dict[str, str]:
-    """This process's, with the slot's share of the NVIDIA GPUs where there are enough for all runs at once."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        found = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
-        gpus = sorted((match[1] for match in found if match), key=int)
-    else:
-        gpus = [gpu for gpu in visible.split(",") if gpu]
-    each = len(gpus) // parallel
-    if parallel == 1 or not each:
-        return dict(os.environ)
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * each : (slot + 1) * each])}
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ METRICS = ("held_out_bits_per_byte", "final_loss", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One run of a sweep."""
 
     name: str
@@ -50,7 +50,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What was asked for."""
+    """Question that a sweep answers: which settings, which values, by which metric."""
 
     directory: Path
     base: RunConfig
@@ -71,10 +71,10 @@ class Sweep:
 
     @property
     def shared(self) -> list[str]:
-        """What every run's command line begins with: the sweep's recipe, and the checkpoint to branch from."""
+        """Beginning of every run's command line: the sweep's recipe, and the checkpoint to branch from."""
         return [f"--config={self.directory / RECIPE}", *([f"--from={self.parent}"] if self.parent else [])]
 
-    def runs_of(self, trial: int, combination: Combination) -> list[Run]:
+    def runs_of(self, trial: int, combination: Combination) -> list[SweepRun]:
         """The runs of one combination, one for each seed. Raises ConfigError for settings that cannot work."""
         own = [argument for axis in self.axes for argument in axis.arguments(combination[axis.field])]
         key = tuple(combination[axis.field] for axis in self.axes)
@@ -88,15 +88,15 @@ class Sweep:
             title = f"{self.base.name}/{name}"
             arguments = (*own, f"--seed={seed}", f"--name={title}")
             seeded = dataclasses.replace(seeded, name=title)
-            runs.append(Run(name, trial, combination, seeded, self.directory / RUNS / name, arguments))
+            runs.append(SweepRun(name, trial, combination, seeded, self.directory / RUNS / name, arguments))
         return runs
 
-    def all_runs(self, tried: Sequence[Combination]) -> list[Run]:
+    def all_runs(self, tried: Sequence[Combination]) -> list[SweepRun]:
         """The runs of all combinations, in order.
 
         Raises ConfigError, with every problem, for combinations that cannot work, and for two that are the same.
         """
-        runs: dict[str, Run] = {}
+        runs: dict[str, SweepRun] = {}
         problems = []
         for trial, combination in enumerate(tried):
             settings = " ".join(f"--{field}={value}" for field, value in combination.items())
@@ -172,19 +172,24 @@ def one_checkpoint(parent: str, directory: str | Path) -> str:
     return f"{run}@{steps[-1]}" if step is None else parent
 
 
-def check(sweep: Sweep) -> tuple[list[Combination], list[Run]]:
+def check(sweep: Sweep) -> tuple[list[Combination], list[SweepRun]]:
     """The combinations that are known by now, and their runs, all of them checked. Nothing is written.
 
     A sweep that is in the directory already goes on, and may have grown: more seeds, values or trials. Raises
     ConfigError where the directory holds another sweep, or a combination cannot work.
     """
-    tried = [] if sweep.method == "optuna" else combinations(sweep.axes, sweep.method, sweep.trials, sweep.draw_seed)
-    if (sweep.directory / SPEC).exists():
-        before = read_spec(sweep.directory)
+    before = read_spec(sweep.directory) if (sweep.directory / SPEC).exists() else None
+    if before:
         _check_same(sweep, before)
-        if sweep.method == "optuna":
-            tried = before["combinations"]
-        runs = sweep.all_runs(tried)
+    tried = before["combinations"] if before else []
+    if sweep.method == "random":
+        from opendeep_jax.jobs.sweep.search import drawn  # Optuna takes a while
+
+        tried = drawn(sweep.axes, sweep.trials, sweep.draw_seed, tried)
+    elif sweep.method != "optuna":
+        tried = combinations(sweep.axes, sweep.method)
+    runs = sweep.all_runs(tried)
+    if before:
         gone = sorted(set(before["runs"]) - {run.name for run in runs})
         if gone:
             raise ConfigError(
@@ -192,13 +197,11 @@ def check(sweep: Sweep) -> tuple[list[Combination], list[Run]]:
                 f"({len(gone)} of {len(before['runs'])}).{_changes(sweep, before)} A sweep may grow; to leave runs "
                 "out, give another --workdir."
             )
-    else:
-        runs = sweep.all_runs(tried)
     return tried, runs
 
 
-def save(sweep: Sweep, tried: Sequence[Combination], runs: Sequence[Run]) -> None:
-    """Writes recipe.py and sweep.json."""
+def save(sweep: Sweep, tried: Sequence[Combination], runs: Sequence[SweepRun]) -> None:
+    """Write recipe.py and sweep.json."""
     (sweep.directory / RUNS).mkdir(parents=True, exist_ok=True)
     documentation = f"What all runs of a sweep share: {sweep.base.name} with the settings of its command line."
     write_atomically(sweep.directory / RECIPE, recipe_source(sweep.base, documentation))
@@ -233,7 +236,7 @@ def read_spec(directory: str | Path) -> dict[str, Any]:
     return spec
 
 
-def read_sweep(directory: str | Path, metric: str = "") -> tuple[Sweep, list[Run]]:
+def read_sweep(directory: str | Path, metric: str = "") -> tuple[Sweep, list[SweepRun]]:
     """The sweep in `directory` and its runs; `metric` other than the one that it was started with.
 
     Raises ConfigError where there is none.
@@ -248,7 +251,7 @@ def read_sweep(directory: str | Path, metric: str = "") -> tuple[Sweep, list[Run
 
 
 def _check_same(sweep: Sweep, before: dict[str, Any]) -> None:
-    """Raises ConfigError where the directory's sweep asks another question."""
+    """Raise ConfigError where the directory's sweep asks another question."""
     shared = load_recipe(str(sweep.directory / RECIPE))
     changed = [change for change in diff(shared, sweep.base) if not _is_harmless(change[0])]
     lines = format_diff(changed).strip().replace("\n", "\n  ")
@@ -259,9 +262,10 @@ def _check_same(sweep: Sweep, before: dict[str, Any]) -> None:
             f"{f'{chr(10)}  {lines}{chr(10)}' if lines else ''} Give that sweep's settings to go on with it, or "
             "another --workdir."
         )
-    if sweep.method == "optuna" and before["axes"] != {axis.field: axis.text for axis in sweep.axes}:
+    other = before["axes"] != {axis.field: axis.text for axis in sweep.axes} or before["draw_seed"] != sweep.draw_seed
+    if sweep.method in ("random", "optuna") and other:
         raise ConfigError(
-            f"--workdir={sweep.directory}: optuna has learnt on other values (there -> here)."
+            f"--workdir={sweep.directory}: it was drawn from other values, or by another seed (there -> here)."
             f"{_changes(sweep, before)} Give those, or another --workdir."
         )
 

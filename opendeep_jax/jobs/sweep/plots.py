@@ -6,26 +6,31 @@ the axes. A combination keeps its color, that of its rank, in `compute` and `cur
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from opendeep_jax.config.files import replacing
+from opendeep_jax.display.chart import (
+    MUTED,
+    Line,
+    Point,
+    Ticks,
+    dash_style,
+    draw_lines,
+    legend,
+    moving_average,
+    save,
+    style,
+)
 from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, look, spread
 from opendeep_jax.jobs.sweep.axes import Axis, shown, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep
 from opendeep_jax.jobs.sweep.results import TITLES, Row, ranked, settings
-from opendeep_jax.record.files import EVALUATION, METRICS, read_jsonl
-from opendeep_jax.record.plots import MUTED, STYLE, Ticks, legend, moving_average, take_turns
-from opendeep_jax.record.run_files import column
+from opendeep_jax.record.files import EVALUATION, METRICS, number, read_jsonl
 
 WIDE = 10.0
 """An axis whose values span more than so many times gets a logarithmic scale."""
@@ -38,11 +43,7 @@ CURVES = (
 """File, field and title of the curves of a run that are drawn."""
 CURVE_POINTS = 2000
 """Lines of a run's record that are read for its curve."""
-FORMATS = {
-    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}),
-    "svg": lambda figure, path: _save_svg(figure, path),
-    "pdf": lambda figure, path: FigureCanvasPdf(figure).print_pdf(path, metadata={"CreationDate": None}),
-}
+FORMATS = ("png", "svg", "pdf")
 """PNG for a look, SVG for a page, PDF for a paper."""
 
 
@@ -55,25 +56,19 @@ def write_pictures(sweep: Sweep, table: Sequence[Row]) -> list[str]:
     if not any(row.numbers for row in table):
         return []
     figures = {"axes": axes_figure, "compute": compute_figure, "curves": curves_figure}
-    with matplotlib.rc_context(STYLE):
+    with style():
         for name, draw in figures.items():
             figure = draw(sweep, table)
-            for kind, save in FORMATS.items():  # the PNG first: the others leave 72 dots per inch behind
+            for kind in FORMATS:  # the PNG first: the others leave 72 dots per inch behind
                 with replacing(sweep.directory / f"{name}.{kind}") as path:
-                    save(figure, path)
+                    save(figure, path, kind)
     return [f"{name}.png" for name in figures]
-
-
-def _save_svg(figure: Figure, path: Path) -> None:
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None, "Creator": None})
-    fonts = "'DejaVu Sans', Verdana, sans-serif"  # the same widths where DejaVu is not installed
-    path.write_text(path.read_text(encoding="utf-8").replace("'DejaVu Sans'", fonts), encoding="utf-8")
 
 
 def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
     """A panel for each axis: means with bars over seeds, joined where combinations differ in that axis alone."""
     table = [row for row in table if row.numbers]
-    with matplotlib.rc_context(STYLE):
+    with style():
         columns = min(len(sweep.axes), 3)
         lines = math.ceil(len(sweep.axes) / columns)
         figure = _figure(columns, lines + 0.25)
@@ -89,7 +84,7 @@ def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
     """The metric against training FLOPs: a dot for each run, and the best for each amount by their ranks."""
     table = [row for row in table if row.numbers]
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = _figure(1.5, 1.25)
         panel = figure.add_subplot()
         for row in table:
@@ -122,29 +117,23 @@ def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 def curves_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
     """A combination's mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
     order = ranked([row for row in table if row.numbers])
-    with matplotlib.rc_context(STYLE):
+    with style():
         rows = math.ceil(min(len(order), MOST_NAMES) / 3)
         figure = _figure(2, 1 + 0.05 * rows)
         names = []
-        for number, (file, key, title) in enumerate(CURVES, 1):
-            panel = figure.add_subplot(1, 2, number)
-            drawn, ranks = [], []
+        for place, (file, key, title) in enumerate(CURVES, 1):
+            panel = figure.add_subplot(1, 2, place)
+            lines, ranks = [], []
             for rank, row in sorted(enumerate(order), reverse=True):  # the best on top
-                hue, dashes = SERIES[look(rank)[0]], look(rank)[1]
-                style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
-                for x, low, mean, high in _band(row, file, key):
-                    if rank < len(SERIES) and np.any(high > low):  # of more, bands would hide the curves
-                        panel.fill_between(x, low, high, color=hue, alpha=0.13, linewidth=0)
-                    marker = "o" if len(x) < 12 else ""
-                    drawn += panel.plot(x, mean, color=hue, linewidth=1.4, linestyle=style, marker=marker, markersize=3)
-                    ranks.append((str(rank + 1) if row.complete else "-", hue))
-            take_turns(panel, drawn)
-            panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.xaxis.set_major_formatter(Ticks())
+                color, dashes = SERIES[look(rank)[0]], look(rank)[1]
+                if points := _band(row, file, key, shaded=rank < len(SERIES)):  # of more, bands would hide the curves
+                    lines.append(Line("", points, color, width=1.4, dots=len(points) < 12, dashes=dashes))
+                    ranks.append((str(rank + 1) if row.complete else "-", color))
+            draw_lines(panel, lines)
             which = " of the best 8" * (len(order) > len(SERIES))
             _label(panel, "tokens", title, _seeds(order, f"bands: least to largest{which}"))
-            _name_ends(panel, drawn, ranks)
-            if number == 1:
+            _name_ends(panel, [line.points[-1][2] for line in lines], ranks)
+            if place == 1:
                 names = [_name(rank, row, sweep) for rank, row in enumerate(order[:MOST_NAMES])]
         if len(order) > MOST_NAMES:
             names.append(Line2D([], [], linestyle="", label=f"and {len(order) - MOST_NAMES} more, in results.md"))
@@ -154,16 +143,15 @@ def curves_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 
 def _name(rank: int, row: Row, sweep: Sweep) -> Line2D:
     hue, dashes = look(rank)
-    style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
     label = f"{rank + 1 if row.complete else '-'}: {settings(row, sweep)}"
-    return Line2D([], [], color=SERIES[hue], linewidth=1.4, linestyle=style, label=label)
+    return Line2D([], [], color=SERIES[hue], linewidth=1.4, linestyle=dash_style(dashes, 1.4), label=label)
 
 
-def _name_ends(panel, drawn: Sequence, ranks: Sequence[tuple[str, str]]) -> None:
+def _name_ends(panel, last: Sequence[float], ranks: Sequence[tuple[str, str]]) -> None:
     """Write ranks right of the axes, at the heights of their curves' ends but apart from each other."""
     panel.set_ylim(panel.get_ylim())
     low, high = panel.get_ylim()
-    ends = [(line.get_ydata()[np.isfinite(line.get_ydata())][-1] - low) / (high - low) for line in drawn]
+    ends = [(value - low) / (high - low) for value in last]
     # Many ranks go into as many columns as it takes, neighbors into different ones.
     columns = math.ceil(len(ends) / 24)
     places = [0.0] * len(ends)
@@ -178,23 +166,22 @@ def _name_ends(panel, drawn: Sequence, ranks: Sequence[tuple[str, str]]) -> None
                        color=ranks[i][1], annotation_clip=False)  # fmt: skip
 
 
-def _curves(row: Row, file: str, key: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _band(row: Row, file: str, key: str, shaded: bool) -> tuple[Point, ...]:
+    """Return (tokens, least, mean, largest) over the seeds of a combination, as far as all of them go."""
+    curves = []
     for result in row.results:
         records = read_jsonl(result.run.workdir / file, limit=CURVE_POINTS)
-        x, y = column(records, "tokens"), column(records, key)
-        if np.isfinite(y).any():
-            yield x, moving_average(y)
-
-
-def _band(row: Row, file: str, key: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (tokens, least, mean, largest) over the seeds of a combination, as far as all of them go; at most once."""
-    curves = [(x[valid], y[valid]) for x, y in _curves(row, file, key) for valid in [np.isfinite(x) & np.isfinite(y)]]
-    curves = [(x, y) for x, y in curves if len(x)]
+        pairs = [(number(record.get("tokens")), number(record.get(key))) for record in records]
+        if pairs := [pair for pair in pairs if None not in pair]:
+            x, y = np.array(pairs, float).T
+            curves.append((x, moving_average(y)))
     if not curves:
-        return
+        return ()
     x = min((x for x, _ in curves), key=lambda x: x[-1])
     values = np.stack([np.interp(x, other, y) for other, y in curves])
-    yield x, values.min(axis=0), values.mean(axis=0), values.max(axis=0)
+    mean = values.mean(axis=0)
+    low, high = (values.min(axis=0), values.max(axis=0)) if shaded else (mean, mean)
+    return tuple(zip(*(part.tolist() for part in (x, low, mean, high)), strict=True))
 
 
 def _bar(panel, x: float, row: Row, color: str, marker: str | None = "o") -> None:
@@ -235,21 +222,22 @@ def _draw_axis(panel, sweep: Sweep, table: Sequence[Row], axis: Axis) -> list[Li
         groups.setdefault(key, []).append(row)
     joined = any(len(group) > 1 for group in groups.values())
     shift = _shift(panel, sorted(places.values()), len(groups))
-    names, drawn = [], []
-    for number, (name, group) in enumerate(groups.items()):
-        hue, dashes = look(number) if joined else (0, ())
+    names = []
+    for which, (name, group) in enumerate(groups.items()):
+        hue, dashes = look(which) if joined else (0, ())
         color = SERIES[hue]
         group = sorted(group, key=lambda row: places[value_of(row.config, axis.field)])
-        x = [shift(places[value_of(row.config, axis.field)], number) for row in group]
+        x = [shift(places[value_of(row.config, axis.field)], which) for row in group]
         for place, row in zip(x, group, strict=True):
             panel.plot([place] * len(row.numbers), row.numbers, "o", color=color, alpha=0.3, markersize=3.5,
                        markeredgewidth=0)  # fmt: skip
             _bar(panel, place, row, color)
         whole = [(place, row.mean) for place, row in zip(x, group, strict=True) if row.complete]
         if len(group) > 1:
-            style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
-            drawn += panel.plot(*zip(*whole, strict=True), color=color, linewidth=1.4, linestyle=style) if whole else []
-            names.append(Line2D([], [], color=color, linewidth=1.4, linestyle=style, label=name))
+            look_of = {"color": color, "linewidth": 1.4, "linestyle": dash_style(dashes, 1.4)}
+            if whole:
+                panel.plot(*zip(*whole, strict=True), **look_of)
+            names.append(Line2D([], [], label=name, **look_of))
     panel.margins(x=0.08)
     if len(names) > MOST_NAMES:
         names = [*names[:MOST_NAMES], Line2D([], [], linestyle="", label=f"and {len(names) - MOST_NAMES} more")]

@@ -1,28 +1,26 @@
-"""What a person sees while a sweep goes: a live table on a terminal, a line for each run elsewhere."""
+"""Progress of a sweep: a live table on a terminal, a line for each run elsewhere."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.display.numbers import human_time
-from opendeep_jax.jobs.sweep.plan import Run
+from opendeep_jax.jobs.sweep.plan import SweepRun
 from opendeep_jax.jobs.sweep.results import read_result
-from opendeep_jax.record.files import METRICS
+from opendeep_jax.record.files import METRICS, last_record
 
 REDRAW_SECONDS = 0.5
-TAIL_BYTES = 8192
 
 
 class SweepProgress:
-    """Shows which runs are under way and how far they are. A terminal that misbehaves costs the display, not the sweep.
+    """Display of the runs under way. A terminal that misbehaves costs the display, not the sweep.
 
     Args:
         runs: all that this command takes care of, those with a result too.
     """
 
-    def __init__(self, runs: Sequence[Run], stream=None):
+    def __init__(self, runs: Sequence[SweepRun], stream=None):
         from rich.console import Console
 
         self.total = len(runs)
@@ -42,14 +40,14 @@ class SweepProgress:
         if self._live is not None:
             self._guard(self._live.stop)
 
-    def began(self, run: Run) -> None:
-        """Notes that a run was started."""
+    def began(self, run: SweepRun) -> None:
+        """Note that a run was started."""
         self._begun[run.name] = time.monotonic()
         if self._live is None:
             self._print(f"begun     {run.name}")
 
-    def ended(self, run: Run) -> None:
-        """Notes that a run has ended, well or not."""
+    def ended(self, run: SweepRun) -> None:
+        """Note that a run has ended, well or not."""
         result = read_result(run)
         after = human_time(time.monotonic() - self._begun[run.name])
         if result.state != "finished":
@@ -58,8 +56,8 @@ class SweepProgress:
         self.done += 1
         self._print(f"{self.done:>3}/{self.total:<5} {run.name} after {after}: {result.described()}")
 
-    def show(self, running: Sequence[Run]) -> None:
-        """Draws the table of the runs under way, at most twice a second."""
+    def show(self, running: Sequence[SweepRun]) -> None:
+        """Draw the table of the runs under way, at most twice a second."""
         if self._live is not None and time.monotonic() - self._drawn_at >= REDRAW_SECONDS:
             self._drawn_at = time.monotonic()
             self._guard(lambda: self._live.update(self._table(running), refresh=True))
@@ -71,14 +69,14 @@ class SweepProgress:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
 
-    def _table(self, running: Sequence[Run]):
+    def _table(self, running: Sequence[SweepRun]):
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, title=f"{self.done} of {self.total} runs done", title_justify="left")
         for heading in ("run", "step", "loss", "time"):
             table.add_column(heading, justify="left" if heading == "run" else "right", overflow="ellipsis")
         for run in running:
-            record, steps = last_record(run), total_steps(run.config)
+            record, steps = last_record(run.workdir / METRICS) or {}, total_steps(run.config)
             step, loss = record.get("step", 0), record.get("loss")
             shown = "-" if loss is None else f"{loss:.3f}"
             table.add_row(run.name, f"{step:,}/{steps:,}", shown, human_time(time.monotonic() - self._begun[run.name]))
@@ -100,21 +98,3 @@ class SweepProgress:
                 action()
             except Exception:
                 self._broken = True
-
-
-def last_record(run: Run) -> dict:
-    """The last whole line of a run's metrics.jsonl; {} if there is none yet."""
-    try:
-        with open(run.workdir / METRICS, "rb") as file:
-            file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
-    return {}

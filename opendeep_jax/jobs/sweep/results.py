@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to: one result a run, one row a combination, as a table for people and for programs."""
+"""Results of a sweep: one result a run, one row a combination, as a table for people and for programs."""
 
 import csv
 import dataclasses
@@ -15,10 +15,9 @@ from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_count
 from opendeep_jax.display.tables import latex_table, markdown_table
 from opendeep_jax.jobs.sweep.axes import shown, value_of
-from opendeep_jax.jobs.sweep.plan import Run, Sweep
+from opendeep_jax.jobs.sweep.plan import Sweep, SweepRun
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.record.files import finished_summary
-from opendeep_jax.record.run_files import is_number
+from opendeep_jax.record.files import finished_summary, number
 
 State = Literal["finished", "failed", "handed over", "begun", "waiting"]
 TITLES = {
@@ -30,9 +29,9 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where a run stands, read from its files alone."""
+    """State of a run, read from its files alone."""
 
-    run: Run
+    run: SweepRun
     state: State
     summary: dict
     """summary.json of a finished run, {} of any other."""
@@ -41,8 +40,8 @@ class Result:
 
     def number(self, name: str) -> float:
         """A field of the summary; NaN where there is none, or the run has diverged."""
-        value = self.summary.get(name)
-        return float(value) if is_number(value) and is_number(self.summary.get("final_loss")) else math.nan
+        value, loss = number(self.summary.get(name)), number(self.summary.get("final_loss"))
+        return math.nan if value is None or loss is None else float(value)
 
     def described(self) -> str:
         """The result in a few words."""
@@ -73,12 +72,12 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether every run has the metric."""
+        """True where every run has the metric."""
         return not math.isnan(self.mean)
 
 
-def read_result(run: Run) -> Result:
-    """What the files of a run say of it."""
+def read_result(run: SweepRun) -> Result:
+    """Return what the files of a run say of it."""
     if summary := finished_summary(run.workdir, total_steps(run.config)):
         return Result(run, "finished", summary)
     failed = run.beside(".failed")
@@ -100,7 +99,7 @@ def training_flops(config: RunConfig) -> float:
     return total
 
 
-def rows(runs: Sequence[Run], metric: str) -> list[Row]:
+def rows(runs: Sequence[SweepRun], metric: str) -> list[Row]:
     """One row for each combination, in the order of the sweep."""
     trials: dict[int, list[Result]] = {}
     for run in runs:
@@ -121,7 +120,7 @@ def ranked(table: Sequence[Row]) -> list[Row]:
 
 
 def verdict(table: Sequence[Row], sweep: Sweep) -> str:
-    """Which combination is best, and whether the seeds allow to say so."""
+    """Say which combination is best, and whether the seeds allow to say so."""
     order = [row for row in ranked(table) if row.complete]
     if not order:
         return "No combination has all its results yet."
@@ -176,7 +175,7 @@ def _states(row: Row) -> str:
 
 
 def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = ()) -> None:
-    """Writes results.csv, a line for each run; results.md and results.tex, a line for each combination.
+    """Write results.csv, a line for each run; results.md and results.tex, a line for each combination.
 
     results.md has the pictures too.
     """

@@ -17,7 +17,7 @@ from opendeep_jax.config.files import write_atomically
 from opendeep_jax.display.tables import text_table
 from opendeep_jax.jobs.launch.render import check_engine, check_target
 from opendeep_jax.jobs.sweep.local import LAST_LINES, Command, locked, prepare_data, run_here, train_command
-from opendeep_jax.jobs.sweep.plan import Run, Sweep, check, save
+from opendeep_jax.jobs.sweep.plan import Sweep, SweepRun, check, save
 from opendeep_jax.jobs.sweep.recipe import recipe_source
 from opendeep_jax.jobs.sweep.results import (
     Row,
@@ -30,14 +30,14 @@ from opendeep_jax.jobs.sweep.results import (
     verdict,
     write_tables,
 )
-from opendeep_jax.jobs.sweep.search import check_optuna, next_combinations
+from opendeep_jax.jobs.sweep.search import check_ends, next_combinations
 from opendeep_jax.record.workdir import check_workdir
 
 BEST = "best.py"
 
 
 def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: Command | None = None) -> int:
-    """Runs what has no result yet, and writes tables, pictures and the best recipe; returns an exit status.
+    """Run what has no result yet, and write tables, pictures and the best recipe; return an exit status.
 
     The status is 0 when every run has its result, or was handed over; STOPPED when a run failed; RESUME or
     INTERRUPTED after SIGTERM or Ctrl-C. The same command goes on in each case.
@@ -55,7 +55,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
         check_target(target)
         check_engine(target)
     if sweep.method == "optuna":
-        check_optuna(sweep)
+        check_ends(sweep)
     tried, runs = check(sweep)
     check_workdir(sweep.base, sweep.directory, branches=bool(sweep.parent))
     with locked(sweep.directory, "sweeps", seconds=5.0):
@@ -86,8 +86,8 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
     return status or (STOPPED if "failed" in states else OK)
 
 
-def hand_over(sweep: Sweep, runs: Sequence[Run], target: str) -> None:
-    """Gives every run that has neither a result nor a job to `opendeep launch`, one after the other.
+def hand_over(sweep: Sweep, runs: Sequence[SweepRun], target: str) -> None:
+    """Give every run that has neither a result nor a job to `opendeep launch`, one after the other.
 
     Raises ConfigError with the launcher's own words where it refuses; runs before that one stay handed over.
     """
@@ -106,8 +106,8 @@ def hand_over(sweep: Sweep, runs: Sequence[Run], target: str) -> None:
         print(f"handed over {run.name}")
 
 
-def report(sweep: Sweep, runs: Sequence[Run]) -> list[Row]:
-    """Prints the table, and writes results.csv, results.md, the pictures and best.py from what results there are."""
+def report(sweep: Sweep, runs: Sequence[SweepRun]) -> list[Row]:
+    """Print the table, and write results.csv, results.md, the pictures and best.py from what results there are."""
     from opendeep_jax.jobs.sweep.plots import write_pictures  # matplotlib takes a while
 
     table = rows(runs, sweep.metric)
@@ -125,7 +125,7 @@ def report(sweep: Sweep, runs: Sequence[Run]) -> list[Row]:
 
 
 def write_best(sweep: Sweep, best: Row) -> Path:
-    """Writes the best combination as a recipe, with the sweep's first seed; returns its path."""
+    """Write the best combination as a recipe, with the sweep's first seed; return its path."""
     path = sweep.directory / BEST
     documentation = (
         f"The best of a sweep of {sweep.base.name}: {settings(best, sweep)}.\n\n"

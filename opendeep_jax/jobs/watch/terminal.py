@@ -7,19 +7,19 @@ from rich.table import Table
 from rich.text import Text
 
 from opendeep_jax.display.numbers import human_time
-from opendeep_jax.jobs.watch.run import Run, tokens_text
 from opendeep_jax.record.origin import lineage
+from opendeep_jax.record.run_view import RunView
 from opendeep_jax.record.time_kinds import KINDS
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 STATES = {"running": "green", "finished": "blue", "stopped": "yellow", "quiet": "red", "empty": "bright_black"}
 PANELS = 2
-"""So many runs get a panel each; more share a table."""
+"""Most runs that get a panel each; more share a table."""
 LABEL = 10
 
 
 def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> str:
-    """Values as a row of at most `width` characters, low to high; the highest twentieth is cut off at the top."""
+    """Return values as a row of at most `width` characters, low to high; the highest twentieth is cut off."""
     if not values or width < 1:
         return ""
     blocks = ASCII_BLOCKS if ascii_only else BLOCKS
@@ -33,8 +33,8 @@ def sparkline(values: Sequence[float], width: int, ascii_only: bool = False) -> 
     return "".join(blocks[min(int(part * len(blocks)), len(blocks) - 1)] for part in share)
 
 
-def frame(runs: Sequence[Run], labels: Sequence[str], console: Console, now: float | None = None) -> RenderableType:
-    """All runs as they are now. A pure function of what they hold, the console's width, height and encoding."""
+def frame(runs: Sequence[RunView], labels: Sequence[str], console: Console, now: float | None = None) -> RenderableType:
+    """Return all runs as they are now. A pure function of what they hold, the console's width, height and encoding."""
     if len(runs) <= PANELS:
         return Group(*(_panel(run, label, console, now) for run, label in zip(runs, labels, strict=True)))
     events = [event | {"run": label} for run, label in zip(runs, labels, strict=True) for event in run.events]
@@ -42,7 +42,7 @@ def frame(runs: Sequence[Run], labels: Sequence[str], console: Console, now: flo
     return Group(_table(runs, labels, console, now), *_events(events, console, 6))
 
 
-def _panel(run: Run, label: str, console: Console, now: float | None) -> RenderableType:
+def _panel(run: RunView, label: str, console: Console, now: float | None) -> RenderableType:
     width, ascii_only = console.width, console.options.ascii_only
     state, words = run.state(now)
     ancestry = f"  {_plain(lineage(run.origin))}".rstrip()
@@ -80,10 +80,10 @@ def _panel(run: Run, label: str, console: Console, now: float | None) -> Rendera
     return Group(*lines, *_events(list(run.events), console, 4), Text(""))
 
 
-def _progress(run: Run, width: int, ascii_only: bool, now: float | None) -> Text:
+def _progress(run: RunView, width: int, ascii_only: bool, now: float | None) -> Text:
     total, left = run.total, run.seconds_left(now)
     of = f"/{total:,}" if total else ""
-    tail = [f"step {run.step:,}{of}", tokens_text(run), f"{human_time(left)} left" if left is not None else ""]
+    tail = [f"step {run.step:,}{of}", run.tokens_text(), f"{human_time(left)} left" if left is not None else ""]
     words = "  ".join(filter(None, tail))
     bar = min(width - len(words) - 2, 40)
     if not total or bar < 8:
@@ -93,17 +93,17 @@ def _progress(run: Run, width: int, ascii_only: bool, now: float | None) -> Text
     return Text.assemble((ink * full, "green"), (blank * (bar - full), "bright_black"), "  ", words)
 
 
-def _goodput_line(run: Run, width: int, ascii_only: bool) -> Text:
+def _goodput_line(run: RunView, width: int, ascii_only: bool) -> Text:
     bar = max(min(width - LABEL - 8, 60), 4)
     line = Text.assemble((f"{'goodput':<{LABEL}}", "bright_black"), f"{run.goodput.goodput:6.1%}  ")
     shares = {kind: share for kind, _, share in run.goodput.shares()}
     done = passed = 0.0
-    for kind, (_, mark, *_) in KINDS.items():
-        passed += shares.get(kind, 0.0)
+    for name, kind in KINDS.items():
+        passed += shares.get(name, 0.0)
         cells = round(passed * bar) - round(done * bar)
-        # Without colors the kinds must still differ.
-        ink = mark if ascii_only else "█" if kind == "step" else "▒"
-        line.append(ink * cells, KINDS[kind].terminal)
+        # Without colors the kinds must still differ, and the goodput from the rest.
+        mark = kind.mark if ascii_only else "█" if name == "step" else "▒"
+        line.append(mark * cells, kind.terminal)
         done = passed
     return line
 
@@ -124,11 +124,11 @@ COLUMNS = (
     ("step", 4), ("loss", 7), ("state", 12), ("held-out", 8), ("curve", 16), ("tokens/s", 9), ("left", 11),
     ("goodput", 7), ("MFU", 6), ("experts", 7),
 )  # fmt: skip
-"""Columns beside the name and the least width of each, the dearest first: a narrow terminal shows no more than fit."""
+"""Columns beside the name and the least width of each, the most important first; those that fit are shown."""
 ORDER = ("state", "step", "loss", "curve", "held-out", "tokens/s", "MFU", "left", "experts", "goodput")
 
 
-def _table(runs: Sequence[Run], labels: Sequence[str], console: Console, now: float | None) -> Table:
+def _table(runs: Sequence[RunView], labels: Sequence[str], console: Console, now: float | None) -> Table:
     name = min(max(map(len, ("run", *labels))), max(console.width // 2, 12))
     shown = [(run, _shortened(_plain(label), name)) for run, label in zip(runs, labels, strict=True)]
     if console.is_terminal and len(shown) > (most := max(console.height - 10, 5)):
@@ -152,7 +152,7 @@ def _table(runs: Sequence[Run], labels: Sequence[str], console: Console, now: fl
     return table
 
 
-def _cells(run: Run, ascii_only: bool, now: float | None) -> dict[str, Text]:
+def _cells(run: RunView, ascii_only: bool, now: float | None) -> dict[str, Text]:
     state, words = run.state(now)
     last, left, total = run.last, run.seconds_left(now), run.total
 
@@ -174,7 +174,7 @@ def _cells(run: Run, ascii_only: bool, now: float | None) -> dict[str, Text]:
 
 
 def _shortened(name: str, width: int) -> str:
-    """A name with its middle left out: of a sweep's runs, some differ at the end alone."""
+    """Return a name with its middle left out: of a sweep's runs, some differ at the end alone."""
     if len(name) <= width or width < 5:
         return name
     return f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
@@ -187,5 +187,5 @@ def _fit(line: Text, width: int) -> Text:
 
 
 def _plain(text: str) -> str:
-    """One line without control characters: an event may hold what a terminal would obey."""
+    """Return one line without control characters: an event may hold what a terminal would obey."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)

@@ -1,4 +1,4 @@
-"""`opendeep watch`: finds runs, looks at them every few seconds, and shows them in the terminal and on a page."""
+"""`opendeep watch`: find runs, look at them every few seconds, and show them in the terminal and on a page."""
 
 import contextlib
 import glob
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.jobs.watch.page import live_page
-from opendeep_jax.jobs.watch.run import FILES, Run
 from opendeep_jax.record.files import DATA
+from opendeep_jax.record.run_view import FILES, RunView
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
-    """Directories of runs, in the order of `places`: runs, directories of runs (a sweep's too), and globs of either.
+    """Return the directories of runs, in the order of `places`: runs, directories of runs (also a sweep's), and globs.
 
     A directory that holds no run yet counts as one that is about to begin.
 
@@ -51,8 +50,8 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in FILES if name != DATA)
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: its own, else its directory's, else its whole path.
+def labels(runs: Sequence[RunView]) -> list[str]:
+    """Return a name for each run that no other has: its own, else its directory's, else its whole path.
 
     What all begin with, as far as a slash, and what all have between commas, is left out: of a sweep's runs,
     `quickstart/learning_rate=0.001,seed=0` may be `seed=0`.
@@ -72,35 +71,41 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 class Watch:
-    """The runs at `places`, and what is known of each; new ones are found at every look."""
+    """The runs at `places`, and what is known of each; new ones are found at every look.
 
-    def __init__(self, places: Sequence[str]):
-        self.places, self._runs = places, {}
+    Args:
+        places: as `find_runs` takes them.
+        details: of a single run, keep all that its report shows.
+    """
+
+    def __init__(self, places: Sequence[str], details: bool = False):
+        self.places, self.details, self._runs = places, details, {}
         self.look()
 
-    def look(self) -> list[Run]:
-        """Takes in what is new; returns the runs there are. Raises ConfigError as `find_runs` does, the first time."""
+    def look(self) -> list[RunView]:
+        """Take in what is new; return the runs there are. Raises ConfigError as `find_runs` does, the first time."""
         try:
             found = find_runs(self.places)
         except ConfigError:
             if not self._runs:
                 raise
             found = list(self._runs)  # a directory that went away meanwhile
-        self._runs = {path: self._runs.get(path) or Run(path) for path in found}
-        for run in self._runs.values():
-            run.look()
-        return list(self._runs.values())
+        details = self.details and len(found) == 1
+        known = {path: run for path, run in self._runs.items() if run.details == details}
+        self._runs = {path: known.get(path) or RunView(path, details) for path in found}
+        return [run.look() for run in self._runs.values()]
 
 
 def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: str = "") -> None:
-    """Shows the runs at `places` until q or Ctrl-C; one frame, where `once` or not on a terminal.
+    """Show the runs at `places` until q or Ctrl-C; one frame, where `once` or not on a terminal.
 
     Args:
         places: directories and patterns, as `find_runs` takes them.
         every: seconds between looks.
         once: one frame only.
-        page: file of an HTML page that is written at each look, and reloads itself while a run goes on; with it, a
-            program that has no terminal goes on too, until all runs are finished.
+        page: file of an HTML page, the report of one run or of several over each other, that is written at each look
+            and reloads itself while a run goes on. With it, a program that has no terminal goes on too, until all runs
+            are finished. Drawing it takes at most a tenth of the time: the page of many runs is written less often.
     Raises:
         ConfigError: for a place that is not there.
         OSError: where the page cannot be written.
@@ -112,12 +117,18 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a name must not end the watch where the encoding lacks its letters
-    watched, console = Watch(places), Console(highlight=False)
+    watched, console = Watch(places, details=bool(page)), Console(highlight=False)
+    due = 0.0
 
-    def look() -> list[Run]:
-        runs = watched.look()
-        if page:
+    def look() -> list[RunView]:
+        nonlocal due
+        runs, begin = watched.look(), time.monotonic()
+        over = all(run.is_finished for run in runs)
+        if page and (begin >= due or over):
+            from opendeep_jax.record.report import live_page  # matplotlib takes a while
+
             write_atomically(page, live_page(runs, labels(runs), every))
+            due = time.monotonic() + 9 * (time.monotonic() - begin)
         return runs
 
     runs = look()
@@ -142,7 +153,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
 
 @contextlib.contextmanager
 def _keys() -> Iterator:
-    """A function that waits so many seconds and says whether q was pressed; the terminal is put back at the end."""
+    """Give a function that waits so many seconds and says whether q was pressed; put the terminal back at the end."""
     import termios
     import tty
 

@@ -35,7 +35,8 @@
   let busy = 0;
   for (const svg of all("svg[data-chart]")) {
     const chart = JSON.parse(svg.dataset.chart), figure = svg.parentNode;
-    const rule = svg.querySelector(".rule"), box = document.createElement("div");
+    const rule = document.createElementNS("http://www.w3.org/2000/svg", "path"), box = document.createElement("div");
+    rule.setAttribute("class", "rule"); rule.style.visibility = "hidden"; svg.append(rule);
     box.className = "values"; box.hidden = true; box.setAttribute("role", "status"); figure.append(box);
     const xs = [...new Set(chart.curves.flatMap(curve => curve.x || chart.x))].sort((a, b) => a - b);
     let at = -1;
@@ -61,7 +62,9 @@
         const row = document.createElement("div"), name = document.createElement("span"), value = document.createElement("em");
         name.textContent = curve.name; value.textContent = number(y, chart.percent);
         const swatch = document.querySelector(`.legend [data-run="${curve.run}"] svg`);
-        row.append(...(swatch ? [swatch.cloneNode(true)] : []), name, value);
+        const mark = swatch ? swatch.cloneNode(true) : document.createElement("i");
+        if (!swatch) { mark.className = "dot"; mark.style.background = curve.color; }
+        row.append(mark, name, value);
         return row;
       }));
       rule.setAttribute("d", `M${place(x).toFixed(1)} ${chart.top}V${chart.bottom}`);
