@@ -82,7 +82,7 @@ class Replay:
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:
-                self._programs[key] = jax.jit(functools.partial(self.local_digests))
+                self._programs[key] = jax.jit(functools.partial(self.local_digests))  # traced for each mesh
             return np.asarray(self._programs[key](state, batch))
 
 
