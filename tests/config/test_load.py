@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import (
-    SMALLEST_FREE_BYTES,
     diff,
     format_diff,
     from_json,
@@ -36,7 +35,7 @@ from opendeep_jax.config.schema import (
     SourceConfig,
     TrainConfig,
 )
-from opendeep_jax.record.workdir import check_workdir
+from opendeep_jax.record.workdir import SMALLEST_FREE_BYTES, check_workdir
 
 DiskUsage = collections.namedtuple("DiskUsage", "total used free")
 
