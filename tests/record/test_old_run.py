@@ -16,8 +16,7 @@ from opendeep_jax.checkpoint.tools import list_checkpoints
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.generation.engine import Engine
-from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.generation.requests import EngineConfig
+from opendeep_jax.generation.requests import EngineConfig, SamplingParams
 from opendeep_jax.jobs.watch.run import Run
 from opendeep_jax.pretrained.sources import open_model
 from opendeep_jax.record.files import METRICS, SUMMARY, last_record, read_object
