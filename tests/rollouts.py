@@ -53,7 +53,9 @@ class Rollouts(Feed):
         kept = self.workdir / "rollouts" / f"{step}.{jax.process_index()}.npy"
         if not kept.exists():  # after a kill: the same batch again
             samples = self.sample_with(state).sample(
-                self.prompts(step), SamplingParams(max_tokens=NEW, seed=1000 * step), GROUP
+                self.prompts(step),
+                SamplingParams(max_tokens=NEW, seed=1000 * step + int(self.rows_here(ROWS)[0])),
+                GROUP,
             )
             kept.parent.mkdir(exist_ok=True)
             with open(kept.with_suffix(".part"), "wb") as file:

@@ -9,7 +9,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from opendeep_jax.generation.params import SamplingParams
 
 from opendeep_jax.checkpoint.files import FORMAT as CHECKPOINT_FORMAT
 from opendeep_jax.checkpoint.files import make_record, read_record

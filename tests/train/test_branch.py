@@ -84,7 +84,7 @@ def start(*arguments: str) -> tuple:
 
 def train(*arguments: str) -> Path:
     config, launch = start(*arguments)
-    loop.train(config, launch.workdir, launch.recipe)
+    loop.train(config, launch.workdir, recipe=launch.recipe)
     return Path(launch.workdir)
 
 
