@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_origin
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.limits import field_types
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import RunConfig
 
@@ -197,7 +198,7 @@ def _annotation(config: RunConfig, field: str) -> Any:
         return None
     if not dataclasses.is_dataclass(parent):
         return None
-    types = {entry.name: entry.type for entry in dataclasses.fields(parent)}
+    types = field_types(parent)
     return None if dataclasses.is_dataclass(types.get(last)) else types.get(last)
 
 
