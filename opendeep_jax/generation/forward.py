@@ -90,7 +90,7 @@ def forward(
     context = context_of(layout, at)
 
     def program(number: int):
-        """Return a run's layer as a function of x, its weights, its cache and its number in the run. Not inside a jit of
+        """Return a run's layer as a function of x, its weights, its cache and its number in the run: not in a jit of
         its own: that changes how a bfloat16 model rounds."""
         run = layout.runs[number]
 
