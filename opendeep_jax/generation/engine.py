@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation import sampling, scoring
+from opendeep_jax.generation import scoring
 from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token, make_cache, platform_of
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.programs import programs_of
@@ -28,20 +28,21 @@ from opendeep_jax.generation.requests import (
     Request,
     Samples,
     SamplingParams,
-    TokenLogprob,
     bucket,
+    check_request,
     check_settings,
     chunk_size,
     columns,
     cut_out,
     longest,
 )
-from opendeep_jax.generation.sampling import Sampled, Wanted, adjustments, kept_tokens
+from opendeep_jax.generation.sampling import Sampled, adjustments, kept_tokens, settings_of, token_logprobs
 from opendeep_jax.generation.weights import check_names, convert, one_device_mesh
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, split
 from opendeep_jax.parallel.axes import row_shards
 
+DEFAULT = SamplingParams()
 LEAST_PAGES = 2
 """Pages of the narrowest table: few widths are few programs to compile."""
 
@@ -120,7 +121,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether requests wait or run."""
         return bool(self.waiting or self._aborted) or any(self.running)
 
     @property
@@ -136,12 +137,7 @@ class Engine:
         running = sum(request is not None for request in self.running)
         return EngineStats(running, len(self.waiting), free, total, **self._counts)
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams = SamplingParams(),  # noqa: B008
-        samples: int = 1,
-    ) -> Request:
+    def submit(self, prompt: Sequence[int], params: SamplingParams = DEFAULT, samples: int = 1) -> Request:
         """Queue a prompt, and return its request.
 
         Args:
@@ -151,24 +147,9 @@ class Engine:
             ConfigError: for a prompt that is empty, too long, or has tokens that the model lacks.
         """
         prompt = [int(token) for token in prompt]
-        if not prompt:
-            raise ConfigError("The prompt is empty: it needs at least one token, such as the one that begins a text.")
-        if len(prompt) >= self.max_length:
-            raise ConfigError(
-                f"The prompt has {len(prompt)} tokens, and prompt and output together may have {self.max_length}. "
-                "Shorten it, or start with a greater max_length."
-            )
-        odd = [token for token in prompt if not 0 <= token < self.model.vocab_size]
-        if odd:
-            raise ConfigError(f"The prompt holds the token {odd[0]}; the model's are 0 to {self.model.vocab_size - 1}.")
-        if params.adjusts and self.config.speculate:
-            raise ConfigError(
-                "Penalties, logit_bias and min_tokens change what follows each single token, and this engine guesses "
-                "several ahead. Leave them out, or start it with speculate = 0."
-            )
+        check_request(prompt, params, self.max_length, self.model.vocab_size, self.config)
         request = Request(prompt, params)
-        needed = self._pages_of(request)
-        if needed > self.pools[0].count:
+        if (needed := self._pages_of(request)) > self.pools[0].count:
             raise ConfigError(
                 f"The prompt's {len(prompt)} tokens and max_tokens = {params.max_tokens} take {needed} pages, and the "
                 f"cache has {self.pools[0].count}. Lower max_tokens, or start with greater cache_tokens."
@@ -238,15 +219,6 @@ class Engine:
         """Return log-probabilities of the texts' tokens from some place on: see `scoring.score`."""
         return scoring.score(self, texts, first, top)
 
-    def scored(
-        self, requests: list[Request | None], tokens, starts, counts, targets, top: bool = False
-    ) -> tuple[np.ndarray, ...]:
-        """Return `forward.score` of some tokens of requests that hold pages, one or None of each group of devices."""
-        rows = self._rows(requests, tokens, starts, counts)
-        with jax.set_mesh(self.mesh):
-            out, self.cache = self.programs.score[top](self.weights, self.cache, rows, targets)
-        return jax.device_get(out)
-
     def _pages_of(self, request: Request) -> int:
         return -(-self._limit(request) // self.page_size)
 
@@ -291,7 +263,7 @@ class Engine:
             starts = [request.prefilled if request else 0 for request in chosen]
             chunks = [chunk_size(self._left(request), most) if request else 0 for request in chosen]
             tokens, following = cut_out([request.prompt if request else () for request in chosen], starts, chunks)
-            rows = self._rows(chosen, tokens, starts, chunks)
+            rows = self.rows(chosen, tokens, starts, chunks)
             # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
             first = not any(starts)
             if self.config.speculate:
@@ -358,7 +330,7 @@ class Engine:
     def _decode(self, ready: list[Request | None], progress: list[Progress]) -> None:
         """Decode one token of each request whose prompt is in the cache, given in their slots."""
         tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
-        rows = self._rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
+        rows = self.rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
         (logits, experts), self.cache = self.programs.next_logits[False](self.weights, self.cache, rows)
         self._keep_experts(ready, experts, [1] * self.slots)
         self._accept_all(ready, logits, progress)
@@ -373,8 +345,8 @@ class Engine:
                 last = (request.tokens or request.prompt)[-1]
                 new = [last, *request.drafts][: limits[row] - starts[row]]
                 tokens[row, : len(new)], counts[row] = new, len(new)
-        rows = self._rows(ready, tokens, starts, counts, ahead=self.config.speculate)
-        settings, index, wanted = self._settings(ready)
+        rows = self.rows(ready, tokens, starts, counts, ahead=self.config.speculate)
+        settings, index, wanted = settings_of(ready, self.config.kept_tokens)
         out, self.cache = self.programs.verify(self.weights, self.cache, rows, limits, settings, index)
         told = jax.device_get(self.programs.describe(wanted, out.tokens, out.logits, settings)) if any(wanted) else None
         sampled, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
@@ -390,27 +362,12 @@ class Engine:
 
     def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
         """Sample after the rows of some requests, None for those that idle."""
-        settings, index, wanted = self._settings(requests)
+        settings, index, wanted = settings_of(requests, self.config.kept_tokens)
         out = jax.device_get(self.programs.sample(wanted, logits, settings, index, adjustments(requests)))
         for row, request in enumerate(requests):
             if request:
                 own = Sampled(*(None if array is None else array[row : row + 1] for array in out))
                 progress.append(self._accept(request, own))
-
-    def _settings(self, requests: list[Request | None]) -> tuple[sampling.RowSampling, np.ndarray, Wanted]:
-        """The rows' sampling settings, their places in their outputs, and what any of them wants to be told."""
-        settings, index = sampling.idle(len(requests)), np.zeros(len(requests), np.int32)
-        top = drawn = False
-        for row, request in enumerate(requests):
-            if request:
-                params = request.params
-                own = params.temperature, params.top_k, params.top_p, params.min_p, params.seed
-                for array, value in zip(settings, own, strict=True):
-                    array[row] = value
-                # What is drawn from comes with the model's own, but not with the most likely tokens.
-                index[row], drawn = len(request.tokens), drawn or params.drawn_logprobs
-                top = top or params.logprobs >= params.drawn_logprobs
-        return settings, index, Wanted(top, drawn, self.config.kept_tokens)
 
     def _keep_experts(self, requests: list[Request | None], experts: jax.Array | None, counts: Sequence[int]) -> None:
         """Give requests the routers' choices for their new tokens, where the engine asks for them."""
@@ -420,8 +377,8 @@ class Engine:
                 if request:
                     request.experts.append(experts[row, : counts[row]].copy())
 
-    def _rows(self, requests, tokens, starts, counts, ahead: int = 0) -> Rows:
-        """The step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
+    def rows(self, requests, tokens, starts, counts, ahead: int = 0) -> Rows:
+        """Return a step's rows, with page tables as wide as the longest needs, and for `ahead` more positions."""
         present = [count if request else 0 for request, count in zip(requests, counts, strict=True)]
         furthest = int(max(start + count for start, count in zip(starts, present, strict=True))) + ahead
         pages = np.zeros((len(requests), self.pages_seen(furthest)), np.int32)
@@ -449,12 +406,8 @@ class Engine:
             if request.length + count >= self._limit(request):
                 finish = "length"
                 break
-        new, logprobs = sampled.tokens[:count].tolist(), []
-        if params.logprobs >= 0:
-            logprobs = [
-                TokenLogprob(token, float(sampled.logprobs[place]), self._top(sampled, place, params.logprobs))
-                for place, token in enumerate(new)
-            ]
+        new = sampled.tokens[:count].tolist()
+        logprobs = token_logprobs(sampled, count, params.logprobs)
         if params.drawn_logprobs:
             request.drawn_logprobs += sampled.drawn[:count].tolist()
         if self.config.kept_tokens:
@@ -465,15 +418,6 @@ class Engine:
         if finish:
             self._end(request, finish)
         return Progress(request, new, logprobs, finish)
-
-    @staticmethod
-    def _top(sampled: Sampled, place: int, count: int) -> tuple[tuple[int, float], ...]:
-        """The most likely tokens at a place and their log-probabilities."""
-        if not count:
-            return ()
-        return tuple(
-            zip(*(each[place, :count].tolist() for each in (sampled.top_tokens, sampled.top_logprobs)), strict=True)
-        )
 
     def _limit(self, request: Request) -> int:
         """Tokens that a request may have, its prompt's included."""

@@ -86,12 +86,12 @@ def forward(
     Returns:
         the outputs, and the cache with the new tokens in it.
     """
-    at, outside, programs = places(rows, first), layout.outside(weights), {}
+    at, outside = places(rows, first), layout.outside(weights)
     context = context_of(layout, at)
 
     def program(number: int):
-        """Return a run's layer as a function of x, its weights, its cache and its number in the run. Inside a jit of
-        its own: layers of a kind are traced once."""
+        """Return a run's layer as a function of x, its weights, its cache and its number in the run: not in a jit of
+        its own: that changes how a bfloat16 model rounds."""
         run = layout.runs[number]
 
         def layer(x, arrays, held, index):
@@ -102,7 +102,7 @@ def forward(
             x, held = through_layer(block, x, context, held, here, slots, run.sliding)
             return x, held, chosen
 
-        return programs.setdefault((run.stack, run.sliding, len(run.layers)), jax.jit(layer))
+        return layer
 
     # Embedded as rows of one token: a device's columns or rows of the table are told to others as in training.
     x = outside.embedding(own_tokens(rows.tokens.reshape(1, -1)))

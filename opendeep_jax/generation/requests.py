@@ -337,3 +337,30 @@ def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping
     tensor = sizes["tensor"]
     if config.slots // shards % tensor:
         raise ConfigError(f"slots = {config.slots}: each of {shards} groups' must divide over tensor = {tensor}.")
+
+
+def check_request(
+    prompt: Sequence[int], params: SamplingParams, max_length: int, vocab_size: int, config: EngineConfig
+) -> None:
+    """Raise ConfigError for a prompt that is empty, too long, or has tokens that the model lacks, and for parameters
+    that the engine's settings rule out.
+
+    Args:
+        max_length: tokens of prompt and output together.
+        vocab_size: the model's.
+    """
+    if not prompt:
+        raise ConfigError("The prompt is empty: it needs at least one token, such as the one that begins a text.")
+    if len(prompt) >= max_length:
+        raise ConfigError(
+            f"The prompt has {len(prompt)} tokens, and prompt and output together may have {max_length}. "
+            "Shorten it, or start with a greater max_length."
+        )
+    unknown = [token for token in prompt if not 0 <= token < vocab_size]
+    if unknown:
+        raise ConfigError(f"The prompt holds the token {unknown[0]}; the model's are 0 to {vocab_size - 1}.")
+    if params.adjusts and config.speculate:
+        raise ConfigError(
+            "Penalties, logit_bias and min_tokens change what follows each single token, and this engine guesses "
+            "several ahead. Leave them out, or start it with speculate = 0."
+        )

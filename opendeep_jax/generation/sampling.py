@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
-from opendeep_jax.generation.requests import MOST_LOGPROBS, Request
+from opendeep_jax.generation.requests import MOST_LOGPROBS, Request, TokenLogprob
 
 FEW_CHANGES = 1024
 
@@ -67,6 +67,26 @@ class Sampled(NamedTuple):
     drawn: Float[Array, "*B"] | None = None
     kept: UInt8[Array, "*B V/8"] | None = None
     """A bit for each token, the lowest first."""
+
+
+def settings_of(requests: Sequence[Request | None], kept: bool) -> tuple[RowSampling, Int[np.ndarray, "B"], Wanted]:
+    """Return the rows' settings, their places in their outputs, and what any of them wants to be told, in numpy.
+
+    Args:
+        kept: whether the tokens that were drawn among are wanted.
+    """
+    settings, index = idle(len(requests)), np.zeros(len(requests), np.int32)
+    top = drawn = False
+    for row, request in enumerate(requests):
+        if request:
+            params = request.params
+            own = params.temperature, params.top_k, params.top_p, params.min_p, params.seed
+            for array, value in zip(settings, own, strict=True):
+                array[row] = value
+            # What is drawn from comes with the model's own, but not with the most likely tokens.
+            index[row], drawn = len(request.tokens), drawn or params.drawn_logprobs
+            top = top or params.logprobs >= params.drawn_logprobs
+    return settings, index, Wanted(top, drawn, kept)
 
 
 def sample(
@@ -132,6 +152,17 @@ def kept_tokens(bits: UInt8[np.ndarray, "V/8"], vocab_size: int) -> Int[np.ndarr
     """Return the ids of a row's kept tokens; None for all."""
     found = np.flatnonzero(np.unpackbits(bits, bitorder="little")).astype(np.int32)
     return None if len(found) >= vocab_size else found
+
+
+def token_logprobs(sampled: Sampled, count: int, top: int) -> list[TokenLogprob]:
+    """Return the log-probabilities of a row's first `count` tokens with so many alternatives; none where top is -1."""
+    if top < 0:
+        return []
+    best = [()] * count
+    if top:
+        both = sampled.top_tokens[:count, :top].tolist(), sampled.top_logprobs[:count, :top].tolist()
+        best = [tuple(zip(*pair, strict=True)) for pair in zip(*both, strict=True)]
+    return list(map(TokenLogprob, sampled.tokens[:count].tolist(), sampled.logprobs[:count].tolist(), best))
 
 
 def limited(logits: Float[Array, "... V"], vocab_size: int) -> Float[Array, "... V"]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
+
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.requests import Request, SamplingParams, cut_out
 
@@ -67,7 +69,10 @@ def _together(engine: "Engine", texts, first, top) -> list[Scored]:
             counts = [max(min(len(text) - start, most), 0) for text in texts]
             starts = [start if count else 0 for count in counts]
             tokens, targets = cut_out(texts, starts, counts)
-            logprobs, greedy, *best = engine.scored(requests, tokens, starts, counts, targets, top > 0)
+            rows = engine.rows(requests, tokens, starts, counts)
+            with jax.set_mesh(engine.mesh):
+                out, engine.cache = engine.programs.score[top > 0](engine.weights, engine.cache, rows, targets)
+            logprobs, greedy, *best = jax.device_get(out)
             for row, scored in enumerate(found):
                 # The model's output at place i is of the token at i + 1.
                 wanted = slice(max(first[row] - 1 - start, 0), min(counts[row], len(texts[row]) - 1 - start))

@@ -2,7 +2,7 @@
 
 Training stacks the layers of a kind and scans them, which keeps compiling cheap. A slice of a stack is copied at each
 of a generator's steps, though, and reading weights is most of what such a step does. So only runs of small layers are
-scanned (`SCANNED_BYTES`); the others' programs are traced once for each kind of layer.
+scanned (`SCANNED_BYTES`).
 """
 
 import functools

@@ -66,7 +66,7 @@ def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", defa
     if together > 1:
         import jax
 
-        mesh = make_mesh(dataclasses.replace(choice.parallel, **sizes), jax.devices()[:together])
+        mesh = make_mesh(dataclasses.replace(choice.parallel, **sizes), jax.local_devices()[:together])
     model = open_weights(choice.source, choice.dtype, choice.step, mesh)
     if not config.max_length:
         config = dataclasses.replace(config, max_length=fitting_length(config, model.config, sizes, free_bytes()))
@@ -149,7 +149,7 @@ def mesh_sizes(parallel: ParallelConfig) -> dict[str, int]:
         raise ConfigError(f"{asked}: each must be at least 1; one may be -1, for the devices that the others leave.")
     import jax
 
-    fixed, count = math.prod(size for size in sizes.values() if size != -1), jax.device_count()
+    fixed, count = math.prod(size for size in sizes.values() if size != -1), jax.local_device_count()
     if count % fixed:
         found = f"the {count} devices that are found here" if count != 1 else "the one device that is found here"
         raise ConfigError(f"{asked}: {fixed} does not divide {found}. Choose sizes whose product does.")
