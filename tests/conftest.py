@@ -1,6 +1,7 @@
 """Tests run on a CPU that JAX divides into 8 devices; what XLA compiles is kept for the next time."""
 
 import gc
+import importlib.util
 import os
 import signal
 
@@ -15,7 +16,13 @@ from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes in annotations are checked while tests trace.
+SHAPE_CHECKED = ["opendeep_jax.ops", "opendeep_jax.models", "opendeep_jax.train.losses", "kernels_pallas"]
+if importlib.util.find_spec("beartype"):  # tests/test_repository.py fails without it
+    jaxtyping.install_import_hook(SHAPE_CHECKED, "shape_checks.checked")
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("tests", deadline=None)

@@ -1,4 +1,4 @@
-"""docs/architecture.md names nothing that does not exist: files, functions in them, tests and settings."""
+"""docs/architecture.md and docs/extending.md name nothing that does not exist: files, functions, tests, settings."""
 
 import ast
 import dataclasses
@@ -13,7 +13,10 @@ from opendeep_jax.config.schema import RunConfig
 PACKAGE = Path(opendeep_jax.__file__).parent
 ROOT = PACKAGE.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGE, flags=re.DOTALL | re.MULTILINE))))
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+QUOTED = sorted(
+    set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", PAGE + EXTENDING, flags=re.DOTALL | re.MULTILINE)))
+)
 GROUPS = [field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type)]
 
 PLACES = [text for text in QUOTED if re.fullmatch(r"[\w.]+(/[\w.]+)+(:[\w.]+)?", text)]

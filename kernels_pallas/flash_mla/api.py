@@ -22,11 +22,11 @@ IMPLEMENTATIONS = {
 
 
 def flash_mla(
-    query_nope: Float[Array, "B L H*N"],
-    query_rope: Float[Array, "B L H*R"],
-    key_nope: Float[Array, "B S H*N"],
+    query_nope: Float[Array, "B L HN"],
+    query_rope: Float[Array, "B L HR"],
+    key_nope: Float[Array, "B S HN"],
     key_rope: Float[Array, "B S R"],
-    value: Float[Array, "B S H*V"],
+    value: Float[Array, "B S HV"],
     query_segments: Int[Array, "B L"],
     key_segments: Int[Array, "B S"],
     query_order: Int[Array, "B L"] | None = None,
@@ -35,7 +35,7 @@ def flash_mla(
     num_heads: int,
     scale: float,
     implementation: str | None = None,
-) -> Float[Array, "B L H*V"]:
+) -> Float[Array, "B L HV"]:
     """Softmax attention of each query to the keys of its own segment whose order is at most its own.
 
     Softmax is in float32; differentiable in the first five. A query that sees no key gives zeros. The output and each

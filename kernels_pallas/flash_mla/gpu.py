@@ -81,11 +81,11 @@ class _Marks(NamedTuple):
 
 
 def flash_mla(
-    query_nope: Float[Array, "B L H*N"],
-    query_rope: Float[Array, "B L H*R"],
-    key_nope: Float[Array, "B S H*N"],
+    query_nope: Float[Array, "B L HN"],
+    query_rope: Float[Array, "B L HR"],
+    key_nope: Float[Array, "B S HN"],
     key_rope: Float[Array, "B S R"],
-    value: Float[Array, "B S H*V"],
+    value: Float[Array, "B S HV"],
     query_segments: Int[Array, "B L"],
     key_segments: Int[Array, "B S"],
     query_order: Int[Array, "B L"] | None,
@@ -94,7 +94,7 @@ def flash_mla(
     num_heads: int,
     scale: float,
     interpret: bool = False,
-) -> Float[Array, "B L H*V"]:
+) -> Float[Array, "B L HV"]:
     """See `api.flash_mla`. A query that sees nothing gets zeros.
 
     Raises:

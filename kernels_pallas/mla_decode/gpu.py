@@ -73,7 +73,7 @@ def _halves(size, least):
 def mla_decode(
     query_latent: Float[Array, "B H C"],
     query_rope: Float[Array, "B H R"],
-    cache: Float[Array, "P page C+R"],
+    cache: Float[Array, "P page CR"],
     page_table: Int[Array, "B pages"],
     lengths: Int[Array, "B"],
     scale: float,

@@ -93,6 +93,7 @@ def load_recipe(name_or_path: str) -> RunConfig:
     path, size = _recipe_file(name_or_path)
     try:
         spec = importlib.util.spec_from_file_location(f"opendeep_recipe_{path.stem}", path)
+        assert spec is not None and spec.loader is not None  # every .py file has both
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sizes = getattr(module, "SIZES", {})

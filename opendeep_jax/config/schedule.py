@@ -1,7 +1,11 @@
 """Batch size, row length and tokens as functions of the step. Plain integers, exact at 14.8 trillion tokens."""
 
 import math
+import sys
 from typing import NamedTuple
+
+ENDLESS = sys.maxsize
+"""Steps of the last stage."""
 
 
 class Stage(NamedTuple):
@@ -10,8 +14,8 @@ class Stage(NamedTuple):
     phase: int
     """Index into data.phases; 0 where there are none."""
     first_step: int
-    steps: float
-    """Its length; infinite for the last."""
+    steps: int
+    """Its length; ENDLESS for the last."""
     batch_size: int
     """Rows in a global batch."""
     length: int
@@ -27,17 +31,17 @@ def stages(config) -> list[Stage]:
     spans = [(phase.tokens, phase.batch_size, phase.sequence_length) for phase in data.phases] or [(0, 0, 0)]
     found: list[Stage] = []
 
-    def add(phase: int, tokens: float, batch_size: int, length: int) -> None:
-        steps = max(math.ceil(tokens / (batch_size * length)), 0) if tokens != math.inf else math.inf
+    def add(phase: int, tokens: int | None, batch_size: int, length: int) -> None:
+        steps = ENDLESS if tokens is None else max(math.ceil(tokens / (batch_size * length)), 0)
         found.append(Stage(phase, found[-1].first_step + found[-1].steps if found else 0, steps, batch_size, length))
 
     for index, (tokens, batch_size, length) in enumerate(spans):
         length = length or data.sequence_length
-        left = math.inf if index == len(spans) - 1 else tokens
+        left = tokens
         for ramp in train.batch_ramp if index == 0 else ():
             add(index, ramp.tokens, ramp.batch_size, length)
             left -= found[-1].steps * ramp.batch_size * length
-        add(index, left, batch_size or train.batch_size, length)
+        add(index, left if index < len(spans) - 1 else None, batch_size or train.batch_size, length)
     return found
 
 

@@ -1,6 +1,6 @@
 """Names that other programs have for our settings, commands and targets, so that a wrong one is answered with ours."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 SETTINGS = {
     "out": "output_dir out_dir outdir save_dir output output_file o",
@@ -111,7 +111,7 @@ TARGETS = {
 """A target of `opendeep launch`, and the names that it goes by elsewhere."""
 
 
-def ours(word: str, table: dict[str, str], known: Sequence[str] | None = None) -> str:
+def ours(word: str, table: dict[str, str], known: Collection[str] | None = None) -> str:
     """Return our name for what is `word` elsewhere, or empty; of those in `known`, if that is given.
 
     Hyphens, capitals and leading dashes make no difference. Of a dotted name that is in no list, its last part counts.

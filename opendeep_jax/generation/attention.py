@@ -142,7 +142,7 @@ def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> F
 
 def latent_core(
     attention: MultiHeadLatentAttention, cache: LayerCache, places: Places, nope, rope, latent, key_rope
-) -> tuple[Float[Array, "1 n H*V"], LayerCache]:
+) -> tuple[Float[Array, "1 n HV"], LayerCache]:
     """Of a latent-attention layer: the heads' values for the new tokens' queries, and its cache with their latents.
 
     A few tokens are attended to with absorbed projections (DeepSeek-V2 report, section 2.1.2): queries go through the

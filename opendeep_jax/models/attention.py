@@ -86,7 +86,7 @@ class MultiHeadLatentAttention(nnx.Module):
         out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
         return psum_scatter(out, "tensor", 1)
 
-    def over_row(self, context: Context, nope, rope, latent, key_rope) -> Float[Array, "B L H*V"]:
+    def over_row(self, context: Context, nope, rope, latent, key_rope) -> Float[Array, "B L HV"]:
         """The core of training: the heads' values for the two parts of their queries, which see their segments.
 
         Args:
@@ -95,7 +95,7 @@ class MultiHeadLatentAttention(nnx.Module):
         key_rope, latent = all_gather(key_rope, KEYS, 1), all_gather(latent, KEYS, 1)
         return self.flash(nope, rope, latent, key_rope, context.queries, context.keys)
 
-    def flash(self, nope, rope, latent, key_rope, queries: Marks, keys: Marks) -> Float[Array, "B L H*V"]:
+    def flash(self, nope, rope, latent, key_rope, queries: Marks, keys: Marks) -> Float[Array, "B L HV"]:
         """Attention to the keys and values that latents [B, S, C] and rotated keys [B, S, R] stand for."""
         key, value = self.keys_values(latent)
         return flash_mla(
@@ -113,7 +113,7 @@ class MultiHeadLatentAttention(nnx.Module):
             implementation=self.implementation,
         )
 
-    def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L H*N"], Array]:
+    def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L HN"], Array]:
         """The two parts of this device's heads' queries, heads side by side, the second rotated."""
         if self.config.q_lora_rank:
             latent = self.q_norm(checkpoint_name(project(x, self.q_down[...], precision=self.precision), "q_latent"))
@@ -156,7 +156,7 @@ class MultiHeadLatentAttention(nnx.Module):
             second = halves_first(second)
         return first.reshape(up.shape[0], -1), second.reshape(up.shape[0], -1)
 
-    def turn(self, x: Float[Array, "B L H*R"], positions) -> Float[Array, "B L H*R"]:
+    def turn(self, x: Float[Array, "B L HR"], positions) -> Float[Array, "B L HR"]:
         """Rotates heads that lie side by side."""
         heads = x.reshape(*x.shape[:2], -1, self.config.qk_rope_head_dim)
         return rotate(heads, positions.cosine, positions.sine, interleaved=False).reshape(x.shape)

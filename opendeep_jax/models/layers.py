@@ -28,8 +28,8 @@ class Positions(NamedTuple):
     """0 is padding."""
     order: Int[Array, "B L"] | None
     """Index in the row; None where the tokens are the whole row in its order."""
-    cosine: Float[Array, "B L 1 R/2"]
-    sine: Float[Array, "B L 1 R/2"]
+    cosine: Float[Array, "B L 1 r"]
+    sine: Float[Array, "B L 1 r"]
     sliding: tuple[Array, Array] | None = None
     """Cosine and sine of the sliding layers, where those rotate by angles of their own."""
 

@@ -1,6 +1,6 @@
 """Rotary position embedding and its stretches: YaRN (Peng et al. 2023, arXiv:2309.00071), Llama 3.1's, linear.
 
-B batch, L length, H heads, R rotated size of a head.
+B batch, L length, H heads, R rotated size of a head, r = R / 2.
 """
 
 import math
@@ -46,9 +46,7 @@ def frequencies(rope, size: int) -> np.ndarray:
     return plain * (1 - interpolated) + plain / rope.yarn_factor * interpolated
 
 
-def rotations(
-    rope, positions: Int[Array, "B L"], size: int
-) -> tuple[Float[Array, "B L 1 R/2"], Float[Array, "B L 1 R/2"]]:
+def rotations(rope, positions: Int[Array, "B L"], size: int) -> tuple[Float[Array, "B L 1 r"], Float[Array, "B L 1 r"]]:
     """Cosine and sine of each position's angles, float32, to be shared by all layers and heads."""
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(rope, size), jnp.float32)
     scale = yarn_mscale(rope.yarn_factor, rope.yarn_mscale) / yarn_mscale(rope.yarn_factor, rope.yarn_mscale_all_dim)
@@ -61,7 +59,7 @@ def halves_first(x: Float[Array, "... R"]) -> Float[Array, "... R"]:
 
 
 def rotate(
-    x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 R/2"], sine: Float[Array, "B L 1 R/2"], interleaved: bool
+    x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 r"], sine: Float[Array, "B L 1 r"], interleaved: bool
 ) -> Float[Array, "B L H R"]:
     """Rotates pairs of x by their angles: neighbours (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …
 

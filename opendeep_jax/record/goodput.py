@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.record.metrics import read_jsonl
 
 GOODPUT = "goodput.jsonl"

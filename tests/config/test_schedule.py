@@ -8,6 +8,7 @@ from small_models import DENSE, run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import (
+    ENDLESS,
     batch_size_at,
     borders,
     length_at,
@@ -89,7 +90,7 @@ def test_after_the_ramp_the_batch_is_the_recipes(ramp, length, final):
 def test_phases_have_their_own_length_and_batch_and_the_ramp_lies_in_the_first():
     phases = [DataPhase(tokens=700), DataPhase(tokens=400, sequence_length=40, batch_size=2), DataPhase()]
     config = config_of([RampStage(2, 100)], list(enumerate(phases)))
-    assert [stage[:3] for stage in stages(config)] == [(0, 0, 8), (0, 8, 17), (1, 25, 5), (2, 30, math.inf)]
+    assert [stage[:3] for stage in stages(config)] == [(0, 0, 8), (0, 8, 17), (1, 25, 5), (2, 30, ENDLESS)]
     assert [stage[3:] for stage in stages(config)] == [(2, 7), (5, 7), (2, 40), (5, 7)]
 
 
