@@ -143,8 +143,10 @@ def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
     rate = learning_rate(config)
 
     def update(directions, clock, params):
+        falling = -rate(clock.count)
+
         def added(name: str, direction: jax.Array, param: jax.Array) -> jax.Array:
-            step = -rate(clock.count) * direction
+            step = falling * direction
             if param.dtype == step.dtype:
                 return step
             exact = param.astype(step.dtype)
