@@ -1,4 +1,4 @@
-"""The checker of annotated shapes and dtypes in tests: `tests/conftest.py` has it check functions as they are traced."""
+"""The checker of annotated shapes and dtypes in tests: `tests/conftest.py` has it check functions that are traced."""
 
 from typing import Any, get_args
 

@@ -105,7 +105,7 @@ def test_the_summary_aligns_its_columns():
         (human_bytes, 2**20 - 1, "1.00 MiB"), (human_time, 8.7, "8.7 s"), (human_time, 59.99, "1 min 00 s"),
         (human_time, 200, "3 min 20 s"), (human_time, 7500, "2 h 05 min"), (human_time, 4_676_400, "54 d 3 h"),
         (human_time, float("inf"), "inf"), (human_time, 0.0123, "12.3 ms"), (human_time, 0, "0.0 s"),
-        (human_time, 7.4e-5, "74 µs"), (human_time, 0.9999, "1 s"),  (human_bytes, 8192, "8.00 KiB"), 
+        (human_time, 7.4e-5, "74 µs"), (human_time, 0.9999, "1 s"),  (human_bytes, 8192, "8.00 KiB"),
         (human_dollars, 5.576e6, "$5.58M"),
         (human_dollars, 0.42, "$0.42"),
     ],
