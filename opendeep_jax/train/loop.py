@@ -34,7 +34,6 @@ from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.goodput import Clock, read_goodput
-from opendeep_jax.record.report import write_report
 from opendeep_jax.train.branch import finish_branch, remove_unfinished, with_own_tokenizer
 from opendeep_jax.train.compiling import say_once
 from opendeep_jax.train.losses import Metrics
@@ -98,7 +97,11 @@ def say(text: str) -> None:
 
 
 def _report(workdir: Path) -> Path | None:
-    return write_report(workdir) if is_primary() else None
+    if not is_primary():
+        return None
+    from opendeep_jax.record.report import write_report  # at the end, as matplotlib takes long to load
+
+    return write_report(workdir)
 
 
 @dataclass(frozen=True)
