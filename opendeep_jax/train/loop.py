@@ -31,7 +31,6 @@ from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch
 from opendeep_jax.record.files import finished_summary
 from opendeep_jax.record.goodput import Clock, read_goodput
 from opendeep_jax.record.record import Record
-from opendeep_jax.record.report import write_report
 from opendeep_jax.record.workdir import check_workdir, only_writer
 from opendeep_jax.train.branch import finish_branch, remove_unfinished
 from opendeep_jax.train.compiling import say_once
@@ -110,7 +109,11 @@ def say(text: str) -> None:
 
 
 def _report(workdir: Path) -> Path | None:
-    return write_report(workdir) if is_primary() else None
+    if not is_primary():
+        return None
+    from opendeep_jax.record.report import write_report  # at the end, as matplotlib takes long to load
+
+    return write_report(workdir)
 
 
 @dataclass(frozen=True)

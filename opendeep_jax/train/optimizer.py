@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from optax.contrib import MuonDimensionNumbers
 
 from opendeep_jax.config.schedule import RatePiece, rate_pieces
 from opendeep_jax.config.schema import OptimizerConfig, RunConfig
+from opendeep_jax.train.muon import muon
 from opendeep_jax.train.rounding import round_stochastically
 
 Axes = dict[str, tuple[str | None, ...]]
@@ -90,16 +91,12 @@ def make_optimizer(config: RunConfig, axes: Axes) -> optax.GradientTransformatio
     if optimizer.kind == "adamw":
         return adamw
 
-    muon = scale_by_muon(
-        ns_steps=optimizer.muon_steps,
-        beta=optimizer.muon_momentum,
-        weight_dimension_numbers=_by_name(lambda name, update: _dimension_numbers(axes[name])),
-    )
+    rule = muon(optimizer.muon_steps, optimizer.muon_momentum, lambda name: _dimension_numbers(axes[name]))
     # An update's root mean square is 0.2, as AdamW's tends to be, so that both share one learning rate
     # (Liu et al. 2025, arXiv:2502.16982).
     to_rms = _by_name(lambda name, update: _scale_to_rms(update, _dimension_numbers(axes[name])))
     matrices = optax.chain(
-        _stored_as(muon, seed, mu=first),
+        _stored_as(rule, seed, mu=first),
         optax.stateless(lambda updates, params: to_rms(updates)),
         *decay_and_apply,
     )
@@ -123,8 +120,10 @@ def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
     rate = learning_rate(config)
 
     def update(directions, clock, params):
+        falling = -rate(clock.count)
+
         def added(name: str, direction: jax.Array, param: jax.Array) -> jax.Array:
-            step = -rate(clock.count) * direction
+            step = falling * direction
             if param.dtype == step.dtype:
                 return step
             exact = param.astype(step.dtype)
