@@ -23,7 +23,7 @@ def main() -> None:
 
     from opendeep_jax.generation.engine import Engine, EngineConfig
     from opendeep_jax.generation.params import SamplingParams
-    from opendeep_jax.serving.sources import open_model
+    from opendeep_jax.pretrained.sources import open_model
 
     model, codec, _ = open_model(options.model, options.dtype)
     order = random.Random(0)

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
+from opendeep_jax.checkpoint.files import quieten_orbax, to_items
 from opendeep_jax.cli.large_pages import restart_with_large_pages
 from opendeep_jax.config.schema import CheckpointConfig
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.checkpoint_files import quieten_orbax, to_items
-from opendeep_jax.train.health import new_health
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
 
 

@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 from kills import PATIENCE, POLL_SECONDS, ended, said, start, steps_done, tiny_run
 
+from opendeep_jax.checkpoint.files import steps_in
+from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.exits import MEND, OK, RESUME
-from opendeep_jax.train.checkpoint_files import steps_in
-from opendeep_jax.train.checkpoint_tools import checkpoint_path, differences
-from opendeep_jax.train.events import read_events
-from opendeep_jax.train.metrics import read_jsonl
+from opendeep_jax.record.events import read_events
+from opendeep_jax.record.metrics import read_jsonl
 
 STEPS = 60
 HANG_SECONDS, PEER_SECONDS = 20, 5

@@ -20,8 +20,8 @@ BAR = 0.005
 def curve(precision: str, directory: Path, steps: int, batch_size: int, dtype: str) -> list[float]:
     """The main model's loss at every step, in nats per token."""
     from opendeep_jax.config.overrides import resolve
+    from opendeep_jax.record.metrics import read_jsonl
     from opendeep_jax.train.loop import train
-    from opendeep_jax.train.metrics import read_jsonl
 
     overrides = {
         "model.dtype": dtype,

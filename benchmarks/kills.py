@@ -26,9 +26,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.exits import OK, RESUME
-from opendeep_jax.train.checkpoint_tools import checkpoint_path, differences
-from opendeep_jax.train.metrics import read_jsonl
+from opendeep_jax.record.metrics import read_jsonl
 
 EVERY = 20
 """Steps between checkpoints."""

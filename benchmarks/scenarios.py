@@ -37,21 +37,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
+from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
+from opendeep_jax.checkpoint.origin import write_origin
 from opendeep_jax.config import schema
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.data.passed_over import PASSED_OVER, read_passed_over
+from opendeep_jax.faults.health import FEWEST, LOSS_SPREAD, NORM_SPREAD, PATIENCE, RECENT, WINDOW, new_health
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel import mesh as meshes
+from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
 from opendeep_jax.train import loop
 from opendeep_jax.train import step as train_step
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
-from opendeep_jax.train.health import FEWEST, LOSS_SPREAD, NORM_SPREAD, PATIENCE, RECENT, WINDOW, new_health
-from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.origin import write_origin
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
 
 STEPS, BORDER, ROWS, LENGTH = 56, 30, 2, 16

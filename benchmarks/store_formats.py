@@ -96,7 +96,7 @@ def our_reader(directory: Path, tokens: np.ndarray, offsets: np.ndarray) -> Read
     from opendeep_jax.data.sources import Document, Part, SourceFile
     from opendeep_jax.data.storing import shards
     from opendeep_jax.data.storing.prepare import prepare_store
-    from opendeep_jax.data.tokenizer import byte_tokenizer
+    from opendeep_jax.text.tokenizer import byte_tokenizer
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [tokens[offsets[int(text)] + 1 : offsets[int(text) + 1] - 1] for text in texts]

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.data.text_codec import TextCodec, codec_from_hf, save_codec
-from opendeep_jax.data.text_stream import TextStream
+from opendeep_jax.text.codec import TextCodec, codec_from_hf, save_codec
+from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.stream import TextStream
 
 PARTS = (
     " ", "  ", "   ", " " * 4, " " * 8, " " * 17, " " * 33, "\t", "\n", "\n\n", "\r\n", "\n\n\n \n", "\u00a0",

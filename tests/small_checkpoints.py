@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.schema import CheckpointConfig
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.health import new_health
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
 
 

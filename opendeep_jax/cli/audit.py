@@ -17,7 +17,7 @@ from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from opendeep_jax.data.prepared import Prepared
-    from opendeep_jax.data.tokenizer import Tokenizer
+    from opendeep_jax.text.tokenizer import Tokenizer
 
 FORMAT = ("auto", "text, json, or auto: text on a terminal, JSON lines in a pipe.")
 SHOWN_CHARACTERS = 300
@@ -63,7 +63,7 @@ def where(argv: Sequence[str]) -> None:
         raise ConfigError(f"--row={flags.row}: rows are counted from 0.")
     tokenizer, prepared = _open(flags, config)
     from opendeep_jax.data import provenance
-    from opendeep_jax.data.passed_over import is_passed_over, read_passed_over
+    from opendeep_jax.record.skipped_batches import is_passed_over, read_passed_over
 
     if flags.workdir and is_passed_over(read_passed_over(flags.workdir), flags.step + 1):
         note = "the run went back before this step and passes over its batch: it does not train on these documents."

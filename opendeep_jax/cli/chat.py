@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from opendeep_jax.generation.requests import EngineConfig
+    from opendeep_jax.pretrained.engines import open_engine
+    from opendeep_jax.pretrained.sources import open_codec
     from opendeep_jax.serving.conversation import Conversation
-    from opendeep_jax.serving.engines import open_engine
-    from opendeep_jax.serving.sources import open_codec
 
     codec, name = open_codec(choice.source)
     params = sampling(values, codec, seed=secrets.randbits(32) if values.seed < 0 else values.seed)

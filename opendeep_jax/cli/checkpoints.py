@@ -50,10 +50,10 @@ def _parse(action: str, purpose: str, argv: Sequence[str], dry_run: bool = False
 
 def _list(argv: Sequence[str]) -> None:
     values = _parse("list", "Lists a run's checkpoints.", argv)
-    from opendeep_jax.train.checkpoint_tools import list_checkpoints
-    from opendeep_jax.train.lineage import lineage
-    from opendeep_jax.train.origin import read_origin
-    from opendeep_jax.train.progress import human_bytes
+    from opendeep_jax.checkpoint.origin import read_origin
+    from opendeep_jax.checkpoint.tools import list_checkpoints
+    from opendeep_jax.display.progress import human_bytes
+    from opendeep_jax.record.lineage import lineage
 
     rows = list_checkpoints(values.workdir)
     if not rows:
@@ -78,8 +78,8 @@ def _list(argv: Sequence[str]) -> None:
 def _verify(argv: Sequence[str]) -> None:
     step = (-1, "Step of the checkpoint; -1 verifies all.")
     values = _parse("verify", "Reads checkpoints again, and compares every array's digest.", argv, step=step)
-    from opendeep_jax.train import checkpoint_tools as tools
-    from opendeep_jax.train.checkpoint_files import Unsound, steps_in
+    from opendeep_jax.checkpoint import tools
+    from opendeep_jax.checkpoint.files import Unsound, steps_in
 
     newest = tools.checkpoint_path(values.workdir, _step(values.step))
     paths = [newest] if values.step >= 0 else [newest.parent / str(step) for step in steps_in(newest.parent)]
@@ -110,8 +110,8 @@ def _diff(argv: Sequence[str]) -> None:
         b=(-1, "Step of the second; -1 takes the newest."),
         other=("", "Work directory of the second, if it is another's."),
     )
-    from opendeep_jax.train import checkpoint_tools as tools
-    from opendeep_jax.train.checkpoint_files import Unsound
+    from opendeep_jax.checkpoint import tools
+    from opendeep_jax.checkpoint.files import Unsound
 
     first = tools.checkpoint_path(values.workdir, _step(values.a))
     second = tools.checkpoint_path(values.other or values.workdir, _step(values.b))
@@ -148,7 +148,7 @@ def _prune(argv: Sequence[str]) -> None:
         keep_every=(-1, "Multiples of so many steps are kept, 0 for none; -1 as the run says."),
         keep_best=(-1, "So many with the fewest held-out bits per byte are kept, 0 for none; -1 as the run says."),
     )
-    from opendeep_jax.train import checkpoint_tools as tools
+    from opendeep_jax.checkpoint import tools
     from opendeep_jax.train.run_directory import only_writer
 
     given = {name: number for name in ("keep", "keep_every", "keep_best") if (number := getattr(values, name)) != -1}
@@ -182,7 +182,7 @@ def _average(argv: Sequence[str]) -> None:
         raise ConfigError(f"--steps={values.steps}: must be steps with commas between, as in 800,900,1000.") from None
     if not values.out:
         raise ConfigError("--out is missing: give a new directory, such as --out=runs/averaged.")
-    from opendeep_jax.train.checkpoint_tools import array_bytes, average, checkpoint_path
+    from opendeep_jax.checkpoint.tools import array_bytes, average, checkpoint_path
 
     paths = [checkpoint_path(values.workdir, step) for step in steps]
     with _progress("average", sum(map(array_bytes, paths))) as seen:

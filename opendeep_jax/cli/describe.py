@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and no accelerator is to be taken from a run
     from opendeep_jax.plan.describe import describe, description_table
-    from opendeep_jax.train.run_files import read_data
+    from opendeep_jax.record.run_files import read_data
 
     begun = values.workdir if not values.config else ""  # a recipe's own text need not be that of a run
     described = describe(config, values.devices, read_data(begun) if begun else None)

@@ -30,7 +30,7 @@ class EarlyStop(KeyboardInterrupt):
 @contextlib.contextmanager
 def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
     """Inside, SIGTERM ends the process with status RESUME and Ctrl-C with INTERRUPTED, within a few seconds and with a
-    line that says so. `train/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
+    line that says so. `faults/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

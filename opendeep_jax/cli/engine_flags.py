@@ -14,11 +14,11 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import MESH_AXES
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.generation.params import SamplingParams
-from opendeep_jax.serving.engines import ENGINE_AXES, Choice
-from opendeep_jax.serving.sources import check_choice, sampling_defaults, source_kind
+from opendeep_jax.pretrained.engines import ENGINE_AXES, Choice
+from opendeep_jax.pretrained.sources import check_choice, sampling_defaults, source_kind
 
 if TYPE_CHECKING:
-    from opendeep_jax.data.text_codec import TextCodec
+    from opendeep_jax.text.codec import TextCodec
 
 SOURCE = {
     "model": ("", "A run's work directory, a Hugging Face directory, or a .gguf file."),

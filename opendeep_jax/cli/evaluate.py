@@ -9,8 +9,8 @@ from typing import Any
 from opendeep_jax.cli.engine_flags import read_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.serving.engines import ONE_DEVICE, Choice
-from opendeep_jax.serving.sources import source_kind
+from opendeep_jax.pretrained.engines import ONE_DEVICE, Choice
+from opendeep_jax.pretrained.sources import source_kind
 
 PURPOSE = """Measures a model: a run's, a Hugging Face directory, or a .gguf file.
 
@@ -135,8 +135,8 @@ def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
     """The engine and the codec of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
     from opendeep_jax.generation.requests import DEFAULT_LENGTH, EngineConfig
-    from opendeep_jax.serving.engines import open_engine
-    from opendeep_jax.serving.sources import open_codec
+    from opendeep_jax.pretrained.engines import open_engine
+    from opendeep_jax.pretrained.sources import open_codec
 
     codec, name = open_codec(choice.source)
     engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH)

@@ -12,7 +12,7 @@ from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import did_you_mean
 
 if TYPE_CHECKING:
-    from opendeep_jax.data.text_codec import TextCodec
+    from opendeep_jax.text.codec import TextCodec
 
 HELP = """\
 Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
@@ -54,7 +54,7 @@ def _hf(argv: Sequence[str]) -> None:
     model, codec = _open(values, values.dtype)
 
     from opendeep_jax.interop import save_hf
-    from opendeep_jax.serving.card_facts import provenance
+    from opendeep_jax.pretrained.card_facts import provenance
 
     with tempfile.TemporaryDirectory() as directory:
         source = values.workdir or values.model
@@ -67,9 +67,9 @@ def _hf(argv: Sequence[str]) -> None:
 
 def _texts(source: str, codec: "TextCodec", directory: Path) -> Path:
     """The directory of what shall surround the weights: the source's own, or `directory`, where it is written."""
-    from opendeep_jax.data.text_codec import begins_as_written, save_codec, tokenizer_json
     from opendeep_jax.interop.hf_text import carried
-    from opendeep_jax.serving.sources import source_kind
+    from opendeep_jax.pretrained.sources import source_kind
+    from opendeep_jax.text.codec import begins_as_written, save_codec, tokenizer_json
 
     kind = source_kind(source)
     if kind == "hf" and begins_as_written(codec):
@@ -106,10 +106,10 @@ def _gguf(argv: Sequence[str]) -> None:
     require_gguf()
     model, codec = _open(values, "float32")
 
-    from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
     from opendeep_jax.interop.gguf import save_gguf
     from opendeep_jax.interop.hf_text import GGUF_LICENSE
-    from opendeep_jax.serving.card_facts import provenance
+    from opendeep_jax.pretrained.card_facts import provenance
+    from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
 
     tokenizer = gguf_fields_from_codec(codec, model.config.vocab_size, values.pre)
     source = values.workdir or values.model
@@ -134,19 +134,19 @@ def _parse(argv, flags, kind: str, purpose: str):
 
 def _step(values) -> int:
     """The step that is exported; 0 where the source is no run."""
-    from opendeep_jax.serving.sources import source_kind
+    from opendeep_jax.pretrained.sources import source_kind
 
     source = values.workdir or values.model
     if values.step >= 0 or source_kind(source) != "run":
         return max(values.step, 0)
-    from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
+    from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
 
     return max(steps_in(Path(source, DIRECTORY)), default=0)
 
 
 def _open(values, dtype: str):
     """The model in a dtype, and its codec."""
-    from opendeep_jax.serving.sources import open_model
+    from opendeep_jax.pretrained.sources import open_model
 
     model, codec, _ = open_model(values.workdir or values.model, dtype, None if values.step < 0 else values.step)
     return model, codec

@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")
 
+    from opendeep_jax.pretrained.sources import open_codec
     from opendeep_jax.serving.continuation import continued, read_prompts
-    from opendeep_jax.serving.sources import open_codec
 
     codec, _ = open_codec(choice.source)
     params = sampling(values, codec, max_tokens=values.max_tokens)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     each = [dataclasses.replace(params, seed=(params.seed + i % values.n) % 2**32) for i in range(len(texts))]
 
     from opendeep_jax.generation.requests import EngineConfig
-    from opendeep_jax.serving.engines import open_engine
+    from opendeep_jax.pretrained.engines import open_engine
 
     slots = min(values.slots, len(texts))
     config = EngineConfig(slots=slots, max_length=values.max_length, speculate=values.speculate)

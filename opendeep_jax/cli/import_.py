@@ -49,21 +49,21 @@ def main(argv: Sequence[str]) -> None:
 
     from opendeep_jax.config.overrides import apply
     from opendeep_jax.interop.hf_text import licenses, licenses_of_gguf
-    from opendeep_jax.train.imported_from import facts_of_gguf, facts_of_hf, write_imported_from
+    from opendeep_jax.pretrained.imported_from import facts_of_gguf, facts_of_hf, write_imported_from
     from opendeep_jax.train.imported_run import check_importable, import_run
 
     check_importable(flags.out)
     if kind == "gguf":
-        from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields
         from opendeep_jax.interop.gguf import config_of, load_gguf, read_gguf
+        from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields
 
         file = read_gguf(source)
         facts = facts_of_gguf(source, file.fields)
         model_config, codec = config_of(file), codec_from_gguf_fields(file.fields)
         beside = licenses_of_gguf(file.fields)
     else:
-        from opendeep_jax.data.text_codec import codec_from_hf
         from opendeep_jax.interop import config_from_hf, load_hf
+        from opendeep_jax.text.codec import codec_from_hf
 
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)

@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{error}. See opendeep launch --help.") from error
     check_misspelt(values, rest)
 
-    from opendeep_jax.jobs.launch import Job, check_engine, check_target, render, submit
+    from opendeep_jax.jobs.launch.render import Job, check_engine, check_target, render, submit
 
     check_target(values.target)
     if not 0 <= values.restarts <= MOST_RESTARTS:
@@ -167,8 +167,8 @@ def _local(
 ) -> int:
     """`--target=local`: the processes here, or with --dry_run the script that would start them."""
     from opendeep_jax.cli.train import check_start
-    from opendeep_jax.jobs.launch import fill, job_name, template_directory
-    from opendeep_jax.jobs.launch_local import run_local
+    from opendeep_jax.jobs.launch.local import run_local
+    from opendeep_jax.jobs.launch.render import fill, job_name, template_directory
 
     if values.topology or settings:
         name = "topology" if values.topology else settings[0][0]

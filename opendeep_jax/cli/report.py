@@ -11,6 +11,6 @@ def main(argv: Sequence[str]) -> None:
     values = parse(run_flags(), argv, "opendeep report", "Writes a run's report again from its metrics.")
     load_run_config(values.workdir)
 
-    from opendeep_jax.train.report import write_report
+    from opendeep_jax.record.report import write_report
 
     print(write_report(values.workdir))

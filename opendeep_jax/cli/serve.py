@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'opendeep-jax[serve]'")
 
-    from opendeep_jax.serving.engines import open_engine
+    from opendeep_jax.pretrained.engines import open_engine
+    from opendeep_jax.pretrained.sources import open_codec, sampling_defaults
     from opendeep_jax.serving.run import listen, run
     from opendeep_jax.serving.server import ServerConfig, make_app
     from opendeep_jax.serving.service import EngineService, no_warm_up
-    from opendeep_jax.serving.sources import open_codec, sampling_defaults
 
     listening = listen(values.host, values.port)  # a port that is taken is said before the model is read
     codec, name = open_codec(choice.source)

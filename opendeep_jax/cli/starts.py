@@ -16,7 +16,7 @@ from opendeep_jax.config.exits import Resume, Stopped, ToldToStop
 from opendeep_jax.config.files import write_atomically
 
 DIRECTORY = "starts"
-CHECKPOINTS = "checkpoints"  # as train/checkpoint_files.py, which loads JAX
+CHECKPOINTS = "checkpoints"  # as checkpoint/files.py, which loads JAX
 MOST_CRASHES = 2
 """Python errors in a row, without progress, that end a job."""
 MOST_LOSSES = 5

@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     values, rest = _parse(rest)
 
     from opendeep_jax.config.overrides import refuse_empty, resolve  # tyro takes a while
-    from opendeep_jax.jobs.sweep import report, run_sweep
-    from opendeep_jax.jobs.sweep_plan import one_checkpoint, plan_sweep, read_sweep
+    from opendeep_jax.jobs.sweep.plan import one_checkpoint, plan_sweep, read_sweep
+    from opendeep_jax.jobs.sweep.run import report, run_sweep
 
     if values.collect:
         if not values.workdir:

@@ -15,7 +15,7 @@ from opendeep_jax.config.load import check_workdir
 from opendeep_jax.config.overrides import Launch, resolve
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.parallel.cluster import Cluster, find_cluster
-from opendeep_jax.train.trackers import check_trackers
+from opendeep_jax.record.trackers import check_trackers
 
 
 def main(argv: Sequence[str]) -> None:

@@ -33,6 +33,6 @@ def main(argv: Sequence[str]) -> None:
             "path, such as --html=watch.html."
         )
 
-    from opendeep_jax.jobs.watch import watch
+    from opendeep_jax.jobs.watch.watch import watch
 
     watch(values.workdir, values.every, values.once, values.html)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from opendeep_jax.config import model_rules, rules
+from opendeep_jax.config.limits import field_types, limits_of
 from opendeep_jax.config.sentences import problem
 
 _deferred = contextvars.ContextVar("deferred", default=False)
@@ -37,13 +38,18 @@ def deferred() -> Iterator[None]:
 def check_model(model: Any) -> None:
     """Raises ConfigError for a `ModelConfig` with wrong types, or sizes that contradict each other."""
     if not _deferred.get():
-        _raise_any(list(type_problems("model", model)) or list(model_rules.model_problems(model)))
+        _raise_any(
+            list(type_problems("model", model)) or [*limit_problems("model", model), *model_rules.model_problems(model)]
+        )
 
 
 def check_run(run: Any) -> None:
     """Raises ConfigError for a `RunConfig` with wrong types, or parts that contradict each other, the model's too."""
     if not _deferred.get():
-        _raise_any(list(type_problems("", run)) or [*model_rules.model_problems(run.model), *rules.run_problems(run)])
+        _raise_any(
+            list(type_problems("", run))
+            or [*limit_problems("", run), *model_rules.model_problems(run.model), *rules.run_problems(run)]
+        )
 
 
 def check_devices(run: Any, device_count: int) -> None:
@@ -68,9 +74,21 @@ def check_devices(run: Any, device_count: int) -> None:
 
 
 def type_problems(name: str, config: Any) -> Iterator[str]:
-    """Yields a sentence for every field under the dataclass `config` whose value is not of its annotated type."""
-    for field in dataclasses.fields(config):
-        yield from _value_problems(f"{name}.{field.name}".lstrip("."), field.type, getattr(config, field.name))
+    """Yield a sentence for every field under the dataclass `config` whose value is not of its annotated type."""
+    for field, annotation in field_types(config).items():
+        yield from _value_problems(f"{name}.{field}".lstrip("."), annotation, getattr(config, field))
+
+
+def limit_problems(name: str, config: Any) -> Iterator[str]:
+    """Yield a sentence for every field under the dataclass or tuple `config` whose value breaks its annotated limit."""
+    limits, values = {}, dict(enumerate(config)) if isinstance(config, tuple) else {}
+    if dataclasses.is_dataclass(config):
+        limits, values = limits_of(config), {field: getattr(config, field) for field in field_types(config)}
+    for field, value in values.items():
+        dotted = f"{name}.{field}".lstrip(".")
+        if field in limits and not limits[field].holds(value):
+            yield problem(dotted, value, limits[field].rule, "")
+        yield from limit_problems(dotted, value)
 
 
 def expected(annotation: Any) -> str:

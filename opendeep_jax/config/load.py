@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_run, deferred
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.config.limits import field_types
 from opendeep_jax.config.schema import RunConfig, to_dict
 
 CONFIG_FILE = "config.json"
@@ -186,7 +187,7 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         if not isinstance(value, dict):
             raise ConfigError(f"{origin}: {name or 'the top'} = {value!r} must be an object of named fields.")
-        fields = {field.name: field.type for field in dataclasses.fields(annotation)}
+        fields = field_types(annotation)
         for key in value:
             if key not in fields:
                 dotted = f"{name}.{key}".lstrip(".")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from opendeep_jax.config import checks
+from opendeep_jax.config.limits import Count, Natural, NonNegative, Positive, Stretch
 from opendeep_jax.config.model_rules import REMAT_NAMES
 
 DType = Literal["float32", "bfloat16"]
@@ -22,33 +23,33 @@ class RopeConfig:
     """Rotary position embedding (Su et al. 2021), with a stretch for long contexts: YaRN (Peng et al. 2023), Llama 3's,
     or linear interpolation (Chen et al. 2023)."""
 
-    theta: float = 10_000.0
+    theta: Positive = 10_000.0
     """Base of the geometric series of rotation frequencies."""
     interleaved: bool = True
     """Rotate neighbouring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
-    yarn_factor: float = 1.0
+    yarn_factor: Stretch = 1.0
     """How many times the context is stretched; 1 switches YaRN off."""
-    yarn_original_length: int = 4096
+    yarn_original_length: Count = 4096
     """Context length before stretching."""
-    yarn_beta_fast: float = 32.0
+    yarn_beta_fast: Positive = 32.0
     """Dimensions that turn more often than this within the original length keep their frequency."""
-    yarn_beta_slow: float = 1.0
+    yarn_beta_slow: Positive = 1.0
     """Dimensions that turn less often than this within the original length are fully interpolated."""
     yarn_mscale: float = 1.0
     """YaRN's attention temperature, numerator."""
-    yarn_mscale_all_dim: float = 1.0
+    yarn_mscale_all_dim: NonNegative = 1.0
     """YaRN's attention temperature, denominator; its square also scales the softmax."""
     yarn_truncate: bool = True
     """Round the bounds between kept and interpolated dimensions to whole ones; gpt-oss does not."""
-    llama3_factor: float = 1.0
+    llama3_factor: Stretch = 1.0
     """Llama 3.1's stretch: slow dimensions turn this many times slower; 1 switches it off."""
-    llama3_low_frequency: float = 1.0
+    llama3_low_frequency: Positive = 1.0
     """Dimensions that turn less often than this within the original length are slowed by the whole factor."""
     llama3_high_frequency: float = 4.0
     """Dimensions that turn more often than this keep their frequency."""
-    llama3_original_length: int = 8192
+    llama3_original_length: Count = 8192
     """Context length before Llama 3.1's stretch."""
-    linear_factor: float = 1.0
+    linear_factor: Stretch = 1.0
     """All dimensions turn this many times slower; 1 switches it off. Gemma 3: 8."""
 
     @property
@@ -63,7 +64,7 @@ class AttentionConfig:
 
     kind: Literal["mla", "gqa"] = "mla"
     """`mla` caches one small latent per token; `gqa` caches num_kv_heads keys and values."""
-    num_heads: int = 8
+    num_heads: Count = 8
     """Query heads H."""
     q_lora_rank: int = 0
     """MLA: rank of the query compression; 0 projects queries directly, as V2-Lite does."""
@@ -93,7 +94,7 @@ class AttentionConfig:
     """GQA: RMSNorm of queries and keys before rotation, over each head (Qwen 3, Gemma 3) or all together (OLMo 2)."""
     sinks: bool = False
     """GQA: a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)."""
-    query_scale: float = 0.0
+    query_scale: NonNegative = 0.0
     """Factor on the scores; 0 takes qk_head_dim ** -0.5."""
     logit_softcap: float = 0.0
     """GQA: bound of the scores, `c tanh(score / c)` (Gemma 2); 0 leaves them as they are."""
@@ -121,7 +122,7 @@ class AttentionConfig:
 class MoEConfig:
     """Mixture of experts (DeepSeekMoE; V3 section 2.1.2). `num_experts=0` makes every layer dense."""
 
-    num_experts: int = 0
+    num_experts: Natural = 0
     """Routed experts E in each MoE layer; 0 for a dense model."""
     experts_per_token: int = 2
     """Routed experts K chosen for each token."""
@@ -166,23 +167,23 @@ class MoEConfig:
 class MambaConfig:
     """Mamba-2 (Dao and Gu 2024), the `M` layers of a hybrid."""
 
-    num_heads: int = 8
+    num_heads: Count = 8
     """Heads, each with a state and a decay of its own."""
-    head_dim: int = 32
+    head_dim: Count = 32
     """Size of a head's input and output."""
-    state_size: int = 16
+    state_size: Count = 16
     """Numbers that a state keeps for each of head_dim."""
-    num_groups: int = 1
+    num_groups: Count = 1
     """Groups of heads that share what writes to and reads from their states."""
-    conv_kernel: int = 4
+    conv_kernel: Count = 4
     """Positions that the convolution before the states sees, its own included."""
     conv_bias: bool = True
     """The convolution has a bias."""
-    time_step_min: float = 0.0
+    time_step_min: NonNegative = 0.0
     """No time step is shorter."""
-    time_step_max: float = 0.0
+    time_step_max: NonNegative = 0.0
     """No time step is longer; 0 for no bound."""
-    chunk_size: int = 128
+    chunk_size: Count = 128
     """Positions that are computed at once, as attention would; the result does not depend on it."""
 
     @property
@@ -200,13 +201,13 @@ class MambaConfig:
 class MTPConfig:
     """Multi-token prediction (V3 section 2.2): modules after the main model, sharing its embedding and head."""
 
-    depth: int = 0
+    depth: Natural = 0
     """Number of modules; module k predicts the token k steps beyond the next one. V3: 1."""
-    loss_weight: float = 0.3
+    loss_weight: NonNegative = 0.3
     """Weight of the modules' mean loss (lambda in V3)."""
-    final_loss_weight: float = 0.1
+    final_loss_weight: NonNegative = 0.1
     """Weight once final_from_tokens tokens are trained."""
-    final_from_tokens: int = 0
+    final_from_tokens: Natural = 0
     """When the final weight takes over, in tokens; 0 never. V3: 10T."""
 
 
@@ -233,13 +234,13 @@ class ExecutionConfig:
     expert_exchange: Literal["auto", "ragged", "all_to_all", "gather"] = "auto"
     """How tokens reach experts on other devices: sent once to each (`ragged`), the same with worst-case slots
     (`all_to_all`, for platforms without ragged collectives), or all of them to all (`gather`, for few devices)."""
-    exchange_buffer: float = 1.25
+    exchange_buffer: Positive = 1.25
     """Rows of a device's expert buffer over the balanced number. More rows than that take further rounds; none is
     dropped."""
     dense_weights_over_experts: bool = False
     """Divide the weights outside the experts over the expert axis too, instead of a copy on each of its devices: less
     memory, but they then travel on the links that the tokens need."""
-    batch_parts: int = 1
+    batch_parts: Count = 1
     """Parts that each block takes a device's rows in: with 2, attention of one hides the other's exchange."""
     attention: str = ""
     """Implementation of attention; empty takes the platform's own."""
@@ -254,20 +255,20 @@ class ModelConfig:
     """A decoder: embedding, `num_dense_layers` dense blocks, then MoE blocks, final norm, head; or a hybrid, whose
     layers are what `layer_pattern` says."""
 
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Rows V of the embedding and columns of the head; at least the tokenizer's vocabulary."""
-    hidden_size: int = 256
+    hidden_size: Count = 256
     """Width D of the residual stream."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """All blocks, the leading dense ones included, MTP's not."""
-    num_dense_layers: int = 1
+    num_dense_layers: Natural = 1
     """Leading blocks with a dense SwiGLU; all of them when moe.num_experts is 0. Not of a hybrid."""
     layer_pattern: str = ""
     """A hybrid's layers in order, each one mixer with a norm before it: M is Mamba-2, * attention, - a feed-forward, E
     a mixture of experts (Nemotron-H); empty for the usual blocks of attention and feed-forward."""
     mlp_size: int = 1024
     """Hidden width of the dense SwiGLU."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Positive = 1e-6
     """Epsilon of the norms."""
     norm: Literal["rms", "rms_zero_centered", "layer_zero_centered"] = "rms"
     """RMSNorm; RMSNorm whose scale is 1 + weight (Gemma); LayerNorm of the same kind, with a bias (Nemotron)."""
@@ -275,22 +276,22 @@ class ModelConfig:
     """Norms before attention and feed-forward, after them (OLMo 2), or on both sides (Gemma 3)."""
     activation: Literal["silu", "gelu_tanh", "relu2", "clamped_swiglu"] = "silu"
     """Nonlinearity of the feed-forward; `clamped_swiglu` is gpt-oss's."""
-    swiglu_alpha: float = 1.702
+    swiglu_alpha: NonNegative = 1.702
     """clamped_swiglu: slope inside the sigmoid."""
-    swiglu_limit: float = 7.0
+    swiglu_limit: Positive = 7.0
     """clamped_swiglu: bound of gate and up."""
     gated_mlp: bool = True
     """Multiply the activated gate by a second projection; without, the feed-forward is `activation(x U) D`."""
     mlp_bias: bool = False
     """The projections of the dense feed-forward and of the shared experts have biases (an option of Llama's)."""
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
     """Factor on the embeddings, rounded to dtype. Gemma: hidden_size ** 0.5."""
-    logit_softcap: float = 0.0
+    logit_softcap: NonNegative = 0.0
     """Bound of the logits, `c tanh(logit / c)` (Gemma 2); 0 leaves them as they are."""
-    context_length: int = 0
+    context_length: Natural = 0
     """Longest row that the positions are made for; 0 takes the longest that the run trains on, and with YaRN
     yarn_original_length x yarn_factor if that is longer."""
-    init_std: float = 0.006
+    init_std: Positive = 0.006
     """Standard deviation of every weight at the start. V3: 0.006."""
     tie_embeddings: bool = False
     """Use the embedding as the head."""

@@ -32,11 +32,6 @@ OFFLOAD_NAMES = (*REMAT_NAMES, "block_input")
 
 def model_problems(model: Any) -> Iterator[str]:
     """Yields a sentence for each rule that a `ModelConfig` breaks."""
-    yield from at_least(1, "model", model, "vocab_size", "hidden_size", "num_layers")
-    yield from at_least(0, "model", model, "num_dense_layers")
-    yield from at_least(0, "model", model, "logit_softcap", "context_length")
-    yield from above_zero("model", model, "norm_epsilon", "init_std", "embedding_scale", "swiglu_limit")
-    yield from at_least(0, "model", model, "swiglu_alpha")
     if model.activation == "clamped_swiglu" and not model.gated_mlp:
         yield problem("model.gated_mlp", False, "clamped_swiglu multiplies a gate by a projection", "Set it to True")
     if model.num_dense_layers > model.num_layers and not model.layer_pattern:
@@ -58,15 +53,12 @@ def model_problems(model: Any) -> Iterator[str]:
         yield from at_least(1, "model", model, "mlp_size")
     if model.layer_pattern:
         yield from _hybrid_problems(model)
-    yield from _execution_problems(model.execution)
     yield from _attention_problems(model.attention)
     yield from _mamba_problems(model.mamba)
-    yield from at_least(0, "model.moe", model.moe, "num_experts")
     if model.moe.num_experts > 0:
         yield from _moe_problems(model.moe)
         if model.moe.expert_bias and not model.gated_mlp:
             yield problem("model.moe.expert_bias", True, "is for experts with a gate", "Set gated_mlp to True")
-    yield from at_least(0, "model.mtp", model.mtp, "depth", "loss_weight", "final_loss_weight", "final_from_tokens")
     for name in model.remat.names:
         if name not in REMAT_NAMES:
             yield problem("model.remat.names", name, "names no activation", f"Known names: {', '.join(REMAT_NAMES)}")
@@ -100,9 +92,6 @@ def _hybrid_problems(model: Any) -> Iterator[str]:
 
 def _mamba_problems(mamba: Any) -> Iterator[str]:
     where = "model.mamba"
-    sizes = ("num_heads", "head_dim", "state_size", "num_groups", "conv_kernel", "chunk_size")
-    yield from at_least(1, where, mamba, *sizes)
-    yield from at_least(0, where, mamba, "time_step_min", "time_step_max")
     if 0 < mamba.time_step_max <= mamba.time_step_min:
         rule = f"must be above time_step_min, which is {mamba.time_step_min}, or 0 for no bound"
         yield problem(f"{where}.time_step_max", mamba.time_step_max, rule, "")
@@ -129,15 +118,8 @@ def hybrid_mesh_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
         yield problem("parallel.expert", sizes["expert"], rule, "Set it to 1")
 
 
-def _execution_problems(execution: Any) -> Iterator[str]:
-    where = "model.execution"
-    yield from at_least(1, where, execution, "batch_parts")
-    yield from above_zero(where, execution, "exchange_buffer")
-
-
 def _attention_problems(attention: Any) -> Iterator[str]:
     where = "model.attention"
-    yield from at_least(1, where, attention, "num_heads")
     if attention.kind == "mla":
         yield from at_least(0, where, attention, "q_lora_rank")
         yield from at_least(1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -170,14 +152,10 @@ def _attention_problems(attention: Any) -> Iterator[str]:
                 f"Set num_kv_heads to a divisor of {attention.num_heads}, or num_heads to "
                 f"{math.ceil(attention.num_heads / attention.num_kv_heads) * attention.num_kv_heads}",
             )
-    yield from at_least(0, where, attention, "query_scale")
     size = getattr(attention, rotated)
     if size % 2 and attention.rotated:
         yield problem(f"{where}.{rotated}", size, "must be even, as RoPE rotates pairs", f"Use {size + 1}")
     rope = attention.rope
-    yield from above_zero(f"{where}.rope", rope, "theta", "yarn_beta_fast", "yarn_beta_slow", "llama3_low_frequency")
-    yield from at_least(1, f"{where}.rope", rope, "yarn_factor", "yarn_original_length")
-    yield from at_least(1, f"{where}.rope", rope, "llama3_factor", "llama3_original_length", "linear_factor")
     stretches = [name for name in ("yarn_factor", "llama3_factor", "linear_factor") if getattr(rope, name) > 1]
     if len(stretches) > 1:
         yield problem(
@@ -193,7 +171,6 @@ def _attention_problems(attention: Any) -> Iterator[str]:
             f"must exceed llama3_low_frequency, which is {rope.llama3_low_frequency}",
             "The usual values are 4 and 1",
         )
-    yield from at_least(0, f"{where}.rope", rope, "yarn_mscale_all_dim")
     if rope.yarn_mscale < 0 and not (
         rope.yarn_factor > 1 and 1 + 0.1 * rope.yarn_mscale * math.log(rope.yarn_factor) > 0
     ):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from opendeep_jax.config.limits import Count, Natural, NonNegative, Positive
+
 DRILL_KINDS = "nan_gradient loss_spike flipped_bit sigkill sigstop sigterm hang clock_jump".split()
 DRILLS = rf"({'|'.join(DRILL_KINDS)})@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
 """How a fire drill is written: kind@step, kind@first-last, and :process behind it."""
@@ -14,17 +16,17 @@ Tracker = Literal["wandb", "mlflow", "trackio"]
 class CheckpointConfig:
     """When and what to save. Saving is asynchronous and atomic."""
 
-    every: int = 500
+    every: Natural = 500
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
+    keep: Natural = 2
     """Newest checkpoints that are kept; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: Natural = 0
     """Checkpoints at multiples of so many steps are kept for ever; 0 for none."""
-    keep_best: int = 0
+    keep_best: Natural = 0
     """So many checkpoints with the fewest held-out bits per byte are kept besides."""
     local_directory: str = ""
     """A fast disk of each machine (or memory, such as /dev/shm) for more frequent checkpoints; empty for none."""
-    local_every: int = 0
+    local_every: Natural = 0
     """Steps between checkpoints in local_directory, of which the newest is kept; 0 for none."""
 
 
@@ -32,27 +34,27 @@ class CheckpointConfig:
 class FaultsConfig:
     """What is looked for while a run goes, and what is done about it. docs/faults.md describes each."""
 
-    rollback_after: int = 8
+    rollback_after: Natural = 8
     """So many skipped updates in a row (loss or gradient not finite) take the run back to a checkpoint from before
     them, and it passes over their batches from then on; 0 never."""
     spike_policy: SpikePolicy = "record"
     """What a spike of loss or gradient does besides being recorded: nothing, skip its update on the device, or go back
     and pass over its batch; ignore does not even record it."""
-    spike_zscore: float = 12.0
+    spike_zscore: Positive = 12.0
     """A loss or a gradient's norm is a spike so many robust standard deviations (1.4826 times the median absolute
     deviation) above the median of the last 128 finite ones, unless as high ones have come several times by now."""
-    max_rollbacks: int = 3
+    max_rollbacks: Count = 3
     """A run that had to go back to the same weights so often stops with a diagnosis."""
-    check_replicas_every: int = 0
+    check_replicas_every: Natural = 0
     """Steps between comparisons of all copies of weights and moments over devices; 0 compares before each save only."""
-    replay_every: int = 0
+    replay_every: Natural = 0
     """Steps between replays, which compute a step's gradients again on the same devices and on others; 0 for none."""
-    hang_seconds: float = 1800.0
+    hang_seconds: NonNegative = 1800.0
     """A process whose step, save or evaluation takes longer writes all its stacks and exits; 0 waits for ever.
     Compilation may take ten times as long."""
-    peer_seconds: float = 60.0
+    peer_seconds: NonNegative = 60.0
     """A process that was not heard of for so long is named by all others, which then exit; 0 waits for ever."""
-    join_seconds: float = 300.0
+    join_seconds: NonNegative = 300.0
     """Seconds that the processes of a job wait, at the start, until all are there; then they say who is missing, and
     end with status 75."""
     drill: tuple[str, ...] = ()
@@ -73,5 +75,5 @@ class TrackingConfig:
 class HardwareConfig:
     """What the report and the logs compare speed with."""
 
-    peak_tflops: float = 0.0
+    peak_tflops: NonNegative = 0.0
     """Peak TFLOP/s of one device for MFU; 0 uses the table of known chips, or a measured matmul on a CPU."""

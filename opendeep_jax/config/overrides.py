@@ -19,6 +19,7 @@ import tyro
 from absl import flags
 
 from opendeep_jax.config.checks import ConfigError, check_run, deferred, expected
+from opendeep_jax.config.limits import field_types
 from opendeep_jax.config.load import (
     CONFIG_FILE,
     did_you_mean,
@@ -226,8 +227,8 @@ def _parse_process_flags(argv: Sequence[str], program: str) -> tuple[flags.FlagV
 def _leaves(annotation: Any, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and types of everything that can be set; entries of a tuple of dataclasses by their index."""
     if dataclasses.is_dataclass(annotation):
-        for field in dataclasses.fields(annotation):
-            yield from _leaves(field.type, getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+        for field, kind in field_types(annotation).items():
+            yield from _leaves(kind, getattr(value, field), f"{name}.{field}".lstrip("."))
     elif _holds_dataclasses(annotation):
         for index, element in enumerate(value):
             yield from _leaves(get_args(annotation)[0], element, f"{name}.{index}")
@@ -299,12 +300,12 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
 
 
 def _tuples_of_dataclasses(annotation: Any, name: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(annotation):
-        dotted = f"{name}.{field.name}".lstrip(".")
-        if _holds_dataclasses(field.type):
+    for field, kind in field_types(annotation).items():
+        dotted = f"{name}.{field}".lstrip(".")
+        if _holds_dataclasses(kind):
             yield dotted
-        elif dataclasses.is_dataclass(field.type):
-            yield from _tuples_of_dataclasses(field.type, dotted)
+        elif dataclasses.is_dataclass(kind):
+            yield from _tuples_of_dataclasses(kind, dotted)
 
 
 def _parse(recipe: RunConfig, overrides: dict[str, list[str]]) -> RunConfig | None:

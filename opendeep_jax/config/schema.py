@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opendeep_jax.config import checks
+from opendeep_jax.config.limits import AxisSize, Count, Fraction, FractionBelowOne, Natural, NonNegative, Positive, Seed
 from opendeep_jax.config.model import (  # noqa: F401  # a recipe takes all from here
     AttentionConfig,
     DType,
@@ -36,7 +37,7 @@ class SourceConfig:
     """File, directory or glob of .parquet, .jsonl, .json, .csv, .tsv, .array_record, .txt, .md or .py files (those of
     text also .gz, .bz2, .xz, .zst), here or under gs://, s3://, hf:// and the like; `datasets:NAME?split=train` for a
     Hugging Face dataset; a directory that `opendeep data prepare` wrote; empty for the embedded source."""
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     """Share of training tokens drawn from this source, relative to the other weights."""
     license: str = ""
     """Licence of the documents, where they do not state their own; empty where it isn't known."""
@@ -58,13 +59,13 @@ class SourceConfig:
     bad_documents: Literal["refuse", "leave_out"] = "refuse"
     """A record that is malformed, or whose text is null, empty or not UTF-8, stops everything with its place, or is
     left out and counted."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """How often its text may be trained on. A run that would need more is refused."""
     separator: str = ""
     """What parts the documents in a text file: `\\n` makes each line one, `\\n\\n` each paragraph; empty: each file."""
     encoding: str = ""
     """Encoding of files of text, lines and tables, such as `latin-1`; empty is UTF-8."""
-    held_out_end: float = 0.0
+    held_out_end: FractionBelowOne = 0.0
     """Share of each document, at its end, that is held out as a document of its own: for sources of few documents."""
 
     @property
@@ -83,7 +84,7 @@ class CurationConfig:
     """Keep documents in these languages, such as `en`; empty keeps all."""
     language_model: str = ""
     """fastText's lid.176.bin (or another model with `__label__xx`) that tells languages."""
-    language_threshold: float = 0.65
+    language_threshold: Fraction = 0.65
     """Least certainty of the language."""
     exact_deduplication: bool = False
     """Keep the first of documents with equal text, over all sources."""
@@ -91,17 +92,17 @@ class CurationConfig:
     """Keep the first of each cluster of near-duplicates, over all sources (MinHash with locality-sensitive hashing)."""
     minhash_engine: Literal["rensa", "datatrove"] = "rensa"
     """Whose MinHash: rensa's, joined in one process at 40 bytes a document, or datatrove's four stages of files."""
-    minhash_ngram: int = 5
+    minhash_ngram: Count = 5
     """Words in a shingle."""
-    minhash_buckets: int = 14
+    minhash_buckets: Count = 14
     """Bands of the signature; two documents that agree in one are near-duplicates."""
-    minhash_hashes_per_bucket: int = 8
+    minhash_hashes_per_bucket: Count = 8
     """Hashes in a band. 14 bands of 8 find half of the pairs with Jaccard similarity 0.70, and 0.92 of those at 0.8."""
     mask_personal_data: bool = False
     """Replace e-mail addresses and public IP addresses."""
     evaluation_sets: tuple[str, ...] = ()
     """Files (.jsonl, .parquet or .txt) of evaluation items; documents that share an n-gram with one are removed."""
-    evaluation_ngram: int = 13
+    evaluation_ngram: Count = 13
     """Words in a run that a document must not share with an evaluation item."""
 
     @property
@@ -117,15 +118,15 @@ class DataPhase:
 
     name: str = "main"
     """Name in logs and provenance."""
-    tokens: int = 0
+    tokens: Natural = 0
     """Length in tokens, rounded up to whole steps; the last phase never ends."""
     weights: tuple[float, ...] = ()
     """Weight of each source of data.sources, 0 leaving it out; empty takes the sources' own."""
-    sequence_length: int = 0
+    sequence_length: Natural = 0
     """Tokens L in a row; 0 takes data.sequence_length."""
     packing: Literal["", "concatenate", "first_fit", "best_fit"] = ""
     """Empty takes data.packing."""
-    batch_size: int = 0
+    batch_size: Natural = 0
     """Rows in a global batch; 0 takes train.batch_size."""
 
 
@@ -145,15 +146,15 @@ class DataConfig:
     """Documents laid end to end and cut into rows, or put whole into rows, the longest into the fullest (best_fit)."""
     phases: tuple[DataPhase, ...] = ()
     """Stretches of training that differ in mixture, length or batch; empty is one that never ends."""
-    held_out_fraction: float = 0.05
+    held_out_fraction: FractionBelowOne = 0.05
     """Share of documents kept from training, chosen by a hash of their id."""
     segment_mask: bool = True
     """Keep attention inside a document. The V3 report does not; we do by default."""
-    fim_rate: float = 0.0
+    fim_rate: Fraction = 0.0
     """Share of training documents put into fill-in-the-middle order: prefix, suffix, middle. V3: 0.1."""
     curation: CurationConfig = CurationConfig()
     """What is done to documents before they are tokenized."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that curate and tokenize; 0 takes one for each core. Their number changes no output."""
 
     @property
@@ -169,9 +170,9 @@ class Phase:
 
     shape: Literal["linear", "constant", "cosine"] = "constant"
     """How the rate goes from where it was to `to`."""
-    to: float = 1.0
+    to: NonNegative = 1.0
     """Rate at the end, as a fraction of optimizer.learning_rate (a constant phase has it from its start)."""
-    tokens: int = 0
+    tokens: Natural = 0
     """Length of the phase in tokens; the last phase never ends."""
 
 
@@ -181,37 +182,37 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW for all weights, or Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate; Muon's updates are scaled to AdamW's size and share it."""
     schedule: Literal["constant", "cosine", "wsd", "phases"] = "cosine"
     """After warm-up: constant, cosine to final_fraction, warmup-stable-decay, or the phases below."""
-    warmup_steps: int = 100
+    warmup_steps: Natural = 100
     """Linear warm-up in equal stairs: the first step has 1 / warmup_steps of the peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: Fraction = 0.2
     """wsd: the last share of the run over which the rate falls linearly."""
-    final_fraction: float = 0.1
+    final_fraction: Fraction = 0.1
     """cosine and wsd: rate at the end, as a fraction of the peak."""
     phases: tuple[Phase, ...] = ()
     """phases: the stretches after warm-up."""
-    beta1: float = 0.9
+    beta1: FractionBelowOne = 0.9
     """Decay of Adam's first moment."""
-    beta2: float = 0.95
+    beta2: FractionBelowOne = 0.95
     """Decay of Adam's second moment."""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """Adam's denominator offset."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay on matrices; norms and biases are never decayed."""
     decay_embeddings: bool = True
     """Decay the embedding and the head too."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
     first_moment_dtype: DType = "float32"
     """Storage of Adam's (and Muon's) first moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
     second_moment_dtype: DType = "float32"
     """Storage of Adam's second moment; bfloat16 is rounded to stochastically. V3: bfloat16."""
-    muon_momentum: float = 0.95
+    muon_momentum: FractionBelowOne = 0.95
     """muon: momentum."""
-    muon_steps: int = 5
+    muon_steps: Count = 5
     """muon: Newton-Schulz iterations."""
 
 
@@ -219,19 +220,19 @@ class OptimizerConfig:
 class ParallelConfig:
     """Size of each mesh axis; -1 fills what the devices leave, on one axis at most."""
 
-    data: int = 1
+    data: AxisSize = 1
     """Replicas with a copy of the weights each (over slices or nodes)."""
-    stage: int = 1
+    stage: AxisSize = 1
     """Pipeline stages that the layers are divided over; micro-batches are those of train.accumulation_steps."""
-    stage_chunks: int = 1
+    stage_chunks: Count = 1
     """Stretches of layers that each stage has (interleaved 1F1B): more of them shorten the pipeline's idle time."""
-    fsdp: int = -1
+    fsdp: AxisSize = -1
     """Devices that share one copy of weights and optimizer state, each with its own rows of the batch."""
-    expert: int = 1
+    expert: AxisSize = 1
     """Devices that the experts are divided over, each with its own rows of the batch."""
-    context: int = 1
+    context: AxisSize = 1
     """Devices that a sequence is divided over."""
-    tensor: int = 1
+    tensor: AxisSize = 1
     """Devices that heads and widths are divided over, and a sequence between the blocks."""
     shard_optimizer_over_replicas: bool = False
     """Divide a weight's moments over the devices that hold copies of it (ZeRO-1): each updates its part, and the parts
@@ -242,11 +243,11 @@ class ParallelConfig:
 class RampStage:
     """One stage of the batch-size ramp."""
 
-    batch_size: int = 1
+    batch_size: Count = 1
     """Rows in a global batch during this stage."""
-    tokens: int = 0
+    tokens: Count = 0
     """Length of the stage in tokens, rounded up to whole steps."""
-    accumulation_steps: int = 0
+    accumulation_steps: Natural = 0
     """Micro-batches of its batches; 0 takes train.accumulation_steps."""
 
 
@@ -254,35 +255,35 @@ class RampStage:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1000
+    steps: Natural = 1000
     """Optimizer steps; 0 takes as many as total_tokens needs."""
-    total_tokens: int = 0
+    total_tokens: Natural = 0
     """Tokens to train on when steps is 0."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows in a global batch, after the ramp."""
     batch_ramp: tuple[RampStage, ...] = ()
     """Stages with smaller batches before batch_size is reached."""
-    accumulation_steps: int = 1
+    accumulation_steps: Count = 1
     """Micro-batches a batch is cut into; the result is that of the whole batch."""
-    rows_per_device: int = 0
+    rows_per_device: Natural = 0
     """Rows of a micro-batch on each device: as many micro-batches as that takes on the devices there are, so that a run
     goes on with the same batches on fewer or more of them. 0 leaves it to accumulation_steps."""
-    loss_chunk: int = 1024
+    loss_chunk: Count = 1024
     """Tokens on each device whose logits exist at one time; costs this times vocabulary times 4 bytes, twice."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: NonNegative = 0.0
     """Weight of the squared log-partition function (PaLM); 0 leaves it out."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    sample_every: int = 0
+    sample_every: Natural = 0
     """Steps between sample texts; 0 never."""
     sample_prompts: tuple[str, ...] = ("import ", "def main(", "class ")
     """Beginnings of the sample texts."""
-    sample_tokens: int = 48
+    sample_tokens: Count = 48
     """Length of a sample, in tokens."""
     compiler_options: tuple[str, ...] = ()
     """Options of XLA for the step, `name=value`, beside those that the chip gets anyway; names that begin with
     xla_tpu_, xla_gpu_ or xla_cpu_ count on that platform alone."""
-    working_memory_gb: float = 0.0
+    working_memory_gb: NonNegative = 0.0
     """GB of each TPU that a step may take beside the state and its gradients, for the compiler to start messages early;
     0 lets it take all there is."""
     compilation_cache: str = "runs/xla_cache"
@@ -293,13 +294,13 @@ class TrainConfig:
 class EvaluationConfig:
     """Held-out bits per byte during and after training."""
 
-    every: int = 0
+    every: Natural = 0
     """Steps between evaluations; 0 evaluates at the end only."""
-    batches: int = 4
+    batches: Count = 4
     """Batches of an evaluation during training."""
-    final_batches: int = 0
+    final_batches: Natural = 0
     """Batches of the last evaluation; 0 takes all held-out text."""
-    batch_size: int = 0
+    batch_size: Natural = 0
     """Rows in an evaluation batch; 0 takes the rows of a micro-batch."""
 
 
@@ -309,7 +310,7 @@ class RunConfig:
 
     name: str = "run"
     """Title in reports and logs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, shuffling and sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""

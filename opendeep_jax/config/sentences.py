@@ -21,11 +21,3 @@ def above_zero(name: str, config: Any, *fields: str) -> Iterator[str]:
     for field in fields:
         if not getattr(config, field) > 0:
             yield problem(f"{name}.{field}", getattr(config, field), "must be greater than 0", "")
-
-
-def fraction(name: str, config: Any, *fields: str, below_one: bool = False) -> Iterator[str]:
-    """Problems of the fields outside 0 to 1; with `below_one`, 1 is outside too."""
-    for field in fields:
-        value = getattr(config, field)
-        if not 0 <= value <= 1 or (below_one and value == 1):
-            yield problem(f"{name}.{field}", value, "must be from 0 to " + ("below 1" if below_one else "1"), "")

@@ -2,7 +2,7 @@
 
 from opendeep_jax.data.order import describe_phases
 from opendeep_jax.data.prepared import Prepared
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 COUNTS = ("documents", "bytes", "tokens")
 

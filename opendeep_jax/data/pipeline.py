@@ -18,7 +18,7 @@ from opendeep_jax.data.fim import NO_FIM
 from opendeep_jax.data.prepared import Prepared, prepare
 from opendeep_jax.data.provenance import open_recorded, recorded_mixture
 from opendeep_jax.data.rows import empty_batch, write_rows
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 Rows = Sequence[int] | np.ndarray
 # Batches that are prepared ahead.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.files import file_name, new_directory, writing
+from opendeep_jax.config.storage import file_name, new_directory, writing
 from opendeep_jax.data.fim import FimRule
 from opendeep_jax.data.packing import pack
 from opendeep_jax.data.sources import held_out

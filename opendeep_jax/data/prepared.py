@@ -15,7 +15,7 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RunConfig, SourceConfig
-from opendeep_jax.data.files import file_name
+from opendeep_jax.config.storage import file_name
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
@@ -33,7 +33,7 @@ from opendeep_jax.data.sources import (
 )
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store, read_manifest
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.data.tokenizer import Tokenizer, open_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer, open_tokenizer
 
 logger = logging.getLogger(__name__)
 

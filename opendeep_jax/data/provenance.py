@@ -21,8 +21,8 @@ from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepar
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
-from opendeep_jax.data.text_codec import TextCodec, codec_from_hf, codec_from_tokenizer
-from opendeep_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from opendeep_jax.text.codec import TextCodec, codec_from_hf, codec_from_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 # Pieces whose text `where` reads together.
 PIECES_AT_ONCE = 1024

@@ -14,13 +14,13 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
-from opendeep_jax.data.answer_stream import AnswerStream, AnswerText
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.evaluation.windows import windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.scoring import Scored, score
 from opendeep_jax.generation.text_pieces import text_pieces
+from opendeep_jax.text.answer_stream import AnswerStream, AnswerText
+from opendeep_jax.text.codec import TextCodec
 
 try:
     import lm_eval

@@ -10,11 +10,11 @@ import numpy as np
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.sources import list_files, list_parts, read_part
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.evaluation.intervals import bootstrap
 from opendeep_jax.evaluation.windows import Window, windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.scoring import score
+from opendeep_jax.text.codec import TextCodec
 
 ENOUGH_DOCUMENTS = 10
 """Documents are independent, windows of one document are not: with this many or more it is documents that are drawn."""

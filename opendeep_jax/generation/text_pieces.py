@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Stream(Protocol):
-    """One output's tokens turned into text, as `data/text_stream.py:TextStream` does."""
+    """One output's tokens turned into text, as `text/stream.py:TextStream` does."""
 
     @property
     def stopped(self) -> bool:

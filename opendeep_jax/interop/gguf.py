@@ -44,7 +44,7 @@ def load_gguf(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> 
     """The model of a GGUF file, of any type that the `gguf` package can multiply out (Q4_K, Q8_0, MXFP4, BF16, ...).
 
     Its layout is that of Hugging Face's files: heads that `llama` interleaves are put back in halves. MTP modules are
-    left out. The file's tokenizer is in its fields: data/gguf_tokenizer.py.
+    left out. The file's tokenizer is in its fields: text/gguf_tokenizer.py.
 
     Args:
         path: A file, or one of the parts that a model is split into; the others lie beside it.
@@ -151,7 +151,7 @@ def save_gguf(
         path: The file; its directory is made if need be.
         storage: Of the matrices: float32, bfloat16, or 8 bits with a scale for each 32. Rows that 32 does not divide
             are bfloat16 then.
-        tokenizer: Fields that data/gguf_tokenizer.py gives; without them llama.cpp does not start.
+        tokenizer: Fields that text/gguf_tokenizer.py gives; without them llama.cpp does not start.
         name: Of the model, for people.
 
     Raises:

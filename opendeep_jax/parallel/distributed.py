@@ -42,8 +42,8 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
     """
     if distributed.global_state.client is not None or (cluster is None and not _on_tpu_pod()):
         return
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: train/interrupt.py
-    # Who is missing is found, and said, by train/watchdog.py; JAX itself, which only aborts, comes long after it.
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: faults/interrupt.py
+    # Who is missing is found, and said, by faults/watchdog.py; JAX itself, which only aborts, comes long after it.
     patience = {"heartbeat_timeout_seconds": 3600, "initialization_timeout": max(int(timeout), 60)}
     where = cluster or _tpu_pod(timeout)
     if where.num_processes > 1:

@@ -10,11 +10,11 @@ from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.rules import MESH_AXES, axes
 from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
+from opendeep_jax.display.progress import human_bytes, human_count, startup_summary
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Arrays, skeleton
 from opendeep_jax.parallel.mesh import axis_sizes
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.progress import human_bytes, human_count, startup_summary
 from opendeep_jax.train.state import abstract_state, bytes_on_each_device
 from opendeep_jax.train.summary import memory_estimate, vocabulary
 

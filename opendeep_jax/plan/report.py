@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable
 
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.display.page import details, page, section, table, text, tiles
+from opendeep_jax.display.progress import human_count, human_time
 from opendeep_jax.plan.estimate import Plan
 from opendeep_jax.plan.search import Found
 from opendeep_jax.plan.table import dollars, duration, gigabytes
-from opendeep_jax.train.progress import human_count, human_time
-from opendeep_jax.train.report_page import details, page, section, table, text, tiles
 
 LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
 

@@ -2,8 +2,8 @@
 
 import math
 
+from opendeep_jax.display.progress import human_count, human_time, startup_summary
 from opendeep_jax.plan.estimate import Plan
-from opendeep_jax.train.progress import human_count, human_time, startup_summary
 
 
 def gigabytes(size: float) -> str:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opendeep_jax.data.answer_stream import AnswerStream
-from opendeep_jax.data.harmony import Call, Spoken
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.generation.params import TokenLogprob
+from opendeep_jax.text.answer_stream import AnswerStream
+from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.harmony import Call, Spoken
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Progress

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.text_codec import TextCodec
-from opendeep_jax.data.text_stream import TextStream
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.text_pieces import TextPiece, text_pieces
+from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.stream import TextStream
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.serving.answers import Answer, Piece
+from opendeep_jax.text.codec import TextCodec
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine

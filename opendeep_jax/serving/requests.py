@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from opendeep_jax.data.answer_stream import knows_tools
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.generation.params import SamplingParams, TokenLogprob
 from opendeep_jax.serving.answers import Answer, Piece, Places, chat_logprobs, completion_logprobs, joined_calls
 from opendeep_jax.serving.errors import ApiError
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from opendeep_jax.serving.service import Limits
+from opendeep_jax.text.answer_stream import knows_tools
+from opendeep_jax.text.codec import TextCodec
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.scoring import Scored

@@ -24,7 +24,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.serving import requests, responses
 from opendeep_jax.serving.answers import Piece
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
@@ -33,6 +32,7 @@ from opendeep_jax.serving.page import page_response
 from opendeep_jax.serving.requests import Asked
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
 from opendeep_jax.serving.service import EngineService, Job, Unavailable
+from opendeep_jax.text.codec import TextCodec
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,18 @@ from typing import Any
 
 import jax
 
+from opendeep_jax.checkpoint.files import (
+    DIRECTORY,
+    MODEL,
+    OPTIMIZER,
+    Unsound,
+    flat_digests,
+    make_record,
+    steps_in,
+)
+from opendeep_jax.checkpoint.local import layout
+from opendeep_jax.checkpoint.origin import read_origin, write_origin
+from opendeep_jax.checkpoint.writer import Writer
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import (
@@ -36,27 +48,15 @@ from opendeep_jax.config.load import (
 )
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
-from opendeep_jax.data.passed_over import PASSED_OVER, read_passed_over
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
 from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
 from opendeep_jax.train.branch_parent import Parent, check_tokenizer, open_parent, unsound_parent
 from opendeep_jax.train.branch_state import make_state, plan_move
-from opendeep_jax.train.checkpoint_files import (
-    DIRECTORY,
-    MODEL,
-    OPTIMIZER,
-    Unsound,
-    flat_digests,
-    make_record,
-    steps_in,
-)
-from opendeep_jax.train.checkpoint_local import layout
-from opendeep_jax.train.checkpoint_writer import Writer
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.origin import read_origin, write_origin
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import abstract_state
 

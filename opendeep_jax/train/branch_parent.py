@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from opendeep_jax.checkpoint.files import DIRECTORY, Unsound, read_record, steps_in
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, parent_of
 from opendeep_jax.config.schedule import tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.provenance import run_tokenizer
-from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer
-from opendeep_jax.train.checkpoint_files import DIRECTORY, Unsound, read_record, steps_in
+from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer
 
 
 class Parent(NamedTuple):

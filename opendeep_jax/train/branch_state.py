@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, Items, read_items, to_items
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.train.checkpoint_files import MODEL, OPTIMIZER, Items, read_items, to_items
-from opendeep_jax.train.health import new_health
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
 
 RULES = {"adamw": "AdamW", "muon": "Muon"}

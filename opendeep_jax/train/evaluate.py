@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from opendeep_jax.checkpoint.checkpoints import load_model
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.rules import LENGTH_AXES, ROW_AXES
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, HeldOut, open_data
-from opendeep_jax.data.tokenizer import Tokenizer
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import psum
 from opendeep_jax.parallel.mesh import make_mesh, put_batch, rows_here
-from opendeep_jax.train.checkpoint import load_model
+from opendeep_jax.text.tokenizer import Tokenizer
 from opendeep_jax.train.inputs import make_inputs
 from opendeep_jax.train.losses import summed_cross_entropy
 from opendeep_jax.train.programs import use_compilation_cache

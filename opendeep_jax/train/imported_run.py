@@ -6,19 +6,19 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
+from opendeep_jax.checkpoint.files import DIRECTORY, steps_in
+from opendeep_jax.checkpoint.origin import IMPORTED, write_origin
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import CONFIG_FILE, IMPORTED_RECIPE, save_run_config
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.data.text_codec import TextCodec, save_codec
-from opendeep_jax.data.tokenizer import load_tokenizer
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import split
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.checkpoint_files import DIRECTORY, steps_in
-from opendeep_jax.train.health import new_health
+from opendeep_jax.text.codec import TextCodec, save_codec
+from opendeep_jax.text.tokenizer import load_tokenizer
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.origin import IMPORTED, write_origin
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
 

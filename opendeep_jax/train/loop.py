@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoneSound, remove_partial_saves
 from opendeep_jax.config.load import check_workdir, record_context_length
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import RunConfig
@@ -20,29 +21,28 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
+from opendeep_jax.display.progress import Progress, human_time, startup_summary
+from opendeep_jax.faults import injection as drill
+from opendeep_jax.faults.interrupt import STEPS_AHEAD, StopRequests, stop_requests
+from opendeep_jax.faults.recovery import GoBack, Recovery
+from opendeep_jax.faults.replay import Replay, compare_copies
+from opendeep_jax.faults.watchdog import Watchdog
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
-from opendeep_jax.train import drill
+from opendeep_jax.record.events import record_event
+from opendeep_jax.record.goodput import Clock, read_goodput
+from opendeep_jax.record.report import write_report
 from opendeep_jax.train.branch import finish_branch, remove_unfinished, with_own_tokenizer
-from opendeep_jax.train.checkpoint import Checkpoints, NoneSound, remove_partial_saves
 from opendeep_jax.train.compiling import say_once
-from opendeep_jax.train.corruption import Replay, compare_copies
-from opendeep_jax.train.events import record_event
-from opendeep_jax.train.goodput import Clock, read_goodput
-from opendeep_jax.train.interrupt import STEPS_AHEAD, StopRequests, stop_requests
 from opendeep_jax.train.losses import Metrics
 from opendeep_jax.train.observer import Observer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
-from opendeep_jax.train.progress import Progress, human_time, startup_summary
-from opendeep_jax.train.recovery import GoBack, Recovery
-from opendeep_jax.train.report import write_report
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
 from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
 from opendeep_jax.train.step import make_train_step
 from opendeep_jax.train.summary import check_memory, data_rows, model_rows, peak_flops
-from opendeep_jax.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, workdir: str | Path, recipe: RunConfig | None = None, begun: float | None = None) -> dict:

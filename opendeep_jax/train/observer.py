@@ -20,15 +20,15 @@ from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Skeleton
 from opendeep_jax.parallel.distributed import is_primary
-from opendeep_jax.train.clocks import WallClock
+from opendeep_jax.record.clocks import WallClock
+from opendeep_jax.record.goodput import Clock, InputWatch, read_goodput
+from opendeep_jax.record.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
+from opendeep_jax.record.trackers import open_trackers
 from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
-from opendeep_jax.train.goodput import Clock, InputWatch, read_goodput
-from opendeep_jax.train.metrics import EVALUATION, SCALARS, MetricsWriter, read_jsonl
 from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import Metrics
 from opendeep_jax.train.summary import peak_memory_bytes
-from opendeep_jax.train.trackers import open_trackers
 
 
 class Observer:

@@ -13,7 +13,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from opendeep_jax.train.digests import mix
+from opendeep_jax.checkpoint.digests import mix
 
 
 def round_stochastically(x: jax.Array, dtype, seed: int, count: jax.Array, name: str) -> jax.Array:

@@ -12,10 +12,10 @@ from jaxtyping import Array, Int
 
 from opendeep_jax.config.schedule import borders
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.faults.health import Health, leave_out, new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import divided_further, partition_spec
-from opendeep_jax.train.health import Health, leave_out, new_health
 
 
 class TrainState(NamedTuple):

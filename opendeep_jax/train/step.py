@@ -16,13 +16,13 @@ from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schedule import borders, micro_batches, step_at_tokens
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
+from opendeep_jax.faults.health import judge
+from opendeep_jax.faults.injection import spoil_gradients
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size
 from opendeep_jax.parallel.shares import Shares, meet, nothing, numbers, over_devices
-from opendeep_jax.train.drill import spoil_gradients
-from opendeep_jax.train.health import judge
 from opendeep_jax.train.inputs import Inputs, TargetCounts, make_inputs, target_counts
 from opendeep_jax.train.losses import Metrics, total_loss
 from opendeep_jax.train.optimizer import at_step, learning_rate

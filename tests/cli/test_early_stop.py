@@ -49,7 +49,7 @@ def test_a_signal_while_a_run_starts_is_answered_at_once(way, number, status):
 
 
 def test_the_training_loop_takes_over_and_gives_back(monkeypatch):
-    from opendeep_jax.train.interrupt import stop_requests
+    from opendeep_jax.faults.interrupt import stop_requests
 
     ends = []
     monkeypatch.setattr(early_stop, "UNWIND_SECONDS", 0.0)

@@ -16,21 +16,21 @@ import yaml
 from small_models import DENSE, random_model, write_text
 
 import opendeep_jax
+from opendeep_jax.checkpoint.checkpoints import load_model
+from opendeep_jax.checkpoint.origin import write_origin
 from opendeep_jax.cli import export, import_, train
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import check_workdir, load_run_config, save_run_config
 from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RopeConfig, RunConfig
-from opendeep_jax.data.gguf_tokenizer import gguf_fields_from_codec
-from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer, save_codec
-from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
-from opendeep_jax.serving.sources import open_codec
-from opendeep_jax.train.checkpoint import load_model
-from opendeep_jax.train.origin import write_origin
+from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.text.codec import codec_from_hf, codec_from_tokenizer, save_codec
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -191,7 +191,7 @@ def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, c
 
     monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", import_run)
     monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
-    monkeypatch.setattr("opendeep_jax.data.text_codec.codec_from_hf", lambda _: None)
+    monkeypatch.setattr("opendeep_jax.text.codec.codec_from_hf", lambda _: None)
     monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
     Path("hub").mkdir()
     import_.main(["hf", "hub", "--out=my run", *shlex.split(line)])

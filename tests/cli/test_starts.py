@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
+from opendeep_jax.checkpoint import files as checkpoint_files
 from opendeep_jax.cli import main as command
 from opendeep_jax.cli.starts import CHECKPOINTS, MOST_LOSSES, counted, newest_step, told_to_stop
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import PeerEnded, Resume, Stopped, ToldToStop
-from opendeep_jax.train import checkpoint_files
 
 JOB = {"OPENDEEP_JOB": "slurm-17"}
 

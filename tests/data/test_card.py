@@ -19,10 +19,10 @@ from opendeep_jax.data.card.tables import (
 )
 from opendeep_jax.data.sources import list_files, list_parts
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.plan.describe import describe as describe_plan
 from opendeep_jax.plan.describe import description_table
-from opendeep_jax.serving.card_facts import _license
+from opendeep_jax.pretrained.card_facts import _license
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 EVIL = "<script>alert('&amp;')</script> ```` | *x* \x07"
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from opendeep_jax.data import cuts
-from opendeep_jax.data.cuts import begins_words_at_cuts, in_pieces, pieces
-from opendeep_jax.data.tokenizer import load_tokenizer, train_bpe
+from opendeep_jax.text import cuts
+from opendeep_jax.text.cuts import begins_words_at_cuts, in_pieces, pieces
+from opendeep_jax.text.tokenizer import load_tokenizer, train_bpe
 
 TEXTS = [
     "def main(argv):\n    return [x for x in argv]\n\n",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from opendeep_jax.data.harmony import HarmonyStream
-from opendeep_jax.data.text_stream import HARMONY, split_thinking
+from opendeep_jax.text.harmony import HarmonyStream
+from opendeep_jax.text.stream import HARMONY, split_thinking
 
 A = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>"

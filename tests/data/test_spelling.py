@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.spelling import Speech, say, spell
-from opendeep_jax.data.text_codec import TextCodec, codec_from_hf
-from opendeep_jax.data.text_stream import TextStream
-from opendeep_jax.data.tokenizer import load_tokenizer
+from opendeep_jax.text.codec import TextCodec, codec_from_hf
+from opendeep_jax.text.spelling import Speech, say, spell
+from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import load_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = "abcdefghijklmnopqrstuvwxyzH.,'!é数:()=1\n"
@@ -237,8 +237,8 @@ LEADING = [("<s>", 0), "$A:0"]
     ],
 )
 def test_a_text_begins_as_the_tokenizers_files_say_and_so_do_its_copies(processor, settings, begin, tmp_path):
-    from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
-    from opendeep_jax.data.text_codec import save_codec
+    from opendeep_jax.text.codec import save_codec
+    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
 
     library = byte_level()
     ids = {name: library.token_to_id(name) for name in ("<s>", "</s>")}
@@ -276,7 +276,7 @@ def test_ids_and_texts_are_the_same_on_the_way_to_a_gguf_and_back(there_and_back
 
 @pytest.fixture(scope="module")
 def there_and_back():
-    from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
 
     found = {}
     for name in ("byte-level", "gemma", "llama", "llama, metaspace"):

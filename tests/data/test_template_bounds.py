@@ -3,8 +3,8 @@
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data import chat_template
-from opendeep_jax.data.chat_template import render_chat
+from opendeep_jax.text import chat_template
+from opendeep_jax.text.chat_template import render_chat
 
 ASK = [{"role": "user", "content": "hi"}]
 GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"

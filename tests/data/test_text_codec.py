@@ -7,10 +7,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.gguf_names import PROBE, SPLITS
-from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.data.text_codec import TextCodec, codec_from_hf, codec_from_tokenizer, save_codec
-from opendeep_jax.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.codec import TextCodec, codec_from_hf, codec_from_tokenizer, save_codec
+from opendeep_jax.text.gguf_names import PROBE, SPLITS
+from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 
 TEXTS = [
     "",

@@ -6,9 +6,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from opendeep_jax.data.text_codec import codec_from_tokenizer
-from opendeep_jax.data.text_stream import HARMONY, THINK, TextStream, ThinkingStream, opens_thinking, split_thinking
-from opendeep_jax.data.tokenizer import byte_tokenizer
+from opendeep_jax.text.codec import codec_from_tokenizer
+from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, opens_thinking, split_thinking
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 CODEC = codec_from_tokenizer(byte_tokenizer())
 WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "🙂", "\n", " "]), max_size=12).map("".join)

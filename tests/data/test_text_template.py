@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.chat_template import render_chat
+from opendeep_jax.text.chat_template import render_chat
 
 MESSAGES = [{"role": "user", "content": "Hi & <bye>"}]
 

@@ -6,10 +6,10 @@ import pytest
 from test_spelling import byte_level, gemma
 from tokenizers import AddedToken
 
-from opendeep_jax.data.gguf_names import ENDS, SAME, SPLITS
-from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.data.text_codec import TextCodec, codec_from_hf, save_codec
-from opendeep_jax.data.text_stream import TextStream
+from opendeep_jax.text.codec import TextCodec, codec_from_hf, save_codec
+from opendeep_jax.text.gguf_names import ENDS, SAME, SPLITS
+from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.stream import TextStream
 
 KEY = "tokenizer.ggml."
 

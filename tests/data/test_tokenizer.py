@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
-from opendeep_jax.data import tokenizer as tokenizer_module
-from opendeep_jax.data.tokenizer import (
+from opendeep_jax.text import tokenizer as tokenizer_module
+from opendeep_jax.text.tokenizer import (
     SPECIAL_TOKENS,
     byte_tokenizer,
     load_tokenizer,

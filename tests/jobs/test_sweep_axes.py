@@ -7,8 +7,8 @@ from small_models import run_config
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, recipe_names
 from opendeep_jax.config.overrides import apply
-from opendeep_jax.jobs.sweep_axes import combinations, parse_axes, run_name
-from opendeep_jax.jobs.sweep_recipe import recipe_source
+from opendeep_jax.jobs.sweep.axes import combinations, parse_axes, run_name
+from opendeep_jax.jobs.sweep.recipe import recipe_source
 
 RATE, EXPERTS = "optimizer.learning_rate", "model.moe.experts_per_token"
 

@@ -14,9 +14,9 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import OK
 from opendeep_jax.config.load import save_run_config
-from opendeep_jax.jobs import sweep as sweep_module
-from opendeep_jax.jobs.sweep_local import train_command
-from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep, save
+from opendeep_jax.jobs.sweep import run as sweep_module
+from opendeep_jax.jobs.sweep.local import train_command
+from opendeep_jax.jobs.sweep.plan import check, plan_sweep, read_sweep, save
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 

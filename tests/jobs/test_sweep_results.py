@@ -15,10 +15,9 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RampStage
-from opendeep_jax.jobs.sweep import report
-from opendeep_jax.jobs.sweep_plan import check, plan_sweep, read_sweep, save
-from opendeep_jax.jobs.sweep_plots import axes_figure, compute_figure, curves_figure, write_pictures
-from opendeep_jax.jobs.sweep_results import (
+from opendeep_jax.jobs.sweep.plan import check, plan_sweep, read_sweep, save
+from opendeep_jax.jobs.sweep.plots import axes_figure, compute_figure, curves_figure, write_pictures
+from opendeep_jax.jobs.sweep.results import (
     latex_text,
     markdown_table,
     mean_text,
@@ -27,8 +26,9 @@ from opendeep_jax.jobs.sweep_results import (
     training_flops,
     verdict,
 )
+from opendeep_jax.jobs.sweep.run import report
 from opendeep_jax.models.accounting import flops_per_token
-from opendeep_jax.train.metrics import to_json_line
+from opendeep_jax.record.metrics import to_json_line
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 SETTINGS = {"optimizer.learning_rate": "1e-4,1e-3,1e-2", "model.moe.experts_per_token": "1,2"}

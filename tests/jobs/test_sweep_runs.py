@@ -20,13 +20,14 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, OK, RESUME, STOPPED
 from opendeep_jax.config.load import load_recipe
-from opendeep_jax.jobs import sweep as sweep_module
-from opendeep_jax.jobs import sweep_local, sweep_optuna
-from opendeep_jax.jobs.sweep import run_sweep
-from opendeep_jax.jobs.sweep_local import locked
-from opendeep_jax.jobs.sweep_plan import plan_sweep, read_sweep
-from opendeep_jax.jobs.sweep_progress import SweepProgress, last_record
-from opendeep_jax.jobs.sweep_results import read_result
+from opendeep_jax.jobs.sweep import local as sweep_local
+from opendeep_jax.jobs.sweep import run as sweep_module
+from opendeep_jax.jobs.sweep import search as sweep_optuna
+from opendeep_jax.jobs.sweep.local import locked
+from opendeep_jax.jobs.sweep.plan import plan_sweep, read_sweep
+from opendeep_jax.jobs.sweep.progress import SweepProgress, last_record
+from opendeep_jax.jobs.sweep.results import read_result
+from opendeep_jax.jobs.sweep.run import run_sweep
 
 ROOT = Path(opendeep_jax.__file__).parent.parent
 GRID = {"optimizer.learning_rate": "1e-4,1e-3", "model.moe.experts_per_token": "1,2"}
@@ -67,8 +68,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.overrides import apply
-from opendeep_jax.jobs.sweep import run_sweep
-from opendeep_jax.jobs.sweep_plan import plan_sweep
+from opendeep_jax.jobs.sweep.run import run_sweep
+from opendeep_jax.jobs.sweep.plan import plan_sweep
 directory, stand_in, log, seconds = sys.argv[2:]
 base = apply(load_recipe("quickstart"), ["--train.steps=10", "--optimizer.warmup_steps=1"])
 settings = {"optimizer.learning_rate": "1e-4,1e-3", "model.moe.experts_per_token": "1,2"}

@@ -10,11 +10,11 @@ import pytest
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, to_json
 from opendeep_jax.config.schema import DataPhase, Phase, RampStage
-from opendeep_jax.jobs import watch_files
-from opendeep_jax.jobs.watch import Watch, find_runs, labels
-from opendeep_jax.jobs.watch_files import POINTS, Curve, Tail, last_record
-from opendeep_jax.jobs.watch_run import Run, data_phase, rate_phase
-from opendeep_jax.train.heartbeat import HEARTBEAT
+from opendeep_jax.jobs.watch import files as watch_files
+from opendeep_jax.jobs.watch.files import POINTS, Curve, Tail, last_record
+from opendeep_jax.jobs.watch.run import Run, data_phase, rate_phase
+from opendeep_jax.jobs.watch.watch import Watch, find_runs, labels
+from opendeep_jax.record.heartbeat import HEARTBEAT
 
 
 def add(path, *records):
@@ -362,7 +362,9 @@ def test_labels_tell_runs_apart(tmp_path):
 
 
 def test_watching_needs_no_jax_and_starts_quickly():
-    program = "import sys; import opendeep_jax.cli.watch, opendeep_jax.jobs.watch, opendeep_jax.jobs.watch_terminal; "
+    program = (
+        "import sys; import opendeep_jax.cli.watch, opendeep_jax.jobs.watch.watch, opendeep_jax.jobs.watch.terminal; "
+    )
     program += "print(sorted({'jax', 'numpy', 'matplotlib'} & set(sys.modules)))"
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opendeep_jax.jobs.watch_chart import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Series, line_chart
-from opendeep_jax.jobs.watch_page import SCRIPT, STYLE, live_page
-from opendeep_jax.jobs.watch_run import Run
-from opendeep_jax.train.metrics import to_json_line
+from opendeep_jax.jobs.watch.chart import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Series, line_chart
+from opendeep_jax.jobs.watch.page import SCRIPT, STYLE, live_page
+from opendeep_jax.jobs.watch.run import Run
+from opendeep_jax.record.metrics import to_json_line
 
 BAD = "</script>\"><b>'&"
 

@@ -20,13 +20,13 @@ from rich.console import Console
 import opendeep_jax
 from opendeep_jax.cli.main import main
 from opendeep_jax.config.load import load_recipe, to_json
-from opendeep_jax.jobs.watch import labels
-from opendeep_jax.jobs.watch_chart import Series, line_chart, load_image
-from opendeep_jax.jobs.watch_page import live_page
-from opendeep_jax.jobs.watch_run import Run
-from opendeep_jax.jobs.watch_terminal import COLOURS, frame, sparkline
-from opendeep_jax.train.goodput import KINDS
-from opendeep_jax.train.report_events import MEANING
+from opendeep_jax.jobs.watch.chart import Series, line_chart, load_image
+from opendeep_jax.jobs.watch.page import live_page
+from opendeep_jax.jobs.watch.run import Run
+from opendeep_jax.jobs.watch.terminal import COLOURS, frame, sparkline
+from opendeep_jax.jobs.watch.watch import labels
+from opendeep_jax.record.goodput import KINDS
+from opendeep_jax.record.report_events import MEANING
 
 BAD = "</td><script>alert(1)</script>\x1b[31m\ud800"
 

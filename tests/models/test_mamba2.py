@@ -20,12 +20,12 @@ from opendeep_jax.config.schema import (
     ParallelConfig,
     RematConfig,
 )
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.mamba2 import Mamba2
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.ops.state_space import causal_convolution, document_numbers, state_space
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
-from opendeep_jax.train.health import new_health
 from opendeep_jax.train.inputs import make_inputs, target_counts
 from opendeep_jax.train.state import TrainState, state_shardings
 from opendeep_jax.train.step import batch_loss, make_train_step

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 import httpx
 from fake_engine import EchoEngine
 
-from opendeep_jax.data.text_codec import TextCodec, codec_from_tokenizer
-from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.serving.run import DrainingServer, listen, run
 from opendeep_jax.serving.server import ServerConfig, make_app
 from opendeep_jax.serving.service import EngineService
+from opendeep_jax.text.codec import TextCodec, codec_from_tokenizer
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 TEMPLATE = """{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}\
 {% if add_generation_prompt %}<assistant>{% endif %}"""

@@ -8,8 +8,6 @@ from fake_engine import EchoEngine, Progress
 from live_server import byte_codec
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.text_codec import TextCodec
-from opendeep_jax.data.text_stream import TextStream
 from opendeep_jax.evaluation.harness import HarnessModel
 from opendeep_jax.generation.params import SamplingParams, TokenLogprob
 from opendeep_jax.serving.answers import Answer
@@ -17,6 +15,8 @@ from opendeep_jax.serving.continuation import continued
 from opendeep_jax.serving.requests import completion
 from opendeep_jax.serving.schemas import CompletionRequest
 from opendeep_jax.serving.service import Limits
+from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.stream import TextStream
 
 SIX = SamplingParams(max_tokens=6)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from small_models import DENSE
 
-from opendeep_jax.data.gguf_tokenizer import OWN, codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.data.text_codec import codec_from_hf, codec_from_tokenizer, save_codec
-from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.generation.cache import bytes_per_token
 from opendeep_jax.generation.requests import EngineConfig
-from opendeep_jax.serving.engines import fitting_length
-from opendeep_jax.serving.sources import sampling_defaults
+from opendeep_jax.pretrained.engines import fitting_length
+from opendeep_jax.pretrained.sources import sampling_defaults
+from opendeep_jax.text.codec import codec_from_hf, codec_from_tokenizer, save_codec
+from opendeep_jax.text.gguf_tokenizer import OWN, codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 

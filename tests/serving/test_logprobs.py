@@ -4,9 +4,9 @@ import pytest
 import tokenizers
 from live_server import byte_codec, live
 
-from opendeep_jax.data.text_codec import TextCodec
 from opendeep_jax.generation.params import TokenLogprob
 from opendeep_jax.serving.answers import Places, chat_logprobs, completion_logprobs, token_name
+from opendeep_jax.text.codec import TextCodec
 
 PARROT = byte_codec().encode("🦜")
 

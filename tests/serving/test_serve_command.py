@@ -19,12 +19,12 @@ from small_models import V3, random_model
 
 import opendeep_jax
 from opendeep_jax.cli import chat, serve
-from opendeep_jax.data.text_codec import codec_from_tokenizer
-from opendeep_jax.data.tokenizer import byte_tokenizer
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.interop import save_hf
-from opendeep_jax.serving.sources import open_codec, open_weights
+from opendeep_jax.pretrained.sources import open_codec, open_weights
+from opendeep_jax.text.codec import codec_from_tokenizer
+from opendeep_jax.text.tokenizer import byte_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(opendeep_jax.__file__))
 PROGRAM = """

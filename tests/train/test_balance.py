@@ -10,8 +10,8 @@ from small_models import V3, random_arrays, run_config
 
 from opendeep_jax.config.schema import MTPConfig, OptimizerConfig
 from opendeep_jax.data.batch import Batch
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.parameters import skeleton
-from opendeep_jax.train.health import new_health
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import make_train_step

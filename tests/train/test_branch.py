@@ -16,26 +16,27 @@ from processes import tiny_config
 from rich.console import Console
 from small_models import DENSE, run_config
 
+from opendeep_jax.checkpoint.files import read_record, steps_in, to_items
+from opendeep_jax.checkpoint.origin import read_origin, write_origin
+from opendeep_jax.checkpoint.tools import average, differences, open_arrays
 from opendeep_jax.cli.main import main
 from opendeep_jax.cli.train import check_start
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import diff, load_run_config, save_run_config
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
-from opendeep_jax.data.passed_over import read_passed_over
-from opendeep_jax.data.tokenizer import train_bpe
-from opendeep_jax.jobs import watch_run, watch_terminal
+from opendeep_jax.jobs.watch import run as watch_run
+from opendeep_jax.jobs.watch import terminal as watch_terminal
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
+from opendeep_jax.pretrained.imported_from import read_imported_from, write_imported_from
+from opendeep_jax.record.metrics import read_jsonl
+from opendeep_jax.record.skipped_batches import read_passed_over
+from opendeep_jax.text.tokenizer import train_bpe
 from opendeep_jax.train import branch, loop
 from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
 from opendeep_jax.train.branch_state import plan_move
-from opendeep_jax.train.checkpoint_files import read_record, steps_in, to_items
-from opendeep_jax.train.checkpoint_tools import average, differences, open_arrays
-from opendeep_jax.train.imported_from import read_imported_from, write_imported_from
-from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from opendeep_jax.train.origin import read_origin, write_origin
 from opendeep_jax.train.state import init_state
 
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from opendeep_jax.checkpoint.checkpoints import load_model
 from opendeep_jax.data.pipeline import open_data
 from opendeep_jax.models.parameters import split
-from opendeep_jax.train.checkpoint import load_model
 from opendeep_jax.train.evaluate import compressors, evaluate_workdir
 
 

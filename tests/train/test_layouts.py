@@ -15,12 +15,12 @@ from small_models import DENSE, FAMILIES, NOT_FOR, V3, packed_batch, random_arra
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig, RematConfig, TrainConfig
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Block, MixerBlock
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.parallel.shares import Max, Mean, Sum
 from opendeep_jax.train import losses
-from opendeep_jax.train.health import new_health
 from opendeep_jax.train.metric_table import METRICS
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import batch_gradients

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from small_models import interrupted_after
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.models.accounting import count_parameters
+from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.train import loop
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.metrics import read_jsonl
 
 CLOCK = {"seconds", "tokens_per_second", "step_seconds", "mfu", "first_step_seconds", "data_seconds"}
 """Fields that a clock decides."""

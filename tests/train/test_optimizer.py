@@ -11,13 +11,13 @@ import optax
 import pytest
 from small_models import DENSE, OPTIMIZERS, compiled, packed_batch, random_arrays, run_config
 
+from opendeep_jax.checkpoint.files import to_items
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import FaultsConfig, OptimizerConfig, ParallelConfig, Phase, TrainConfig
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.train.checkpoint_files import to_items
-from opendeep_jax.train.health import new_health
 from opendeep_jax.train.losses import mtp_loss_weight
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings

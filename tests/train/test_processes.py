@@ -8,11 +8,11 @@ import numpy as np
 import processes
 import pytest
 
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.checkpoint_tools import differences
-from opendeep_jax.train.events import read_events
-from opendeep_jax.train.metrics import read_jsonl
-from opendeep_jax.train.origin import read_origin
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
+from opendeep_jax.checkpoint.origin import read_origin
+from opendeep_jax.checkpoint.tools import differences
+from opendeep_jax.record.events import read_events
+from opendeep_jax.record.metrics import read_jsonl
 
 STEPS = 10
 
@@ -50,7 +50,7 @@ start(find_cluster(os.environ))
 import jax
 from opendeep_jax.data.pipeline import open_data
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
-from opendeep_jax.train.digests import digests
+from opendeep_jax.checkpoint.digests import digests
 config = load_recipe(sys.argv[1])
 data = primary_first("data", lambda: open_data(config, progress=False))
 found = []

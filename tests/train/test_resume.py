@@ -10,6 +10,7 @@ import time
 import pytest
 from small_models import DENSE, interrupted_after, small_run_config
 
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Resume
 from opendeep_jax.config.load import load_run_config, save_run_config
@@ -23,10 +24,9 @@ from opendeep_jax.config.schema import (
     TrainConfig,
 )
 from opendeep_jax.data.provenance import read_description
+from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.train import evaluate, loop
-from opendeep_jax.train.checkpoint import Checkpoints
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
-from opendeep_jax.train.metrics import read_jsonl
 from opendeep_jax.train.observer import training_speed
 from opendeep_jax.train.programs import Programs
 

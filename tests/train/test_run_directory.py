@@ -12,13 +12,14 @@ import pytest
 import tokenizers
 from small_models import DENSE, run_config
 
+from opendeep_jax.checkpoint import checkpoints as checkpoint
+from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig
-from opendeep_jax.data.tokenizer import load_tokenizer
-from opendeep_jax.train import checkpoint, loop
-from opendeep_jax.train.checkpoint import Checkpoints
-from opendeep_jax.train.health import new_health
-from opendeep_jax.train.interrupt import stop_requests
+from opendeep_jax.faults.health import new_health
+from opendeep_jax.faults.interrupt import stop_requests
+from opendeep_jax.text.tokenizer import load_tokenizer
+from opendeep_jax.train import loop
 from opendeep_jax.train.run_directory import environment, finished_summary, only_writer, save_run
 from opendeep_jax.train.state import TrainState
 

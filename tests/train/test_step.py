@@ -19,9 +19,9 @@ from opendeep_jax.config.schema import (
     RampStage,
     TrainConfig,
 )
+from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
-from opendeep_jax.train.health import new_health
 from opendeep_jax.train.metric_table import METRICS
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.programs import abstract_batch

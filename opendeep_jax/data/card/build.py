@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from opendeep_jax.config.schema import RunConfig, SourceConfig
+from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.card.markdown import markdown
 from opendeep_jax.data.card.page import html_page
-from opendeep_jax.data.files import write_file
 from opendeep_jax.data.reading.listing import is_store, list_files, list_source
 from opendeep_jax.data.sources import fraction_of, hash_id, list_parts, read_part
 from opendeep_jax.data.store import Store
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 COUNTS = ("documents", "bytes", "tokens")
 SAMPLE_CHARACTERS = 800

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
+from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.plan import Plan
-from opendeep_jax.data.files import write_file
 
 VERSION = 2
 """Of the accounting, and of all that decides the result: raised when either changes, so that nothing old is reused."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CurationConfig
+from opendeep_jax.config.storage import file_name
 from opendeep_jax.data.curation.words import simplify, split_words, tells
-from opendeep_jax.data.files import file_name
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 

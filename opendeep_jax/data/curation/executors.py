@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.accounting import load_accounting
 from opendeep_jax.data.curation.plan import Plan
 from opendeep_jax.data.curation.progress import progress_bar
 from opendeep_jax.data.curation.recipe import quiet_datatrove
 from opendeep_jax.data.curation.stages import run_rank
-from opendeep_jax.data.files import write_file
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
 
 Executor = Literal["local", "slurm", "ray"]

@@ -22,12 +22,12 @@ from typing import Any
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import CurationConfig, DataConfig, SourceConfig
+from opendeep_jax.config.storage import file_name, writing
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
 from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
-from opendeep_jax.data.files import file_name, writing
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
 from opendeep_jax.data.storing.layout import sha256_of
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opendeep_jax.config.schema import CurationConfig, SourceConfig
-from opendeep_jax.data.files import file_name, write_file
+from opendeep_jax.config.storage import file_name, write_file
 from opendeep_jax.data.sources import Part, SourceFile
 
 TASK_BYTES = 64 << 20

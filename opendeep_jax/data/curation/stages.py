@@ -20,13 +20,13 @@ import numpy as np
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
+from opendeep_jax.config.storage import write_file, writing
 from opendeep_jax.data.curation import duplicates
 from opendeep_jax.data.curation.accounting import write_accounting
 from opendeep_jax.data.curation.plan import Plan, Task, read_plan
 from opendeep_jax.data.curation.recipe import EVALUATION_OVERLAP, Step, filter_steps, final_steps, quiet_datatrove
 from opendeep_jax.data.curation.tables import Dropped, Table, read_table
 from opendeep_jax.data.curation.words import may_be_english
-from opendeep_jax.data.files import write_file, writing
 from opendeep_jax.data.sources import read_part
 
 Advance = Callable[[int], None]

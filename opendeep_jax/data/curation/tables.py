@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opendeep_jax.config.files import replacing
-from opendeep_jax.data.files import file_name, writing
+from opendeep_jax.config.storage import file_name, writing
 
 COLUMNS = ("id", "text", "url", "license", "language")
 GROUP_BYTES = 8 << 20

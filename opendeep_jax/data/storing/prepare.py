@@ -21,13 +21,13 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import replacing
 from opendeep_jax.config.locks import locked
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.files import writing
+from opendeep_jax.config.storage import writing
 from opendeep_jax.data.sources import Part
 from opendeep_jax.data.store import VERSION, Store, check_files, index_facts, open_store, read_manifest
 from opendeep_jax.data.storing.layout import sha256_of
 from opendeep_jax.data.storing.shards import shard_facts, token_dtype, write_arrow, write_json, write_shard
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 # Text in a shard, about. Up to 16 GB of text there are some 64 shards, so that many cores find work, and end together;
 # above, shards stay at a minute of one core's work: little to lose in a kill, and few enough to keep open for reading.

@@ -12,11 +12,11 @@ import numpy as np
 from opendeep_jax import __version__
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
-from opendeep_jax.data.files import new_directory, writing
+from opendeep_jax.config.storage import new_directory, writing
 from opendeep_jax.data.sources import Document, Part, hash_id, read_part
 from opendeep_jax.data.store import VERSION
 from opendeep_jax.data.storing.layout import OUTER_CHUNK, sha256_of, token_spec
-from opendeep_jax.data.tokenizer import Tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 # Text that is handed to the tokenizer at once: enough for all cores, little enough for memory.
 BATCH_CHARACTERS = 1 << 20

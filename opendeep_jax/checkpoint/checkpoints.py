@@ -1,0 +1,378 @@
+"""Checkpoints of a run: asynchronous, atomic, readable on any mesh, and never believed without their digests.
+
+A save copies the state to the memory of the hosts and digests it on the devices, which is all that training waits
+for; a thread writes the copy with Orbax. docs/checkpoints.md has the times, the two tiers and what is kept.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from opendeep_jax.checkpoint.digests import compile_digests, finish_digests, start_digests
+from opendeep_jax.checkpoint.files import (
+    DIRECTORY,
+    GROUPS,
+    MODEL,
+    OPTIMIZER,
+    UNSOUND,
+    Elsewhere,
+    Items,
+    Unsound,
+    disk_failures,
+    from_items,
+    make_record,
+    model_groups,
+    read_items,
+    remove_partial,
+    set_aside,
+    steps_in,
+    to_items,
+)
+from opendeep_jax.checkpoint.local import (
+    SHARDS,
+    common_steps,
+    layout,
+    local_root,
+    own_shards,
+    processes_where,
+    read_alone,
+    read_own_shards,
+)
+from opendeep_jax.checkpoint.origin import ORIGIN, lost, read_origin, write_origin
+from opendeep_jax.checkpoint.versions import last_update, read_any_version
+from opendeep_jax.checkpoint.writer import Writer, snapshot
+from opendeep_jax.config.checks import ConfigError
+from opendeep_jax.config.load import load_run_config
+from opendeep_jax.config.schema import CheckpointConfig, RunConfig
+from opendeep_jax.display.progress import human_bytes
+from opendeep_jax.models.decoder import Decoder
+from opendeep_jax.models.moe import RouterBias
+from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.parallel.axes import partition_spec
+from opendeep_jax.train.state import TrainState
+
+
+class SaveReport(NamedTuple):
+    """What a save asked of the run."""
+
+    step: int
+    stall_seconds: float
+    """All that training waited for: the save before, the digests, and the copy to the hosts' memory."""
+    bytes: int
+    """Of the whole state, over all processes."""
+    durable: bool
+    """False for the local tier."""
+    notes: tuple[str, ...]
+    """A paragraph for each failure of the local tier since the last save; the run goes on without it."""
+
+
+class NoneSound(ConfigError):
+    """A run has checkpoints, and none that it could go on from."""
+
+
+class Checkpoints:
+    """The checkpoints of a work directory. Use as a context manager: leaving it waits for the last save.
+
+    Saving raises OSError where the disk does not take it (no space, no permission). What was half-written is removed
+    on leaving, and older checkpoints stay. In a job of several processes all call the same methods in the same order.
+    """
+
+    def __init__(self, workdir: str | Path, config: CheckpointConfig | None = None):
+        """
+        Args:
+            config: what to keep and where; None only reads.
+        Raises:
+            ConfigError: where what the run began from cannot be read.
+            OSError: where the work directory cannot be written.
+        """
+        self.workdir = Path(workdir).resolve()
+        self.directory = self.workdir / DIRECTORY
+        self.origin = read_origin(self.workdir)
+        self.local, self.notes = None, []
+        self.durable = None
+        self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
+        if config is not None:
+            with disk_failures(self.directory):
+                self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER), origin=self.origin["step"])
+            if config.local_directory and config.local_every:
+                self._open_local(config)
+                self._agree_on_local()
+
+    def _open_local(self, config: CheckpointConfig) -> None:
+        several = jax.process_count() > 1
+        # A process may die with a step that others don't have yet, so the one before is kept, too.
+        newest = dataclasses.replace(config, keep=1 + several, keep_every=0, keep_best=0)
+        root = local_root(config.local_directory, self.workdir)
+        try:
+            if (root / DIRECTORY).is_dir():
+                remove_partial(root / DIRECTORY)
+            self.local = Writer(root / DIRECTORY, newest, (SHARDS,) if several else (MODEL, OPTIMIZER), alone=True)
+        except OSError as error:
+            self.notes.append(_local_note(root, error))
+
+    def _agree_on_local(self) -> None:
+        """Leaves the local tier out where one process has none: all have to save and to look at the same time."""
+        lacking = processes_where(self.local is None)
+        if lacking and self.local:
+            self.local.close()
+            self.local = None
+            self.notes.append(f"Process {lacking[0]} cannot write local checkpoints, so the run goes on without any.")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            with disk_failures(self.directory), contextlib.ExitStack() as stack:
+                if self.local:
+                    stack.callback(self.local.close)
+                if self.durable:
+                    stack.callback(self.durable.close)
+                stack.callback(self.pool.shutdown)
+                self.wait()
+        finally:
+            if self.durable and jax.process_index() == 0:
+                remove_partial(self.directory)
+
+    @property
+    def manager(self):
+        """Orbax's manager of the durable tier; None where nothing is written."""
+        return self.durable and self.durable.manager
+
+    def wait(self) -> None:
+        """Returns when the last save is whole. Raises OSError as `save` does."""
+        running, self.running = self.running, None
+        if running is not None:
+            with disk_failures(self.directory):
+                running.result()
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint in this process's sight, over both tiers, in order."""
+        return sorted({*steps_in(self.directory), *(steps_in(self.local.directory) if self.local else ())})
+
+    def save(self, state: TrainState, measure: float | None = None, durable: bool = True) -> SaveReport | None:
+        """Begins to write `state`; returns when the state may be donated to the next step. None: it is there already.
+
+        Args:
+            measure: held-out bits per byte, by which the best are kept.
+            durable: False writes to the local tier only, whose failures are notes and never raise.
+        Raises:
+            OSError: when the save before failed, or there is no space for this one, of which then nothing is written.
+        """
+        jax.block_until_ready(state)  # training's own time; from here on it is this save's
+        begun = time.perf_counter()
+        self.wait()
+        step, items = int(state.step), to_items(state)
+        writer = self.durable if durable else self.local
+        if writer is None or step in steps_in(writer.directory):
+            return None
+        arrays = {name: array for item in items.values() for name, array in item.items()}
+        size = sum(array.nbytes for array in arrays.values())
+        if durable:
+            _check_space(self.directory, size)
+        digesting = self.digesting.result() if self.digesting else start_digests
+        lanes, copies = digesting(arrays), snapshot(items)
+        names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
+        known = {"layout": layout(items), "processes": jax.process_count()}
+        record = make_record(step, measure, arrays, names, **known, last_update=int(state.health.last_update))
+        if writer is self.local and SHARDS in writer.items:
+            copies = own_shards(copies)
+        jax.block_until_ready(copies)
+        self.running = self._begin(writer, step, copies, record)
+        notes, self.notes = tuple(self.notes), []
+        return SaveReport(step, time.perf_counter() - begun, size, durable, notes)
+
+    def _begin(self, writer: Writer, step: int, copies: Items, record: dict) -> Future:
+        def write() -> None:
+            writer.save(step, copies, record)
+            self._note_saved(step)
+
+        def write_local() -> None:
+            try:
+                write()
+            except Exception as error:  # the fast tier is an extra: whatever befalls it, the run has the other
+                remove_partial(writer.directory)
+                self.notes.append(_local_note(writer.directory, error))
+
+        if writer is self.local:
+            return self.pool.submit(write_local)
+        return self.pool.submit(write)
+
+    def _note_saved(self, step: int) -> None:
+        """Writes down that the run has had a checkpoint: without one it never begins anew from then on."""
+        known = "saved" in self.origin
+        self.origin.setdefault("saved", step)
+        if jax.process_index() == 0 and not (known and (self.workdir / ORIGIN).exists()):
+            write_origin(self.workdir, **self.origin)
+
+    def begin(self, state: TrainState) -> str | None:
+        """Writes down the first state of a run that has no checkpoint; a paragraph where it began once before."""
+        if self.origin["kind"] != "random" or self.durable is None:
+            return None
+        arrays = {name: array for item in to_items(state).values() for name, array in item.items()}
+        digesting = self.digesting.result() if self.digesting else start_digests
+        found = zip(sorted(arrays), finish_digests(digesting(arrays)), strict=True)
+        model = {name: digest for name, digest in found if name.startswith(tuple(f"{group}." for group in GROUPS))}
+        start = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+        before = self.origin.get("start")
+        self.origin["start"] = start
+        if jax.process_index() == 0:
+            write_origin(self.workdir, **self.origin)
+        if before is None:
+            return None
+        same = "as they were" if start == before else "not as they were: devices or versions are others"
+        return f"The run begins again at step 0, as it has no checkpoint yet. The weights of its seed are {same}."
+
+    def restore(self, abstract: TrainState, before: int | None = None) -> tuple[TrainState, list[str]] | None:
+        """The newest sound state, with the shapes and shardings of `abstract`; None where the run may begin from its
+        seed: it never had a checkpoint, or none before the state that is asked for.
+
+        Unsound ones are moved out of the way, to WORKDIR/unsound, and never deleted.
+
+        Args:
+            before: only states without an update of this step or later.
+        Returns:
+            The state, and a paragraph on each checkpoint that was passed over.
+        Raises:
+            NoneSound: where there are or were checkpoints, or weights that the run began from, and none is sound.
+            ConfigError: where they are of another configuration.
+        """
+        self.wait()
+        items, notes, elsewhere = to_items(abstract), [], None
+        candidates = []
+        for local, tier in enumerate((self.directory, *([self.local.directory] if self.local else ()))):
+            steps = steps_in(tier)
+            if before is not None:
+                steps = [step for step in steps if step < before or last_update(tier / str(step)) < before]
+            candidates += [(step, local, tier) for step in common_steps(steps)]
+        for step, local, directory in sorted(candidates, reverse=True):
+            read = None
+            if local:
+                read = read_own_shards if SHARDS in self.local.items else read_alone
+            try:
+                found = read_any_version(directory / str(step), items, read)
+                self._forget_local(after=step)
+                if self.durable:
+                    self._note_saved(min(self.steps(), default=step))
+                return from_items(found, abstract), notes
+            except Elsewhere as error:
+                elsewhere = directory
+                notes.append(f"The checkpoint of step {step:,} in {directory} was passed over: {error}.")
+            except Unsound as error:
+                notes.append(self._set_aside(step, directory, error))
+        if text := lost(self.workdir, self.origin, before, notes, elsewhere):
+            raise NoneSound(text)
+        self._forget_local(after=-1)
+        if self.durable:  # the first save's program, compiled while the step is
+            arrays = {name: array for item in items.values() for name, array in item.items()}
+            self.digesting = self.pool.submit(compile_digests, arrays)
+        return None
+
+    def _set_aside(self, step: int, directory: Path, error: Unsound) -> str:
+        """Moves an unsound checkpoint away, and tells of it."""
+        target, local = None, self.local is not None and directory == self.local.directory
+        if self.durable and (local or jax.process_index() == 0):
+            target = set_aside(directory / str(step), (directory.parent if local else self.workdir) / UNSOUND)
+        common_steps([])  # all have seen it, and it is gone, before any looks again
+        writer = self.local if local else self.durable
+        if writer:
+            writer.reload()
+        where = f" It was moved to {target}." if target else ""
+        return f"The checkpoint of step {step:,} in {directory} was passed over: {error}.{where}"
+
+    def _forget_local(self, after: int) -> None:
+        """Deletes what the local tier has of steps that the run is going to do again. Where only some processes have
+        such a checkpoint they would skip the save of that step, which the others wait for, and one that is newer than
+        all to come would be kept in their place.
+        """
+        for step in steps_in(self.local.directory) if self.local else ():
+            if step > after:
+                self.local.delete(step)
+
+    def discard_from(self, step: int) -> None:
+        """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running.
+
+        Where none is left, the run has gone back to before its first one.
+        """
+        self.wait()
+        for writer in filter(None, (self.durable, self.local)):
+            with disk_failures(writer.directory):
+                for later in steps_in(writer.directory):
+                    if later >= step and not (writer is self.durable and later == self.origin["step"]):
+                        writer.delete(later)
+        if not self.steps() and self.origin.pop("saved", None) is not None and jax.process_index() == 0:
+            write_origin(self.workdir, **self.origin)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        sizes = f"a checkpoint takes {human_bytes(needed)}, {human_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}", str(directory))
+
+
+def _local_note(directory: Path, error: Exception) -> str:
+    return (
+        f"The local checkpoints in {directory} cannot be written ({' '.join(str(error).split())[:200]}). "
+        "The run goes on with those in its work directory."
+    )
+
+
+def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None = None) -> tuple[Decoder, RunConfig]:
+    """The model of a run's checkpoint (the newest, or that of `step`), and the run's configuration.
+
+    Args:
+        mesh: where the weights go, by their logical axes; None puts them on the first device.
+    Raises:
+        ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
+    """
+    config = load_run_config(workdir)
+    directory = Path(workdir).resolve() / DIRECTORY
+    steps = steps_in(directory)
+    if not steps:
+        raise ConfigError(f"--workdir={workdir}: has no checkpoint yet. Let `opendeep train` reach its first one.")
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"--workdir={workdir}: has no checkpoint of step {step}; there are: {there}.")
+    bones = skeleton(config.model.settled())
+    axes = bones.axes()
+
+    def placed(name: str, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        if mesh is not None:
+            sharding = NamedSharding(mesh, partition_spec(axes[name], array.shape, mesh))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    step = steps[-1] if step is None else step
+    kinds = {"params": nnx.Param, "router_bias": RouterBias}
+    abstract = {
+        f"{group}.{name}": placed(name, array)
+        for group, kind in kinds.items()
+        for name, array in bones.shapes(kind).items()
+    }
+    try:
+        arrays = model_groups(read_items(directory / str(step), {MODEL: abstract})[MODEL])
+    except Unsound as error:
+        others = ", ".join(str(other) for other in steps if other != step) or "none"
+        raise ConfigError(
+            f"--workdir={workdir}: the checkpoint of step {step} is not sound: {error}. "
+            f"Give --step of another; there are: {others}."
+        ) from error
+    return bones.model(arrays["params"], arrays["router_bias"]), config
+
+
+def remove_partial_saves(workdir: str | Path) -> None:
+    """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
+    remove_partial(Path(workdir) / DIRECTORY)

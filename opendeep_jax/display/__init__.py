@@ -1,0 +1,1 @@
+"""Numbers, pages, charts and progress bars for people to read. No JAX."""

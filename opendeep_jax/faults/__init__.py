@@ -1,0 +1,1 @@
+"""Health checks, recovery, replay, watchdog and fault injection."""

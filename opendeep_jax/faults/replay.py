@@ -1,0 +1,127 @@
+"""Silent data corruption: devices that compute or remember wrongly without a word.
+
+Two looks. Copies of weights and moments on different devices must be equal to the bit (`digests.deviating_devices`).
+And what every device computes from its own rows must come out the same again, on the same device and on another one
+(`Replay`): a device that is wrong then disagrees wherever it works, which names it.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opendeep_jax.checkpoint.digests import deviating_devices, lanes_of
+from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.data.batch import Batch
+from opendeep_jax.models.parameters import Skeleton
+from opendeep_jax.parallel.axes import BATCH_SPEC, weight_specs
+from opendeep_jax.parallel.distributed import host_of
+from opendeep_jax.train.inputs import make_inputs, target_counts
+from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.step import own_gradients
+
+
+def compare_copies(state: TrainState, before: str) -> str | None:
+    """Compares all copies of every array of the state over the devices; a sentence on those that differ, or None.
+
+    Args:
+        before: what is about to happen, for the sentence.
+    """
+    deviating = deviating_devices(state)
+    if not deviating:
+        return None
+    devices = Counter((device, process) for _, device, process in deviating)
+    names = [name for name, *_ in deviating]
+    which = ", ".join(name_device(device, process) for (device, process), _ in devices.most_common(4))
+    arrays = f"{names[0]}" + (f" and {len(set(names)) - 1} more arrays" if len(set(names)) > 1 else "")
+    return f"silent corruption found before {before}: copies of {arrays} differ; deviating: {which}"
+
+
+def name_device(device: int, process: int) -> str:
+    """A device as a person looks for it."""
+    return f"device {device} of process {process} on {host_of(process)}"
+
+
+class Replay:
+    """Computes a step's gradients again, on the same devices and on others, and compares what each device got.
+
+    The other assignment moves each process's work on by one of its own devices, so nothing crosses hosts but weights
+    that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.
+    """
+
+    def __init__(self, config: RunConfig, skeleton: Skeleton, mesh: Mesh):
+        self.config, self.skeleton, self.mesh = config, skeleton, mesh
+        self.other = _rotated(mesh)
+        self._programs: dict = {}
+
+    def compare(self, state: TrainState, batch: Batch) -> str | None:
+        """Three computations of one step's gradients; a sentence on the devices that disagree, or None."""
+        first, again = self._run(self.mesh, state, batch), self._run(self.mesh, state, batch)
+        devices = list(self.mesh.devices.flat)
+        if wrong := [devices[i] for i in np.flatnonzero((first != again).any(axis=(1, 2)))]:
+            names = ", ".join(name_device(d.id, d.process_index) for d in wrong[:4])
+            return f"silent corruption: the same computation, done twice, came out differently on {names}"
+        if self.other is None:
+            return None
+        with jax.set_mesh(self.other):  # device_put looks at the mesh in use where it crosses processes
+            elsewhere = jax.device_put((state, batch), _moved((state, batch), self.other))
+        moved = self._run(self.other, *elsewhere)
+        differ = np.flatnonzero((first != moved).any(axis=(1, 2)))
+        if not len(differ):
+            return None
+        others = list(self.other.devices.flat)
+        seen = Counter(device for i in differ for device in {devices[i], others[i]})
+        # One wrong device spoils its own place in each assignment; what else is wrong came from it by exchange.
+        suspects = [device for device, count in seen.most_common() if count == seen.most_common(1)[0][1]]
+        names = ", ".join(name_device(d.id, d.process_index) for d in suspects[:4])
+        return f"silent corruption: a computation came out differently on other devices; suspected: {names}"
+
+    def _run(self, mesh: Mesh, state: TrainState, batch: Batch) -> np.ndarray:
+        """Digests of what each place of the mesh computes: uint32 [devices, arrays, 2]."""
+        key = mesh is self.mesh, batch.tokens.shape
+        with jax.set_mesh(mesh):
+            if key not in self._programs:
+                self._programs[key] = jax.jit(functools.partial(_own_lanes, self.config, self.skeleton))
+            return np.asarray(self._programs[key](state.params, state.router_bias, batch, state.step))
+
+
+def _own_lanes(config: RunConfig, skeleton: Skeleton, params, router_bias, batch: Batch, step) -> jax.Array:
+    mesh, depth = jax.sharding.get_abstract_mesh(), config.model.mtp.depth
+    params = skeleton.in_compute_dtype(params, config.model.dtype)
+    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
+
+    def device_program(params, router_bias, inputs, counts, step):
+        grads, sums = own_gradients(config, skeleton, params, router_bias, inputs, counts, step)
+        return jnp.stack([lanes_of(leaf) for leaf in jax.tree.leaves((sums, grads))])[None]
+
+    divided = jax.shard_map(
+        device_program,
+        mesh=mesh,
+        in_specs=({name: specs[name] for name in params}, whole, BATCH_SPEC, whole, whole),
+        out_specs=PartitionSpec(mesh.axis_names),
+        check_vma=False,
+    )
+    lanes = divided(params, router_bias, make_inputs(batch, depth, mesh), target_counts(batch, depth), step)
+    return jax.lax.with_sharding_constraint(lanes, whole)
+
+
+def _rotated(mesh: Mesh) -> Mesh | None:
+    """The mesh with each process's devices moved on by one; None where no process has two."""
+    devices = list(mesh.devices.flat)
+    places: dict[int, list[int]] = {}
+    for place, device in enumerate(devices):
+        places.setdefault(device.process_index, []).append(place)
+    if all(len(own) == 1 for own in places.values()):
+        return None
+    moved = list(devices)
+    for own in places.values():
+        for place, source in zip(own, own[1:] + own[:1], strict=True):
+            moved[place] = devices[source]
+    return Mesh(np.array(moved).reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _moved(tree, mesh: Mesh):
+    return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), tree)

@@ -1,0 +1,290 @@
+"""A sweep's pictures: the metric against each axis, against compute, and every combination's curve, as PNG, SVG, PDF.
+
+Colors and dashes are those of the report. Points are means over seeds, bars and bands their spread; names stand outside
+the axes. A combination keeps its color, that of its rank, in `compute` and `curves`.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from opendeep_jax.config.files import replacing
+from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, look, spread
+from opendeep_jax.jobs.sweep.axes import Axis, shown, value_of
+from opendeep_jax.jobs.sweep.plan import Sweep
+from opendeep_jax.jobs.sweep.results import TITLES, Row, ranked, settings
+from opendeep_jax.record.metrics import EVALUATION, SCALARS, read_jsonl
+from opendeep_jax.record.plots import MUTED, STYLE, Ticks, legend, moving_average, take_turns
+from opendeep_jax.record.run_files import column
+
+WIDE = 10.0
+"""An axis whose values span more than so many times gets a logarithmic scale."""
+MOST_NAMES = 24
+"""Curves that a legend names."""
+CURVES = (
+    (SCALARS, "lm_loss", "training loss, nats/token"),
+    (EVALUATION, "held_out_bits_per_byte", "held-out bits/byte"),
+)
+"""File, field and title of the curves of a run that are drawn."""
+CURVE_POINTS = 2000
+"""Lines of a run's record that are read for its curve."""
+FORMATS = {
+    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}),
+    "svg": lambda figure, path: _save_svg(figure, path),
+    "pdf": lambda figure, path: FigureCanvasPdf(figure).print_pdf(path, metadata={"CreationDate": None}),
+}
+"""PNG for a look, SVG for a page, PDF for a paper."""
+
+
+def write_pictures(sweep: Sweep, table: Sequence[Row]) -> list[str]:
+    """Write axes, compute and curves as .png, .svg and .pdf into the sweep's directory.
+
+    Returns:
+        The names of the PNG files; none where no run has a result.
+    """
+    if not any(row.numbers for row in table):
+        return []
+    figures = {"axes": axes_figure, "compute": compute_figure, "curves": curves_figure}
+    with matplotlib.rc_context(STYLE):
+        for name, draw in figures.items():
+            figure = draw(sweep, table)
+            for kind, save in FORMATS.items():  # the PNG first: the others leave 72 dots per inch behind
+                with replacing(sweep.directory / f"{name}.{kind}") as path:
+                    save(figure, path)
+    return [f"{name}.png" for name in figures]
+
+
+def _save_svg(figure: Figure, path: Path) -> None:
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None, "Creator": None})
+    fonts = "'DejaVu Sans', Verdana, sans-serif"  # the same widths where DejaVu is not installed
+    path.write_text(path.read_text(encoding="utf-8").replace("'DejaVu Sans'", fonts), encoding="utf-8")
+
+
+def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
+    """A panel for each axis: means with bars over seeds, joined where combinations differ in that axis alone."""
+    table = [row for row in table if row.numbers]
+    with matplotlib.rc_context(STYLE):
+        columns = min(len(sweep.axes), 3)
+        lines = math.ceil(len(sweep.axes) / columns)
+        figure = _figure(columns, lines + 0.25)
+        parts = figure.subfigures(lines, columns, squeeze=False).flat
+        for axis, part in zip(sweep.axes, parts, strict=False):
+            panel = part.add_subplot()
+            names = _draw_axis(panel, sweep, table, axis)
+            _label(panel, axis.field, TITLES[sweep.metric], _seeds(table))
+            legend(part, names if len(names) > 1 else [], 7)
+        return figure
+
+
+def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
+    """The metric against training FLOPs: a dot for each run, and the best for each amount by their ranks."""
+    table = [row for row in table if row.numbers]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(1.5, 1.25)
+        panel = figure.add_subplot()
+        for row in table:
+            panel.plot([row.flops] * len(row.numbers), row.numbers, "o", color=MUTED, alpha=0.4, markersize=3.5)
+        best: list[tuple[int, Row]] = []
+        complete = [(rank, row) for rank, row in enumerate(ranked(table), 1) if row.complete]
+        for rank, row in sorted(complete, key=lambda pair: (pair[1].flops, pair[1].mean)):
+            if not best or row.mean < best[-1][1].mean:
+                best.append((rank, row))
+        panel.plot([row.flops for _, row in best], [row.mean for _, row in best], color=MUTED, linewidth=1.2)
+        names = []
+        for rank, row in best:
+            hue = SERIES[look(rank - 1)[0]]
+            _bar(panel, row.flops, row, hue, marker=None)
+            for marker, size, color in (("o", 12, hue), (f"${rank}$", 6 + 2 * (rank > 9), "white")):
+                panel.plot([row.flops], [row.mean], marker=marker, markersize=size, color=color, zorder=5,
+                           markeredgewidth=0)  # fmt: skip
+            name = f"{rank}: {settings(row, sweep)}"
+            names.append(Line2D([], [], marker="o", linestyle="", markersize=7, color=hue, label=name))
+        _scale(panel, [row.flops for row in table])
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e+", "e")))
+        if panel.get_xscale() == "linear":
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.margins(x=0.08, y=0.08)
+        _label(panel, "training FLOPs", TITLES[sweep.metric], _seeds(table))
+        legend(figure, names[:MOST_NAMES], 7)
+        return figure
+
+
+def curves_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
+    """A combination's mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
+    order = ranked([row for row in table if row.numbers])
+    with matplotlib.rc_context(STYLE):
+        rows = math.ceil(min(len(order), MOST_NAMES) / 3)
+        figure = _figure(2, 1 + 0.05 * rows)
+        names = []
+        for number, (file, key, title) in enumerate(CURVES, 1):
+            panel = figure.add_subplot(1, 2, number)
+            drawn, ranks = [], []
+            for rank, row in sorted(enumerate(order), reverse=True):  # the best on top
+                hue, dashes = SERIES[look(rank)[0]], look(rank)[1]
+                style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
+                for x, low, mean, high in _band(row, file, key):
+                    if rank < len(SERIES) and np.any(high > low):  # of more, bands would hide the curves
+                        panel.fill_between(x, low, high, color=hue, alpha=0.13, linewidth=0)
+                    marker = "o" if len(x) < 12 else ""
+                    drawn += panel.plot(x, mean, color=hue, linewidth=1.4, linestyle=style, marker=marker, markersize=3)
+                    ranks.append((str(rank + 1) if row.complete else "-", hue))
+            take_turns(panel, drawn)
+            panel.xaxis.set_major_locator(MaxNLocator(5))
+            panel.xaxis.set_major_formatter(Ticks())
+            which = " of the best 8" * (len(order) > len(SERIES))
+            _label(panel, "tokens", title, _seeds(order, f"bands: least to largest{which}"))
+            _name_ends(panel, drawn, ranks)
+            if number == 1:
+                names = [_name(rank, row, sweep) for rank, row in enumerate(order[:MOST_NAMES])]
+        if len(order) > MOST_NAMES:
+            names.append(Line2D([], [], linestyle="", label=f"and {len(order) - MOST_NAMES} more, in results.md"))
+        legend(figure, names, 7)
+        return figure
+
+
+def _name(rank: int, row: Row, sweep: Sweep) -> Line2D:
+    hue, dashes = look(rank)
+    style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
+    label = f"{rank + 1 if row.complete else '-'}: {settings(row, sweep)}"
+    return Line2D([], [], color=SERIES[hue], linewidth=1.4, linestyle=style, label=label)
+
+
+def _name_ends(panel, drawn: Sequence, ranks: Sequence[tuple[str, str]]) -> None:
+    """Write ranks right of the axes, at the heights of their curves' ends but apart from each other."""
+    panel.set_ylim(panel.get_ylim())
+    low, high = panel.get_ylim()
+    ends = [(line.get_ydata()[np.isfinite(line.get_ydata())][-1] - low) / (high - low) for line in drawn]
+    # Many ranks go into as many columns as it takes, neighbors into different ones.
+    columns = math.ceil(len(ends) / 24)
+    places = [0.0] * len(ends)
+    order = sorted(range(len(ends)), key=lambda i: ends[i])
+    for column_of in range(columns):
+        chosen = order[column_of::columns]
+        for i, place in zip(chosen, spread([ends[i] for i in chosen], 0.041, 0.0, 1.0), strict=True):
+            places[i] = place
+    for position, i in enumerate(order):
+        panel.annotate(ranks[i][0], (1, places[i]), xycoords="axes fraction", ha="left", va="center",
+                       xytext=(4 + 13 * (position % columns), 0), textcoords="offset points", fontsize=6.5,
+                       color=ranks[i][1], annotation_clip=False)  # fmt: skip
+
+
+def _curves(row: Row, file: str, key: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for result in row.results:
+        records = read_jsonl(result.run.workdir / file, limit=CURVE_POINTS)
+        x, y = column(records, "tokens"), column(records, key)
+        if np.isfinite(y).any():
+            yield x, moving_average(y)
+
+
+def _band(row: Row, file: str, key: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (tokens, least, mean, largest) over the seeds of a combination, as far as all of them go; at most once."""
+    curves = [(x[valid], y[valid]) for x, y in _curves(row, file, key) for valid in [np.isfinite(x) & np.isfinite(y)]]
+    curves = [(x, y) for x, y in curves if len(x)]
+    if not curves:
+        return
+    x = min((x for x, _ in curves), key=lambda x: x[-1])
+    values = np.stack([np.interp(x, other, y) for other, y in curves])
+    yield x, values.min(axis=0), values.mean(axis=0), values.max(axis=0)
+
+
+def _bar(panel, x: float, row: Row, color: str, marker: str | None = "o") -> None:
+    """Draw a combination's mean and sample standard deviation; hollow where runs of it have no result."""
+    mean = statistics.fmean(row.numbers)
+    error = None if math.isnan(row.spread) else row.spread
+    face = color if row.complete else "white"
+    panel.errorbar([x], [mean], yerr=error, color=color, marker=marker, markersize=5, markerfacecolor=face, capsize=3,
+                   elinewidth=1.3, zorder=4)  # fmt: skip
+
+
+def _seeds(table: Sequence[Row], bars: str = "bars: standard deviation") -> str:
+    """Say over how many seeds, and what is drawn of their spread; of the runs left out too."""
+    counts = sorted({len(row.numbers) for row in table})
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    words = "one seed" if counts == [1] else f"mean of {number} seeds, {bars}"
+    left_out = sum(len(row.results) - len(row.numbers) for row in table)
+    return words + (f"; hollow: {left_out} without result" if left_out else "")
+
+
+def _draw_axis(panel, sweep: Sweep, table: Sequence[Row], axis: Axis) -> list[Line2D]:
+    """Draw one panel; return the names of its lines for a legend."""
+    values = [value_of(row.config, axis.field) for row in table]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if numbers:
+        places = {value: float(value) for value in values}
+        _scale(panel, list(places.values()))
+        if len(places) <= 6:
+            panel.xaxis.set_major_locator(FixedLocator(sorted(places.values())))
+            panel.xaxis.set_minor_locator(NullLocator())
+    else:
+        places = {value: float(place) for place, value in enumerate(sorted(set(values), key=str))}
+        panel.set_xticks(list(places.values()), [shown(value) for value in places])
+    groups: dict[str, list[Row]] = {}
+    for row in table:
+        others = [other for other in sweep.axes if other is not axis]
+        key = ", ".join(f"{other.alias}={shown(value_of(row.config, other.field))}" for other in others)
+        groups.setdefault(key, []).append(row)
+    joined = any(len(group) > 1 for group in groups.values())
+    shift = _shift(panel, sorted(places.values()), len(groups))
+    names, drawn = [], []
+    for number, (name, group) in enumerate(groups.items()):
+        hue, dashes = look(number) if joined else (0, ())
+        color = SERIES[hue]
+        group = sorted(group, key=lambda row: places[value_of(row.config, axis.field)])
+        x = [shift(places[value_of(row.config, axis.field)], number) for row in group]
+        for place, row in zip(x, group, strict=True):
+            panel.plot([place] * len(row.numbers), row.numbers, "o", color=color, alpha=0.3, markersize=3.5,
+                       markeredgewidth=0)  # fmt: skip
+            _bar(panel, place, row, color)
+        whole = [(place, row.mean) for place, row in zip(x, group, strict=True) if row.complete]
+        if len(group) > 1:
+            style = (0, tuple(length / 1.4 for length in dashes)) if dashes else "-"
+            drawn += panel.plot(*zip(*whole, strict=True), color=color, linewidth=1.4, linestyle=style) if whole else []
+            names.append(Line2D([], [], color=color, linewidth=1.4, linestyle=style, label=name))
+    panel.margins(x=0.08)
+    if len(names) > MOST_NAMES:
+        names = [*names[:MOST_NAMES], Line2D([], [], linestyle="", label=f"and {len(names) - MOST_NAMES} more")]
+    return names
+
+
+def _shift(panel, places: Sequence[float], groups: int):
+    """Return how to set groups a little apart along x, so that equal values stand beside each other."""
+    log = panel.get_xscale() == "log"
+    scale = [math.log10(place) for place in places] if log else list(places)
+    gaps = [after - before for before, after in zip(scale, scale[1:], strict=False)]
+    room = min(0.3 * min(gaps), 0.025 * (groups - 1) * sum(gaps)) if gaps else 0.0
+
+    def shift(place: float, group: int) -> float:
+        by = room * (group / (groups - 1) - 0.5) if groups > 1 else 0.0
+        return place * 10**by if log else place + by
+
+    return shift
+
+
+def _scale(panel, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(10))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.xaxis.set_major_formatter(Ticks())
+
+
+def _figure(columns: float, lines: float) -> Figure:
+    figure = Figure(figsize=(4.6 * columns, 3.3 * lines), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    return figure
+
+
+def _label(panel, x_label: str, title: str, seeds: str) -> None:
+    panel.yaxis.set_major_formatter(Ticks())
+    panel.set_xlabel(x_label + LOG_SCALE * (panel.get_xscale() == "log"))
+    panel.set_title(f"{title}\n{seeds}", loc="left", fontsize=8, color=MUTED, pad=8)

@@ -1,0 +1,120 @@
+"""What a person sees while a sweep goes: a live table on a terminal, a line for each run elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from opendeep_jax.config.schedule import total_steps
+from opendeep_jax.display.progress import human_time
+from opendeep_jax.jobs.sweep.plan import Run
+from opendeep_jax.jobs.sweep.results import read_result
+from opendeep_jax.record.metrics import SCALARS
+
+REDRAW_SECONDS = 0.5
+TAIL_BYTES = 8192
+
+
+class SweepProgress:
+    """Shows which runs are under way and how far they are. A terminal that misbehaves costs the display, not the sweep.
+
+    Args:
+        runs: all that this command takes care of, those with a result too.
+    """
+
+    def __init__(self, runs: Sequence[Run], stream=None):
+        from rich.console import Console
+
+        self.total = len(runs)
+        self.done = sum(read_result(run).state == "finished" for run in runs)
+        self._stream = stream or sys.stdout
+        self._console = Console(file=self._stream, highlight=False)
+        self._live, self._broken, self._drawn_at = None, False, 0.0
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self):
+        if self.done:
+            self._print(f"{self.done} of {self.total} runs have their result already")
+        self._guard(self._start)
+        return self
+
+    def __exit__(self, *_):
+        if self._live is not None:
+            self._guard(self._live.stop)
+
+    def began(self, run: Run) -> None:
+        """Notes that a run was started."""
+        self._begun[run.name] = time.monotonic()
+        if self._live is None:
+            self._print(f"begun     {run.name}")
+
+    def ended(self, run: Run) -> None:
+        """Notes that a run has ended, well or not."""
+        result = read_result(run)
+        after = human_time(time.monotonic() - self._begun[run.name])
+        if result.state != "finished":
+            self._print(f"{result.state:<9} {run.name} after {after}: {result.reason.partition(chr(10))[0]}")
+            return
+        self.done += 1
+        self._print(f"{self.done:>3}/{self.total:<5} {run.name} after {after}: {result.described()}")
+
+    def show(self, running: Sequence[Run]) -> None:
+        """Draws the table of the runs under way, at most twice a second."""
+        if self._live is not None and time.monotonic() - self._drawn_at >= REDRAW_SECONDS:
+            self._drawn_at = time.monotonic()
+            self._guard(lambda: self._live.update(self._table(running), refresh=True))
+
+    def _start(self) -> None:
+        if self._console.is_interactive and self._stream.isatty():  # a notebook's pipe is told to be a terminal
+            from rich.live import Live
+
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def _table(self, running: Sequence[Run]):
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, title=f"{self.done} of {self.total} runs done", title_justify="left")
+        for heading in ("run", "step", "loss", "time"):
+            table.add_column(heading, justify="left" if heading == "run" else "right", overflow="ellipsis")
+        for run in running:
+            record, steps = last_record(run), total_steps(run.config)
+            step, loss = record.get("step", 0), record.get("loss")
+            shown = "-" if loss is None else f"{loss:.3f}"
+            table.add_row(run.name, f"{step:,}/{steps:,}", shown, human_time(time.monotonic() - self._begun[run.name]))
+        return table
+
+    def _print(self, text: str) -> None:
+        def write():
+            if self._live is not None:
+                self._console.print(text, markup=False, soft_wrap=True)
+            else:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+
+        self._guard(write)
+
+    def _guard(self, action) -> None:
+        if not self._broken:
+            try:
+                action()
+            except Exception:
+                self._broken = True
+
+
+def last_record(run: Run) -> dict:
+    """The last whole line of a run's metrics.jsonl; {} if there is none yet."""
+    try:
+        with open(run.workdir / SCALARS, "rb") as file:
+            file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            return record
+    return {}

@@ -1,0 +1,1 @@
+"""Open any model from anywhere, on any mesh."""

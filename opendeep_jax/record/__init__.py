@@ -1,0 +1,1 @@
+"""The files of a run directory: metrics, events, goodput, trackers, reports. No JAX."""

@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates and streams of text. No JAX."""
