@@ -182,11 +182,13 @@ def went_back(recipe) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_until_there_is_space(went_back):
     assert went_back.statuses == [MEND, OK]  # where it ends is compared below
     assert read_goodput(went_back.workdir).starts == 2
 
 
+@pytest.mark.slow
 def test_going_back_for_a_spike_passes_over_its_batch_alone(went_back, drilled):
     assert [(w["first"], w["last"], w["to_step"]) for w in read_skipped_batches(went_back.workdir)] == [
         (9, 12, 8),
@@ -195,6 +197,7 @@ def test_going_back_for_a_spike_passes_over_its_batch_alone(went_back, drilled):
     assert differences(checkpoint_path(went_back.workdir), checkpoint_path(drilled.workdir)) != []
 
 
+@pytest.mark.slow
 def test_an_update_that_is_skipped_on_the_device_leaves_what_passing_over_leaves(went_back, recipe):
     run = Run(recipe, "skipped")
     assert run.train(*SPIKE, spike_policy="skip") == OK
@@ -203,6 +206,7 @@ def test_an_update_that_is_skipped_on_the_device_leaves_what_passing_over_leaves
     check_same_end(run, went_back)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_to_one_place_too_often_stops_and_goes_on_when_told_to(recipe, capsys):
     run = Run(recipe, "stopped")
     assert run.train(rollback_after=1, max_rollbacks=1) == STOPPED
@@ -234,6 +238,7 @@ def test_a_run_without_a_sound_checkpoint_never_starts_anew(calm, capsys, tmp_pa
     assert len(list((run.workdir / "quarantine").iterdir())) == STEPS // SAVED
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_batches_are_passed_over_saves_its_last_step_all_the_same(calm):
     run = Run(calm.recipe, "tail")
     shutil.copytree(calm.workdir, run.workdir)

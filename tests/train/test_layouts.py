@@ -105,6 +105,8 @@ def layouts_of(family: str) -> dict[str, dict]:
 
 
 CASES = [(family, layout) for family in FAMILIES for layout in layouts_of(family)]
+QUICK = {("v3", "devices"), ("v3", "stages"), ("gpt-oss", "devices"), ("gemma", "devices"), ("nemotron-h", "devices")}
+"""Between them they have every kind of layer, cut over every axis; `make test-all` takes the other families, too."""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,9 @@ def assert_same(cut, whole):
         np.testing.assert_allclose(grads[name], grad, rtol=0, atol=1e-4 * np.abs(grad).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("family, layout", CASES)
+@pytest.mark.parametrize(
+    "family, layout", [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_each_family_has_the_gradients_and_metrics_of_one_device_on_every_layout(family, layout, whole):
     model = dataclasses.replace(FAMILIES[family], remat=RematConfig(dense="none", moe="none"))
     sizes = layouts_of(family)[layout]
@@ -138,6 +142,7 @@ def test_each_family_has_the_gradients_and_metrics_of_one_device_on_every_layout
     assert_same(gradients(run_of(model, **sizes), devices), whole(family, model))
 
 
+@pytest.mark.slow
 def test_layers_that_fill_stages_unevenly_have_the_gradients_of_one_device(whole):
     """One dense layer and five of experts in four chunks."""
     sizes = {"stage": 2, "stage_chunks": 2, "expert": 2, "micros": 2}

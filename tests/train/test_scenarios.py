@@ -12,6 +12,7 @@ import scenarios  # noqa: E402
 
 SEEDS = (7, 25, 27, 37, 39, 41, 43)
 """Among them are all that can befall a run, as the last test checks."""
+QUICK = 25, 39, 43
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,14 @@ def bench(tmp_path_factory) -> scenarios.Bench:
     return made
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed in QUICK else pytest.mark.slow) for seed in SEEDS]
+)
 def test_a_run_that_meets_trouble_stays_the_run_it_was(seed, bench):
     bench.happened += scenarios.play(scenarios.draw(seed), bench).happened
 
 
+@pytest.mark.slow
 def test_these_scenarios_have_everything_in_them(bench):
     kinds = {
         "done",
