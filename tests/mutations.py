@@ -50,7 +50,7 @@ MUTATIONS = [
         "kernels_pallas/flash_mla/blocks.py",
         "visible = (distance >= 0)",
         "visible = (distance >= -1)",
-        "tests/ops/test_causal_attention.py::test_queries_of_a_part_of_the_row_in_any_order_see_what_they_see_in_the_whole",
+        "tests/ops/test_causal_attention.py::test_output_is_that_of_a_dense_mask",
     ),
     Mutation(
         "segment_mask",
@@ -346,7 +346,7 @@ MUTATIONS = [
         "opendeep_jax/text/codec.py",
         "return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)",
         "return begin + list(ids)",
-        "tests/data/test_text_codec.py",
+        "tests/data/test_text_codec.py::test_a_directory_says_what_begins_and_ends_a_text",
     ),
     Mutation(
         "curation_keeps_what_it_should_drop",
@@ -382,7 +382,7 @@ MUTATIONS = [
         "opendeep_jax/faults/recovery.py",
         "return is_passed_over(self.windows, step)",
         "return False",
-        "tests/faults/test_recovery.py::test_after_a_spike_the_run_goes_back_for_that_batch_alone",
+        "tests/faults/test_recovery.py::test_a_window_is_on_disk_before_the_run_goes_on_and_the_next_start_reads_it",
     ),
     Mutation(
         "spike_window_keeps_the_oldest",
