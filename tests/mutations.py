@@ -457,6 +457,41 @@ MUTATIONS = [
         "held = jnp.exp(passed)",
         "tests/models/test_mamba2.py::test_chunks_of_any_size_give_what_the_recurrence_gives",
     ),
+    Mutation(
+        "mtp_inputs_swapped",
+        "opendeep_jax/models/decoder.py",
+        "[self.embedding_norm(embedded), self.hidden_norm(hidden)]",
+        "[self.hidden_norm(hidden), self.embedding_norm(embedded)]",
+        "tests/interop/test_golden.py::test_mtp_logits_equal_those_of_transformers",
+    ),
+    Mutation(
+        "hugging_face_name",
+        "opendeep_jax/interop/hf_family.py",
+        '"attention.out": "self_attn.o_proj.weight"',
+        '"attention.out": "self_attn.out_proj.weight"',
+        "tests/interop/test_families.py::test_logits_equal_those_of_transformers",
+    ),
+    Mutation(
+        "sources_repeat_their_rows",
+        "opendeep_jax/data/mixture.py",
+        "return sources, periods * self.counts[sources] + self.ranks[n]",
+        "return sources, periods + self.ranks[n]",
+        "tests/data/test_mixture.py::test_each_source_gives_its_rows_in_order_without_gaps",
+    ),
+    Mutation(
+        "middle_before_suffix",
+        "opendeep_jax/data/fim.py",
+        "hole, (j, tokens - 1), stop, (i, j),",
+        "hole, (i, j), stop, (j, tokens - 1),",
+        "tests/data/test_fim.py::test_a_rearranged_document_is_begin_prefix_suffix_middle_end",
+    ),
+    Mutation(
+        "stop_string_shown",
+        "opendeep_jax/text/stream.py",
+        "return text[: end - len(self.matched)]",
+        "return text[:end]",
+        "tests/data/test_text_stream.py",
+    ),
 ]
 
 
