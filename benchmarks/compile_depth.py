@@ -13,12 +13,8 @@ import jax
 import jax.numpy as jnp
 from train_cpu import config
 
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import Programs
-from opendeep_jax.train.state import abstract_state
-from opendeep_jax.train.step import make_train_step
+from opendeep_jax.train.setup import assemble
 
 
 def seconds_to_compile(layers: int) -> float:
@@ -27,12 +23,9 @@ def seconds_to_compile(layers: int) -> float:
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=layers, hidden_size=64))
     mesh = make_mesh(run.parallel)
     with jax.set_mesh(mesh):
-        bones = skeleton(run.model)
-        optimizer = make_optimizer(run, bones.axes())
-        template = abstract_state(run, optimizer, bones, mesh)
-        programs = Programs(run, jax.jit(make_train_step(run, bones, optimizer), donate_argnums=0), template, mesh)
+        programs = assemble(run, mesh).programs
         begun = time.perf_counter()
-        programs.at(0)
+        programs.of(run.train.batch_size, run.data.sequence_length)
         return time.perf_counter() - begun
 
 

@@ -45,14 +45,14 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.health import FEWEST, LOSS_SPREAD, NORM_SPREAD, PATIENCE, RECENT, WINDOW, new_health
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel import mesh as meshes
 from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
 from opendeep_jax.train import loop
+from opendeep_jax.train import setup as train_setup
 from opendeep_jax.train import step as train_step
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
+from opendeep_jax.train.setup import assemble
+from opendeep_jax.train.state import TrainState
 
 STEPS, BORDER, ROWS, LENGTH = 56, 30, 2, 16
 """The border is after step 30."""
@@ -289,7 +289,9 @@ def replaced(**changes: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in changes.items():
             module, _, attribute = name.partition("__")
-            stack.enter_context(mock.patch.object({"loop": loop, "step": train_step}[module], attribute, value))
+            stack.enter_context(
+                mock.patch.object({"loop": loop, "setup": train_setup, "step": train_step}[module], attribute, value)
+            )
         yield
 
 
@@ -305,10 +307,8 @@ class Bench:
         self.mesh = meshes.make_mesh(schema.ParallelConfig(), jax.devices()[:1])
         config = self.config(draw(0))
         with jax.set_mesh(self.mesh):
-            bones = skeleton(config.model)
-            optimizer = make_optimizer(config, bones.axes())
-            self.template = abstract_state(config, optimizer, bones, self.mesh)
-            self.first = jax.device_get(create_state(config, optimizer, self.template))
+            setup = assemble(config, self.mesh)
+            self.template, self.first = setup.template, jax.device_get(setup.first_state())
         self.gradients = train_step.batch_gradients
 
     def config(self, s: Scenario, **checkpoint: Any) -> schema.RunConfig:
@@ -333,45 +333,48 @@ class Bench:
             hardware=schema.HardwareConfig(peak_tflops=1.0),
         )
 
-    def made_up(self, config, bones, state, batch):
+    def made_up(self, config, bones, objective, state, batch):
         """Gradients of length 1 and the loss that the batch's first position names, or what it names besides."""
         code = batch.positions[0, 0]
         positions = batch.positions.at[0, 0].set(0)
-        rest = Batch(batch.tokens, batch.targets, batch.loss_mask, batch.segment_ids, positions)
-        grads, sums = self.gradients(config, bones, state, rest)
+        rest = dataclasses.replace(batch, positions=positions)
+        grads, measured = self.gradients(config, bones, objective, state, rest)
         length = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads.values()))
         scale = jnp.where(code == NAN, jnp.nan, jnp.where(code == LONG, 100.0, 1.0)) / length
         loss = 2 + jnp.float32(0.01) * (7 * (state.step + 1) % 5) + jnp.maximum(code - 2, 0).astype(jnp.float32)
-        return {name: grad * scale for name, grad in grads.items()}, sums | {"loss": loss}
+        measured = measured._replace(metrics=measured.metrics | {"loss": loss})
+        return {name: grad * scale for name, grad in grads.items()}, measured
 
     @contextlib.contextmanager
     def patched(self, s: Scenario, kill: int | None) -> Iterator[None]:
         """The loop as it is, but for made-up batches, programs that are shared, and a death before step `kill`."""
 
-        def programs(config, *arguments):
-            made = self.real(config, *arguments)
-            made.compiled = self.compiled.setdefault(s.policy == "skip", {})
+        def assembled(config, mesh):
+            made = assemble(config, mesh)
+            made.programs.compiled = self.compiled.setdefault(s.policy == "skip", {})
             return made
 
-        def spoil(texts, step, rows, vocab_size):
+        def inject(take_step, config, workdir):
+            def faulty(batches, state, step):
+                if step == kill:
+                    raise Killed
+                return take_step((coded(step, rows) for rows in batches), state, step)
+
+            return faulty
+
+        def coded(step, rows):
             self.rows[step] = rows
             return self.coded(rows, s.codes.get(step, 0))
 
-        def strike(texts, workdir, step):
-            if step == kill:
-                raise Killed
-
-        self.real = loop.Programs if not isinstance(loop.Programs, mock.Mock) else self.real
         with (
             replaced(
                 loop__make_mesh=lambda _: self.mesh,
-                loop__Programs=programs,
-                loop__create_state=lambda *_: self.placed(self.first),
+                loop__assemble=assembled,
+                loop__inject_faults=inject,
+                setup__create_state=lambda *_: self.placed(self.first),
                 loop__write_report=lambda _: None,
                 step__batch_gradients=self.made_up,
             ),
-            mock.patch.object(loop.drill, "spoil_batch", spoil),
-            mock.patch.object(loop.drill, "strike", strike),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             yield
@@ -379,7 +382,7 @@ class Bench:
     def coded(self, rows: Batch, code: int) -> Batch:
         positions = np.array(rows.positions)
         positions[0, 0] = code
-        return Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, positions)
+        return dataclasses.replace(rows, positions=positions)
 
     def placed(self, state: TrainState) -> TrainState:
         return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, self.template)
@@ -422,15 +425,16 @@ class Bench:
         config = self.config(s)
         with jax.set_mesh(self.mesh):
             state = self.placed(self.begun_from(s))
-            leave_out = jax.jit(lambda state: pass_over(config, state, jnp.nan, jnp.nan))
-            (program,) = self.compiled[s.policy == "skip"].values()
+            setup = assemble(config, self.mesh)
+            setup.programs.compiled = self.compiled[s.policy == "skip"]
+            program, skip = setup.programs.of(ROWS, LENGTH), setup.skip_batch()
             for step in range(int(state.step) + 1, STEPS + 1):
                 if step in applied:
                     rows = self.coded(self.rows[step], s.codes.get(step, 0))
                     state = state._replace(health=self.placed_health(step))
                     state, _ = program(state, meshes.put_batch(rows, self.mesh, ROWS))
                 else:
-                    state = leave_out(state)
+                    state = skip(state, math.nan, math.nan)
             return jax.device_get(state)
 
     def placed_health(self, step: int):

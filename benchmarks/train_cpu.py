@@ -59,43 +59,40 @@ def measure_opendeep(steps: int) -> dict:
 
     from opendeep_jax.data.batch import Batch
     from opendeep_jax.models.accounting import count_parameters, flops_per_token
-    from opendeep_jax.models.parameters import skeleton
     from opendeep_jax.parallel.mesh import make_mesh, put_batch
     from opendeep_jax.train.cpu_peak import measured_matmul
-    from opendeep_jax.train.optimizer import make_optimizer
-    from opendeep_jax.train.programs import Programs
-    from opendeep_jax.train.state import abstract_state, create_state
-    from opendeep_jax.train.step import make_train_step
 
     run = config()
     assert count_parameters(run.model).total == PARAMETERS
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1), np.int32)
     ones = np.ones((BATCH, LENGTH), np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(bool), ones, positions)
+    batch = Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=ones.astype(bool),
+        segment_ids=ones,
+        positions=positions,
+    )
     mesh = make_mesh(run.parallel)
     with jax.set_mesh(mesh):
-        bones = skeleton(run.model)
-        optimizer = make_optimizer(run, bones.axes())
-        template = abstract_state(run, optimizer, bones, mesh)
-        state = create_state(run, optimizer, template)
-        step_function = jax.jit(make_train_step(run, bones, optimizer), donate_argnums=0)
-        step = Programs(run, step_function, template, mesh).at(0)
+        setup = assemble(run, mesh)
+        state, step = setup.first_state(), setup.programs.of(BATCH, LENGTH)
         batch = put_batch(batch, mesh)
-        state, metrics = jax.block_until_ready(step(state, batch))
+        state, output = jax.block_until_ready(step(state, batch))
         first = time.perf_counter() - BEGUN
         before = measured_matmul()
         seconds = []
         for _ in range(steps):
             begun = time.perf_counter()
-            state, metrics = jax.block_until_ready(step(state, batch))
+            state, output = jax.block_until_ready(step(state, batch))
             seconds.append(time.perf_counter() - begun)
     matmul = max(before, measured_matmul())
     flops = flops_per_token(run.model, LENGTH).total
     return result("opendeep", seconds, first) | {
         "achieved_gflops": BATCH * LENGTH * flops / statistics.median(seconds[2:]) / 1e9,
         "matmul_gflops": matmul / 1e9,
-        "loss": float(metrics["loss"]),
+        "loss": float(output.metrics["loss"]),
     }
 
 

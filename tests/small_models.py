@@ -227,7 +227,29 @@ def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: in
             start, segment = end, segment + 1
     padding = segment_ids == 0
     targets = np.where(padding, 0, tokens[:, 1:])
-    return Batch(np.where(padding, 0, tokens[:, :-1]), targets, loss_mask, segment_ids, positions)
+    return Batch(
+        tokens=np.where(padding, 0, tokens[:, :-1]),
+        targets=targets,
+        loss_mask=loss_mask,
+        segment_ids=segment_ids,
+        positions=positions,
+    )
+
+
+def measured_and_gradients(config: RunConfig, bones: Skeleton, router_bias: Arrays, batch: Batch):
+    """A function of params: the loss and what else is measured, and gradients, as a device's program has them."""
+    from opendeep_jax.faults.health import new_health
+    from opendeep_jax.train.objective import pretraining
+    from opendeep_jax.train.state import TrainState
+    from opendeep_jax.train.step import device_arguments, local_gradients
+
+    def of_params(params):
+        state = TrainState(jnp.int32(0), params, (), router_bias, new_health())
+        arguments, _ = device_arguments(config, bones, pretraining(config), state, batch)
+        gradients, measured = local_gradients(config, bones, pretraining(config), arguments)
+        return (measured.metrics["loss"].value, measured), gradients
+
+    return of_params
 
 
 def dense_attention(query, key, value, segment_ids, scale):

@@ -30,8 +30,10 @@ from opendeep_jax.checkpoint.files import (
     Elsewhere,
     Items,
     Unsound,
+    check_frozen,
     disk_failures,
     from_items,
+    frozen_digests,
     make_record,
     model_groups,
     read_items,
@@ -103,6 +105,7 @@ class Checkpoints:
         self.local, self.notes = None, []
         self.durable = None
         self.pool, self.running, self.digesting = ThreadPoolExecutor(1, "checkpoint"), None, None
+        self.frozen: dict[str, str] = {}  # digests of frozen weights, which never change
         if config is not None:
             with disk_failures(self.directory):
                 self.durable = Writer(self.directory, config, (MODEL, OPTIMIZER), origin=self.origin["step"])
@@ -186,6 +189,9 @@ class Checkpoints:
         lanes, copies = digesting(arrays), snapshot(items)
         names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
         known = {"layout": layout(items), "processes": jax.process_count()}
+        if state.frozen:
+            self.frozen = self.frozen or frozen_digests(state)
+            known["frozen"] = self.frozen
         record = make_record(step, measure, arrays, names, **known, last_update=int(state.health.last_update))
         if writer is self.local and SHARDS in writer.items:
             copies = own_shards(copies)
@@ -242,12 +248,13 @@ class Checkpoints:
         Unsound ones are moved out of the way, to WORKDIR/unsound, and never deleted.
 
         Args:
+            abstract: its frozen weights are arrays, which become the state's.
             before: only states without an update of this step or later.
         Returns:
             The state, and a paragraph on each checkpoint that was passed over.
         Raises:
             NoneSound: where there are or were checkpoints, or weights that the run began from, and none is sound.
-            ConfigError: where they are of another configuration.
+            ConfigError: where they are of another configuration, or were saved beside other frozen weights.
         """
         self.wait()
         items, notes, elsewhere = to_items(abstract), [], None
@@ -263,6 +270,8 @@ class Checkpoints:
                 read = read_own_shards if SHARDS in self.local.items else read_alone
             try:
                 found = read_any_version(directory / str(step), items, read)
+                self.frozen = self.frozen or frozen_digests(abstract)
+                check_frozen(directory / str(step), self.frozen)
                 self._forget_local(after=step)
                 if self.durable:
                     self._note_saved(min(self.steps(), default=step))

@@ -55,16 +55,38 @@ class Elsewhere(Unsound):
 
 
 def to_items(state: Any) -> Items:
-    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}."""
+    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}.
+
+    Frozen weights are not: a checkpoint has their digests (`frozen_digests`).
+    """
     model = {f"{group}.{name}": array for group in GROUPS for name, array in getattr(state, group).items()}
-    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in _paths(state) if _group(name) not in GROUPS}}
+    rest = _paths(state._replace(frozen={}))
+    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in rest if _group(name) not in GROUPS}}
 
 
 def from_items(items: Items, like: Any) -> Any:
-    """The state of `like`'s structure with the arrays of `to_items`."""
+    """The state of `like`'s structure with the arrays of `to_items`, and `like`'s own frozen weights."""
     model = {f".{group}[{name!r}]": array for group, name, array in _grouped(items[MODEL])}
-    leaves = model | items[OPTIMIZER]
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name, _ in _paths(like)])
+    leaves, trained = model | items[OPTIMIZER], like._replace(frozen={})
+    state = jax.tree.unflatten(jax.tree.structure(trained), [leaves[name] for name, _ in _paths(trained)])
+    return state._replace(frozen=like.frozen)
+
+
+def frozen_digests(state: Any) -> dict[str, str]:
+    """Return the digests of a state's frozen weights, by group and name: `base.embedding.embedding`."""
+    arrays = {f"{group}.{name}": array for group, arrays in state.frozen.items() for name, array in arrays.items()}
+    return flat_digests(arrays) if arrays else {}
+
+
+def check_frozen(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise ConfigError unless the checkpoint in `path` was saved beside frozen weights of these digests."""
+    saved = read_record(path).get("frozen", {})
+    if wrong := sorted(name for name in {*saved, *digests} if saved.get(name) != digests.get(name)):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"{path}: was saved beside other frozen weights: {', '.join(wrong[:3])}{more} differ from those given now. "
+            "Give the model that the run began with."
+        )
 
 
 def model_groups(model: Arrays) -> dict[str, Arrays]:

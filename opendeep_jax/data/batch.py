@@ -4,10 +4,13 @@ Shapes: B rows, L positions.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+
+Array = np.ndarray | jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +23,17 @@ class Batch:
     loss_mask    [[T, T, T, F, T, T]]   False where the target belongs to another document, or is padding
     segment_ids  [[1, 1, 1, 1, 2, 2]]   from 1 in each row; 0 is padding
     positions    [[0, 1, 2, 3, 0, 1]]   restart with each segment
+
+    An objective may ask for more: a weight for each target, and arrays by name (`{"advantage": [B, L]}`), which are cut
+    into micro-batches and laid on devices like tokens.
     """
 
-    tokens: Int[np.ndarray | jax.Array, "B L"]
-    targets: Int[np.ndarray | jax.Array, "B L"]
-    loss_mask: Bool[np.ndarray | jax.Array, "B L"]
-    segment_ids: Int[np.ndarray | jax.Array, "B L"]
-    positions: Int[np.ndarray | jax.Array, "B L"]
+    tokens: Int[Array, "B L"]
+    targets: Int[Array, "B L"]
+    loss_mask: Bool[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+    weights: Float[Array, "B L"] | None = None
+    """What each target counts for in the loss; None counts all alike."""
+    extras: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    """Arrays [B, L, ...] by name: what the objective reads besides."""

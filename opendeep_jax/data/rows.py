@@ -11,7 +11,13 @@ from opendeep_jax.data.store import Store
 def empty_batch(rows: int, length: int) -> Batch:
     """A Batch of `rows` rows that are padding throughout."""
     tokens, targets, segment_ids, positions = (np.zeros((rows, length), np.int32) for _ in range(4))
-    return Batch(tokens, targets, np.zeros((rows, length), np.bool_), segment_ids, positions)
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=np.zeros((rows, length), np.bool_),
+        segment_ids=segment_ids,
+        positions=positions,
+    )
 
 
 def write_rows(

@@ -32,10 +32,11 @@ NORM_SPREAD = 0.1, 1e-6
 
 
 class Health(NamedTuple):
-    """What judging a step needs of those before it; part of the training state, and of its checkpoints."""
+    """What checking a step's update needs of the steps before; part of the training state, and of its checkpoints."""
 
     losses: Float[Array, "window"]
-    """Losses of the last steps that were finite, the newest last; NaN where there are none yet."""
+    """Losses, whatever the objective has judged, of the last steps that were finite, the newest last; NaN where there
+    are none yet."""
     norms: Float[Array, "window"]
     """Their gradient norms; NaN for 0, which says nothing of the next one."""
     high: Int[Array, "window"]
@@ -46,13 +47,16 @@ class Health(NamedTuple):
     """How many borders lie before the windows' steps."""
 
 
-class Verdict(NamedTuple):
-    """What is said of a step."""
+class UpdateCheck(NamedTuple):
+    """Whether a step's update was applied, and what that was judged by."""
 
-    apply: Bool[Array, ""]
+    skipped: Bool[Array, ""]
     spike: Bool[Array, ""]
+    loss: Float[Array, ""]
+    """The scalar that the objective has judged."""
+    grad_norm: Float[Array, ""]
     loss_zscore: Float[Array, ""]
-    """Robust standard deviations above the median; 0 while there are too few steps."""
+    """Robust standard deviations above the median; 0 while there are too few steps, or where no loss is judged."""
     grad_norm_zscore: Float[Array, ""]
 
 
@@ -62,17 +66,25 @@ def new_health(step: int = 0) -> Health:
     return Health(losses, norms, jnp.zeros((WINDOW,), jnp.int32), jnp.int32(step), jnp.int32(0))
 
 
-def judge(
-    faults: FaultsConfig, borders: tuple[int, ...], step, health: Health, loss: jax.Array, grad_norm: jax.Array
-) -> tuple[Verdict, Health]:
-    """Says whether `step` (from 0) with this loss and gradient norm may be applied, and what is known afterwards.
+def check_update(
+    faults: FaultsConfig,
+    borders: tuple[int, ...],
+    step,
+    health: Health,
+    loss: jax.Array,
+    grad_norm: jax.Array,
+    judge_loss: bool = True,
+) -> tuple[UpdateCheck, Health]:
+    """Decide whether the update of `step` (from 0) is applied, and return what is known afterwards.
 
     Args:
         borders: first steps (from 0) of the stretches whose losses are not compared with those before.
+        loss: any scalar that is better the lower it is; it may lie around 0 or below.
+        judge_loss: whether a high loss is a spike; else only the gradient norm's is, and the loss has to be finite.
     """
     health = _begin_stretch(borders, step, health)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    loss_zscore = robust_zscore(health.losses, loss, *LOSS_SPREAD)
+    loss_zscore = robust_zscore(health.losses, loss, *LOSS_SPREAD) if judge_loss else jnp.float32(0)
     norm_zscore = robust_zscore(health.norms, grad_norm, *NORM_SPREAD)
     high_loss, high_norm = (finite & (zscore > faults.spike_zscore) for zscore in (loss_zscore, norm_zscore))
     spike = high_loss & ~_is_known(health.losses, health.high, loss)
@@ -85,13 +97,15 @@ def judge(
     }
     kept = {name: jnp.where(finite, window, getattr(health, name)) for name, window in windows.items()}
     after = health._replace(**kept, last_update=jnp.where(apply, step + 1, health.last_update))
-    return Verdict(apply, spike, loss_zscore, norm_zscore), after
+    return UpdateCheck(~apply, spike, loss, grad_norm, loss_zscore, norm_zscore), after
 
 
-def leave_out(faults: FaultsConfig, borders: tuple[int, ...], step, health: Health, loss, grad_norm) -> Health:
-    """Return the health after a step whose batch is left out. What is known of it (else NaN) enters the windows, as it
+def after_skipped_batch(
+    faults: FaultsConfig, borders: tuple[int, ...], step, health: Health, loss, grad_norm, judge_loss: bool = True
+) -> Health:
+    """Return the health after a step whose batch is skipped. What is known of it (else NaN) enters the windows, as it
     does where the device skips its update."""
-    _, after = judge(faults, borders, step, health, loss, grad_norm)
+    _, after = check_update(faults, borders, step, health, loss, grad_norm, judge_loss)
     return after._replace(last_update=health.last_update)
 
 

@@ -1,19 +1,20 @@
-"""Fire drills: faults made on purpose, so that a team sees on its own cluster what a run does about each.
+"""Fault injection: faults made on purpose, so that a team sees on its own cluster what a run does about each.
 
     --faults.drill nan_gradient@12 sigkill@20:1
 
-A drill is `kind@step`, `kind@first-last`, and with `:process` behind it for one process of a job (else the last one).
+A fault is `kind@step`, `kind@first-last`, and with `:process` behind it for one process of a job (else the last one).
 Kinds of the step itself: nan_gradient, loss_spike (random targets), flipped_bit (in one device's copy of a weight).
 Kinds of the process: sigkill, sigstop, sigterm, hang (the loop sleeps for ever), clock_jump (the wall clock loses an
 hour); each of these strikes once in a work directory, however often its step is done again.
 """
 
+import dataclasses
 import functools
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ import numpy as np
 from opendeep_jax.checkpoint.digests import copies_of
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.operations import DRILLS
+from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.train.state import TrainState
 
 STRUCK = "drills"
 SIGNALS = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigterm": signal.SIGTERM}
@@ -51,24 +52,47 @@ def drills(texts: tuple[str, ...]) -> list[Drill]:
     return found
 
 
-def spoil_gradients(texts: tuple[str, ...], step: jax.Array, gradients):
-    """Gradients as they are, but for NaN at the steps of nan_gradient; `step` counts from 0. Traced with the step."""
-    for drill in drills(texts):
-        if drill.kind == "nan_gradient":
+def gradient_faults(texts: tuple[str, ...]) -> Callable | None:
+    """Return a function `(step, gradients) -> gradients`, traced with the step (from 0), that makes them NaN at the
+    steps of nan_gradient; None where there are none.
+    """
+    found = [drill for drill in drills(texts) if drill.kind == "nan_gradient"]
+
+    def faulty(step: jax.Array, gradients):
+        for drill in found:
             struck = (step + 1 >= drill.first) & (step + 1 <= drill.last)
             gradients = jax.tree.map(lambda x, struck=struck: jnp.where(struck, jnp.nan, x), gradients)
-    return gradients
+        return gradients
+
+    return faulty if found else None
 
 
-def spoil_batch(texts: tuple[str, ...], step: int, rows: Batch, vocab_size: int) -> Batch:
+def inject_faults(take_step: Callable, config: RunConfig, workdir: Path) -> Callable:
+    """Return `take_step(batches, state, step)`, with the other faults of `faults.drill` made before it; itself where
+    there are none.
+
+    Args:
+        take_step: takes the next of this process's batches (numpy) and trains on it; steps count from 1.
+    """
+    texts = config.faults.drill
+
+    def faulty(batches: Iterator[Batch], state, step: int):
+        strike_process(texts, workdir, step)
+        spoiled = (spoil_batch(texts, step, batch, config.model.vocab_size) for batch in batches)
+        return take_step(spoiled, spoil_state(texts, workdir, step, state), step)
+
+    return faulty if texts else take_step
+
+
+def spoil_batch(texts: tuple[str, ...], step: int, batch: Batch, vocab_size: int) -> Batch:
     """A process's rows as they are, but for random targets at the steps of loss_spike."""
     if any(drill.kind == "loss_spike" and drill.first <= step <= drill.last for drill in drills(texts)):
-        random = np.random.default_rng(step).integers(0, vocab_size, rows.targets.shape, np.int32)
-        return Batch(rows.tokens, random, rows.loss_mask, rows.segment_ids, rows.positions)
-    return rows
+        random = np.random.default_rng(step).integers(0, vocab_size, batch.targets.shape, np.int32)
+        return dataclasses.replace(batch, targets=random)
+    return batch
 
 
-def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state: TrainState) -> TrainState:
+def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state):
     """The state before a step as it is, but for one bit of one device's copy of a weight at the step of flipped_bit.
 
     Raises ConfigError where no weight has a copy.
@@ -86,8 +110,8 @@ def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state: TrainSt
     return state
 
 
-def strike(texts: tuple[str, ...], workdir: Path, step: int) -> None:
-    """Does to this process what its drills say of `step`, before it begins."""
+def strike_process(texts: tuple[str, ...], workdir: Path, step: int) -> None:
+    """Do to this process what its drills say of `step`, before it begins."""
     for drill in drills(texts):
         here = drill.first == step and drill.process == jax.process_index()
         if here and drill.kind in (*SIGNALS, "hang", "clock_jump") and _strikes(workdir, drill):

@@ -14,7 +14,6 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -25,6 +24,7 @@ from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.data.prepared import Prepared
 from opendeep_jax.data.provenance import where
+from opendeep_jax.faults.health import UpdateCheck
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.skipped_batches import PASSED_OVER, is_passed_over, read_passed_over
 
@@ -46,24 +46,8 @@ class GoBack(Exception):
         self.first, self.last = first, last
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What the device said of a step, still on the device."""
-
-    step: int
-    skipped: jax.Array
-    spike: jax.Array
-    loss: jax.Array
-    grad_norm: jax.Array
-    loss_zscore: jax.Array
-    grad_norm_zscore: jax.Array
-
-
-MEASURED = ("skipped", "spike", "loss", "grad_norm", "loss_zscore", "grad_norm_zscore")
-
-
 class Recovery:
-    """Remembers what steps were judged, and decides what follows.
+    """Remembers how steps' updates were checked, and decides what follows.
 
     Args:
         prepared: what batches are made of, to name documents.
@@ -78,7 +62,7 @@ class Recovery:
         self.windows = read_passed_over(workdir)
         self.went_back = False
         """Whether this start of the run has gone back already."""
-        self._judged: deque[Judged] = deque()
+        self._checks: deque[tuple[int, UpdateCheck]] = deque()
         self._skipped: list[int] = []  # steps since the last update that was applied, but for those passed over
         self._finite: list[list] = []  # [step, loss, gradient norm] of what was skipped or a spike
         self._corruptions: dict[int, int] = {}  # how often a step's checkpoint was gone back to for corrupt memory
@@ -89,17 +73,17 @@ class Recovery:
 
     def begin(self, step: int, last_update: int) -> None:
         """Goes on from the state after `step`, whose last update is that of step `last_update`."""
-        self._judged.clear()
+        self._checks.clear()
         self._skipped = [skipped for skipped in range(last_update + 1, step + 1) if not self.passes_over(skipped)]
 
     def taken_in(self, step: int) -> tuple[float, float]:
-        """Loss and gradient norm of a step that is passed over, as it was judged before; NaN where it was not."""
+        """Loss and gradient norm of a step that is passed over, as it was checked before; NaN where it was not."""
         known = (entry for window in self.windows for entry in window.get("taken_in", ()))
         return next(((loss, norm) for at, loss, norm in known if at == step), (math.nan, math.nan))
 
-    def note(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keeps what the device will say of a step; nothing is waited for."""
-        self._judged.append(Judged(step, *(metrics[name] for name in MEASURED)))
+    def note(self, step: int, check: UpdateCheck) -> None:
+        """Keeps what the device will say of a step's update; nothing is waited for."""
+        self._checks.append((step, check))
 
     def review(self) -> int:
         """Looks at all steps noted since the last time, and returns how many updates were skipped.
@@ -107,32 +91,32 @@ class Recovery:
         Raises:
             GoBack: where too many were skipped in a row, or the policy goes back after a spike.
         """
-        judged, skipped, named = list(self._judged), 0, 0
-        self._judged.clear()
-        for entry in judged:
-            said = Judged(entry.step, *jax.device_get([getattr(entry, name) for name in MEASURED]))
+        checks, skipped, named = list(self._checks), 0, 0
+        self._checks.clear()
+        for step, check in checks:
+            said = jax.device_get(check)
             was_skipped, spike = bool(said.skipped), bool(said.spike) and self.faults.spike_policy != "ignore"
-            self._skipped = [*self._skipped, entry.step] if was_skipped else []
+            self._skipped = [*self._skipped, step] if was_skipped else []
             skipped += was_skipped
             if was_skipped or spike:
                 named += 1
-                self._record(said, was_skipped, spike, documents=named <= STEPS_NAMED)
+                self._record(step, said, was_skipped, spike, documents=named <= STEPS_NAMED)
             finite = math.isfinite(said.loss) and math.isfinite(said.grad_norm)
             if not (was_skipped or spike):
                 self._finite.clear()
             elif finite:
-                self._finite.append([entry.step, float(said.loss), float(said.grad_norm)])
+                self._finite.append([step, float(said.loss), float(said.grad_norm)])
             if spike and self.faults.spike_policy == "rollback":
-                what = f"step {entry.step:,} is a spike (loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g})"
-                raise GoBack(what, entry.step, entry.step)
+                what = f"step {step:,} is a spike (loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g})"
+                raise GoBack(what, step, step)
             if self.faults.rollback_after and len(self._skipped) >= self.faults.rollback_after:
                 first = self._skipped[0]
                 reason = f"{len(self._skipped)} updates in a row, from step {first:,} on, had to be skipped"
-                raise GoBack(reason, first, judged[-1].step)
+                raise GoBack(reason, first, checks[-1][0])
         return skipped
 
-    def _record(self, said: Judged, was_skipped: bool, spike: bool, documents: bool) -> None:
-        kind, step = "spike" if spike else "non_finite", said.step
+    def _record(self, step: int, said: UpdateCheck, was_skipped: bool, spike: bool, documents: bool) -> None:
+        kind = "spike" if spike else "non_finite"
         what = f"loss {said.loss:.4g}, gradient norm {said.grad_norm:.4g}"
         if spike:
             zscores = {"loss": said.loss_zscore, "norm": said.grad_norm_zscore}

@@ -5,26 +5,19 @@ And what every device computes from its own rows must come out the same again, o
 (`Replay`): a device that is wrong then disagrees wherever it works, which names it.
 """
 
-import functools
 from collections import Counter
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from opendeep_jax.checkpoint.digests import deviating_devices, lanes_of
-from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.checkpoint.digests import deviating_devices
 from opendeep_jax.data.batch import Batch
-from opendeep_jax.models.parameters import Skeleton
-from opendeep_jax.parallel.axes import BATCH_SPEC, weight_specs
 from opendeep_jax.parallel.distributed import host_of
-from opendeep_jax.train.inputs import make_inputs, target_counts
-from opendeep_jax.train.state import TrainState
-from opendeep_jax.train.step import own_gradients
 
 
-def compare_copies(state: TrainState, before: str) -> str | None:
+def compare_copies(state, before: str) -> str | None:
     """Compares all copies of every array of the state over the devices; a sentence on those that differ, or None.
 
     Args:
@@ -52,12 +45,16 @@ class Replay:
     that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.
     """
 
-    def __init__(self, config: RunConfig, skeleton: Skeleton, mesh: Mesh):
-        self.config, self.skeleton, self.mesh = config, skeleton, mesh
-        self.other = _rotated(mesh)
+    def __init__(self, local_digests: Callable[..., jax.Array], mesh: Mesh):
+        """
+        Args:
+            local_digests: (state, batch) -> digests of what each device of the mesh in use computes from its rows
+                before it tells others, uint32 [devices, arrays, 2]; traced.
+        """
+        self.local_digests, self.mesh, self.other = local_digests, mesh, _rotated(mesh)
         self._programs: dict = {}
 
-    def compare(self, state: TrainState, batch: Batch) -> str | None:
+    def compare(self, state, batch: Batch) -> str | None:
         """Three computations of one step's gradients; a sentence on the devices that disagree, or None."""
         first, again = self._run(self.mesh, state, batch), self._run(self.mesh, state, batch)
         devices = list(self.mesh.devices.flat)
@@ -79,33 +76,13 @@ class Replay:
         names = ", ".join(name_device(d.id, d.process_index) for d in suspects[:4])
         return f"silent corruption: a computation came out differently on other devices; suspected: {names}"
 
-    def _run(self, mesh: Mesh, state: TrainState, batch: Batch) -> np.ndarray:
+    def _run(self, mesh: Mesh, state, batch: Batch) -> np.ndarray:
         """Digests of what each place of the mesh computes: uint32 [devices, arrays, 2]."""
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:
-                self._programs[key] = jax.jit(functools.partial(_own_lanes, self.config, self.skeleton))
-            return np.asarray(self._programs[key](state.params, state.router_bias, batch, state.step))
-
-
-def _own_lanes(config: RunConfig, skeleton: Skeleton, params, router_bias, batch: Batch, step) -> jax.Array:
-    mesh, depth = jax.sharding.get_abstract_mesh(), config.model.mtp.depth
-    params = skeleton.in_compute_dtype(params, config.model.dtype)
-    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
-
-    def device_program(params, router_bias, inputs, counts, step):
-        grads, sums = own_gradients(config, skeleton, params, router_bias, inputs, counts, step)
-        return jnp.stack([lanes_of(leaf) for leaf in jax.tree.leaves((sums, grads))])[None]
-
-    divided = jax.shard_map(
-        device_program,
-        mesh=mesh,
-        in_specs=({name: specs[name] for name in params}, whole, BATCH_SPEC, whole, whole),
-        out_specs=PartitionSpec(mesh.axis_names),
-        check_vma=False,
-    )
-    lanes = divided(params, router_bias, make_inputs(batch, depth, mesh), target_counts(batch, depth), step)
-    return jax.lax.with_sharding_constraint(lanes, whole)
+                self._programs[key] = jax.jit(self.local_digests)
+            return np.asarray(self._programs[key](state, batch))
 
 
 def _rotated(mesh: Mesh) -> Mesh | None:

@@ -7,11 +7,27 @@ into `psum_scatter`). So a weight's gradient is complete once it is summed over 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
 
 Axis = str | tuple[str, ...]
+
+
+def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """Return `function` as one program for each device of the mesh in use, on its own parts of the arguments.
+
+    Without a mesh it is the function itself.
+
+    Args:
+        in_specs, out_specs: how arguments and results are divided, as `jax.shard_map` takes them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def manual_axes(axis: Axis) -> tuple[str, ...]:

@@ -48,8 +48,17 @@ def is_share(x) -> bool:
 
 
 def meet(one, other):
-    """Two pytrees of shares as one."""
-    return _each(lambda a, b: a._make(map(_operation(a), a, b)), one, other)
+    """Two pytrees of shares as one. Raises ConfigError where they are of different kinds."""
+
+    def both(a, b):
+        if type(a) is not type(b):
+            raise ConfigError(
+                f"A {type(a).__name__} and a {type(b).__name__} of one number: they must be of one kind. Give both the "
+                "same, or another name."
+            )
+        return a._make(map(_operation(a), a, b))
+
+    return _each(both, one, other)
 
 
 def nothing(like, *lead: int):

@@ -97,12 +97,8 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
     """
     import jax
 
-    from opendeep_jax.models.parameters import skeleton
     from opendeep_jax.parallel.mesh import make_mesh
-    from opendeep_jax.train.optimizer import make_optimizer
-    from opendeep_jax.train.programs import abstract_batch, check_implementations, compiler_options
-    from opendeep_jax.train.state import abstract_state
-    from opendeep_jax.train.step import make_train_step
+    from opendeep_jax.train.setup import assemble, check_implementations, compiler_options
 
     with quiet_compilers():
         devices = compile_only_devices(topology)
@@ -115,17 +111,14 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
             "of its dimensions, and a data axis that the slices divide."
         ) from error
     begun = time.perf_counter()
-    bones = skeleton(config.model)
-    optimizer = make_optimizer(config, bones.axes())
     with jax.set_mesh(mesh):
         check_implementations(config)
-        state = abstract_state(config, optimizer, bones, mesh)
-        batch = abstract_batch(config, stage, mesh)
-        step = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
+        setup = assemble(config, mesh)
         platform = {"tpu": "tpu", "gpu": "cuda"}[topology.chip.platform]
-        options = compiler_options(config, topology.chip.name, topology.chip.platform, state)
+        options = compiler_options(config, topology.chip.name, topology.chip.platform, setup.template)
         try:
-            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
+            traced = setup.programs.trace(stage.batch_size, stage.length)
+            lowered = traced.lower(lowering_platforms=(platform,))
             with told_if_killed(), quiet_compilers():
                 compiled = lowered.compile(compiler_options=options)
         except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:

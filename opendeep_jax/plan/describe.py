@@ -12,10 +12,10 @@ from opendeep_jax.config.schedule import length_at, stages, tokens_before, total
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.display.progress import human_bytes, human_count, startup_summary
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
-from opendeep_jax.models.parameters import Arrays, skeleton
+from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.mesh import axis_sizes
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.state import abstract_state, bytes_on_each_device
+from opendeep_jax.train.setup import assemble
+from opendeep_jax.train.state import bytes_on_each_device
 from opendeep_jax.train.summary import memory_estimate, vocabulary
 
 PARTS = {
@@ -65,8 +65,7 @@ def describe(config: RunConfig, devices: int = 0, data: Mapping[str, Any] | None
     devices = devices or math.prod(size for size in axes(config).values() if size != -1)
     check_devices(config, devices)
     mesh = AbstractMesh(axis_sizes(config.parallel, devices), MESH_AXES)
-    bones = skeleton(config.model)
-    state = abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh)
+    state = assemble(config, mesh).template
     count, steps = count_parameters(config.model), total_steps(config)
     flops, batch = flops_per_token(config.model, length_at(config, 0)), stages(config)
     shapes = [

@@ -50,15 +50,14 @@ from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE, TOKENIZER_FILE
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
 from opendeep_jax.train.branch_parent import Parent, check_tokenizer, open_parent, unsound_parent
 from opendeep_jax.train.branch_state import make_state, plan_move
-from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from opendeep_jax.train.optimizer import learning_rate_schedule
 from opendeep_jax.train.run_directory import only_writer
-from opendeep_jax.train.state import abstract_state
+from opendeep_jax.train.setup import assemble
 
 STAGED = "branching"
 TEXT_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -152,11 +151,11 @@ def begin_branch(
 
 
 def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Callable[[str], None]) -> None:
-    mesh, bones = make_mesh(config.parallel), skeleton(config.model)
-    optimizer = make_optimizer(config, bones.axes())
+    mesh = make_mesh(config.parallel)
     changes, staged = diff(parent.config, config), workdir.resolve() / STAGED  # Orbax takes no relative path
     with jax.set_mesh(mesh):
-        template = abstract_state(config, optimizer, bones, mesh)
+        setup = assemble(config, mesh)
+        template, optimizer = setup.template, setup.optimizer
         comparable = all(is_among(name, SAME_LOSS) for name, _, _ in changes)
         move = plan_move(parent.record, parent.config, config, template, keep_health=comparable)
         if move.refusal:

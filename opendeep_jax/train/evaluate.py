@@ -20,13 +20,12 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, HeldOut, open_data
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
-from opendeep_jax.parallel.collectives import psum
+from opendeep_jax.parallel.collectives import per_device, psum
 from opendeep_jax.parallel.mesh import make_mesh, put_batch, rows_here
 from opendeep_jax.text.tokenizer import Tokenizer
-from opendeep_jax.train.inputs import make_inputs
-from opendeep_jax.train.losses import summed_cross_entropy
-from opendeep_jax.train.programs import use_compilation_cache
+from opendeep_jax.train.objective import make_inputs, summed_cross_entropy
 from opendeep_jax.train.run_directory import check_same_data
+from opendeep_jax.train.setup import use_compilation_cache
 
 Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
@@ -59,8 +58,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, tokenizer: Tokenizer, 
     @jax.jit
     def sums(params, router_bias, batch):
         in_specs = ({name: specs[name] for name in params}, whole, BATCH_SPEC)
-        divided = jax.shard_map(device_sums, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
-        return divided(params, router_bias, make_inputs(batch, 0, mesh))
+        return per_device(device_sums, in_specs, whole)(params, router_bias, make_inputs(batch, 0, mesh))
 
     def evaluate(params: Arrays, router_bias: Arrays, batches: Iterable[Batch]) -> dict[str, float]:
         with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,18 @@ from jax.sharding import Mesh
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoneSound, remove_partial_saves
 from opendeep_jax.config.load import check_workdir, record_context_length
-from opendeep_jax.config.schedule import total_steps
+from opendeep_jax.config.schedule import stage_at, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
 from opendeep_jax.display.progress import Progress, human_time, startup_summary
-from opendeep_jax.faults import injection as drill
+from opendeep_jax.faults.injection import inject_faults
 from opendeep_jax.faults.interrupt import STEPS_AHEAD, StopRequests, stop_requests
 from opendeep_jax.faults.recovery import GoBack, Recovery
 from opendeep_jax.faults.replay import Replay, compare_copies
 from opendeep_jax.faults.watchdog import Watchdog
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch, rows_here
 from opendeep_jax.record.events import record_event
@@ -35,13 +34,11 @@ from opendeep_jax.record.goodput import Clock, read_goodput
 from opendeep_jax.record.report import write_report
 from opendeep_jax.train.branch import finish_branch, remove_unfinished, with_own_tokenizer
 from opendeep_jax.train.compiling import say_once
-from opendeep_jax.train.losses import Metrics
 from opendeep_jax.train.observer import Observer
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import Programs, check_implementations, use_compilation_cache
 from opendeep_jax.train.run_directory import finished_summary, only_writer, save_run
-from opendeep_jax.train.state import TrainState, abstract_state, create_state, pass_over
-from opendeep_jax.train.step import make_train_step
+from opendeep_jax.train.setup import Programs, assemble, check_implementations, use_compilation_cache
+from opendeep_jax.train.state import TrainState
+from opendeep_jax.train.step import StepOutput
 from opendeep_jax.train.summary import check_memory, data_rows, model_rows, peak_flops
 
 
@@ -107,7 +104,7 @@ class Run:
     steps: int
     mesh: Mesh
     programs: Programs
-    pass_over: Callable[..., TrainState]
+    skip_batch: Callable[..., TrainState]
     data: Data
     checkpoints: Checkpoints
     observer: Observer
@@ -129,19 +126,13 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
     config, observer, recovery = run.config, run.observer, run.recovery
     under_way: deque[jax.Array] = deque()
     batches = run.data.iterate(start, lambda rows: rows_here(run.mesh, global_rows(config, rows, run.mesh)))
+    take_step = inject_faults(functools.partial(_take_step, run), config, recovery.workdir)
     first = not recovery.went_back
     for step in range(start + 1, run.steps + 1):
         run.watchdog.doing("data", step)
-        drill.strike(config.faults.drill, recovery.workdir, step)
-        with run.clock.counting("data"):
-            rows = next(batches)
-        if recovery.passes_over(step):
-            state, metrics = run.pass_over(state, *recovery.taken_in(step)), None
-            observer.leave_out(step)
-        else:
-            state, metrics = _step(run, state, step, rows)
-            recovery.note(step, metrics)
-            under_way.append(metrics["loss"])
+        state, output = take_step(batches, state, step)
+        if output is not None:
+            under_way.append(output.metrics["loss"])
             if first or len(under_way) > STEPS_AHEAD:
                 jax.block_until_ready(under_way.popleft())
         if first:
@@ -150,8 +141,8 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
         observer.step = step
         stops = run.stop.after(step) and step < run.steps
         saves = _saves(config, step, run.steps, stops)
-        if metrics and is_due(step, config.train.log_every, start + 1, run.steps):
-            run.progress.update(step, **observer.log(step, metrics))
+        if output is not None and is_due(step, config.train.log_every, start + 1, run.steps):
+            run.progress.update(step, **observer.log(step, output))
             for kind, text in observer.noticed():
                 recovery.event(kind, step, text)
         if any(saves) or is_due(step, config.train.log_every, start + 1):
@@ -174,23 +165,38 @@ def train_steps(run: Run, state: TrainState, start: int) -> TrainState:
     return state
 
 
-def _step(run: Run, state: TrainState, step: int, rows: Batch) -> tuple[TrainState, Metrics]:
-    """Begins a step on this process's rows; the device does the rest while the loop goes on."""
-    config, drills = run.config, run.config.faults.drill
-    if not run.programs.has(step - 1):
+def _take_step(
+    run: Run, batches: Iterator[Batch], state: TrainState, step: int
+) -> tuple[TrainState, StepOutput | None]:
+    """Begins a step on this process's rows; the device does the rest while the loop goes on. No output where the run
+    has gone back before the step and skips its batch."""
+    config, recovery = run.config, run.recovery
+    with run.clock.counting("data"):
+        rows = next(batches)
+    if recovery.passes_over(step):
+        run.observer.leave_out(step)
+        return run.skip_batch(state, *recovery.taken_in(step)), None
+    shape = batch_shape(config, step)
+    if not run.programs.has(*shape):
         with run.observer.aside(state, "compile"):
             run.watchdog.doing("compile", step)
             run.observer.inputs.forget()
-            run.programs.at(step - 1)
-    rows = drill.spoil_batch(drills, step, rows, config.model.vocab_size)
-    batch = put_batch(rows, run.mesh, run.programs.rows(step - 1))
-    state = drill.spoil_state(drills, run.recovery.workdir, step, state)
+            run.programs.of(*shape)
+    batch = put_batch(rows, run.mesh, global_rows(config, shape[0], run.mesh))
     if is_due(step, config.faults.replay_every):
         with run.observer.aside(state, "other"):
             run.watchdog.doing("replay", step)
             _refuse(run.replay.compare(state, batch))
     run.watchdog.doing("step", step)
-    return run.programs.at(step - 1)(state, batch)
+    state, output = run.programs.of(*shape)(state, batch)
+    recovery.note(step, output.check)
+    return state, output
+
+
+def batch_shape(config: RunConfig, step: int) -> tuple[int, int]:
+    """Rows and length of the batch of `step` (from 1), without rows of padding."""
+    stage = stage_at(config, step - 1)
+    return stage.batch_size, stage.length
 
 
 def _save(run: Run, state: TrainState, step: int, saves: "Saves") -> None:
@@ -235,8 +241,7 @@ def _train(
     of_text = with_own_tokenizer(config, workdir)
     if not (workdir / DATA_FILE).exists():  # else the text is there already
         primary_first("text", lambda: check_data(of_text))
-    mesh, bones, peak = make_mesh(config.parallel), skeleton(config.model), peak_flops(config)
-    optimizer = make_optimizer(config, bones.axes())
+    mesh, peak = make_mesh(config.parallel), peak_flops(config)
     clock = Clock(workdir, begun, writes=is_primary())
     primary_first("partial saves", lambda: remove_partial_saves(workdir) if is_primary() else None)
     with (
@@ -245,23 +250,20 @@ def _train(
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         check_implementations(config)
-        template = abstract_state(config, optimizer, bones, mesh)
+        setup = assemble(config, mesh)
+        template, programs = setup.template, setup.programs
         say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
         check_memory(config, template, mesh.size)
         # Text is tokenized while the step is compiled.
         opening = pool.submit(primary_first, "data", functools.partial(open_data, of_text, is_primary(), workdir))
-        beginning = functools.partial(create_state, config, optimizer, template)
-        sources = workdir, checkpoints, template, beginning, watchdog, clock
+        sources = workdir, checkpoints, template, setup.first_state, watchdog, clock
         state, start = _newest(*sources)
-        step_function = jax.jit(make_train_step(config, bones, optimizer), donate_argnums=0)
-        programs = Programs(config, step_function, template, mesh)
         # With a running clock, unless the bars of the text's preparation are on the terminal at the same time.
         programs.say = (say_once if (workdir / DATA_FILE).exists() else say) if is_primary() else None
-        passing_over = jax.jit(functools.partial(pass_over, config), donate_argnums=0)
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):
-                programs.at(start)
+                programs.of(*batch_shape(config, start + 1))
         if start == 0:
             _begin(workdir, checkpoints, state)
         watchdog.doing("data preparation")
@@ -269,14 +271,15 @@ def _train(
         say(startup_summary(data_rows(config, data.describe())))
         primary_first("record", lambda: save_run(config, recipe, data, workdir) if is_primary() else None)
         clock.first_step = start
-        observer = Observer(config, workdir, data, bones, mesh, peak, start, begun, clock)
+        observer = Observer(config, workdir, data, setup.skeleton, mesh, peak, start, begun, clock)
         with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
             recovery.begin(start, int(state.health.last_update))
-            saving = checkpoints, observer, recovery, Replay(config, bones, mesh)
+            saving = checkpoints, observer, recovery, Replay(setup.local_digests, mesh)
             with stop_requests() as stop:
-                run = Run(config, steps, mesh, programs, passing_over, data, *saving, progress, watchdog, clock, stop)
+                skip = setup.skip_batch()
+                run = Run(config, steps, mesh, programs, skip, data, *saving, progress, watchdog, clock, stop)
                 while True:
                     try:
                         state = train_steps(run, state, start)

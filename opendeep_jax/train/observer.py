@@ -27,7 +27,7 @@ from opendeep_jax.record.trackers import open_trackers
 from opendeep_jax.train.evaluate import compressors, held_out_batches, make_evaluator
 from opendeep_jax.train.run_directory import SUMMARY
 from opendeep_jax.train.state import TrainState
-from opendeep_jax.train.step import Metrics
+from opendeep_jax.train.step import StepOutput
 from opendeep_jax.train.summary import peak_memory_bytes
 
 
@@ -98,12 +98,11 @@ class Observer:
         with self.clock.counting(kind):
             yield
 
-    def log(self, step: int, metrics: Metrics) -> dict[str, float]:
+    def log(self, step: int, output: StepOutput) -> dict[str, float]:
         """Writes a step's numbers. Here the loop waits for the device."""
         dispatched = time.perf_counter()
-        metrics = jax.device_get(metrics)
+        metrics, check, load, bias = jax.device_get(output)
         device_seconds = time.perf_counter() - dispatched
-        load, bias = metrics.pop("load"), metrics.pop("router_bias")
         previous, before, data_before = self.logged
         now, data = self._training_seconds(), self.clock.total("data")
         left_out, their_tokens = self._left_out
@@ -111,7 +110,7 @@ class Observer:
         tokens = tokens_before(self.config, step) - tokens_before(self.config, previous) - their_tokens
         seconds = now - before
         record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
-        record |= {name: float(value) for name, value in metrics.items()}
+        record |= {name: float(value) for name, value in {**check._asdict(), **metrics}.items()}
         if load:
             layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
             peaks = layers.max(axis=1) / np.maximum(layers.mean(axis=1), 1e-9)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schedule import micro_batches
 from opendeep_jax.config.schema import RunConfig
@@ -17,12 +18,12 @@ from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.decoder import one_layer, scan_layers
 from opendeep_jax.models.parameters import Arrays, Skeleton
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
-from opendeep_jax.parallel.collectives import axis_size
+from opendeep_jax.parallel.collectives import axis_size, per_device
 from opendeep_jax.parallel.pipeline import Pieces, from_stages, pipelined_value_and_grad, to_stages
 from opendeep_jax.parallel.schedule import Layout, make_schedule, stage_layout
-from opendeep_jax.parallel.shares import Sum, all_entries, meet, numbers, over_devices
-from opendeep_jax.train.inputs import Inputs, TargetCounts
-from opendeep_jax.train.losses import layer_losses, loads, total_loss
+from opendeep_jax.parallel.shares import Sum, all_entries, numbers, over_devices
+from opendeep_jax.train.objective import DeviceArguments, Measured, Objective, joined, layer_losses, total_loss
+from opendeep_jax.train.state import BASE
 
 
 def stacked_layers(config: RunConfig) -> str:
@@ -44,10 +45,19 @@ def layers_on_stages(config: RunConfig, stages: int) -> Layout:
 
 
 def pipelined_gradients(
-    config: RunConfig, skeleton: Skeleton, params: Arrays, router_bias: Arrays, inputs: Inputs, counts, step
-) -> tuple[Arrays, dict]:
-    """Gradients and metrics of the global batch; arguments and results as those of `step.device_gradients`, whole."""
+    config: RunConfig, skeleton: Skeleton, objective: Objective, arguments: DeviceArguments
+) -> tuple[Arrays, Measured]:
+    """Gradients and metrics of the global batch, whole, like those of `step.batch_gradients`.
+
+    Raises:
+        ConfigError: for frozen weights of another model, which lie on no stage.
+    """
     mesh = jax.sharding.get_abstract_mesh()
+    if others := sorted(set(arguments.frozen) - {BASE}):
+        raise ConfigError(
+            f"parallel.stage = {mesh.shape['stage']}: a pipeline has no place for the other model {others[0]!r} that "
+            "the objective reads. Give --parallel.stage=1, and divide the devices over fsdp, expert or tensor."
+        )
     layout, prefix = layers_on_stages(config, mesh.shape["stage"]), stacked_layers(config) + "."
     specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
     specs = {name: _on_stage(spec) if name.startswith(prefix) else spec for name, spec in specs.items()}
@@ -56,22 +66,25 @@ def pipelined_gradients(
         laid = {name: to_stages(layout, x) if name.startswith(prefix) else x for name, x in arrays.items()}
         return {name: jax.lax.with_sharding_constraint(x, specs[name]) for name, x in laid.items()}
 
-    def device_program(params, router_bias, inputs, counts, step):
-        return _device_gradients(config, skeleton, layout, specs, params, router_bias, inputs, counts, step)
+    def device_program(arguments: DeviceArguments):
+        return _device_gradients(config, skeleton, objective, layout, specs, arguments)
 
-    param_specs = {name: specs[name] for name in params}
-    bias_specs = {name: specs[name] for name in router_bias}
-    divided = jax.shard_map(
-        device_program,
-        mesh=mesh,
-        in_specs=(param_specs, bias_specs, BATCH_SPEC, whole, whole),
-        out_specs=(param_specs, whole, PartitionSpec("stage")),
-        check_vma=False,
+    def specs_of(arrays: Arrays) -> dict[str, PartitionSpec]:
+        return {name: specs[name] for name in arrays}
+
+    params, base = specs_of(arguments.params), specs_of(arguments.frozen.get(BASE, {}))
+    frozen = {BASE: base} if base else {}
+    divided = DeviceArguments(params, specs_of(arguments.router_bias), frozen, BATCH_SPEC, whole, whole, whole)
+    laid = arguments._replace(
+        params=lay_out(arguments.params),
+        router_bias=lay_out(arguments.router_bias),
+        frozen={group: lay_out(arrays) for group, arrays in arguments.frozen.items()},
     )
-    grads, metrics, layer_loads = divided(lay_out(params), lay_out(router_bias), inputs, counts, step)
+    program = per_device(device_program, (divided,), (params, whole, PartitionSpec("stage")))
+    grads, measured, layer_loads = program(laid)
     grads = {name: from_stages(layout, g) if name.startswith(prefix) else g for name, g in grads.items()}
-    metrics["load"] |= {name: from_stages(layout, load) for name, load in layer_loads.items()}
-    return grads, metrics
+    layer_loads = {name: from_stages(layout, load) for name, load in layer_loads.items()}
+    return grads, measured._replace(loads=measured.loads | layer_loads)
 
 
 def _on_stage(spec: PartitionSpec) -> PartitionSpec:
@@ -79,18 +92,18 @@ def _on_stage(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec("stage", *tuple(spec)[1:])
 
 
-def _device_gradients(config, skeleton, layout, specs, params, router_bias, inputs: Inputs, counts: TargetCounts, step):
-    """One device's program."""
+def _device_gradients(config, skeleton, objective, layout, specs, arguments: DeviceArguments):
+    """One device's program: gradients, the batch's metrics, and the loads of this stage's layers."""
     mesh, stack = jax.sharding.get_abstract_mesh(), stacked_layers(config)
-    stages = mesh.shape["stage"]
-    shards = axis_size(ROW_AXES)
-    micros = micro_batches(config.train, len(inputs.batch.tokens) * shards, shards)
+    stages, shards = mesh.shape["stage"], axis_size(ROW_AXES)
+    params, router_bias, frozen = arguments.params, arguments.router_bias, arguments.frozen.get(BASE, {})
+    micros = micro_batches(config.train, len(arguments.inputs.batch.tokens) * shards, shards)
     layers = {name: x for name, x in params.items() if name.startswith(stack + ".")}
     shared = {name: x for name, x in params.items() if name not in layers}
-    constants = {name: x for name, x in router_bias.items() if name.startswith(stack + ".")}
+    constants = {name: x for name, x in (router_bias | frozen).items() if name.startswith(stack + ".")}
 
     def model_of(shared):
-        return skeleton.model({**shared, **layers}, router_bias)
+        return skeleton.model({**frozen, **shared, **layers}, router_bias)
 
     def embed(shared, microbatch):
         model, (inputs, context) = model_of(shared), microbatch
@@ -98,9 +111,9 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
         if stack == "dense_layers":
             return x, {}
         x, report = scan_layers(model.dense_layers, x, context, config.model)
-        loss, metrics = layer_losses(config, {"dense_layers": report}, counts)
+        loss, measured = layer_losses(config, {"dense_layers": report}, arguments.rows)
         assert loss is None, "leading dense layers run where a pipeline takes no loss"
-        return x, metrics
+        return x, measured.metrics
 
     def layer(weights, constant, x, microbatch):
         function, state = one_layer(getattr(model_of(shared), stack), microbatch[1], config.model, scanned=True)
@@ -110,16 +123,16 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
             for path, variable in nnx.to_flat_state(state)
         ]
         x, report = function(x, nnx.from_flat_state(flat))
-        loss, metrics = layer_losses(config, {stack: report}, counts)
-        return x, jnp.float32(0) if loss is None else loss, {"metrics": metrics, "load": loads({stack: report})}
+        loss, measured = layer_losses(config, {stack: report}, arguments.rows)
+        return x, jnp.float32(0) if loss is None else loss, measured
 
     def output(shared, x, microbatch):
         model, (inputs, context) = model_of(shared), microbatch
         out = model.outputs(x, context, [module.tokens for module in inputs.mtp])
-        return total_loss(config, model, out, inputs, counts, step)
+        return total_loss(config, objective, out, model.head_kernel, arguments._replace(inputs=inputs))
 
-    batch = inputs.batch
-    context = model_of(shared).context(batch.tokens, batch.segment_ids, batch.positions, inputs.order)
+    batch = arguments.inputs.batch
+    context = model_of(shared).context(batch.tokens, batch.segment_ids, batch.positions, arguments.inputs.order)
     result = pipelined_value_and_grad(
         Pieces(embed, layer, output),
         make_schedule(stages, micros, config.parallel.stage_chunks),
@@ -127,14 +140,11 @@ def _device_gradients(config, skeleton, layout, specs, params, router_bias, inpu
         shared,
         layers,
         constants,
-        jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), (inputs, context)),
+        jax.tree.map(lambda x: x.reshape(micros, -1, *x.shape[1:]), (arguments.inputs, context)),
     )
-    grads = {**result.shared_gradients, **result.layer_gradients}
-    grads = sum_over_copies(grads, specs, mesh)
-    metrics = dict(result.output_shares)
-    for more in (all_entries(result.layer_shares["metrics"]), result.embed_shares):
-        metrics |= {name: meet(metrics[name], share) if name in metrics else share for name, share in more.items()}
-    metrics["loss"] = Sum(result.loss)
+    grads = sum_over_copies({**result.shared_gradients, **result.layer_gradients}, specs, mesh)
+    output, layers = result.output_shares, result.layer_shares
+    metrics = joined(output.metrics, all_entries(layers.metrics), result.embed_shares) | {"loss": Sum(result.loss)}
+    measured = numbers(over_devices(output._replace(metrics=metrics), mesh.axis_names))
     within_stage = tuple(name for name in mesh.axis_names if name != "stage")
-    layer_loads = numbers(over_devices(result.layer_shares["load"], within_stage))
-    return grads, numbers(over_devices(metrics, mesh.axis_names)), layer_loads
+    return grads, measured, numbers(over_devices(layers.loads, within_stage))

@@ -12,14 +12,17 @@ from jaxtyping import Array, Int
 
 from opendeep_jax.config.schedule import borders
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.faults.health import Health, leave_out, new_health
+from opendeep_jax.faults.health import Health, after_skipped_batch, new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import Arrays, Skeleton, split
 from opendeep_jax.parallel.axes import divided_further, partition_spec
 
+BASE = "base"
+"""The group of `TrainState.frozen` that belongs to the trained model itself."""
+
 
 class TrainState(NamedTuple):
-    """All that changes while training; a pytree."""
+    """All that changes while training, and the weights that do not; a pytree."""
 
     step: Int[Array, ""]
     """Steps done, int32."""
@@ -30,22 +33,33 @@ class TrainState(NamedTuple):
     router_bias: Arrays
     """Router biases by name, [layers, experts] or [experts]."""
     health: Health
-    """What judges the next step."""
+    """What the next step's update is checked by."""
+    frozen: dict[str, Arrays] = {}
+    """Weights that do not train, by name, in groups: under BASE, weights of the model itself that `params` then lacks;
+    under another name (`reference`, `teacher`), what the objective reads of another model. They have no masters and no
+    moments; a checkpoint holds their digests, and they are given again when it is read."""
 
 
-def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, a function of the configuration and its seed alone."""
+def init_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, frozen: dict[str, Arrays] | None = None
+) -> TrainState:
+    """The state before the first step, a function of the configuration, its seed and the frozen weights."""
+    frozen = frozen or {}
     _, params, router_bias = split(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
+    params = {name: array for name, array in params.items() if name not in frozen.get(BASE, {})}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health(), frozen)
 
 
-def pass_over(config: RunConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array) -> TrainState:
-    """The state after a step whose batch is left out: the step's number, and what the next ones are compared with.
+def skip_batch(
+    config: RunConfig, judge_loss: bool, state: TrainState, loss: jax.Array, grad_norm: jax.Array
+) -> TrainState:
+    """The state after a step whose batch is skipped: the step's number, and what the next ones are compared with.
 
     Args:
-        loss, grad_norm: of the step, where it was judged before it was undone; NaN where that isn't known.
+        judge_loss: whether the objective names a scalar by which a step is a spike.
+        loss, grad_norm: of the step, where it was checked before it was undone; NaN where that isn't known.
     """
-    health = leave_out(config.faults, borders(config), state.step, state.health, loss, grad_norm)
+    health = after_skipped_batch(config.faults, borders(config), state.step, state.health, loss, grad_norm, judge_loss)
     return state._replace(step=state.step + 1, health=health)
 
 
@@ -70,11 +84,16 @@ def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh, zero_1: b
 
 
 def abstract_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    skeleton: Skeleton,
+    mesh: Mesh,
+    frozen: dict[str, Arrays] | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; no array is made."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-    return placed_state(shapes, skeleton, mesh, config.parallel.shard_optimizer_over_replicas)
+    """Shapes, dtypes and shardings of a run's state; no array is made, and frozen weights are those that are given."""
+    shapes = jax.eval_shape(lambda frozen: init_state(config, optimizer, frozen), frozen or {})
+    placed = placed_state(shapes, skeleton, mesh, config.parallel.shard_optimizer_over_replicas)
+    return placed._replace(frozen=frozen) if frozen else placed
 
 
 def placed_state(shapes: TrainState, skeleton: Skeleton, mesh, zero_1: bool) -> TrainState:
@@ -95,5 +114,9 @@ def create_state(config: RunConfig, optimizer: optax.GradientTransformation, abs
     """Builds the first state in place on the mesh, no device ever holding more than its share."""
     # This program runs once: on a CPU, compiling it takes far longer than running it, so it is compiled without effort.
     effort = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings, compiler_options=effort)()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract._replace(frozen={}))
+
+    def first() -> TrainState:
+        return init_state(config, optimizer, abstract.frozen)._replace(frozen={})
+
+    return jax.jit(first, out_shardings=shardings, compiler_options=effort)()._replace(frozen=abstract.frozen)

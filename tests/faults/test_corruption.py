@@ -13,12 +13,13 @@ from small_models import DENSE, V3, packed_batch, random_arrays, run_config
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import MTPConfig, ParallelConfig
 from opendeep_jax.faults import injection as drill
-from opendeep_jax.faults import replay as corruption
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.replay import Replay, compare_copies
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.collectives import axis_index
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
+from opendeep_jax.train import setup
+from opendeep_jax.train.setup import assemble
 from opendeep_jax.train.state import TrainState, state_shardings
 
 MODEL = dataclasses.replace(V3, num_layers=2, mtp=MTPConfig())
@@ -47,7 +48,7 @@ def replicated():
 
 
 def replay_of(run: SimpleNamespace) -> Replay:
-    return Replay(run.config, run.bones, run.mesh)
+    return Replay(assemble(run.config, run.mesh).local_digests, run.mesh)
 
 
 def named(sentence: str) -> set[int]:
@@ -106,24 +107,24 @@ def test_a_device_that_is_always_wrong_is_named(device, sound, sharded, monkeypa
 
 def test_a_device_whose_arithmetic_is_wrong_is_named(replicated, monkeypatch):
     """The program itself is wrong on one device, wherever the mesh puts that."""
-    replay, own_gradients, wrong = replay_of(replicated), corruption.own_gradients, 6
+    replay, local_gradients, wrong = replay_of(replicated), setup.local_gradients, 6
     places = iter([d.id for d in mesh.devices.flat].index(wrong) for mesh in (replay.mesh, replay.other))
 
     def broken(*arguments):
-        grads, sums = own_gradients(*arguments)
+        grads, sums = local_gradients(*arguments)
         there = axis_index(replay.mesh.axis_names) == next(places)  # once for each mesh: when it is traced
         name = sorted(grads)[0]
         grads[name] = grads[name].at[(0,) * grads[name].ndim].multiply(jnp.where(there, 1 + 2.0**-20, 1))
         return grads, sums
 
-    monkeypatch.setattr(corruption, "own_gradients", broken)
+    monkeypatch.setattr(setup, "local_gradients", broken)
     said = replay.compare(replicated.state, replicated.batch)
     assert next(places, None) is None and named(said) == {wrong}
 
 
 def test_one_device_alone_cannot_be_compared_with_others_and_is_with_itself():
     mesh = make_mesh(ParallelConfig(fsdp=1), jax.devices()[:1])
-    assert Replay(run_config(MODEL), skeleton(MODEL), mesh).other is None
+    assert Replay(assemble(run_config(MODEL), mesh).local_digests, mesh).other is None
 
 
 def with_flipped_bits(state: TrainState, name: str, *devices: int, bit: int = 0) -> TrainState:

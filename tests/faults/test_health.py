@@ -15,14 +15,14 @@ from opendeep_jax.faults.health import (
     PATIENCE,
     WINDOW,
     Health,
-    judge,
-    leave_out,
+    after_skipped_batch,
+    check_update,
     new_health,
     robust_zscore,
 )
 
 SKIP = FaultsConfig(spike_policy="skip", spike_zscore=5.0)
-compiled = jax.jit(judge, static_argnums=(0, 1))
+compiled = jax.jit(check_update, static_argnums=(0, 1))
 
 
 def history(*losses: float, norms=()) -> Health:
@@ -36,8 +36,8 @@ def judged(losses, norms=None, faults=SKIP, borders=(), health=None, first=0):
     """Which updates of a series are applied, and the health after it."""
     health, applied = health or new_health(), []
     for step, (loss, norm) in enumerate(zip(losses, norms or [1.0] * len(losses), strict=True), start=first):
-        verdict, health = compiled(faults, borders, jnp.int32(step), health, jnp.float32(loss), jnp.float32(norm))
-        applied.append(bool(verdict.apply))
+        check, health = compiled(faults, borders, jnp.int32(step), health, jnp.float32(loss), jnp.float32(norm))
+        applied.append(not bool(check.skipped))
     return applied, health
 
 
@@ -47,21 +47,21 @@ STEADY = [4.0 + 0.1 * (-1) ** i for i in range(40)]
 @pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (np.inf, 1.0), (-np.inf, 1.0), (4.0, np.nan), (4.0, np.inf)])
 def test_what_is_not_finite_is_skipped_and_forgotten(loss, norm):
     before = history(*STEADY)
-    verdict, after = judge(FaultsConfig(), (), jnp.int32(40), before, jnp.float32(loss), jnp.float32(norm))
-    assert not verdict.apply and not verdict.spike and after.last_update == 0
+    check, after = check_update(FaultsConfig(), (), jnp.int32(40), before, jnp.float32(loss), jnp.float32(norm))
+    assert check.skipped and not check.spike and after.last_update == 0
     for name in ("losses", "norms", "high"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
-    verdict, after = judge(FaultsConfig(), (), jnp.int32(41), after, jnp.float32(4.0), jnp.float32(1.0))
-    assert verdict.apply and after.last_update == 42 and after.losses[-1] == 4.0
+    check, after = check_update(FaultsConfig(), (), jnp.int32(41), after, jnp.float32(4.0), jnp.float32(1.0))
+    assert not check.skipped and after.last_update == 42 and after.losses[-1] == 4.0
 
 
 @pytest.mark.parametrize("policy, applied", [("ignore", True), ("record", True), ("rollback", True), ("skip", False)])
 @pytest.mark.parametrize("loss, norm", [(6.0, 1.0), (4.0, 3.0)])
 def test_a_spike_is_skipped_on_the_device_only_if_the_policy_says_so(policy, applied, loss, norm):
     faults = FaultsConfig(spike_policy=policy, spike_zscore=5.0)
-    verdict, _ = judge(faults, (), jnp.int32(40), history(*STEADY), jnp.float32(loss), jnp.float32(norm))
-    assert bool(verdict.apply) == applied and verdict.spike
-    assert max(verdict.loss_zscore, verdict.grad_norm_zscore) > 5
+    check, _ = check_update(faults, (), jnp.int32(40), history(*STEADY), jnp.float32(loss), jnp.float32(norm))
+    assert bool(check.skipped) != applied and check.spike
+    assert max(check.loss_zscore, check.grad_norm_zscore) > 5
 
 
 def test_a_falling_loss_and_the_first_steps_are_no_spikes():
@@ -130,7 +130,7 @@ def test_the_windows_begin_anew_at_a_border_whether_its_step_is_trained_or_left_
     applied, _ = judged([*STEADY, *[9.0] * 30], borders=(40,))
     assert all(applied)
     _, before = judged(STEADY, borders=(40,))
-    after = leave_out(SKIP, (40,), jnp.int32(40), before, jnp.float32(np.nan), jnp.float32(np.nan))
+    after = after_skipped_batch(SKIP, (40,), jnp.int32(40), before, jnp.float32(np.nan), jnp.float32(np.nan))
     assert jnp.isnan(after.losses).all() and after.stretch == 1 and after.last_update == 40
     assert all(judged([9.0] * 30, borders=(40,), health=after, first=41)[0])
 
@@ -138,7 +138,7 @@ def test_the_windows_begin_anew_at_a_border_whether_its_step_is_trained_or_left_
 def test_what_is_left_out_is_remembered_as_what_the_device_skips():
     _, before = judged(STEADY)
     _, skipped = judged([30.0], health=before, first=40)
-    left_out = leave_out(SKIP, (), jnp.int32(40), before, jnp.float32(30.0), jnp.float32(1.0))
+    left_out = after_skipped_batch(SKIP, (), jnp.int32(40), before, jnp.float32(30.0), jnp.float32(1.0))
     for one, other in zip(skipped, left_out, strict=True):
         np.testing.assert_array_equal(one, other)
     assert left_out.high[-1] == 1

@@ -9,6 +9,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Stopped
 from opendeep_jax.config.operations import FaultsConfig
 from opendeep_jax.faults import recovery
+from opendeep_jax.faults.health import UpdateCheck
 from opendeep_jax.faults.recovery import GoBack, Recovery
 from opendeep_jax.record.events import read_events
 from opendeep_jax.record.skipped_batches import PASSED_OVER, read_passed_over
@@ -34,9 +35,8 @@ def note(run: Recovery, *steps: int, skipped=False, zscore=0.0, norm_zscore=0.0)
     loss = np.nan if skipped and not zscore else 4.0
     spike = max(zscore, norm_zscore) > run.faults.spike_zscore
     for step in steps:
-        metrics = {"skipped": skipped, "spike": spike, "loss": np.float32(loss), "grad_norm": np.float32(1.0)}
-        metrics |= {"loss_zscore": zscore, "grad_norm_zscore": norm_zscore}
-        run.note(step, {name: np.asarray(value) for name, value in metrics.items()})
+        check = UpdateCheck(skipped, spike, np.float32(loss), np.float32(1.0), zscore, norm_zscore)
+        run.note(step, UpdateCheck(*map(np.asarray, check)))
 
 
 def went_back(run: Recovery) -> GoBack:

@@ -13,6 +13,7 @@ from small_models import (
     GQA,
     V3,
     compiled,
+    measured_and_gradients,
     packed_batch,
     random_arrays,
     random_model,
@@ -22,8 +23,7 @@ from small_models import (
 from opendeep_jax.config.schema import MTPConfig, RematConfig, RopeConfig
 from opendeep_jax.models.decoder import Decoder, shift_left
 from opendeep_jax.models.parameters import skeleton, split
-from opendeep_jax.train.inputs import make_inputs, mtp_masks, target_counts
-from opendeep_jax.train.step import batch_loss
+from opendeep_jax.train.objective import mtp_masks
 
 LENGTH = 16
 
@@ -175,10 +175,13 @@ def loss_and_gradients(model_config):
     config = run_config(model_config)
     bones = skeleton(model_config)
     params, router_bias = random_arrays(bones)
-    batch = packed_batch(rows=2)
-    depth = model_config.mtp.depth
-    inputs, counts = make_inputs(batch, depth, jax.sharding.get_abstract_mesh()), target_counts(batch, depth)
-    return jax.value_and_grad(lambda p: batch_loss(config, bones, p, router_bias, inputs, counts, 0)[0]), params
+    of_params = measured_and_gradients(config, bones, router_bias, packed_batch(rows=2))
+
+    def loss(params):
+        (value, _), gradients = of_params(params)
+        return value, gradients
+
+    return loss, params
 
 
 def with_remat(policy, **names):

@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small_models import NEMOTRON_H, compiled, packed_batch, random_arrays, random_model, run_config
+from small_models import (
+    NEMOTRON_H,
+    compiled,
+    measured_and_gradients,
+    packed_batch,
+    random_arrays,
+    random_model,
+    run_config,
+)
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import (
@@ -26,9 +34,9 @@ from opendeep_jax.models.mamba2 import Mamba2
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.ops.state_space import causal_convolution, document_numbers, state_space
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
-from opendeep_jax.train.inputs import make_inputs, target_counts
+from opendeep_jax.train.objective import pretraining
 from opendeep_jax.train.state import TrainState, state_shardings
-from opendeep_jax.train.step import batch_loss, make_train_step
+from opendeep_jax.train.step import make_train_step
 
 B, H, P, G, N = 2, 6, 4, 3, 5
 
@@ -170,15 +178,13 @@ def loss_and_gradients(policy: str):
     model = dataclasses.replace(NEMOTRON_H, remat=RematConfig(dense=policy, moe=policy))
     config, bones, batch = run_config(model), skeleton(model), packed_batch(rows=2)
     params, router_bias = random_arrays(bones)
-    inputs, counts = make_inputs(batch, 0, jax.sharding.get_abstract_mesh()), target_counts(batch, 0)
-    loss = lambda p: batch_loss(config, bones, p, router_bias, inputs, counts, 0)  # noqa: E731
-    (value, sums), gradients = compiled(jax.value_and_grad(loss, has_aux=True), params)
-    return value, sums, gradients
+    (value, measured), gradients = compiled(measured_and_gradients(config, bones, router_bias, batch), params)
+    return value, measured, gradients
 
 
 def test_recomputing_a_hybrids_activations_changes_no_loss_and_no_gradient():
-    want, sums, gradients = loss_and_gradients("none")
-    assert sums["load"]["moe_layers.moe.router_bias"].value.shape == (2, 8)
+    want, measured, gradients = loss_and_gradients("none")
+    assert measured.loads["moe_layers.moe.router_bias"].value.shape == (2, 8)
     assert all(np.abs(gradient).max() > 0 for gradient in gradients.values())
     for policy in ("full", "named"):
         value, _, again = loss_and_gradients(policy)
@@ -196,16 +202,17 @@ def step_on(devices: int, **parallel):
     state = TrainState(jnp.int32(0), params, params, router_bias, new_health())
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(state, bones, mesh))
-        state, metrics = jax.jit(make_train_step(config, bones, rule))(state, put_batch(packed_batch(), mesh))
-    return state.opt_state, metrics
+        step = jax.jit(make_train_step(config, bones, rule, pretraining(config)))
+        state, output = step(state, put_batch(packed_batch(), mesh))
+    return state.opt_state, output
 
 
 def test_a_hybrid_learns_the_same_on_any_devices():
-    want, metrics = step_on(1)
+    want, output = step_on(1)
     got, same = step_on(8, data=2, fsdp=4)
-    assert same["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
-    for name, load in metrics["load"].items():
-        np.testing.assert_array_equal(same["load"][name], load)
+    assert same.metrics["loss"] == pytest.approx(float(output.metrics["loss"]), rel=1e-5)
+    for name, load in output.loads.items():
+        np.testing.assert_array_equal(same.loads[name], load)
     for name, gradient in want.items():
         np.testing.assert_allclose(got[name], gradient, rtol=1e-3, atol=1e-5, err_msg=name)
 

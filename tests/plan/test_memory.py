@@ -16,7 +16,8 @@ from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.plan.batch import largest_stage, with_batch
 from opendeep_jax.plan.memory import axis_sizes, cures, layer_weights, memory_by_component, recomputed_share
 from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.state import abstract_state, bytes_on_each_device
+from opendeep_jax.train.setup import assemble
+from opendeep_jax.train.state import bytes_on_each_device
 
 ADAMW = OptimizerConfig(warmup_steps=1, first_moment_dtype="bfloat16")
 
@@ -27,8 +28,7 @@ def estimate(config, devices: int) -> dict[str, float]:
 
 def state_of(config, devices: int):
     """The run's state as it would lie on the first devices; no array is made."""
-    bones, mesh = skeleton(config.model), make_mesh(config.parallel, jax.devices()[:devices])
-    return abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh)
+    return assemble(config, make_mesh(config.parallel, jax.devices()[:devices])).template
 
 
 @pytest.mark.parametrize("family", FAMILIES)

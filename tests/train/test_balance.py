@@ -12,6 +12,7 @@ from opendeep_jax.config.schema import MTPConfig, OptimizerConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.train.objective import pretraining
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import make_train_step
@@ -32,7 +33,13 @@ def skewed_batch(step: int) -> Batch:
     tokens = random.choice(np.arange(1, V3.vocab_size), (ROWS, LENGTH + 1), p=frequency / frequency.sum())
     tokens = tokens.astype(np.int32)
     whole = np.ones((ROWS, LENGTH), np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], whole > 0, whole, np.cumsum(whole, axis=1) - 1)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=whole > 0,
+        segment_ids=whole,
+        positions=np.cumsum(whole, axis=1) - 1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def peaks():
     config = run_config(MODEL, LENGTH, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0))
     bones = skeleton(MODEL)
     optimizer = make_optimizer(config, bones.axes())
-    step_function = jax.jit(make_train_step(config, bones, optimizer))
+    step_function = jax.jit(make_train_step(config, bones, optimizer, pretraining(config)))
 
     def peaks(updated: bool) -> float:
         params, router_bias = random_arrays(bones)
@@ -50,8 +57,8 @@ def peaks():
         for step in range(STEPS):
             if not updated:
                 state = state._replace(router_bias=router_bias)
-            state, metrics = step_function(state, skewed_batch(step))
-            (load,) = metrics["load"].values()
+            state, output = step_function(state, skewed_batch(step))
+            (load,) = output.loads.values()
             seen.append(load.max(axis=-1) / load.mean(axis=-1))
         return float(np.mean(seen[-MEASURED:]))
 

@@ -1,7 +1,7 @@
 """Every family has the same gradients and metrics on any layout, and every metric there is means the same on all.
 
-Families are the rows of `small_models.FAMILIES`, metrics those of `train/metric_table.py` and planted ones of the kinds
-that no metric has yet.
+Families are the rows of `small_models.FAMILIES`, metrics those of pretraining and planted ones of the kinds that
+no metric has yet.
 """
 
 import dataclasses
@@ -20,14 +20,13 @@ from opendeep_jax.models.decoder import Block, MixerBlock
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.parallel.shares import Max, Mean, Sum
-from opendeep_jax.train import losses
-from opendeep_jax.train.metric_table import METRICS
+from opendeep_jax.train.objective import pretraining
 from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.step import batch_gradients
 
 ROWS, LENGTH = 8, 16
 BATCH = packed_batch(ROWS, LENGTH, seed=5)
-PLANTED = {"stream_square": Mean, "stream_peak": Max, "hidden_peak": Max, "hidden_square": Mean}
+PLANTED = ("stream_square", "stream_peak", "hidden_peak", "hidden_square")
 SIX_LAYERS = dataclasses.replace(V3, num_layers=6)
 
 
@@ -49,20 +48,18 @@ def peak(x, valid) -> Max:
     return Max(jnp.max(jnp.where(valid[..., None], x, -jnp.inf)) - 100)
 
 
-def plant(patch):
-    """Adds metrics to every block and to the loss."""
-    for name, kind in PLANTED.items():
-        patch.setitem(METRICS, name, kind)
+def plant(patch, config):
+    """Adds metrics to every block and to the loss; returns the objective."""
     for block in (Block, MixerBlock):
         patch.setattr(block, "__call__", measuring(block.__call__))
-    plain = losses.losses
+    plain = pretraining(config)
 
-    def measured(config, model, hidden, mtp_hidden, inputs, *more):
-        loss, metrics = plain(config, model, hidden, mtp_hidden, inputs, *more)
-        valid = inputs.batch.segment_ids > 0
+    def measured(hidden, *, batch, **inputs):
+        loss, metrics = plain.loss(hidden, batch=batch, **inputs)
+        valid = batch.segment_ids > 0
         return loss, metrics | {"hidden_peak": peak(hidden, valid), "hidden_square": squares(hidden, valid)}
 
-    patch.setattr(losses, "losses", measured)
+    return dataclasses.replace(plain, loss=measured)
 
 
 def run_of(model, micros=1, **parallel):
@@ -75,8 +72,8 @@ def gradients(config, devices: int):
     """The batch's gradients and metrics from random weights."""
     bones, mesh = skeleton(config.model), make_mesh(config.parallel, jax.devices()[:devices])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        plant(patch)
-        program = jax.jit(lambda state, batch: batch_gradients(config, bones, state, batch))
+        objective = plant(patch, config)
+        program = jax.jit(lambda state, batch: batch_gradients(config, bones, objective, state, batch))
         return jax.device_get(program(state_of(bones), put_batch(BATCH, mesh)))
 
 
@@ -86,11 +83,11 @@ def state_of(bones) -> TrainState:
     return TrainState(jnp.int32(0), params, (), router_bias, new_health())
 
 
-def measured_names(config) -> set[str]:
+def measured_names(config, objective=None) -> set[str]:
     """The metrics of a step; nothing is compiled."""
-    bones = skeleton(config.model)
+    bones, objective = skeleton(config.model), objective or pretraining(config)
     state = jax.eval_shape(lambda: state_of(bones))
-    return set(jax.eval_shape(lambda state: batch_gradients(config, bones, state, BATCH)[1], state))
+    return set(jax.eval_shape(lambda state: batch_gradients(config, bones, objective, state, BATCH)[1], state).metrics)
 
 
 def axes_of(family: str, *axes: str) -> dict[str, int]:
@@ -124,11 +121,11 @@ def whole():
 
 
 def assert_same(cut, whole):
-    (grads, metrics), (wanted, whole_metrics) = cut, whole
-    assert metrics.keys() == whole_metrics.keys() and metrics.keys() >= PLANTED.keys()
-    for name in metrics.keys() - {"load"}:
+    (grads, (metrics, loads)), (wanted, (whole_metrics, whole_loads)) = cut, whole
+    assert metrics.keys() == whole_metrics.keys() and metrics.keys() >= set(PLANTED)
+    for name in metrics:
         np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-5, err_msg=name)
-    jax.tree.map(np.testing.assert_array_equal, metrics["load"], whole_metrics["load"])
+    jax.tree.map(np.testing.assert_array_equal, loads, whole_loads)
     for name, grad in wanted.items():
         np.testing.assert_allclose(grads[name], grad, rtol=0, atol=1e-4 * np.abs(grad).max(), err_msg=name)
 
@@ -156,34 +153,33 @@ def test_what_a_family_cannot_be_divided_over_is_refused(family, axis):
         run_of(FAMILIES[family], micros=2, **{axis: 2})
 
 
-def test_the_table_has_the_metrics_that_are_measured_and_no_others():
-    assert measured_names(run_of(V3)) == METRICS.keys() | {"load"}
-
-
-def test_every_metric_of_the_table_is_described():
+def test_every_metric_of_pretraining_is_described():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert {name for name in METRICS if f"| `{name}` |" not in page} == set()
+    measured = measured_names(run_of(V3))
+    assert measured == {"loss", "lm_loss", "z_loss", "mtp_loss", "balance_loss"}
+    assert {name for name in measured if f"| `{name}` |" not in page} == set()
 
 
+@pytest.mark.parametrize("where", ["layer", "loss"])
 @pytest.mark.parametrize(
-    "where, share, message",
+    "name, share, message",
     [
-        ("layer", Mean(1.0, 1.0), "metric 'new' is not in train/metric_table.py:METRICS.*Add the row"),
-        ("loss", Sum(1.0), "metric 'new' is not in train/metric_table.py:METRICS.*Add the row"),
-        ("layer", jnp.ones(()), "metric 'new' is not in"),
-        ("declared", jnp.ones(()), "given as .*, and train/metric_table.py:METRICS has it as Max"),
-        ("declared", Sum(1.0), "given as Sum, and train/metric_table.py:METRICS has it as Max"),
+        ("new", jnp.ones(()), "does not say how"),
+        ("lm_loss", Mean(1.0, 1.0), "A (Sum|Mean) and a (Sum|Mean) of one number: they must be of one kind"),
     ],
 )
 def test_a_metric_that_does_not_say_how_its_shares_meet_is_refused_before_anything_is_compiled(
-    where, share, message, monkeypatch
+    where, name, share, message, monkeypatch
 ):
-    if where == "declared":
-        monkeypatch.setitem(METRICS, "new", Max)
-    call, plain = Block.feed_forward, losses.losses
-    if where == "loss":
-        monkeypatch.setattr(losses, "losses", lambda *given: (plain(*given)[0], {"new": share}))
-    else:
-        monkeypatch.setattr(Block, "feed_forward", lambda self, *given: (call(self, *given)[0], {"new": share}))
+    config, call = run_of(DENSE), Block.feed_forward
+    plain = pretraining(config)
+
+    def loss(*given, **inputs):
+        total, metrics = plain.loss(*given, **inputs)
+        return total, {"lm_loss": Sum(total), name: share} if where == "loss" else metrics
+
+    if where == "layer" or name == "lm_loss":
+        kept = {"lm_loss": Sum(1.0)} if where == "loss" else {name: share}
+        monkeypatch.setattr(Block, "feed_forward", lambda self, *given: (call(self, *given)[0], kept))
     with pytest.raises(ConfigError, match=message):
-        measured_names(run_of(DENSE))
+        measured_names(config, dataclasses.replace(plain, loss=loss))

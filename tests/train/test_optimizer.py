@@ -16,9 +16,10 @@ from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import FaultsConfig, OptimizerConfig, ParallelConfig, Phase, TrainConfig
 from opendeep_jax.faults.health import new_health
+from opendeep_jax.faults.injection import gradient_faults
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.train.losses import mtp_loss_weight
+from opendeep_jax.train.objective import mtp_loss_weight, pretraining
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings
 from opendeep_jax.train.step import bias_update_speed, make_train_step
@@ -330,18 +331,20 @@ def test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_pa
     rule = make_optimizer(config, bones.axes())
     params, bias = random_arrays(bones)
     start = TrainState(jnp.int32(0), params, rule.init(params), bias, new_health())
-    step = jax.jit(make_train_step(config, bones, rule), compiler_options={"xla_backend_optimization_level": 0})
+    faults = gradient_faults(config.faults.drill)
+    step = make_train_step(config, bones, rule, pretraining(config), faults)
+    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
 
     def go(skipped, passed):
         state = start
         for _ in range(skipped):
-            state, metrics = step(state, batch)
-            assert metrics["skipped"]
+            state, output = step(state, batch)
+            assert output.check.skipped
         for _ in range(passed):
             state = state._replace(step=state.step + 1)
-        after, metrics = step(state, batch)
+        after, output = step(state, batch)
         moved = {name: np.float64(after.params[name]) - np.float64(params[name]) for name in params}
-        return int(state.step), float(metrics["learning_rate"]), moved
+        return int(state.step), float(output.metrics["learning_rate"]), moved
 
     schedule = learning_rate_schedule(config)
     paths = [go(0, 4), go(4, 0), go(4, 3), go(2, 7), go(0, 9)]

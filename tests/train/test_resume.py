@@ -14,6 +14,7 @@ from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import Resume
 from opendeep_jax.config.load import load_run_config, save_run_config
+from opendeep_jax.config.schedule import stage_at
 from opendeep_jax.config.schema import (
     CheckpointConfig,
     DataPhase,
@@ -28,7 +29,7 @@ from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.train import evaluate, loop
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
 from opendeep_jax.train.observer import training_speed
-from opendeep_jax.train.programs import Programs
+from opendeep_jax.train.setup import Programs
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def interrupted_run(text_corpus, tmp_path_factory):
     """The work directory of the dense run, stopped by SIGTERM in its second step and then resumed."""
     directory = tmp_path_factory.mktemp("interrupted")
     config, workdir = dense_config(text_corpus, directory / "data"), directory / "run"
-    put, batches, at = loop.put_batch, [], Programs.at
+    put, batches, of = loop.put_batch, [], Programs.of
 
     def put_batch(*arguments):
         batches.append(1)
@@ -92,14 +93,14 @@ def interrupted_run(text_corpus, tmp_path_factory):
             os.kill(os.getpid(), signal.SIGTERM)
         return put(*arguments)
 
-    def slow_at(programs, step):
-        if step == 3:
-            time.sleep(1 - programs.has(step))
-        return at(programs, step)
+    def slow_of(programs, rows, length):
+        if rows == stage_at(config, 3).batch_size:
+            time.sleep(1 - programs.has(rows, length))
+        return of(programs, rows, length)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "put_batch", put_batch)
-        patch.setattr(Programs, "at", slow_at)
+        patch.setattr(Programs, "of", slow_of)
         with pytest.raises(Resume, match="SIGTERM"):
             loop.train(config, workdir, begun=time.perf_counter() - 1000)
         with Checkpoints(workdir) as checkpoints:

@@ -19,14 +19,13 @@ from opendeep_jax.models.accounting import layer_kinds
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train import summary
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.state import abstract_state
+from opendeep_jax.train.setup import assemble
 
 
 def state_of(config):
     """The abstract state of a run over the devices here, and their number."""
-    bones, mesh = skeleton(config.model), make_mesh(config.parallel)
-    return abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh), mesh.size
+    mesh = make_mesh(config.parallel)
+    return assemble(config, mesh).template, mesh.size
 
 
 def test_671b_parameters_on_one_host_are_refused_before_anything_is_made():

@@ -11,12 +11,10 @@ from small_models import DENSE, run_config
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ExecutionConfig
-from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
-from opendeep_jax.train import programs
-from opendeep_jax.train.optimizer import make_optimizer
-from opendeep_jax.train.programs import check_implementations, compiler_options
-from opendeep_jax.train.state import abstract_state, bytes_on_each_device
+from opendeep_jax.train import setup
+from opendeep_jax.train.setup import assemble, check_implementations, compiler_options
+from opendeep_jax.train.state import bytes_on_each_device
 
 
 def config_with(**execution):
@@ -45,8 +43,7 @@ def config_and_state(**train):
     """A run on 8 devices, and the shapes of its state."""
     config = config_with()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
-    bones, mesh = skeleton(config.model), make_mesh(config.parallel)
-    return config, abstract_state(config, make_optimizer(config, bones.axes()), bones, mesh)
+    return config, assemble(config, make_mesh(config.parallel)).template
 
 
 def test_a_tpus_scheduler_gets_the_working_memory_beside_each_devices_state_and_gradients():
@@ -78,9 +75,9 @@ def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
 def test_no_process_begins_its_first_step_before_all_have_compiled_it(monkeypatch):
     here = {"0": ""}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(programs, "words", lambda name: dict(here))
+    monkeypatch.setattr(setup, "words", lambda name: dict(here))
     late = threading.Timer(0.4, lambda: here.update({"1": ""}))
     begun = time.monotonic()
     late.start()
-    programs._meet("compiled/1")
+    setup._meet("compiled/1")
     assert time.monotonic() - begun >= 0.4
