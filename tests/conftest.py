@@ -20,7 +20,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 # Shapes and dtypes in annotations are checked while tests trace.
-SHAPE_CHECKED = ["opendeep_jax.ops", "opendeep_jax.models", "opendeep_jax.train.losses", "kernels_pallas"]
+SHAPE_CHECKED = ["opendeep_jax.ops", "opendeep_jax.models", "opendeep_jax.train.objective", "kernels_pallas"]
 if importlib.util.find_spec("beartype"):  # tests/test_repository.py fails without it
     jaxtyping.install_import_hook(SHAPE_CHECKED, "shape_checks.checked")
 
