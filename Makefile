@@ -1,5 +1,6 @@
 # make quickstart   installs into .venv, trains configs/quickstart.py and says where the report is
-# make test         installs into .venv and runs the tests
+# make test         installs into .venv and runs the tests that take minutes: 10 on two cores
+# make test-all     the slow ones, too, and more examples of the random ones: half an hour
 # make lint         style, spelling, types
 # make lock         takes the newest packages into constraints.txt, which every installation goes by
 # make clean        removes .venv and caches, never a run
@@ -13,11 +14,14 @@ PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check
 INSTALLED := .venv/installed-$(VERSION)
 TEST_INSTALLED := .venv/test-installed-$(VERSION)
 RUN := runs/quickstart
+# A worker needs a core and 3 GB of memory: make test WORKERS=8
+WORKERS ?= 2
 PYTEST_ARGS ?=
 LOCK ?= constraints.txt
 PINNED := $(if $(LOCK),--constraint $(LOCK))
+PYTEST = .venv/bin/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --strict-skips $(PYTEST_ARGS)
 
-.PHONY: help quickstart test lint lock clean python
+.PHONY: help quickstart test test-all lint lock clean python
 .DELETE_ON_ERROR:
 
 help:
@@ -28,7 +32,10 @@ quickstart: $(INSTALLED)
 	@echo "Report: $(CURDIR)/$(RUN)/report.html"
 
 test: $(TEST_INSTALLED)
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
+
+test-all: $(TEST_INSTALLED)
+	$(PYTEST) -m '' --hypothesis-profile=all
 
 lint: $(TEST_INSTALLED)
 	.venv/bin/ruff check .

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from small_models import small_run_config
+from xla_flags import xla_flags
 
 from opendeep_jax.config.load import to_json
 from opendeep_jax.config.schema import EvaluationConfig, RunConfig
@@ -46,8 +47,7 @@ def start_command(arguments: list[str], processes: int, devices: int) -> list[su
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    others = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environ = os.environ | {"XLA_FLAGS": others, "JAX_PLATFORMS": "cpu"}
+    environ = os.environ | {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     started = []
     for process in range(processes):
         if processes > 1:
@@ -66,8 +66,7 @@ def start_command(arguments: list[str], processes: int, devices: int) -> list[su
 def launch(recipe: Path, workdir: Path, *flags: str) -> tuple[int, str]:
     """`opendeep launch` on this machine with one device for each process; its exit status and standard error."""
     command = [sys.executable, "-m", "opendeep_jax", "launch", f"--config={recipe}", f"--workdir={workdir}", *flags]
-    others = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    environ = os.environ | {"XLA_FLAGS": others, "JAX_PLATFORMS": "cpu"}
+    environ = os.environ | {"XLA_FLAGS": xla_flags(devices=1), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, env=environ, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
     )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import opendeep_jax
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
@@ -107,6 +108,7 @@ def test_two_processes_save_and_one_and_two_read(tmp_path):
     assert [(one["found"], one["steps"]) for one in both] == [(6, [4])] * 2
 
 
+@pytest.mark.slow
 def test_each_process_keeps_its_part_in_the_local_tier(tmp_path):
     saved = run(2, "save", tmp_path / "run", tmp_path / "fast")
     assert [one["steps"] for one in saved] == [[4, 6, 8, 9]] * 2
@@ -119,6 +121,7 @@ def test_each_process_keeps_its_part_in_the_local_tier(tmp_path):
     assert alone["found"] == 6 and "other devices or processes" in alone["notes"][0]
 
 
+@pytest.mark.slow
 def test_local_checkpoints_that_only_one_process_has_are_in_nobodys_way(tmp_path):
     """The others would wait for the save that it leaves out, or its own newer ones be kept in place of the next."""
     assert run(1, "save", tmp_path / "run", tmp_path / "fast")[0]["steps"] == [4, 6, 9]
@@ -126,6 +129,7 @@ def test_local_checkpoints_that_only_one_process_has_are_in_nobodys_way(tmp_path
     assert [(one["found"], one["steps"], one["notes"]) for one in both] == [(6, [4, 6, 7, 8], [])] * 2
 
 
+@pytest.mark.slow
 def test_one_process_without_a_local_disk_leaves_it_out_for_all(tmp_path):
     run(2, "save", tmp_path / "run", tmp_path / "fast")
     (other,) = (tmp_path / "fast").glob("*/process_1")
@@ -136,6 +140,7 @@ def test_one_process_without_a_local_disk_leaves_it_out_for_all(tmp_path):
     assert all(one["notes"] == ["not saved"] * 2 for one in both)
 
 
+@pytest.mark.slow
 def test_all_checkpoints_of_a_long_run_are_seen_by_all(tmp_path):
     """One far back, before many that are newer, is what a rollback needs."""
     for step in range(1, 13):
@@ -144,6 +149,7 @@ def test_all_checkpoints_of_a_long_run_are_seen_by_all(tmp_path):
     assert [one["found"] for one in both] == [list(range(1, 13))] * 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_has_the_digests_of_one(tmp_path):
     run(2, "save", tmp_path / "two")
     run(1, "save", tmp_path / "one")

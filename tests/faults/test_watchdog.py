@@ -89,12 +89,11 @@ def test_what_keeps_moving_is_no_hang(end, tmp_path):
     assert end.statuses == [] and [path.name for path in tmp_path.iterdir()] == [HEARTBEAT]
 
 
-@pytest.mark.parametrize("what", ["compile", "data preparation", "restore"])
-def test_compiling_and_reading_may_take_much_longer_than_a_step(what, end, tmp_path):
+def test_compiling_and_reading_may_take_much_longer_than_a_step(end, tmp_path):
     with Watchdog(tmp_path, HANG, end) as watchdog:
-        watchdog.doing(what, 1)
+        watchdog.doing("compile", 1)
         time.sleep(1.2)
-    assert end.statuses == [] and SLOWER[what] >= 10
+    assert end.statuses == [] and min(SLOWER[what] for what in ("compile", "data preparation", "restore")) >= 10
 
 
 def test_nothing_is_a_hang_when_told_to_wait_for_ever(end, tmp_path):

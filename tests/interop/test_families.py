@@ -22,12 +22,11 @@ from hf_directories import (
 
 from opendeep_jax.interop import config_from_hf, load_hf, save_hf
 
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 PROMPT = 17
 
 
 def logits_of(model, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.jit(model.__call__, compiler_options=FAST_COMPILE)(jnp.asarray(tokens)))
+    return np.asarray(jax.jit(model.__call__)(jnp.asarray(tokens)))
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from opendeep_jax.interop.hf_layout import layout
 from opendeep_jax.ops import rope
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # halves the time to compile these, and they run in an instant
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 
 
@@ -54,9 +53,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(case):
         logits = nnx.merge(graph, params, rest)(tokens)
         return mean_loss(logits, tokens), logits
 
-    (loss, logits), gradients = jax.jit(
-        jax.value_and_grad(loss_and_logits, has_aux=True), compiler_options=FAST_COMPILE
-    )(params)
+    (loss, logits), gradients = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))(params)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-4)
@@ -91,7 +88,7 @@ def test_logits_equal_those_of_a_plain_numpy_forward_pass_on_other_tokens():
     tokens = np.arange(40) * 7 % 96
     reference, _ = forward(GOLDEN / "v3_yarn_two_mscales", tokens)
     model = load_hf(GOLDEN / "v3_yarn_two_mscales")
-    logits = jax.jit(model.__call__, compiler_options=FAST_COMPILE)(jnp.asarray(tokens)[None])
+    logits = jax.jit(model.__call__)(jnp.asarray(tokens)[None])
     np.testing.assert_allclose(logits[0], reference, atol=1e-4, rtol=0)
 
 
@@ -104,9 +101,7 @@ def test_mtp_logits_equal_those_of_transformers():
         (hidden,) = model.forward(tokens, mtp_tokens=[jnp.roll(tokens, -1, axis=1)]).mtp_hidden
         return hidden @ model.head_kernel()
 
-    np.testing.assert_allclose(
-        jax.jit(mtp_logits, compiler_options=FAST_COMPILE)(tokens)[:, :-1], golden["mtp_logits"], atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(jax.jit(mtp_logits)(tokens)[:, :-1], golden["mtp_logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)

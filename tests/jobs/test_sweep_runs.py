@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from small_models import run_config
+from xla_flags import xla_flags
 
 import opendeep_jax
 from opendeep_jax.cli.main import main
@@ -328,8 +329,7 @@ def test_progress_survives_half_a_line_and_a_stream_that_is_gone(tmp_path):
 def test_a_real_sweep_that_is_killed_trains_every_run_once(tmp_path, text_corpus, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     # One device, and what one run has compiled serves the other seed.
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(devices=1))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     recipe = tmp_path / "tiny.py"
     recipe.write_text(

@@ -331,9 +331,7 @@ def test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_pa
     rule = make_optimizer(config, bones.axes())
     params, bias = random_arrays(bones)
     start = TrainState(jnp.int32(0), params, rule.init(params), bias, new_health())
-    faults = gradient_faults(config.faults.drill)
-    step = make_train_step(config, bones, rule, pretraining(config), faults)
-    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    step = jax.jit(make_train_step(config, bones, rule, pretraining(config), gradient_faults(config.faults.drill)))
 
     def go(skipped, passed):
         state = start

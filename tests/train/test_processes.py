@@ -35,9 +35,9 @@ def alone(recipe):
 
 @pytest.fixture(scope="module")
 def stopped(recipe, alone):
-    """The work directory of the run in four processes, one of which gets SIGTERM in step 3; and what each said."""
-    workdir = recipe.parent / "four"
-    return workdir, processes.run(recipe, workdir, "--faults.drill=sigterm@3:2", processes=4)
+    """The work directory of the run in two processes, one of which gets SIGTERM in step 3; and what each said."""
+    workdir = recipe.parent / "two"
+    return workdir, processes.run(recipe, workdir, "--faults.drill=sigterm@3:1", processes=2)
 
 
 BATCHES = """
@@ -64,6 +64,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_batches_of_several_processes_are_those_of_one_to_the_bit(count, recipe, alone):
     """Also where processes hold parts of the same rows."""
@@ -81,20 +82,21 @@ def losses(workdir) -> np.ndarray:
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step_saved_and_asking_to_be_resumed(stopped):
     workdir, ended = stopped
-    assert [status for status, _ in ended] == [75] * 4, [text[-2000:] for _, text in ended]
+    assert [status for status, _ in ended] == [75] * 2, [text[-2000:] for _, text in ended]
     with Checkpoints(workdir) as checkpoints:
         (step,) = checkpoints.steps()
     assert 3 <= step < STEPS and len(losses(workdir)) == step
     assert [event["step"] for event in read_events(workdir, "preempted")] == [step]
 
 
-def test_four_processes_have_the_losses_of_one(stopped, alone):
+def test_two_processes_have_the_losses_of_one(stopped, alone):
     ours = losses(stopped[0])
     np.testing.assert_allclose(ours, losses(alone)[: len(ours)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("count, devices", [(1, 1), (2, 2)])
-def test_what_four_processes_saved_one_and_two_go_on_with(stopped, alone, recipe, count, devices, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("count, devices", [(1, 1), (4, 1)])
+def test_what_two_processes_saved_one_and_four_go_on_with(stopped, alone, recipe, count, devices, tmp_path):
     workdir = shutil.copytree(stopped[0], tmp_path / "resumed")
     ended = processes.run(recipe, workdir, processes=count, devices=devices)
     assert [status for status, _ in ended] == [0] * count, [text[-2000:] for _, text in ended]
@@ -106,12 +108,14 @@ def test_what_four_processes_saved_one_and_two_go_on_with(stopped, alone, recipe
     assert len((workdir / "goodput.jsonl").read_text().splitlines()) > 1
 
 
+@pytest.mark.slow
 def test_a_job_on_more_devices_than_its_rows_divide_over_has_the_same_losses(alone, recipe, tmp_path):
     ended = processes.run(recipe, tmp_path / "three", processes=1, devices=3)
     assert ended[0][0] == 0, ended[0][1][-2000:]
     np.testing.assert_allclose(losses(tmp_path / "three"), losses(alone), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_launcher_goes_on_with_the_processes_that_are_left_and_the_same_losses(alone, recipe, tmp_path):
     flags = ["--faults.drill=sigkill@6:1", "--faults.peer_seconds=3", "--checkpoint.every=4"]
     status, said = processes.launch(recipe, tmp_path / "run", "--processes=2", "--min_processes=1", *flags)
@@ -120,6 +124,7 @@ def test_the_launcher_goes_on_with_the_processes_that_are_left_and_the_same_loss
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_branch_in_two_processes_begins_with_what_one_process_saved(alone, recipe, tmp_path):
     ended = processes.run(recipe, tmp_path / "branch", f"--from={alone}@8", "--checkpoint.keep=0", processes=2)
     assert [status for status, _ in ended] == [0, 0], [text[-2000:] for _, text in ended]
@@ -131,7 +136,9 @@ def test_a_branch_in_two_processes_begins_with_what_one_process_saved(alone, rec
     assert sum("no checkpoint of step 5; there are: 8, 10." in text for _, text in ended) == 1
 
 
-LOST = [("sigkill@3:1", 1), ("sigstop@3:1", 1), ("sigkill@3:0", 0), ("sigstop@3:0", 0)]
+LOST = [("sigkill@3:1", 1)]
+MORE_LOST = [("sigstop@3:1", 1), ("sigkill@3:0", 0), ("sigstop@3:0", 0)]
+LOST += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_LOST]
 
 
 @pytest.mark.parametrize("drill, missing", LOST)
@@ -150,6 +157,7 @@ def test_a_lost_peer_is_named_in_bounded_time(drill, missing, recipe, alone, tmp
     assert any("loop.py" in path.read_text() for path in stacks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limited", ["0"])
 def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe, alone, tmp_path, monkeypatch):
     """Here its files may not grow. The others would end with 75, or aborted by JAX, and a cluster would start again."""
@@ -167,6 +175,7 @@ def test_what_ends_one_process_for_good_ends_all_with_its_status(limited, recipe
     assert f"process {limited} on " in other and "has ended with status 2" in other and "may be so large" in other
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_come_is_named_and_asked_for_again(recipe, tmp_path):
     started = processes.start(recipe, tmp_path / "run", "--faults.join_seconds=1", processes=3)
     absent = started.pop(1)
@@ -177,6 +186,7 @@ def test_a_peer_that_does_not_come_is_named_and_asked_for_again(recipe, tmp_path
         assert "Traceback" not in text and "coordination" not in text
 
 
+@pytest.mark.slow
 def test_what_process_0_refuses_all_refuse_and_it_is_said_once(recipe, tmp_path):
     (tmp_path / "run").write_text("a file")
     ended = processes.run(recipe, tmp_path / "run", processes=2)

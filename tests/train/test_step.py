@@ -11,7 +11,6 @@ from jaxprs import shapes_in
 from small_models import DENSE, GQA, V3, packed_batch, random_arrays, run_config
 
 from opendeep_jax.config.schema import (
-    ExecutionConfig,
     MTPConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -45,7 +44,7 @@ def run_step(
     model=MODEL, batch=BATCH, devices=1, accumulation=1, clip_norm=0.0, z_loss_weight=0.01, execution=None, **parallel
 ):
     """One step from random parameters: (state before, state after with the gradients as opt_state, output)."""
-    model = dataclasses.replace(model, execution=ExecutionConfig(**execution or {}))
+    model = dataclasses.replace(model, execution=dataclasses.replace(model.execution, **execution or {}))
     config = run_config(
         model,
         optimizer=OptimizerConfig(warmup_steps=0, clip_norm=clip_norm),
