@@ -5,6 +5,7 @@ And what every device computes from its own rows must come out the same again, o
 (`Replay`): a device that is wrong then disagrees wherever it works, which names it.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -81,7 +82,7 @@ class Replay:
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:
-                self._programs[key] = jax.jit(self.local_digests)
+                self._programs[key] = jax.jit(functools.partial(self.local_digests))  # traced for each mesh
             return np.asarray(self._programs[key](state, batch))
 
 

@@ -75,6 +75,23 @@ def test_losses_that_hardly_differ_do_not_make_a_spike_of_a_breath():
     assert 0 < robust_zscore(still, jnp.float32(4.05), *LOSS_SPREAD) < 3
 
 
+def test_an_objective_that_names_no_scalar_is_checked_by_its_gradient_norm_and_finiteness_alone():
+    before = history(*STEADY)
+    for loss, norm, skipped in ((1e6, 1.0, False), (4.0, 30.0, True), (np.nan, 1.0, True)):
+        given = jnp.int32(40), before, jnp.float32(loss), jnp.float32(norm), False
+        check, after = check_update(SKIP, (), *given)
+        assert bool(check.skipped) == skipped and check.loss_zscore == 0
+        assert after_skipped_batch(SKIP, (), *given).last_update == 0
+
+
+def test_rewards_that_rise_below_zero_are_no_spike_and_a_jump_up_is():
+    """A policy's loss: small, of both signs, and falling."""
+    random = np.random.default_rng(0)
+    losses = list(random.normal(0, 0.02, 40) - np.linspace(0, 0.2, 40))
+    assert all(judged([*losses, losses[-1] - 0.3])[0])
+    assert judged([*losses, losses[-1] + 0.6])[0][-1] is False
+
+
 @pytest.mark.parametrize("level", [-2.0, 0.0, 1e-6, 3.0])
 def test_losses_of_any_sign_are_judged_by_their_distance(level):
     around = [level + 0.05 * (-1) ** i for i in range(40)]
