@@ -179,7 +179,7 @@ MUTATIONS = [
         "opendeep_jax/train/objective.py",
         "shift_left(batch.targets, k - 1), shift_left(batch.targets, k)",
         "shift_left(batch.targets, k), shift_left(batch.targets, k)",
-        "tests/models/test_decoder.py::test_mtp_targets_lie_in_the_document_of_their_position",
+        "tests/models/test_decoder.py::test_a_mtp_module_is_given_the_token_before_its_target",
     ),
     Mutation(
         "mtp_mask_across_documents",
@@ -215,7 +215,7 @@ MUTATIONS = [
         "opendeep_jax/train/optimizer.py",
         "step = -rate(clock.count) * direction",
         "step = -rate(clock.count + 1) * direction",
-        "tests/train/test_optimizer.py::test_adamw_is_the_papers_and_decays_matrices_alone",
+        "tests/train/test_optimizer.py::test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_passed_over",
     ),
     Mutation(
         "warm_up_from_zero",
@@ -267,14 +267,14 @@ MUTATIONS = [
         "opendeep_jax/data/rows.py",
         "batch.targets[in_batch] = stream[:, 1:]",
         "batch.targets[in_batch] = stream[:, :-1]",
-        "tests/data/test_pipeline.py::test_an_epoch_trains_on_every_training_document_and_no_held_out_one",
+        "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "loss_across_documents",
         "opendeep_jax/data/rows.py",
         "valid & (segments[:, :-1] == segments[:, 1:])",
         "valid",
-        "tests/data/test_pipeline.py::test_an_epoch_trains_on_every_training_document_and_no_held_out_one",
+        "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "packing_loses_a_token",
@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         "top_p",
         "opendeep_jax/generation/sampling.py",
-        "jnp.where(bits >= bound, probabilities, 0)",
-        "jnp.where(bits > bound, probabilities, 0)",
+        "jnp.where(probabilities >= least, logits, -jnp.inf)",
+        "jnp.where(probabilities > least, logits, -jnp.inf)",
         "tests/generation/test_sampling_filters.py::test_filters_keep_the_tokens_that_sorting_keeps",
     ),
     Mutation(
@@ -440,7 +440,7 @@ MUTATIONS = [
         "opendeep_jax/jobs/launch/render.py",
         '"workdir": shlex.quote(job.workdir)',
         '"workdir": job.workdir',
-        "tests/jobs/test_launch_templates.py",
+        "tests/jobs/test_launch_templates.py::test_a_work_directory_with_a_space_is_one_word_of_the_file",
     ),
     Mutation(
         "sweep_ranks_the_worst_first",
