@@ -96,7 +96,7 @@ def our_reader(directory: Path, tokens: np.ndarray, offsets: np.ndarray) -> Read
     from opendeep_jax.data.sources import Document, Part, SourceFile
     from opendeep_jax.data.storing import shards
     from opendeep_jax.data.storing.prepare import prepare_store
-    from opendeep_jax.text.tokenizer import byte_tokenizer
+    from opendeep_jax.text.files import byte_tokenizer
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [tokens[offsets[int(text)] + 1 : offsets[int(text) + 1] - 1] for text in texts]
@@ -104,7 +104,7 @@ def our_reader(directory: Path, tokens: np.ndarray, offsets: np.ndarray) -> Read
     def read_part(source, part, left_out):
         return (Document(str(i), str(i)) for i in range(part.begin, part.end))
 
-    tokenizer = dataclasses.replace(byte_tokenizer(), encode_batch=encode, bos_id=0, eos_id=0)
+    tokenizer = dataclasses.replace(byte_tokenizer(), encoder=encode, begin_id=0, end_ids=(0,))
     file = SourceFile("documents", "documents", 0, "")
     documents = range(len(offsets) - 1)
     parts = [Part(file, i, min(i + 2000, len(documents)), 1) for i in documents[::2000]]

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from opendeep_jax.text.codec import TextCodec, codec_from_hf, save_codec
-from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.files import save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 PARTS = (
     " ", "  ", "   ", " " * 4, " " * 8, " " * 17, " " * 33, "\t", "\n", "\n\n", "\r\n", "\n\n\n \n", "\u00a0",
@@ -116,14 +117,14 @@ def compare(path: Path, texts: list[str], directory: Path, reference: str, llama
     if path.suffix == ".gguf":
         from opendeep_jax.interop.gguf_file import read_gguf
 
-        first = codec_from_gguf_fields(read_gguf(path).fields)
+        first = tokenizer_from_gguf_fields(read_gguf(path).fields)
     else:
-        first = codec_from_hf(path)
-    run = codec_from_hf(save_codec(first, directory / "run").parent)
-    exported = codec_from_hf(save_codec(run, directory / "hf").parent)
-    fields = gguf_fields_from_codec(run, run.vocab_size)
-    back = codec_from_gguf_fields(json.loads(json.dumps(fields)))
-    again = codec_from_hf(save_codec(back, directory / "again").parent)
+        first = tokenizer_from_hf(path)
+    run = tokenizer_from_hf(save_tokenizer(first, directory / "run").parent)
+    exported = tokenizer_from_hf(save_tokenizer(run, directory / "hf").parent)
+    fields = gguf_fields_of(run, run.vocab_size)
+    back = tokenizer_from_gguf_fields(json.loads(json.dumps(fields)))
+    again = tokenizer_from_hf(save_tokenizer(back, directory / "again").parent)
     ways = {"as it is": first, "run": run, "hf": exported, "gguf": back, "gguf, run, hf": again}
     wanted = said(first, texts)
     lengths = [sum(first.spelling.lengths(ids)) for ids in wanted[0]]
@@ -166,7 +167,7 @@ def compare(path: Path, texts: list[str], directory: Path, reference: str, llama
         )  # fmt: skip
 
 
-def said(codec: TextCodec, texts: list[str]) -> tuple[list, list, list]:
+def said(codec: Tokenizer, texts: list[str]) -> tuple[list, list, list]:
     """Ids, decoded and streamed texts; what the library decodes stands in for a decoded text that is another."""
     ids = [codec.encode(text) for text in texts]
     library = [codec.library.decode(one, skip_special_tokens=True) for one in ids]
@@ -186,7 +187,7 @@ def count(one: list, other: list) -> str:
     return str(sum(a != b for a, b in zip(one, other, strict=True)))
 
 
-def begin_of(ids: list[int], codec: TextCodec) -> list[int]:
+def begin_of(ids: list[int], codec: Tokenizer) -> list[int]:
     """What an empty text begins with, for a program that adds no end."""
     return [i for i in ids if i in codec.special_ids]
 
@@ -206,7 +207,7 @@ def ask(python: str, program: str, asked: dict, directory: Path):
     return json.loads((directory / "found.json").read_text())
 
 
-def write_tiny(codec: TextCodec, fields: dict, path: Path) -> None:
+def write_tiny(codec: Tokenizer, fields: dict, path: Path) -> None:
     """A GGUF with a tokenizer and the smallest model that llama.cpp starts with."""
     import gguf
 

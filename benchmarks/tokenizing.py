@@ -83,7 +83,7 @@ def prepared(directory: Path, tokenizer: Path, workers: int) -> Measured:
     from opendeep_jax.config.schema import SourceConfig
     from opendeep_jax.data.sources import list_files, list_parts
     from opendeep_jax.data.storing.prepare import prepare_store
-    from opendeep_jax.text.tokenizer import load_tokenizer
+    from opendeep_jax.text.files import load_tokenizer
 
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         opened = load_tokenizer(tokenizer)
@@ -124,7 +124,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Measures both and prints a table."""
     from opendeep_jax.config.schema import SourceConfig
     from opendeep_jax.data.sources import list_files, list_parts, read_part
-    from opendeep_jax.text.tokenizer import train_bpe
+    from opendeep_jax.text.files import train_bpe
 
     with tempfile.TemporaryDirectory() as temporary:
         text, tokenizer = Path(temporary, "text"), Path(arguments.tokenizer)

@@ -49,7 +49,7 @@ def write_shards(root: Path, documents: int) -> None:
     from opendeep_jax.config.schema import SourceConfig
     from opendeep_jax.data.sources import list_files, list_parts
     from opendeep_jax.data.storing.prepare import prepare_store
-    from opendeep_jax.text.tokenizer import byte_tokenizer
+    from opendeep_jax.text.files import byte_tokenizer
 
     (root / "text").mkdir()
     sizes = document_tokens(documents).tolist()

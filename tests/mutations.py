@@ -343,10 +343,10 @@ MUTATIONS = [
     # Tokenizers, curation, evaluation.
     Mutation(
         "begin_token_twice",
-        "opendeep_jax/text/codec.py",
+        "opendeep_jax/text/tokenizer.py",
         "return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)",
         "return begin + list(ids)",
-        "tests/data/test_text_codec.py::test_a_directory_says_what_begins_and_ends_a_text",
+        "tests/text/test_tokenizer_files.py::test_a_directory_says_what_begins_and_ends_a_text",
     ),
     Mutation(
         "curation_keeps_what_it_should_drop",
@@ -490,7 +490,7 @@ MUTATIONS = [
         "opendeep_jax/text/stream.py",
         "return text[: end - len(self.matched)]",
         "return text[:end]",
-        "tests/data/test_text_stream.py",
+        "tests/text/test_text_stream.py",
     ),
 ]
 

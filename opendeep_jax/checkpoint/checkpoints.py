@@ -58,7 +58,7 @@ from opendeep_jax.checkpoint.writer import Writer, snapshot
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
-from opendeep_jax.display.progress import human_bytes
+from opendeep_jax.display.numbers import human_bytes
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import skeleton

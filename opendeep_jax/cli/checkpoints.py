@@ -1,9 +1,7 @@
 """`opendeep checkpoints ACTION ...`: list, verify, compare, thin out or average a run's checkpoints."""
 
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -11,6 +9,8 @@ from absl import flags
 from opendeep_jax.cli.flags import parse, run_flags
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean, load_run_config
+from opendeep_jax.display.progress import progress_bar
+from opendeep_jax.display.tables import text_table
 
 HELP = """\
 List, verify, compare, thin out or average a run's checkpoints.
@@ -52,7 +52,7 @@ def _list(argv: Sequence[str]) -> None:
     values = _parse("list", "Lists a run's checkpoints.", argv)
     from opendeep_jax.checkpoint.origin import read_origin
     from opendeep_jax.checkpoint.tools import list_checkpoints
-    from opendeep_jax.display.progress import human_bytes
+    from opendeep_jax.display.numbers import human_bytes
     from opendeep_jax.record.lineage import lineage
 
     rows = list_checkpoints(values.workdir)
@@ -70,7 +70,7 @@ def _list(argv: Sequence[str]) -> None:
         )
         for row in rows
     ]
-    print(_table(("step", "time (UTC)", "size", "bits/byte", "tier", "kept as"), shown, right=(0, 2, 3)))
+    print(text_table([("step", "time (UTC)", "size", "bits/byte", "tier", "kept as"), *shown], right=(0, 2, 3)))
     if ancestry := lineage(read_origin(values.workdir)):
         print(f"began with: {ancestry}")
 
@@ -86,7 +86,7 @@ def _verify(argv: Sequence[str]) -> None:
     problems = []
     for path in paths:
         try:
-            with _progress(path.name, tools.array_bytes(path)) as seen:
+            with progress_bar(path.name, tools.array_bytes(path), transient=True) as seen:
                 tools.verify(path, seen)
             print(f"step {int(path.name):,}: all {len(tools.read_record(path)['arrays'])} arrays are what was saved")
         except Unsound as error:
@@ -118,7 +118,7 @@ def _diff(argv: Sequence[str]) -> None:
     if first == second:
         raise ConfigError("--a and --b name one checkpoint. Give two steps, or another run with --other=DIRECTORY.")
     try:
-        with _progress("compare", tools.array_bytes(first)) as seen:
+        with progress_bar("compare", tools.array_bytes(first), transient=True) as seen:
             found = tools.differences(first, second, seen)
     except Unsound as error:
         raise ConfigError(
@@ -135,7 +135,7 @@ def _diff(argv: Sequence[str]) -> None:
         )
         for one in found
     ]
-    print(_table(("array", "elements that differ", "max abs", "max rel"), rows, right=(1, 2, 3)))
+    print(text_table([("array", "elements that differ", "max abs", "max rel"), *rows], right=(1, 2, 3)))
 
 
 def _prune(argv: Sequence[str]) -> None:
@@ -160,7 +160,7 @@ def _prune(argv: Sequence[str]) -> None:
         steps = tools.prunable(values.workdir, config)
         if steps and not values.dry_run:
             newest = tools.checkpoint_path(values.workdir)
-            with _progress(f"verify {newest.name}", tools.array_bytes(newest)) as seen:
+            with progress_bar(f"verify {newest.name}", tools.array_bytes(newest), transient=True) as seen:
                 tools.prune(values.workdir, config, seen)
     verb = "would delete" if values.dry_run else "deleted"
     print(
@@ -185,7 +185,7 @@ def _average(argv: Sequence[str]) -> None:
     from opendeep_jax.checkpoint.tools import array_bytes, average, checkpoint_path
 
     paths = [checkpoint_path(values.workdir, step) for step in steps]
-    with _progress("average", sum(map(array_bytes, paths))) as seen:
+    with progress_bar("average", sum(map(array_bytes, paths)), transient=True) as seen:
         average(values.workdir, steps, values.out, seen)
     print(f"averaged {len(steps)} checkpoints into {values.out}; measure it with opendeep eval --workdir={values.out}")
 
@@ -194,29 +194,3 @@ def _step(step: int) -> int | None:
     if step < -1:
         raise ConfigError(f"{step}: a step must be at least 0, or -1 for the default.")
     return None if step < 0 else step
-
-
-@contextlib.contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `size` bytes on a terminal, nothing elsewhere; gives what is to be called with bytes done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=size)
-        yield lambda done: bar.advance(task, done)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Aligned columns with two spaces between; those in `right` end, the others begin together."""
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -18,7 +18,7 @@ from opendeep_jax.pretrained.engines import ENGINE_AXES, Choice
 from opendeep_jax.pretrained.sources import check_choice, sampling_defaults, source_kind
 
 if TYPE_CHECKING:
-    from opendeep_jax.text.codec import TextCodec
+    from opendeep_jax.text.tokenizer import Tokenizer
 
 SOURCE = {
     "model": ("", "A run's work directory, a Hugging Face directory, or a .gguf file."),
@@ -72,7 +72,7 @@ def read_flags(
     return values, Choice(source, values.dtype, step, parallel)
 
 
-def sampling(values: flags.FlagValues, codec: "TextCodec", **given: int) -> SamplingParams:
+def sampling(values: flags.FlagValues, codec: "Tokenizer", **given: int) -> SamplingParams:
     """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
 
     What is not on the command line is as the model's own generation_config.json has it, if that says something.

@@ -12,7 +12,7 @@ from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import did_you_mean
 
 if TYPE_CHECKING:
-    from opendeep_jax.text.codec import TextCodec
+    from opendeep_jax.text.tokenizer import Tokenizer
 
 HELP = """\
 Writes a model for others: as a Hugging Face directory (transformers, vLLM, SGLang), or as a GGUF file (llama.cpp).
@@ -65,11 +65,11 @@ def _hf(argv: Sequence[str]) -> None:
         print("Its card states no license. Say it with --license=..., or in README.md, before you pass the model on.")
 
 
-def _texts(source: str, codec: "TextCodec", directory: Path) -> Path:
+def _texts(source: str, codec: "Tokenizer", directory: Path) -> Path:
     """The directory of what shall surround the weights: the source's own, or `directory`, where it is written."""
     from opendeep_jax.interop.hf_text import carried
     from opendeep_jax.pretrained.sources import source_kind
-    from opendeep_jax.text.codec import begins_as_written, save_codec, tokenizer_json
+    from opendeep_jax.text.files import begins_as_written, save_tokenizer, tokenizer_json
 
     kind = source_kind(source)
     if kind == "hf" and begins_as_written(codec):
@@ -79,7 +79,7 @@ def _texts(source: str, codec: "TextCodec", directory: Path) -> Path:
             shutil.copyfile(path, directory / path.name)
         write_atomically(directory / "tokenizer.json", tokenizer_json(codec))
         return directory
-    save_codec(codec, directory)
+    save_tokenizer(codec, directory)
     for name, text in _licenses(source).items():
         write_atomically(directory / name, text)
     return directory
@@ -109,9 +109,9 @@ def _gguf(argv: Sequence[str]) -> None:
     from opendeep_jax.interop.gguf import save_gguf
     from opendeep_jax.interop.hf_text import GGUF_LICENSE
     from opendeep_jax.pretrained.card_facts import provenance
-    from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
+    from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
-    tokenizer = gguf_fields_from_codec(codec, model.config.vocab_size, values.pre)
+    tokenizer = gguf_fields_of(codec, model.config.vocab_size, values.pre)
     source = values.workdir or values.model
     known = {
         GGUF_LICENSE: next(iter(_licenses(source).values()), ""),

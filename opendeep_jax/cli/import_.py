@@ -55,19 +55,19 @@ def main(argv: Sequence[str]) -> None:
     check_importable(flags.out)
     if kind == "gguf":
         from opendeep_jax.interop.gguf import config_of, load_gguf, read_gguf
-        from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields
+        from opendeep_jax.text.gguf_tokenizer import tokenizer_from_gguf_fields
 
         file = read_gguf(source)
         facts = facts_of_gguf(source, file.fields)
-        model_config, codec = config_of(file), codec_from_gguf_fields(file.fields)
+        model_config, codec = config_of(file), tokenizer_from_gguf_fields(file.fields)
         beside = licenses_of_gguf(file.fields)
     else:
         from opendeep_jax.interop import config_from_hf, load_hf
-        from opendeep_jax.text.codec import codec_from_hf
+        from opendeep_jax.text.files import tokenizer_from_hf
 
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)
-        model_config, codec = config_from_hf(source), codec_from_hf(source)
+        model_config, codec = config_from_hf(source), tokenizer_from_hf(source)
         beside = licenses(source)
     if not flags.config and model_config.context_length:  # rows are asked for by nobody: no longer than the model reads
         length = min(recipe.data.sequence_length, model_config.context_length)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RunConfig, SourceConfig
-from opendeep_jax.config.storage import file_name
+from opendeep_jax.config.storage import file_name, write_file
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.plan import Plan, PlanKind, make_plan, open_plan, verify_plan
@@ -33,7 +33,9 @@ from opendeep_jax.data.sources import (
 )
 from opendeep_jax.data.store import VERSION, Store, check_files, open_store, read_manifest
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.text.tokenizer import Tokenizer, open_tokenizer
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.pieces import WORDS
+from opendeep_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +300,34 @@ def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[So
 
     corpus_hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return open_tokenizer(data.tokenizer, corpus_hash, sample, Path(data.directory, "tokenizers"))
+
+
+def open_tokenizer(
+    specification: str, corpus_hash: str, sample: Callable[[], Iterator[str]], directory: Path
+) -> Tokenizer:
+    """The Tokenizer of `data.tokenizer`: `bytes`, `bpe:SIZE` or a path.
+
+    A BPE is trained on `sample()` the first time and kept in `directory` under `corpus_hash`, which must stand for
+    the sample's content. Raises ConfigError.
+    """
+    if specification == "bytes":
+        return byte_tokenizer()
+    kind, colon, size = specification.partition(":")
+    if kind != "bpe" or not colon:
+        return load_tokenizer(Path(specification).expanduser())
+    if not size.isdecimal():
+        raise ConfigError(
+            f"data.tokenizer is {specification!r}, but after `bpe:` comes the number of tokens, as in bpe:8192."
+        )
+    key = hashlib.sha256(json.dumps([corpus_hash, int(size), WORDS, SPECIAL_TOKENS]).encode()).hexdigest()
+    path = directory / f"bpe-{int(size)}-{key[:16]}.json"
+    if path.exists():
+        try:
+            return load_tokenizer(path, specification)
+        except ConfigError as error:
+            logger.warning("Training the tokenizer again, because %s", error)
+    write_file(path, train_bpe(sample(), int(size)))
+    return load_tokenizer(path, specification)
 
 
 def _sample(source: SourceConfig, parts: list, budget: float, held_out_fraction: float) -> Iterator[str]:

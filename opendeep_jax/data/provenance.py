@@ -21,8 +21,8 @@ from opendeep_jax.data.prepared import Prepared, check_plans, check_root, prepar
 from opendeep_jax.data.sources import hash_id, held_out
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing.verify import verify_store
-from opendeep_jax.text.codec import TextCodec, codec_from_hf, codec_from_tokenizer
-from opendeep_jax.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.tokenizer import Tokenizer
 
 # Pieces whose text `where` reads together.
 PIECES_AT_ONCE = 1024
@@ -120,11 +120,11 @@ def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Toke
     )
 
 
-def run_codec(workdir: str | Path) -> TextCodec:
+def model_tokenizer(workdir: str | Path) -> Tokenizer:
     """The text codec of the run in `workdir`. Prompts begin as the run's documents do; for somebody else's weights, as
     their own tokenizer says, whatever the run separates documents with. Raises ConfigError as `run_tokenizer` does."""
     tokenizer = run_tokenizer(workdir)
-    return codec_from_hf(workdir) if _imported(Path(workdir)) else codec_from_tokenizer(tokenizer)
+    return tokenizer_from_hf(workdir) if _imported(Path(workdir)) else tokenizer
 
 
 def _imported(workdir: Path) -> bool:

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from opendeep_jax.display.progress import human_count
+from opendeep_jax.display.numbers import human_count
 
 SERIES = ("#2f6bd8", "#cd4805", "#2f7258", "#a32b9e", "#139ec6", "#62090f", "#9d9459", "#2d0d67")
 SERIES_DARK = ("#6ea0ff", "#f37513", "#429082", "#eb9dbb", "#b6e6ff", "#c92516", "#f7e04f", "#8b44c9")

@@ -1,17 +1,61 @@
-"""What a person sees while a run goes: the start-up summary, the progress line, numbers in human units."""
+"""Progress on a terminal or in a log: the line of a training run, and bars over bytes or pieces."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+
+from opendeep_jax.display.numbers import human_time
 
 
-class Progress:
+@contextlib.contextmanager
+def progress_bar(
+    title: str, total: int, show: bool | None = None, unit: str = "bytes", transient: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar on the error stream, from the first advance on, and give the function that advances it.
+
+    Args:
+        title: before the bar.
+        total: bytes or pieces; 0 where that is not known.
+        show: whether to; None shows it on a terminal.
+        unit: `bytes`, or `pieces`.
+        transient: leave nothing of it behind.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, force_jupyter=False)
+    if not (console.is_terminal if show is None else show):
+        yield lambda size: None
+        return
+    from rich import progress
+
+    done = progress.DownloadColumn(binary_units=True) if unit == "bytes" else progress.MofNCompleteColumn()
+    columns = progress.TextColumn("{task.description}", markup=False), progress.BarColumn()
+    columns += (done, progress.TimeRemainingColumn()) if total else (progress.TimeElapsedColumn(),)
+    bar = progress.Progress(*columns, console=console, transient=transient)
+    task = bar.add_task(title, total=total or None)
+
+    def advance(size: int) -> None:
+        bar.start()
+        bar.advance(task, size)
+
+    try:
+        yield advance
+        if bar.live.is_started:
+            bar.update(task, total=total or 1, completed=total or 1)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+class ProgressLine:
     """One live line: step, loss, held-out bits per byte, tokens/s, MFU, time left.
 
     On a terminal the line redraws itself, at most a few times a second; elsewhere (a log file, CI) about forty aligned
     lines are printed over the whole run. A terminal that misbehaves costs the bar, never the run.
 
-        with Progress(total_steps=1000) as progress:
+        with ProgressLine(total_steps=1000) as progress:
             progress.update(10, loss=8.1, tokens_per_second=2400.0, mfu=0.31)
             progress.message("a sample text")
 
@@ -46,7 +90,7 @@ class Progress:
         self._guard(self._stop)
 
     def update(self, step: int, **numbers: float) -> None:
-        """Notes that `step` is done. Numbers stay on the line until newer ones come: loss, held_out_bits_per_byte,
+        """Note that `step` is done. Numbers stay on the line until newer ones come: loss, held_out_bits_per_byte,
         tokens_per_second, mfu (a share of 1)."""
         now = time.perf_counter()
         self.step = step
@@ -61,7 +105,7 @@ class Progress:
             self._guard(lambda: self._print(self._plain_line()))
 
     def message(self, text: str) -> None:
-        """Prints a text of its own above the line: a sample, an evaluation, a checkpoint."""
+        """Print a text of its own above the line: a sample, an evaluation, a checkpoint."""
         self._guard(lambda: self._print(text))
 
     def _start(self) -> None:
@@ -106,7 +150,7 @@ class Progress:
         return seconds_per_step * (self.total - self.step)
 
     def _pieces(self) -> list[str]:
-        """The line's parts, the dearest first: what a narrow terminal cuts is at the end."""
+        """Return the line's parts, the most important first: a narrow terminal cuts the end."""
         left, held_out = self._seconds_left(), self.numbers.get("held_out_bits_per_byte")
         pieces = [f"loss {self.numbers['loss']:6.3f}" if "loss" in self.numbers else "loss    -  "]
         pieces.append(f"{'-' if left is None else human_time(left):>10} left")
@@ -137,65 +181,7 @@ class Progress:
 
 
 def _printable(text: str, encoding: str | None) -> str:
-    """The text without what would upset a terminal: control characters (a sample may hold an escape sequence), and
+    """Return the text without what would upset a terminal: control characters (a sample may hold escape sequences) and
     characters its encoding lacks."""
     clean = "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
     return clean.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8", "replace")
-
-
-def startup_summary(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns for the start of a run. A row with an empty value is the heading of the rows after it.
-
-    startup_summary([("Model", ""), ("parameters", "15.83M"), ("active", "5.21M")]) gives
-
-        Model
-          parameters  15.83M
-          active      5.21M
-    """
-    width = max((len(label) for label, value in rows if value), default=0)
-    lines = []
-    for label, value in rows:
-        if not value:
-            lines += [""] * bool(lines) + [label]
-            continue
-        first, *rest = value.split("\n")
-        lines += [f"  {label:<{width}}  {first}"] + [" " * (width + 4) + line for line in rest]
-    return "\n".join(lines)
-
-
-def human_count(number: float) -> str:
-    """A count in K, M, B, T: 671.03e9 is `671.03B`; below ten thousand every digit: `8,192`."""
-    return _human(number, 1000.0, ("", "K", "M", "B", "T"), plain_below=10_000)
-
-
-def human_bytes(number: float) -> str:
-    """Bytes in binary units: 2**31 is `2.00 GiB`."""
-    return _human(number, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"), plain_below=1024)
-
-
-def _human(number: float, base: float, units: tuple[str, ...], plain_below: float) -> str:
-    if not math.isfinite(number):
-        return str(number)
-    if abs(number) < plain_below:
-        return f"{number:,.2f}".rstrip("0").rstrip(".") + units[0]
-    power = 0
-    # Rounding first keeps 999,999 from reading "1000.00K".
-    while power < len(units) - 1 and round(abs(number) / base**power, 2) >= base:
-        power += 1
-    return f"{number / base**power:,.2f}{units[power]}"
-
-
-def human_time(seconds: float) -> str:
-    """A duration in its two largest units: `40 ms`, `8.7 s`, `3 min 20 s`, `2 h 05 min`, `54 d 3 h`."""
-    if not math.isfinite(seconds):
-        return str(seconds)
-    if 0 < seconds < 0.0995:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    total = round(seconds)
-    if total < 3600:
-        return f"{total // 60} min {total % 60:02d} s"
-    if total < 86_400:
-        return f"{total // 3600} h {total % 3600 // 60:02d} min"
-    return f"{total // 86_400} d {total % 86_400 // 3600} h"

@@ -19,8 +19,8 @@ from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.scoring import Scored, score
 from opendeep_jax.generation.text_pieces import text_pieces
-from opendeep_jax.text.answer_stream import AnswerStream, AnswerText
-from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.stream import AnswerStream, AnswerText
+from opendeep_jax.text.tokenizer import Tokenizer
 
 try:
     import lm_eval
@@ -55,7 +55,7 @@ class HarnessModel(LM):
     def __init__(
         self,
         engine: Engine,
-        codec: TextCodec,
+        codec: Tokenizer,
         name: str,
         chat: bool = False,
         seed: int = 0,

@@ -14,7 +14,7 @@ from opendeep_jax.evaluation.intervals import bootstrap
 from opendeep_jax.evaluation.windows import Window, windows
 from opendeep_jax.generation.engine import Engine
 from opendeep_jax.generation.scoring import score
-from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.tokenizer import Tokenizer
 
 ENOUGH_DOCUMENTS = 10
 """Documents are independent, windows of one document are not: with this many or more it is documents that are drawn."""
@@ -37,7 +37,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 def perplexity(
     engine: Engine,
-    codec: TextCodec,
+    codec: Tokenizer,
     documents: Sequence[str],
     stride: int = 0,
     seed: int = 0,
@@ -108,7 +108,7 @@ def perplexity(
     }
 
 
-def _sized_windows(codec: TextCodec, document: str, length: int, stride: int) -> Iterator[tuple[Window, int]]:
+def _sized_windows(codec: Tokenizer, document: str, length: int, stride: int) -> Iterator[tuple[Window, int]]:
     """A document's windows, and the bytes that each one's scored tokens stand for.
 
     Together with an unscored first token's they are the document's bytes: what no token says, as of an unknown letter,

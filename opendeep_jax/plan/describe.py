@@ -10,7 +10,8 @@ from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.rules import MESH_AXES, axes
 from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.display.progress import human_bytes, human_count, startup_summary
+from opendeep_jax.display.numbers import human_bytes, human_count
+from opendeep_jax.display.tables import key_value_table
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.mesh import axis_sizes
@@ -169,7 +170,7 @@ def description_table(described: dict[str, Any]) -> str:
     ]
     if data["prepared_tokens"]:
         rows.append(("prepared", f"{human_count(data['prepared_tokens'])} tokens"))
-    return startup_summary(rows)
+    return key_value_table(rows)
 
 
 def _vocabulary(rows: int, data: dict[str, Any]) -> str:

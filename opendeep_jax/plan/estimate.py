@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from opendeep_jax.config.checks import ConfigError, check_devices
 from opendeep_jax.config.schedule import Stage, tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.display.numbers import human_bytes
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.plan.batch import largest_stage
 from opendeep_jax.plan.compile import MemoryUse, OutOfResource, compile_step
@@ -171,10 +172,10 @@ class Plan:
             return f"{self.config.name} does not compile for {self.topology.name}. {self.shortage.sentence()}"
         over = self.total_bytes - self.limit_bytes
         known = not math.isnan(over)
-        amount = f"{over / 1e9:.2f} GB more than the" if known else "more than the"
+        amount = f"{human_bytes(over)} more than the" if known else "more than the"
         sentence = (
             f"{self.config.name} does not fit on {self.topology.name}: each device needs {amount} "
-            f"{self.limit_bytes / 1e9:.2f} GB that it has."
+            f"{human_bytes(self.limit_bytes)} that it has."
         )
         helpful = cures(self.config, self.stage, self.axes)
         if not helpful:
@@ -182,7 +183,7 @@ class Plan:
         enough = [cure for cure in helpful if known and cure.saves >= over]
         shown = enough[:2] or helpful[:3]
         knobs = " or " if enough else " and "
-        words = knobs.join(f"{cure.setting} (saves about {cure.saves / 1e9:.2f} GB)" for cure in shown)
+        words = knobs.join(f"{cure.setting} (saves about {human_bytes(cure.saves)})" for cure in shown)
         more = "" if enough else " If that is not enough, use more chips or a smaller batch (--rows_per_chip)."
         return f"{sentence} By arithmetic, {words} would {'do' if enough else 'help'}.{more}"
 

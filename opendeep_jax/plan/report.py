@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterable
 
 from opendeep_jax.config.schema import RunConfig
+from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
 from opendeep_jax.display.page import details, page, section, table, text, tiles
-from opendeep_jax.display.progress import human_count, human_time
 from opendeep_jax.plan.estimate import Plan
 from opendeep_jax.plan.search import Found
-from opendeep_jax.plan.table import dollars, duration, gigabytes
 
 LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
 
@@ -48,8 +47,8 @@ def _sentence(plan: Plan) -> str:
         return plan.why_not()
     times = plan.times
     return (
-        f"A step takes {duration(times.fastest)} to {duration(times.slowest)}, {duration(times.scheduled)} as the "
-        f"program is scheduled; its bound is {times.bound}."
+        f"A step takes {human_time(times.fastest)} to {human_time(times.slowest)}, {human_time(times.scheduled)} as "
+        f"the program is scheduled; its bound is {times.bound}."
     )
 
 
@@ -60,12 +59,12 @@ def _headline(plan: Plan) -> str:
     cost = plan.cost(step)
     return tiles(
         [
-            ("Step", duration(step), "as scheduled, an estimate"),
+            ("Step", human_time(step), "as scheduled, an estimate"),
             ("MFU", f"{plan.mfu(step):.1%}", f"{plan.mfu(plan.times.fastest):.1%} if all is hidden"),
             ("Tokens/s", human_count(plan.tokens / step), f"{human_count(plan.total_tokens)} tokens in all"),
             ("Time", human_time(cost.days * 86_400), f"{human_count(cost.chip_hours)} chip-hours"),
-            ("Cost", dollars(cost.dollars), f"at ${plan.price:.2f} a chip-hour"),
-            ("Memory", gigabytes(plan.total_bytes), f"of {gigabytes(plan.limit_bytes)}"),
+            ("Cost", human_dollars(cost.dollars), f"at ${plan.price:.2f} a chip-hour"),
+            ("Memory", human_bytes(plan.total_bytes), f"of {human_bytes(plan.limit_bytes)}"),
         ]
     )
 
@@ -84,14 +83,14 @@ def _bars(rows: Iterable[tuple[str, float, str, bool]], limit: float = 0.0) -> s
 
 
 def _memory_bars(plan: Plan) -> str:
-    rows = [(name, size, gigabytes(size), False) for name, size in plan.components.items()]
+    rows = [(name, size, human_bytes(size), False) for name, size in plan.components.items()]
     estimated = sum(plan.components.values())
-    rows.append(("estimate", estimated, gigabytes(estimated), False))
+    rows.append(("estimate", estimated, human_bytes(estimated), False))
     if plan.memory:
-        rows.append(("arguments", plan.memory.arguments, gigabytes(plan.memory.arguments), False))
-        rows.append(("temporaries", plan.memory.temporaries, gigabytes(plan.memory.temporaries), False))
+        rows.append(("arguments", plan.memory.arguments, human_bytes(plan.memory.arguments), False))
+        rows.append(("temporaries", plan.memory.temporaries, human_bytes(plan.memory.temporaries), False))
     if not math.isnan(plan.total_bytes):
-        rows.append(("compiled total", plan.total_bytes, gigabytes(plan.total_bytes), True))
+        rows.append(("compiled total", plan.total_bytes, human_bytes(plan.total_bytes), True))
     return _bars(rows, plan.limit_bytes)
 
 
@@ -111,7 +110,7 @@ def _time_section(plan: Plan) -> str:
         ("slowest", times.slowest, False),
     ]
     introduction = "Estimates at data-sheet speeds: each term alone, then what the compiled program allows."
-    return section("Time of a step", introduction, _bars((name, s, duration(s), strong) for name, s, strong in rows))
+    return section("Time of a step", introduction, _bars((name, s, human_time(s), strong) for name, s, strong in rows))
 
 
 def _messages(plan: Plan) -> str:
@@ -121,7 +120,7 @@ def _messages(plan: Plan) -> str:
         (
             f"{row.kind}, {row.axes}{'' if row.is_async else ', waits'}",
             row.bytes,
-            gigabytes(row.bytes),
+            human_bytes(row.bytes),
             not row.is_async,
         )
         for row in plan.traffic[:12]
@@ -133,7 +132,7 @@ def _most(plan: Plan) -> str:
     if plan.program is None:
         return ""
     flops = [(name, f"{count:.3g} FLOPs") for name, count in plan.program.flops_by_name.most_common(12)]
-    moved = [(name, gigabytes(size)) for name, size in plan.program.bytes_by_name.most_common(12)]
+    moved = [(name, human_bytes(size)) for name, size in plan.program.bytes_by_name.most_common(12)]
     return details("FLOPs", table(flops)) + details("HBM traffic", table(moved))
 
 
@@ -146,8 +145,8 @@ def _layouts(found: list[Found], recipe: RunConfig | None) -> str:
         if one.plan is None:
             words = one.problem
         elif one.plan.fits:
-            words = f"{duration(one.plan.times.scheduled)} as scheduled, {gigabytes(one.plan.total_bytes)}"
+            words = f"{human_time(one.plan.times.scheduled)} as scheduled, {human_bytes(one.plan.total_bytes)}"
         else:
             words = one.plan.verdict
-        rows.append((settings, f"{words} (by arithmetic {duration(one.candidate.estimate.seconds)})"))
+        rows.append((settings, f"{words} (by arithmetic {human_time(one.candidate.estimate.seconds)})"))
     return table(rows)

@@ -2,33 +2,14 @@
 
 import math
 
-from opendeep_jax.display.progress import human_count, human_time, startup_summary
+from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
+from opendeep_jax.display.tables import key_value_table
 from opendeep_jax.plan.estimate import Plan
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as `47.12 GB` (10^9), small sizes in MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 0.1e9 else f"{size / 1e6:.2f} MB"
-
-
-def duration(seconds: float) -> str:
-    """A step's time: `12.4 s`, `381 ms`, `74 µs`."""
-    for unit, scale in (("s", 1), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def dollars(amount: float) -> str:
-    """`$5.58M`, `$12,300` or `$0.42`."""
-    if amount >= 1e6:
-        return f"${amount / 1e6:.2f}M"
-    return f"${amount:,.0f}" if amount >= 100 else f"${amount:.2g}"
 
 
 def plan_table(plan: Plan) -> str:
     """The whole plan in aligned columns; estimates are called so."""
-    return startup_summary([*_what(plan), *_memory(plan), *_work(plan), *_time(plan)])
+    return key_value_table([*_what(plan), *_memory(plan), *_work(plan), *_time(plan)])
 
 
 def _what(plan: Plan) -> list[tuple[str, str]]:
@@ -47,20 +28,23 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     rows = [("Memory of each device, by arithmetic (an estimate)", "")]
-    rows += [(name, f"{gigabytes(size):>12}") for name, size in plan.components.items()]
-    rows.append(("sum", f"{gigabytes(sum(plan.components.values())):>12}"))
+    rows += [(name, f"{human_bytes(size):>12}") for name, size in plan.components.items()]
+    rows.append(("sum", f"{human_bytes(sum(plan.components.values())):>12}"))
     rows.append(("Memory of each device, as compiled", ""))
-    if plan.memory:
+    if memory := plan.memory:
         rows += [
-            ("arguments", f"{gigabytes(plan.memory.arguments):>12}  of it donated {gigabytes(plan.memory.donated)}"),
-            ("temporaries", f"{gigabytes(plan.memory.temporaries):>12}"),
+            (
+                "arguments",
+                f"{human_bytes(memory.arguments):>12}  of it donated {human_bytes(memory.donated)}",
+            ),
+            ("temporaries", f"{human_bytes(memory.temporaries):>12}"),
         ]
     if plan.shortage:
         return [*rows, ("total", f"unknown: {plan.verdict}")]
-    total = "does not fit" if math.isnan(plan.total_bytes) else f"{gigabytes(plan.total_bytes):>12}"
+    total = "does not fit" if math.isnan(plan.total_bytes) else f"{human_bytes(plan.total_bytes):>12}"
     spare = plan.limit_bytes - plan.total_bytes
-    verdict = f"{gigabytes(spare)} to spare" if plan.fits else "does not fit"
-    return [*rows, ("total", total), ("limit", f"{gigabytes(plan.limit_bytes):>12}  {verdict}")]
+    verdict = f"{human_bytes(spare)} to spare" if plan.fits else "does not fit"
+    return [*rows, ("total", total), ("limit", f"{human_bytes(plan.limit_bytes):>12}  {verdict}")]
 
 
 def _work(plan: Plan) -> list[tuple[str, str]]:
@@ -71,12 +55,12 @@ def _work(plan: Plan) -> list[tuple[str, str]]:
     ratio = plan.hardware_flops / plan.model_flops
     rows += [
         ("hardware FLOPs", f"{plan.hardware_flops:.4g}, {ratio * per_token:.4g} per token ({ratio:.2f}x)"),
-        ("HBM traffic", f"{gigabytes(plan.program.hbm_bytes)} on each device, a lower bound"),
+        ("HBM traffic", f"{human_bytes(plan.program.hbm_bytes)} on each device, a lower bound"),
     ]
     for row in plan.traffic:
         way = "async" if row.is_async else "sync"
-        sent = f"{gigabytes(row.bytes):>12} sent over {row.axes}, {way}"
-        rows.append((row.kind, f"{sent}, {row.count:,.0f} times, {duration(row.seconds)}"))
+        sent = f"{human_bytes(row.bytes):>12} sent over {row.axes}, {way}"
+        rows.append((row.kind, f"{sent}, {row.count:,.0f} times, {human_time(row.seconds)}"))
     return rows + [("note", warning) for warning in plan.warnings()]
 
 
@@ -86,20 +70,21 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         return []
     rows = [("Time of a step, at data-sheet speeds (an estimate)", "")]
     for label, seconds in (("compute", times.compute), ("memory", times.memory), ("network", times.collective)):
-        rows.append((label, f"{duration(seconds):>8}{'  the bound' if label == times.bound else ''}"))
+        rows.append((label, f"{human_time(seconds):>8}{'  the bound' if label == times.bound else ''}"))
     for label, seconds, words in (
         ("fastest", times.fastest, "all else hidden behind the bound"),
         ("as scheduled", times.scheduled, "kernels in turn, waiting where the program waits"),
         ("timeline", times.timeline, "the same, waiting for hidden messages that come too late"),
         ("slowest", times.slowest, "nothing hidden"),
     ):
-        rows.append((label, f"{duration(seconds):>8}  MFU {plan.mfu(seconds):5.1%}  {words}"))
+        rows.append((label, f"{human_time(seconds):>8}  MFU {plan.mfu(seconds):5.1%}  {words}"))
     cost = plan.cost(times.scheduled)
+    price = f"{human_count(cost.chip_hours)} chip-hours at ${plan.price:.2f} (assumed)"
     rows += [
         ("The run, as scheduled (an estimate)", ""),
         ("tokens/s", f"{plan.tokens / times.scheduled:,.0f}"),
         ("tokens", human_count(plan.total_tokens)),
         ("time", human_time(cost.days * 86_400)),
-        ("cost", f"{dollars(cost.dollars)}: {human_count(cost.chip_hours)} chip-hours at ${plan.price:.2f} (assumed)"),
+        ("cost", f"{human_dollars(cost.dollars)}: {price}"),
     ]
     return rows

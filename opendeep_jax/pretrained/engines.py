@@ -16,7 +16,7 @@ from opendeep_jax.pretrained.sources import open_weights, source_kind
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
     from opendeep_jax.generation.requests import EngineConfig
-    from opendeep_jax.text.codec import TextCodec
+    from opendeep_jax.text.tokenizer import Tokenizer
 
 ENGINE_AXES = (*ROW_AXES, "tensor")
 """Mesh axes that generation divides its work over."""
@@ -36,7 +36,7 @@ class Choice:
     parallel: ParallelConfig = ONE_DEVICE
 
 
-def open_engine(choice: Choice, codec: "TextCodec", config: "EngineConfig", default_length: int = 0) -> "Engine":
+def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
     """An engine of the model, which chooses among the tokens of its codec.
 
     Args:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from opendeep_jax.models.decoder import Decoder
-    from opendeep_jax.text.codec import TextCodec
+    from opendeep_jax.text.tokenizer import Tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What a generation_config.json says of sampling, under the names that `SamplingParams` has too."""
@@ -56,26 +56,26 @@ def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
     raise ConfigError(f"--model={source}: holds no model. {CURE}")
 
 
-def open_codec(source: str | Path) -> tuple["TextCodec", str]:
+def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
     """The text codec of a source, and the name of its model. Raises ConfigError where its files are not sound."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":
             from opendeep_jax.interop.gguf_file import read_gguf
-            from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields
+            from opendeep_jax.text.gguf_tokenizer import tokenizer_from_gguf_fields
 
-            return codec_from_gguf_fields(read_gguf(path).fields), path.stem
+            return tokenizer_from_gguf_fields(read_gguf(path).fields), path.stem
         case "hf":
-            from opendeep_jax.text.codec import codec_from_hf
+            from opendeep_jax.text.files import tokenizer_from_hf
 
-            return codec_from_hf(path), path.name
+            return tokenizer_from_hf(path), path.name
         case "run":
-            from opendeep_jax.data.provenance import run_codec
+            from opendeep_jax.data.provenance import model_tokenizer
 
-            return run_codec(path), load_run_config(path).name or path.name
+            return model_tokenizer(path), load_run_config(path).name or path.name
 
 
-def sampling_defaults(codec: "TextCodec") -> dict[str, float]:
+def sampling_defaults(codec: "Tokenizer") -> dict[str, float]:
     """Return how a model's own generation_config.json samples, as far as it says, wherever the model came from."""
     found = {name: codec.generation.get(name) for name in SAMPLING}
     given = {name: value for name, value in found.items() if isinstance(value, int | float) and type(value) is not bool}
@@ -137,7 +137,7 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> tuple["Decoder", "TextCodec", str]:
+def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> tuple["Decoder", "Tokenizer", str]:
     """`open_weights` and `open_codec`: the model, its codec, its name. Raises ConfigError as they do."""
     check_choice(source_kind(source), source, dtype, step)
     codec, name = open_codec(source)

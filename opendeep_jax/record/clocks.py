@@ -2,7 +2,7 @@
 
 import time
 
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 
 SMALLEST = 30.0
 """Seconds; what time servers correct little by little stays far below it between two lines of the log."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.record.metrics import read_jsonl
 
 GOODPUT = "goodput.jsonl"

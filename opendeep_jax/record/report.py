@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from opendeep_jax.config.files import replacing, write_atomically
+from opendeep_jax.display.numbers import human_bytes, human_count, human_time
 from opendeep_jax.display.page import bars, details, figure, page, section, table, text, tiles
-from opendeep_jax.display.progress import human_bytes, human_count, human_time
 from opendeep_jax.record import plots
 from opendeep_jax.record.lineage import lineage
 from opendeep_jax.record.plots import BLUE, GREEN, MUTED, ORANGE, VIOLET, Level, Line

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.display.page import section, text
-from opendeep_jax.display.progress import human_time
 from opendeep_jax.record.goodput import KINDS, Goodput
 
 EVENTS_SHOWN = 40

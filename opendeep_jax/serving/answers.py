@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opendeep_jax.generation.params import TokenLogprob
-from opendeep_jax.text.answer_stream import AnswerStream
-from opendeep_jax.text.codec import TextCodec
 from opendeep_jax.text.harmony import Call, Spoken
+from opendeep_jax.text.stream import AnswerStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Progress
@@ -46,7 +46,7 @@ class Answer:
 
     def __init__(
         self,
-        codec: TextCodec,
+        codec: Tokenizer,
         stop: Sequence[str],
         conversation: str | None = None,
         least: int = 0,
@@ -116,7 +116,7 @@ class Places:
         special: Whether special tokens are text.
     """
 
-    def __init__(self, codec: TextCodec, start: int = 0, special: bool = True):
+    def __init__(self, codec: Tokenizer, start: int = 0, special: bool = True):
         self._codec, self._next, self.special = codec, start, special
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -127,7 +127,7 @@ class Places:
         return place
 
 
-def token_name(codec: TextCodec, token: int) -> str:
+def token_name(codec: Tokenizer, token: int) -> str:
     """A token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
     piece = codec.piece(token, special=True)
     try:
@@ -142,7 +142,7 @@ def alternatives(entry: TokenLogprob, asked: int) -> list[tuple[int, float]]:
     return found if any(token == entry.token for token, _ in found) else [*found, (entry.token, entry.logprob)]
 
 
-def chat_logprobs(codec: TextCodec, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(codec: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Log-probabilities as chat completions give them."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def chat_logprobs(codec: TextCodec, entries: Sequence[TokenLogprob]) -> dict[str
 
 
 def completion_logprobs(
-    codec: TextCodec, entries: Sequence[TokenLogprob | int], offset: int | Places = 0
+    codec: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int | Places = 0
 ) -> dict[str, Any]:
     """Log-probabilities as completions give them.
 
@@ -177,7 +177,7 @@ def completion_logprobs(
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def _by_name(codec: TextCodec, entry: TokenLogprob) -> dict[str, float]:
+def _by_name(codec: Tokenizer, entry: TokenLogprob) -> dict[str, float]:
     """Alternatives by name; of two tokens with the same text the less likely one goes by its id."""
     found: dict[str, float] = {}
     for token, value in alternatives(entry, len(entry.top)):

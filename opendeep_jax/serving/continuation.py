@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.generation.text_pieces import TextPiece, text_pieces
-from opendeep_jax.text.codec import TextCodec
 from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def continued(
     engine: "Engine",
-    codec: TextCodec,
+    codec: Tokenizer,
     prompts: Sequence[str],
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.serving.answers import Answer, Piece
-from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.engine import Engine
@@ -18,7 +18,7 @@ class Conversation:
     """What was said so far, and with what settings the model goes on."""
 
     engine: "Engine"
-    codec: TextCodec
+    codec: Tokenizer
     params: SamplingParams
     """How tokens are chosen; the rest of it is set for each answer."""
     max_tokens: int = 0

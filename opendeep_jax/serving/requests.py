@@ -13,8 +13,8 @@ from opendeep_jax.serving.answers import Answer, Piece, Places, chat_logprobs, c
 from opendeep_jax.serving.errors import ApiError
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from opendeep_jax.serving.service import Limits
-from opendeep_jax.text.answer_stream import knows_tools
-from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.stream import knows_tools
+from opendeep_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from opendeep_jax.generation.scoring import Scored
@@ -53,7 +53,7 @@ class Asked:
 
 
 def completion(
-    body: CompletionRequest, codec: TextCodec, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
+    body: CompletionRequest, codec: Tokenizer, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
 ) -> Asked:
     """Reads a completion request. Raises ApiError for prompts and lengths that cannot be.
 
@@ -111,7 +111,7 @@ def completion(
 
 def chat(
     body: ChatRequest,
-    codec: TextCodec,
+    codec: Tokenizer,
     limits: Limits,
     name: str,
     defaults: Mapping[str, float] = NONE,
@@ -158,17 +158,17 @@ def chat(
     )  # fmt: skip
 
 
-def _encoded(codec: TextCodec, text: str) -> list[int]:
+def _encoded(codec: Tokenizer, text: str) -> list[int]:
     """A prompt's ids, begun as the model's own tokenizer would begin a text."""
     return codec.begun(codec.encode(text, special=True))
 
 
-def _shown(codec: TextCodec, prompt: str | list[int]) -> str:
+def _shown(codec: Tokenizer, prompt: str | list[int]) -> str:
     """A prompt as it is echoed: a text as it was given, without the begin token that goes before it."""
     return prompt if isinstance(prompt, str) else codec.decode(prompt, special=True)
 
 
-def rendered(body: ChatRequest, codec: TextCodec, seconds: float = math.inf) -> str:
+def rendered(body: ChatRequest, codec: Tokenizer, seconds: float = math.inf) -> str:
     """The text of a conversation. Raises ApiError for tools that the model's template or our reading of it lacks."""
     arguments, tools = body.template_arguments, body.tools if body.tool_choice != "none" else None
     called = any(message.tool_calls or message.role == "tool" for message in body.messages)
@@ -208,7 +208,7 @@ def _requests(
     prompts: list[list[int]],
     tokens: list[int],
     logprobs: int,
-    codec: TextCodec,
+    codec: Tokenizer,
     limits: Limits,
     defaults: Mapping[str, float],
 ) -> list[tuple[list[int], SamplingParams]]:

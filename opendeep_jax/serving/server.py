@@ -32,7 +32,7 @@ from opendeep_jax.serving.page import page_response
 from opendeep_jax.serving.requests import Asked
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
 from opendeep_jax.serving.service import EngineService, Job, Unavailable
-from opendeep_jax.text.codec import TextCodec
+from opendeep_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Served:
 
     name: str
     service: EngineService
-    codec: TextCodec
+    codec: Tokenizer
     config: ServerConfig
     metrics: Metrics
     since: int
@@ -89,7 +89,7 @@ class Served:
 def make_app(
     name: str,
     service: EngineService,
-    codec: TextCodec,
+    codec: Tokenizer,
     config: ServerConfig | None = None,
     defaults: Mapping[str, float] = requests.NONE,
 ) -> Starlette:

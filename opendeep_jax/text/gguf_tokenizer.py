@@ -11,12 +11,15 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.text.codec import SPACE, TextCodec, generation_config
+from opendeep_jax.text.files import generation_config
 from opendeep_jax.text.gguf_names import BEGUN, COMPOSED, PROBE, SAME, SPLITS, WHOLE_WORDS, named_ends
+from opendeep_jax.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
+SPACE = "▁"
+"""How SentencePiece writes a space."""
 OWN = "opendeep.tokenizer"
 """Key of what a tokenizer of ours has and GGUF has no key for, in JSON; llama.cpp does not read it."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -35,8 +38,8 @@ GGUF_SAMPLING = {
 """llama.cpp's keys of a generation_config.json's sampling, which its converter writes and its programs apply."""
 
 
-def codec_from_gguf_fields(fields: Mapping[str, Any]) -> TextCodec:
-    """The codec that a GGUF file's metadata describes.
+def tokenizer_from_gguf_fields(fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a GGUF file's metadata describes.
 
     Raises:
         ConfigError: the file has no tokenizer, one of another kind, or one that is damaged.
@@ -88,7 +91,7 @@ def _own(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_ends(
     library: tokenizers.Tokenizer, fields: Mapping[str, Any], tokens: Sequence[str], kind: str, own: Mapping[str, Any]
-) -> TextCodec:
+) -> Tokenizer:
     usual = {"bos": 1, "eos": 2} if kind == "llama" else {}  # llama.cpp's own, where the file names none
 
     def id_of(name: str) -> int | None:
@@ -107,7 +110,7 @@ def _with_ends(
     }
     # As llama.cpp: SentencePiece's models and Llama 3's want a beginning unless the file says otherwise.
     begun = kind == "llama" or fields.get(KEY + "pre") in BEGUN
-    return TextCodec(
+    return Tokenizer(
         library,
         begin_id=begin_id,
         add_begin=bool(fields.get(KEY + "add_bos_token", begun)) and begin_id is not None,
@@ -177,26 +180,26 @@ def _merges_of_scores(vocabulary: Mapping[str, int], scores: Sequence[float]) ->
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-def gguf_fields_from_codec(codec: TextCodec, vocab_size: int, pre: str = "") -> dict[str, Any]:
-    """The metadata that describes a codec to llama.cpp; `codec_from_gguf_fields` gives an equal one.
+def gguf_fields_of(tokenizer: Tokenizer, vocab_size: int, pre: str = "") -> dict[str, Any]:
+    """The metadata that describes a tokenizer to llama.cpp; `tokenizer_from_gguf_fields` gives an equal one.
 
     Args:
-        codec: A byte-level or SentencePiece BPE.
+        tokenizer: A byte-level or SentencePiece BPE.
         vocab_size: Rows of the model's embedding; ids beyond the tokenizer's are filled with unused ones.
         pre: llama.cpp's name for the way to split text; empty finds it.
 
     Raises:
         ConfigError: llama.cpp knows no such tokenizer.
     """
-    description = json.loads(codec.library.to_str())
+    description = tokenizer.description
     model = description["model"]
-    if model.get("type") != "BPE" or codec.vocab_size > vocab_size:
+    if model.get("type") != "BPE" or tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"A {model.get('type')} tokenizer of {codec.vocab_size} tokens for a model of {vocab_size}: GGUF takes a "
-            "BPE that is no larger than the model's vocabulary."
+            f"A {model.get('type')} tokenizer of {tokenizer.vocab_size} tokens for a model of {vocab_size}: GGUF takes "
+            "a BPE that is no larger than the model's vocabulary."
         )
     added = {token["id"]: token for token in description["added_tokens"]}
-    names = {i: token for token, i in codec.library.get_vocab(with_added_tokens=True).items()}
+    names = {i: token for token, i in tokenizer.library.get_vocab(with_added_tokens=True).items()}
     tokens = [names.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     types = [_type(i, names, added, model) for i in range(vocab_size)]
     if model.get("byte_fallback"):  # llama.cpp finds and prints user-defined tokens as they are
@@ -214,21 +217,21 @@ def gguf_fields_from_codec(codec: TextCodec, vocab_size: int, pre: str = "") -> 
     else:
         fields |= {
             KEY + "model": "gpt2",
-            KEY + "pre": pre or _name_of_splits(codec, merges),
+            KEY + "pre": pre or _name_of_splits(tokenizer, merges),
             KEY + "merges": [f"{left} {right}" for left, right in merges],
         }
     own = {name: description[name] for name in PARTS} | {
-        "end_ids": codec.end_ids,
-        "special": dict(codec.special),
-        "after_begin": codec.after_begin,
-        "generation": generation_config(codec),
+        "end_ids": tokenizer.end_ids,
+        "special": dict(tokenizer.special),
+        "after_begin": tokenizer.after_begin,
+        "generation": generation_config(tokenizer),
         "flags": {i: flags for i, token in added.items() if (flags := {k: True for k in FLAGS if token[k]})},
     }
     for name, key in GGUF_SAMPLING.items():
-        value = codec.generation.get(name)
+        value = tokenizer.generation.get(name)
         if type(value) in (int, float) and 0 <= value < 2**31:
             fields[key] = int(value) if name == "top_k" else float(value)
-    return fields | _ends(codec) | {OWN: json.dumps(own, ensure_ascii=False)}
+    return fields | _ends(tokenizer) | {OWN: json.dumps(own, ensure_ascii=False)}
 
 
 def _prefixes_space(description: Mapping[str, Any]) -> bool:
@@ -250,26 +253,26 @@ def _type(i: int, names: Mapping[int, str], added: Mapping[int, dict], model: Ma
     return UNKNOWN if names[i] == model.get("unk_token") else NORMAL
 
 
-def _ends(codec: TextCodec) -> dict[str, Any]:
-    fields: dict[str, Any] = {KEY + "add_bos_token": codec.add_begin}
-    if codec.begin_id is not None:
-        fields[KEY + "bos_token_id"] = codec.begin_id
-    for name, i in zip(("eos", "eot", "eom"), codec.end_ids, strict=False):
+def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
+    fields: dict[str, Any] = {KEY + "add_bos_token": tokenizer.add_begin}
+    if tokenizer.begin_id is not None:
+        fields[KEY + "bos_token_id"] = tokenizer.begin_id
+    for name, i in zip(("eos", "eot", "eom"), tokenizer.end_ids, strict=False):
         fields[f"{KEY}{name}_token_id"] = i
     for name, key in GGUF_NAMES.items():
         if name in ("bos_token", "eos_token"):
             continue
-        i = codec.library.token_to_id(codec.special.get(name, ""))
+        i = tokenizer.library.token_to_id(tokenizer.special.get(name, ""))
         if i is not None:
             fields[f"{KEY}{key}_token_id"] = i
-    return fields | ({TEMPLATE: codec.chat_template} if codec.chat_template else {})
+    return fields | ({TEMPLATE: tokenizer.chat_template} if tokenizer.chat_template else {})
 
 
-def _name_of_splits(codec: TextCodec, merges: Sequence) -> str:
+def _name_of_splits(tokenizer: Tokenizer, merges: Sequence) -> str:
     """llama.cpp's name for how a tokenizer splits text, told by what it does to a probe."""
     if not merges:
         return "gpt-2"  # nothing is merged, however the text is split
-    own = codec.library.pre_tokenizer
+    own = tokenizer.library.pre_tokenizer
     pieces = [] if own is None else [piece for piece, _ in own.pre_tokenize_str(PROBE)]
     ways = {name: [piece for piece, _ in _splitter(cuts).pre_tokenize_str(PROBE)] for name, cuts in SPLITS.items()}
     for name, way in ways.items():

@@ -8,7 +8,7 @@ import codecs
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import tokenizers
@@ -72,6 +72,14 @@ class Spelling:
                 piece, cut = piece[len(character) :], cut - 1
             sizes.append(len(piece))
         return sizes
+
+    def text(self, ids: Iterable[int], hidden: Collection[int] = ()) -> str:
+        """Return the text of ids."""
+        if not (self.first or self.last or self.raw or self.strip[0]):  # each says the same wherever it stands
+            shown = (self.pieces[i] for i in ids if 0 <= i < len(self.pieces) and i not in hidden)
+            return b"".join(shown).decode("utf-8", "replace")
+        speech = Speech(self, hidden)
+        return speech.push(ids) + speech.finish()
 
 
 class Speech:
@@ -260,9 +268,3 @@ def byte_characters() -> dict[str, int]:
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-def say(spelling: Spelling, ids: Sequence[int], hidden: Collection[int] = ()) -> str:
-    """Return the text of ids."""
-    speech = Speech(spelling, hidden)
-    return speech.push(ids) + speech.finish()

@@ -1,11 +1,14 @@
-"""Text as it is generated: tokens in, certain text out; stop strings; and a model's thinking apart from its answer."""
+"""Text as it is generated: tokens in, certain text out; stop strings; and thinking, answer and tool calls apart.
 
-from collections.abc import Iterable
+tokens -> TextStream -> text -> ThinkingStream or HarmonyStream -> Spoken;    AnswerStream is all of it
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from opendeep_jax.text.codec import TextCodec
-from opendeep_jax.text.harmony import HarmonyStream
+from opendeep_jax.text.harmony import HarmonyStream, Spoken
 from opendeep_jax.text.spelling import Speech
+from opendeep_jax.text.tokenizer import Tokenizer
 
 
 class StopStrings:
@@ -54,27 +57,29 @@ class TextStream(StopStrings):
     wherever the tokens' bounds lie; of two that end together, before the longer.
     """
 
-    def __init__(self, codec: TextCodec, stop: Iterable[str] = (), special: bool = False, before: Iterable[int] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Iterable[str] = (), special: bool = False, before: Iterable[int] = ()
+    ):
         """
         Args:
-            codec: The model's.
+            tokenizer: The model's.
             stop: Texts that end the text, and are no part of it; empty ones count for nothing. The name of a special
                 token ends it at that token.
             special: Whether special tokens are text.
             before: Ids of the text that this one goes on with: behind them a first word keeps its space.
         """
-        self.codec, self.special = codec, special
+        self.tokenizer, self.special = tokenizer, special
         self.stop_at(stop)
         self.matched: str | None = None
         """The stop string that ended the text."""
-        begun = any(codec.piece(i) for i in before)
-        self._speech = Speech(codec.spelling, () if special else codec.special_ids, begun)
+        begun = any(tokenizer.piece(i) for i in before)
+        self._speech = Speech(tokenizer.spelling, () if special else tokenizer.special_ids, begun)
         self._held = ""
 
     def stop_at(self, stop: Iterable[str]) -> None:
         """Ends the text before the first of these from now on."""
         self.stop = tuple(text for text in stop if text)
-        self._stop_ids = {} if self.special else self.codec.stop_ids(self.stop)
+        self._stop_ids = {} if self.special else self.tokenizer.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""
@@ -90,12 +95,8 @@ class TextStream(StopStrings):
         return text
 
     def finish(self) -> str:
-        """The rest, when no more tokens come; a half character is U+FFFD, as in `TextCodec.decode`."""
-        text = self.cut(self._speech.finish())
-        if self.stopped:
-            return text
-        rest, self._held = self._held, ""
-        return text + rest
+        """The rest, when no more tokens come; a half character is U+FFFD, as in `Tokenizer.decode`."""
+        return self.cut(self._speech.finish()) + self.rest()
 
 
 def _begun(text: str, mark: str) -> int:
@@ -122,58 +123,31 @@ HARMONY = Marks("<|channel|>analysis<|message|>", "<|end|>")
 """gpt-oss: channels by a grammar of their own (`text/harmony.py`); they are special tokens, so decode with special."""
 
 
-class Said(NamedTuple):
-    """Text of a model: what it thought, and what it answered."""
-
-    thinking: str
-    answer: str
-    calls = ()
-    """Tool calls, which texts of these families have none of."""
-
-
 def thinking_stream(marks: Marks, prompt: str = "") -> "ThinkingStream | HarmonyStream":
     """Return what tells the thinking of a family from its answer.
 
     Args:
-        prompt: What the text goes on from.
+        prompt: What the text goes on from; its end may have opened the thinking, as DeepSeek-R1's template does.
     """
-    return HarmonyStream(prompt) if marks is HARMONY else ThinkingStream(opens_thinking(prompt, marks), marks)
+    return HarmonyStream(prompt) if marks is HARMONY else ThinkingStream(prompt.rstrip().endswith(marks.opening), marks)
 
 
-def opens_thinking(prompt: str, marks: Marks = THINK) -> bool:
-    """Whether the prompt's end has opened the thinking already, as DeepSeek-R1's template does."""
-    return prompt.rstrip().endswith(marks.opening)
+class ThinkingStream:
+    """Tells thinking from answer in text that comes piece by piece, without the marks and the space around them.
 
-
-def split_thinking(text: str, opened: bool = False, marks: Marks = THINK) -> Said:
-    """A whole text's thinking and answer, without the marks and the space around them.
-
-    Tool calls are given as their arguments, in the answer.
-
-    `split_thinking("<think>\\nHm.\\n</think>\\n\\n42")` is `Said("Hm.", "42")`.
+    Of the pieces of `<think>\\nHm.\\n</think>\\n\\n42` it gives, put together, the thinking `Hm.` and the answer `42`.
 
     Args:
         opened: The prompt has opened the thinking.
         marks: The family's.
     """
-    if marks is HARMONY:
-        stream = HarmonyStream("<|start|>assistant" + HARMONY.opening if opened else "")
-    else:
-        stream = ThinkingStream(opened, marks)
-    parts = stream.push(text), stream.finish()
-    said = [(part.thinking, part.answer + "".join(call.arguments for call in part.calls)) for part in parts]
-    return Said("".join(thinking for thinking, _ in said), "".join(answer for _, answer in said))
-
-
-class ThinkingStream:
-    """`split_thinking` for text that comes piece by piece; what it gives, put together, is the same."""
 
     def __init__(self, opened: bool = False, marks: Marks = THINK):
         self.marks = marks
         self._state = "thinking" if opened else "before"
         self._held, self._begun = "", False
 
-    def push(self, text: str) -> Said:
+    def push(self, text: str) -> Spoken:
         """Takes the next text; returns what of it is certain now."""
         self._held += text
         thinking, answer = "", ""
@@ -183,16 +157,16 @@ class ThinkingStream:
             thinking = self._thought()
         if self._state == "answer":
             answer = self._answered()
-        return Said(thinking, answer)
+        return Spoken(thinking, answer)
 
-    def finish(self) -> Said:
+    def finish(self) -> Spoken:
         """The rest, when no more text comes."""
         if self._state == "before":
             self._decide(final=True)
         rest, self._held = self._held, ""
         if self._state == "thinking":
-            return Said((rest if self._begun else rest.lstrip()).rstrip(), "")
-        return Said("", rest if self._begun else rest.lstrip())
+            return Spoken((rest if self._begun else rest.lstrip()).rstrip(), "")
+        return Spoken("", rest if self._begun else rest.lstrip())
 
     def _decide(self, final: bool) -> None:
         """Finds out with what the text begins, once there is enough of it."""
@@ -219,3 +193,101 @@ class ThinkingStream:
         text = self._held if self._begun else self._held.lstrip()
         self._held, self._begun = "", self._begun or bool(text)
         return text
+
+
+class AnswerStream:
+    """Tells an answer from the thinking before it. Stop strings end the answer; in the thinking they are just text.
+
+    Args:
+        tokenizer: Turns tokens to text.
+        stop: The answer ends before any of these strings.
+        conversation: The rendered conversation that is answered; thinking is told apart if the model thinks. None for
+            a text that just goes on.
+        least: No stop string ends it before it has so many tokens.
+        before: Ids of a text that just goes on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        conversation: str | None = None,
+        least: int = 0,
+        before: Sequence[int] = (),
+    ):
+        marks = None if conversation is None else thinking_marks(tokenizer)
+        special = marks is not None and not tokenizer.special_ids.isdisjoint(
+            tokenizer.encode(marks.opening, special=True)
+        )
+        # Special tokens are seen as tokens alone, unless they are text.
+        seen = () if special else list(tokenizer.stop_ids(stop).values())
+        self._text = TextStream(tokenizer, () if least else seen, special, before)
+        self._thinking = marks and thinking_stream(marks, conversation)
+        self._answer, self._least = StopStrings(() if least else stop), least
+        self._stop, self._seen, self._tokens = stop, seen, 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._text.stopped or self._answer.stopped
+
+    def push(self, ids: Iterable[int]) -> Spoken:
+        """Takes the next tokens; returns what is certain now."""
+        ids = list(ids)
+        spoken = self._spoken(self._text.push(ids), final=False)
+        self._tokens += len(ids)
+        if self._least and self._tokens >= self._least:
+            self._answer, self._least = StopStrings(self._stop), 0
+            self._text.stop_at(self._seen)
+        return spoken
+
+    def finish(self) -> Spoken:
+        """The rest, when no more tokens come."""
+        return self._spoken(self._text.finish(), final=True)
+
+    def _spoken(self, text: str, final: bool) -> Spoken:
+        thinking, answer, calls = "", text, ()
+        if self._thinking:
+            said = self._thinking.push(text)
+            thinking, answer, calls = said.thinking, said.answer, said.calls
+            if final:
+                rest = self._thinking.finish()
+                thinking, answer, calls = thinking + rest.thinking, answer + rest.answer, calls + rest.calls
+        return Spoken(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
+
+
+class AnswerText:
+    """The text of an `AnswerStream` alone; tool calls are their arguments, thinking is left out."""
+
+    def __init__(self, stream: AnswerStream):
+        self._stream = stream
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._stream.stopped
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Takes the next tokens; returns the text that is certain now."""
+        return _text(self._stream.push(ids))
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come."""
+        return _text(self._stream.finish())
+
+
+def _text(spoken: Spoken) -> str:
+    return spoken.answer + "".join(call.arguments for call in spoken.calls)
+
+
+def thinking_marks(tokenizer: Tokenizer) -> Marks | None:
+    """Return how the model writes that it thinks, as its chat template tells; None if it does not."""
+    template = tokenizer.chat_template or ""
+    if "<|channel|>" in template:
+        return HARMONY
+    return THINK if THINK.closing in template or THINK.opening in template else None
+
+
+def knows_tools(tokenizer: Tokenizer) -> bool:
+    """Return whether a model's template takes tools, and its answers are read for calls of them."""
+    return thinking_marks(tokenizer) is HARMONY and "tools" in (tokenizer.chat_template or "")

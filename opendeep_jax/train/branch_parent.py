@@ -9,7 +9,7 @@ from opendeep_jax.config.load import load_run_config, parent_of
 from opendeep_jax.config.schedule import tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.provenance import run_tokenizer
-from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer
 
 
 class Parent(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxlib import utils
 
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 
 TIMES_FILE = "compile_times.json"
 SHORT_SECONDS = 2.0

@@ -16,8 +16,8 @@ from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.parameters import split
-from opendeep_jax.text.codec import TextCodec, save_codec
-from opendeep_jax.text.tokenizer import load_tokenizer
+from opendeep_jax.text.files import load_tokenizer, save_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.run_directory import only_writer
 from opendeep_jax.train.state import TrainState
@@ -48,7 +48,7 @@ def check_importable(workdir: str | Path) -> None:
 
 
 def import_run(
-    model: Decoder, codec: TextCodec, config: RunConfig, workdir: str | Path, beside: Mapping[str, str] | None = None
+    model: Decoder, codec: Tokenizer, config: RunConfig, workdir: str | Path, beside: Mapping[str, str] | None = None
 ) -> RunConfig:
     """Writes a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
 
@@ -68,7 +68,7 @@ def import_run(
     workdir = Path(workdir)
     check_importable(workdir)
     with only_writer(workdir):
-        path = save_codec(codec, workdir)
+        path = save_tokenizer(codec, workdir)
         for name, text in (beside or {}).items():
             write_atomically(workdir / name, text)
         load_tokenizer(path)  # refuses what no run could train with

@@ -21,7 +21,9 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.pipeline import Data, open_data
 from opendeep_jax.data.prepared import check_data
 from opendeep_jax.data.provenance import DATA_FILE
-from opendeep_jax.display.progress import Progress, human_time, startup_summary
+from opendeep_jax.display.numbers import human_time
+from opendeep_jax.display.progress import ProgressLine
+from opendeep_jax.display.tables import key_value_table
 from opendeep_jax.faults.injection import inject_faults
 from opendeep_jax.faults.interrupt import STEPS_AHEAD, StopRequests, stop_requests
 from opendeep_jax.faults.recovery import GoBack, Recovery
@@ -110,7 +112,7 @@ class Run:
     observer: Observer
     recovery: Recovery
     replay: Replay
-    progress: Progress
+    progress: ProgressLine
     watchdog: Watchdog
     clock: Clock
     stop: StopRequests
@@ -252,7 +254,7 @@ def _train(
         check_implementations(config)
         setup = assemble(config, mesh)
         template, programs = setup.template, setup.programs
-        say(startup_summary(model_rows(config, template, mesh, peak, checkpoints.steps())))
+        say(key_value_table(model_rows(config, template, mesh, peak, checkpoints.steps())))
         check_memory(config, template, mesh.size)
         # Text is tokenized while the step is compiled.
         opening = pool.submit(primary_first, "data", functools.partial(open_data, of_text, is_primary(), workdir))
@@ -268,11 +270,11 @@ def _train(
             _begin(workdir, checkpoints, state)
         watchdog.doing("data preparation")
         data = opening.result()
-        say(startup_summary(data_rows(config, data.describe())))
+        say(key_value_table(data_rows(config, data.describe())))
         primary_first("record", lambda: save_run(config, recipe, data, workdir) if is_primary() else None)
         clock.first_step = start
         observer = Observer(config, workdir, data, setup.skeleton, mesh, peak, start, begun, clock)
-        with contextlib.closing(observer), Progress(steps, start, quiet=not is_primary()) as progress:
+        with contextlib.closing(observer), ProgressLine(steps, start, quiet=not is_primary()) as progress:
             programs.say = progress.message if is_primary() else None  # above the line, which is there from now on
             recovery = Recovery(workdir, config.faults, data.prepared, progress.message, is_primary())
             recovery.begin(start, int(state.health.last_update))

@@ -13,7 +13,7 @@ from kernels_pallas.target import chip
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import length_at, micro_batches, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
-from opendeep_jax.display.progress import human_bytes, human_count
+from opendeep_jax.display.numbers import human_bytes, human_count
 from opendeep_jax.models.accounting import count_parameters, flops_per_token, layer_kinds, remat_field
 from opendeep_jax.parallel.chips import CHIPS
 from opendeep_jax.train.cpu_peak import cpu_peak

@@ -28,9 +28,8 @@ from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
 from opendeep_jax.pretrained.sources import open_codec
-from opendeep_jax.text.codec import codec_from_hf, codec_from_tokenizer, save_codec
-from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
 PAGE = (Path(opendeep_jax.__file__).parent.parent / "docs/weights.md").read_text("utf-8")
 TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
@@ -55,9 +54,9 @@ def same(one, other) -> bool:
 def small(tmp_path_factory):
     """A small Llama that talks in bytes, and its GGUF."""
     model = random_model(CONFIG)
-    codec = dataclasses.replace(codec_from_tokenizer(byte_tokenizer()), chat_template=TEMPLATE)
+    codec = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
     path = tmp_path_factory.mktemp("small") / "small.gguf"
-    save_gguf(model, path, "f32", gguf_fields_from_codec(codec, 264))
+    save_gguf(model, path, "f32", gguf_fields_of(codec, 264))
     return model, path
 
 
@@ -72,7 +71,7 @@ def test_weights_go_through_every_format_unchanged(small):
     assert same(model, load_model("run")[0])
     export.main(["hf", "--workdir=run", "--out=hub", "--dtype=float32"])
     assert same(model, load_hf("hub"))
-    assert codec_from_hf("hub").apply_chat([{"content": "Hi"}]) == "Hi\n"
+    assert tokenizer_from_hf("hub").apply_chat([{"content": "Hi"}]) == "Hi\n"
     import_.main(["hf", "hub", "--out=again"])
     assert same(model, load_model("again")[0])
     export.main(["gguf", "--workdir=again", "--out=files/last.gguf", "--type=f32", "--name=Last"])
@@ -83,9 +82,9 @@ def test_weights_go_through_every_format_unchanged(small):
 
 
 def test_without_a_recipe_rows_are_no_longer_than_the_model_reads():
-    codec = codec_from_tokenizer(byte_tokenizer())
+    codec = byte_tokenizer()
     model = random_model(dataclasses.replace(CONFIG, context_length=48))
-    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_from_codec(codec, 264))
+    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_of(codec, 264))
     import_.main(["gguf", "short.gguf", "--out=run"])
     assert load_run_config("run").data.sequence_length == 48
     with pytest.raises(ConfigError, match="model.context_length = 48: the run trains rows of 64"):
@@ -191,7 +190,7 @@ def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, c
 
     monkeypatch.setattr("opendeep_jax.train.imported_run.import_run", import_run)
     monkeypatch.setattr("opendeep_jax.interop.config_from_hf", lambda _: config.model)
-    monkeypatch.setattr("opendeep_jax.text.codec.codec_from_hf", lambda _: None)
+    monkeypatch.setattr("opendeep_jax.text.files.tokenizer_from_hf", lambda _: None)
     monkeypatch.setattr("opendeep_jax.interop.load_hf", lambda _: SimpleNamespace(config=config.model))
     Path("hub").mkdir()
     import_.main(["hf", "hub", "--out=my run", *shlex.split(line)])
@@ -291,14 +290,14 @@ def test_an_imported_runs_text_and_license_go_along_to_both_exports_and_back(sma
     """Of a tokenizer without a begin token, whose end is no separator that a prompt may begin with."""
     model, _ = small
     Path("model").mkdir()
-    codec = codec_from_tokenizer(byte_tokenizer())
+    codec = byte_tokenizer()
     sampling = {"eos_token_id": [258, 256], "temperature": 0.6}
     plain = dataclasses.replace(
         codec, begin_id=None, add_begin=False,
         special={"eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"},
         end_ids=(258, 256), generation=sampling, chat_template=TEMPLATE,
     )  # fmt: skip
-    save_hf(model, "model", tokenizer=save_codec(plain, "text").parent)
+    save_hf(model, "model", tokenizer=save_tokenizer(plain, "text").parent)
     Path("model/LICENSE").write_text("Do as you like.\nBut well.\n")
     import_.main(["hf", "model", "--out=run", "--model.dtype=float32"])
     export.main(["hf", "--workdir=run", "--out=hub", "--dtype=float32"])

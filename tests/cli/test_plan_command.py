@@ -73,7 +73,7 @@ def test_a_run_that_does_not_fit_ends_with_why_after_its_files_are_written(tmp_p
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)
     files = {name: tmp_path / name for name in ("json", "report")}
     flags = [f"--{name}={path}" for name, path in files.items()]
-    with pytest.raises(ConfigError, match="quickstart does not fit on v5e:2x2: each device needs 3.09 GB more"):
+    with pytest.raises(ConfigError, match="quickstart does not fit on v5e:2x2: each device needs 2.88 GiB more"):
         main(["--topology=v5e:2x2", "--config=quickstart", "--rows_per_chip=8", *flags])
     assert json.loads(files["json"].read_text())["memory"]["fits"] is False
     assert json.loads(files["json"].read_text())["rows_per_step"] == 32

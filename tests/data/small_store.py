@@ -10,7 +10,8 @@ from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.sources import Part, list_files, list_parts
 from opendeep_jax.data.store import Store
 from opendeep_jax.data.storing.prepare import prepare_store
-from opendeep_jax.text.tokenizer import Tokenizer, byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 DOCUMENTS_PER_FILE = 4
 FACTS = {"curation": {"quality": ["c4"]}}

@@ -22,7 +22,7 @@ from opendeep_jax.data.storing.prepare import prepare_store
 from opendeep_jax.plan.describe import describe as describe_plan
 from opendeep_jax.plan.describe import description_table
 from opendeep_jax.pretrained.card_facts import _license
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
 
 EVIL = "<script>alert('&amp;')</script> ```` | *x* \x07"
 

@@ -14,7 +14,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.data import store as stores
 from opendeep_jax.data.sources import hash_id
 from opendeep_jax.data.store import check_files, open_store
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
 
 TEXTS = small_store.texts(60)
 TOKENIZER = byte_tokenizer()

@@ -3,7 +3,9 @@ import time
 
 import pytest
 
-from opendeep_jax.display.progress import Progress, human_bytes, human_count, human_time, startup_summary
+from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
+from opendeep_jax.display.progress import ProgressLine
+from opendeep_jax.display.tables import key_value_table
 
 
 class Terminal(io.StringIO):
@@ -14,7 +16,7 @@ class Terminal(io.StringIO):
 
 
 def _run(stream, steps=1000, start=0, every=1):
-    with Progress(steps, start, stream) as progress:
+    with ProgressLine(steps, start, stream) as progress:
         for step in range(start + 1, steps + 1):
             numbers = (
                 {"loss": 9.0 - step / steps, "tokens_per_second": 2400.0, "mfu": 0.312} if step % every == 0 else {}
@@ -36,7 +38,7 @@ def test_a_log_file_gets_a_few_aligned_lines(steps, start, every):
 
 def test_the_held_out_number_stays_on_the_line():
     stream = io.StringIO()
-    with Progress(10, stream=stream) as progress:
+    with ProgressLine(10, stream=stream) as progress:
         progress.update(1, loss=5.0, held_out_bits_per_byte=2.25)
         progress.update(2, loss=4.0)
     assert stream.getvalue().splitlines()[-1].count("2.250 bits/byte") == 1
@@ -46,7 +48,7 @@ def test_the_held_out_number_stays_on_the_line():
 def test_the_live_line_fits_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "xterm-256color")
-    progress = Progress(1000, stream=Terminal())
+    progress = ProgressLine(1000, stream=Terminal())
     progress.update(500, loss=3.2, held_out_bits_per_byte=2.0, tokens_per_second=2e4, mfu=0.3)
     line = progress._live_line()
     assert len(line) < int(columns) and line.startswith(" 50%")
@@ -56,7 +58,7 @@ def test_the_live_line_fits_the_terminal(monkeypatch, columns):
 def test_a_terminal_shows_messages_without_their_escape_sequences(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    with Progress(10, stream=stream) as progress:
+    with ProgressLine(10, stream=stream) as progress:
         progress.update(1, loss=2.0)
         progress.message("red \x1b[31mtext [bold]x[/bold]")
     assert "red �[31mtext [bold]x[/bold]" in stream.getvalue()
@@ -64,7 +66,7 @@ def test_a_terminal_shows_messages_without_their_escape_sequences(monkeypatch):
 
 def test_a_closed_stream_does_not_end_the_run():
     stream = io.StringIO()
-    progress = Progress(10, stream=stream)
+    progress = ProgressLine(10, stream=stream)
     stream.close()
     with progress:
         progress.update(1, loss=1.0)
@@ -73,14 +75,14 @@ def test_a_closed_stream_does_not_end_the_run():
 
 def test_an_ascii_stream_gets_what_it_can_hold():
     raw = io.BytesIO()
-    with Progress(3, stream=io.TextIOWrapper(raw, encoding="ascii")) as progress:
+    with ProgressLine(3, stream=io.TextIOWrapper(raw, encoding="ascii")) as progress:
         progress.message("naïve 模型")
     assert raw.getvalue() == b"na?ve ??\n"
 
 
 def test_an_update_costs_microseconds(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
-    with Progress(10**9, stream=Terminal()) as progress:
+    with ProgressLine(10**9, stream=Terminal()) as progress:
         start = time.perf_counter()
         for step in range(5000):
             progress.update(step, loss=1.0)
@@ -89,7 +91,7 @@ def test_an_update_costs_microseconds(monkeypatch):
 
 def test_the_summary_aligns_its_columns():
     rows = [("Model", ""), ("parameters", "15.83M"), ("active", "5.21M"), ("Data", ""), ("tokens", "6M\nof text")]
-    assert startup_summary(rows) == (
+    assert key_value_table(rows) == (
         "Model\n  parameters  15.83M\n  active      5.21M\n\nData\n  tokens      6M\n              of text"
     )
 
@@ -102,7 +104,10 @@ def test_the_summary_aligns_its_columns():
         (human_count, float("nan"), "nan"), (human_bytes, 2**31, "2.00 GiB"), (human_bytes, 512, "512 B"),
         (human_bytes, 2**20 - 1, "1.00 MiB"), (human_time, 8.7, "8.7 s"), (human_time, 59.99, "1 min 00 s"),
         (human_time, 200, "3 min 20 s"), (human_time, 7500, "2 h 05 min"), (human_time, 4_676_400, "54 d 3 h"),
-        (human_time, float("inf"), "inf"), (human_time, 0.0123, "12 ms"), (human_time, 0, "0.0 s"),
+        (human_time, float("inf"), "inf"), (human_time, 0.0123, "12.3 ms"), (human_time, 0, "0.0 s"),
+        (human_time, 7.4e-5, "74 µs"), (human_time, 0.9999, "1 s"),  (human_bytes, 8192, "8.00 KiB"),
+        (human_dollars, 5.576e6, "$5.58M"),
+        (human_dollars, 0.42, "$0.42"),
     ],
 )  # fmt: skip
 def test_numbers_read_well(form, number, text):

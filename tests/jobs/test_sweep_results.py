@@ -15,11 +15,10 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RampStage
+from opendeep_jax.display.tables import latex_text, markdown_table
 from opendeep_jax.jobs.sweep.plan import check, plan_sweep, read_sweep, save
 from opendeep_jax.jobs.sweep.plots import axes_figure, compute_figure, curves_figure, write_pictures
 from opendeep_jax.jobs.sweep.results import (
-    latex_text,
-    markdown_table,
     mean_text,
     ranked,
     rows,

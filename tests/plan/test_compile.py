@@ -90,21 +90,21 @@ def refused(needed: float) -> Plan:
 def test_a_run_that_does_not_fit_says_by_how_much_and_what_would_help():
     plan = refused(20e9)
     assert not plan.fits and "does not fit" in plan_table(plan) and "does not fit" in plan_page(plan)
-    assert "3.09 GB more than the 16.91 GB" in plan.why_not() and "--model.remat.dense=full" in plan.why_not()
+    assert "2.88 GiB more than the 15.75 GiB" in plan.why_not() and "--model.remat.dense=full" in plan.why_not()
     data = json.loads(json.dumps(plan.to_json(), allow_nan=False))
     assert data["memory"]["fits"] is False and data["memory"]["total_bytes"] == 20e9 and data["mfu"] is None
 
 
 def test_a_compiler_that_does_not_say_how_much_is_quoted_without_a_number():
     plan = refused(math.nan)
-    assert "more than the 16.91 GB" in plan.why_not() and json.dumps(plan.to_json(), allow_nan=False)
+    assert "more than the 15.75 GiB" in plan.why_not() and json.dumps(plan.to_json(), allow_nan=False)
 
 
 def test_a_state_that_cannot_fit_is_told_without_compiling():
     config = with_batch(load_recipe("deepseek_v3"), 64)
     plan = make_plan(config, parse_topology("v5e:8x8"))
     assert plan.compile_seconds == 0 and not plan.fits
-    assert "more than the 16.91 GB" in plan.why_not() and "more chips" in plan.why_not()
+    assert "more than the 15.75 GiB" in plan.why_not() and "more chips" in plan.why_not()
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_compiling():

@@ -16,7 +16,7 @@ from opendeep_jax.pretrained.engines import Choice, mesh_sizes, open_engine, rea
 from opendeep_jax.pretrained.sources import open_codec
 from opendeep_jax.serving.server import make_app
 from opendeep_jax.serving.service import EngineService
-from opendeep_jax.text.codec import save_codec
+from opendeep_jax.text.files import save_tokenizer
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 SETTINGS = EngineConfig(slots=2, max_length=64, page_size=8, prefill_tokens=32)
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     """A small random Llama over bytes: as a Hugging Face directory and as a .gguf file."""
     from live_server import byte_codec
 
-    from opendeep_jax.text.gguf_tokenizer import gguf_fields_from_codec
+    from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
     directory = tmp_path_factory.mktemp("engines")
     attention = dataclasses.replace(DENSE.attention, rope=RopeConfig(interleaved=False))
@@ -36,8 +36,8 @@ def tiny(tmp_path_factory):
     )
     codec = byte_codec()
     save_hf(model, directory / "hf")
-    save_codec(codec, directory / "hf")
-    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_from_codec(codec, 264, ""), "tiny")
+    save_tokenizer(codec, directory / "hf")
+    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_of(codec, 264, ""), "tiny")
     return {"hf": directory / "hf", "gguf": directory / "model.gguf"}
 
 

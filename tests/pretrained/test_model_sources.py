@@ -12,7 +12,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.pretrained.engines import Choice, open_engine, read_model_config
 from opendeep_jax.pretrained.sources import open_model, source_kind
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
 
 
 def test_a_run_is_opened_in_the_wanted_precision(small_run):
@@ -41,10 +41,9 @@ def test_a_step_that_is_not_there_is_refused(small_run):
 
 def test_a_hugging_face_directory_is_opened(tmp_path):
     from opendeep_jax.interop import save_hf
-    from opendeep_jax.text.codec import codec_from_tokenizer
 
     save_hf(random_model(V3), tmp_path / "tiny")
-    codec_from_tokenizer(byte_tokenizer()).library.save(str(tmp_path / "tiny/tokenizer.json"))
+    byte_tokenizer().library.save(str(tmp_path / "tiny/tokenizer.json"))
     assert source_kind(tmp_path / "tiny") == "hf"
     model, codec, name = open_model(tmp_path / "tiny")
     assert name == "tiny" and codec.decode(codec.encode("hi")) == "hi"

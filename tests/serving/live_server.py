@@ -12,8 +12,8 @@ from fake_engine import EchoEngine
 from opendeep_jax.serving.run import DrainingServer, listen, run
 from opendeep_jax.serving.server import ServerConfig, make_app
 from opendeep_jax.serving.service import EngineService
-from opendeep_jax.text.codec import TextCodec, codec_from_tokenizer
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 TEMPLATE = """{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}\
 {% if add_generation_prompt %}<assistant>{% endif %}"""
@@ -40,15 +40,15 @@ class Live:
         self.server.handle_exit(signal.SIGTERM, None)
 
 
-def byte_codec(template: str | None = TEMPLATE) -> TextCodec:
+def byte_codec(template: str | None = TEMPLATE) -> Tokenizer:
     """Bytes as tokens, and a small chat template."""
-    return dataclasses.replace(codec_from_tokenizer(byte_tokenizer()), chat_template=template)
+    return dataclasses.replace(byte_tokenizer(), chat_template=template)
 
 
 @contextlib.contextmanager
 def live(
     make_engine: Callable[[], EchoEngine] = EchoEngine,
-    codec: TextCodec | None = None,
+    codec: Tokenizer | None = None,
     config: ServerConfig | None = None,
     drain_seconds: float = 5.0,
     name: str = "echo",

@@ -15,8 +15,8 @@ from opendeep_jax.serving.continuation import continued
 from opendeep_jax.serving.requests import completion
 from opendeep_jax.serving.schemas import CompletionRequest
 from opendeep_jax.serving.service import Limits
-from opendeep_jax.text.codec import TextCodec
 from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 SIX = SamplingParams(max_tokens=6)
 
@@ -49,7 +49,7 @@ def test_no_prompts_are_no_pieces():
     assert list(continued(EchoEngine(), byte_codec(), [], [])) == []
 
 
-def spaced_codec(kind: str) -> TextCodec:
+def spaced_codec(kind: str) -> Tokenizer:
     """A codec whose decoder cuts a text's leading space off, as those of Llama 2, Mistral and T5 do."""
     names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehiknrstuy"]
     library = tokenizers.Tokenizer(
@@ -65,7 +65,7 @@ def spaced_codec(kind: str) -> TextCodec:
         library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         steps = [tokenizers.decoders.Metaspace(prepend_scheme="first"), *steps]
     library.decoder = tokenizers.decoders.Sequence(steps)
-    return TextCodec(library, begin_id=0, end_ids=(1,))
+    return Tokenizer(library, begin_id=0, end_ids=(1,))
 
 
 @pytest.mark.parametrize("kind", ["Strip", "Metaspace"])

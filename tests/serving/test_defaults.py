@@ -12,9 +12,8 @@ from opendeep_jax.generation.cache import bytes_per_token
 from opendeep_jax.generation.requests import EngineConfig
 from opendeep_jax.pretrained.engines import fitting_length
 from opendeep_jax.pretrained.sources import sampling_defaults
-from opendeep_jax.text.codec import codec_from_hf, codec_from_tokenizer, save_codec
-from opendeep_jax.text.gguf_tokenizer import OWN, codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.gguf_tokenizer import OWN, gguf_fields_of, tokenizer_from_gguf_fields
 
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 
@@ -31,29 +30,29 @@ def test_the_default_context_is_the_models_as_far_as_memory_holds_it(tokens, con
 
 def codec_that_samples(directory, **said):
     """A codec of bytes with a generation_config.json."""
-    save_codec(codec_from_tokenizer(byte_tokenizer()), directory)
+    save_tokenizer(byte_tokenizer(), directory)
     (directory / "generation_config.json").write_text(json.dumps(said), "utf-8")
-    return codec_from_hf(directory)
+    return tokenizer_from_hf(directory)
 
 
 def test_a_models_own_sampling_is_read_and_what_makes_no_sense_left_out(tmp_path):
     said = {"temperature": 0.6, "top_k": 20, "top_p": 7, "min_p": None, "do_sample": True, "repetition_penalty": False}
     assert sampling_defaults(codec_that_samples(tmp_path, **said)) == {"temperature": 0.6, "top_k": 20}
-    assert sampling_defaults(codec_from_tokenizer(byte_tokenizer())) == {}
+    assert sampling_defaults(byte_tokenizer()) == {}
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our file", "a file of llama.cpp's"])
 def test_a_gguf_has_its_models_own_sampling(tmp_path, ours):
     said = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.05}
     codec = codec_that_samples(tmp_path, **said)
-    fields = gguf_fields_from_codec(codec, codec.vocab_size)
+    fields = gguf_fields_of(codec, codec.vocab_size)
     fields = {name: float(np.float32(value)) if type(value) is float else value for name, value in fields.items()}
-    found = codec_from_gguf_fields({name: value for name, value in fields.items() if ours or name != OWN})
+    found = tokenizer_from_gguf_fields({name: value for name, value in fields.items() if ours or name != OWN})
     assert sampling_defaults(found) == said
 
 
 @pytest.mark.parametrize("said", [-1, 10**12, math.inf, math.nan, "20", True, None, [1]])
 def test_sampling_that_a_gguf_has_no_number_for_is_not_written_under_its_keys(tmp_path, said):
     codec = codec_that_samples(tmp_path, top_k=said, temperature=said)
-    fields = gguf_fields_from_codec(codec, codec.vocab_size)
+    fields = gguf_fields_of(codec, codec.vocab_size)
     assert not [name for name in fields if name.startswith("general.sampling")]

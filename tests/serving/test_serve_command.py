@@ -23,8 +23,7 @@ from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.params import SamplingParams
 from opendeep_jax.interop import save_hf
 from opendeep_jax.pretrained.sources import open_codec, open_weights
-from opendeep_jax.text.codec import codec_from_tokenizer
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(opendeep_jax.__file__))
 PROGRAM = """
@@ -41,7 +40,7 @@ def tiny(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
     model = dataclasses.replace(V3, vocab_size=264, mtp=dataclasses.replace(V3.mtp, depth=0), context_length=256)
     save_hf(random_model(model), directory)
-    codec = codec_from_tokenizer(byte_tokenizer())
+    codec = byte_tokenizer()
     codec.library.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE} | dict(codec.special)))
     return directory

@@ -32,7 +32,7 @@ from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.pretrained.imported_from import read_imported_from, write_imported_from
 from opendeep_jax.record.metrics import read_jsonl
 from opendeep_jax.record.skipped_batches import read_passed_over
-from opendeep_jax.text.tokenizer import train_bpe
+from opendeep_jax.text.files import train_bpe
 from opendeep_jax.train import branch, loop
 from opendeep_jax.train.branch import STAGED, begin_branch, content_digest, with_own_tokenizer
 from opendeep_jax.train.branch_state import plan_move

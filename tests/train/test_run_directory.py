@@ -18,7 +18,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.interrupt import stop_requests
-from opendeep_jax.text.tokenizer import load_tokenizer
+from opendeep_jax.text.files import load_tokenizer
 from opendeep_jax.train import loop
 from opendeep_jax.train.run_directory import environment, finished_summary, only_writer, save_run
 from opendeep_jax.train.state import TrainState

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from opendeep_jax.config.schedule import total_steps
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.sweep.plan import Run
 from opendeep_jax.jobs.sweep.results import read_result
 from opendeep_jax.record.metrics import SCALARS

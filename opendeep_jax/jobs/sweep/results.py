@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Literal
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schedule import stages, total_steps
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.display.progress import human_count
+from opendeep_jax.display.numbers import human_count
+from opendeep_jax.display.tables import latex_table, markdown_table
 from opendeep_jax.jobs.sweep.axes import shown, value_of
 from opendeep_jax.jobs.sweep.plan import Run, Sweep
 from opendeep_jax.models.accounting import flops_per_token
@@ -175,48 +175,6 @@ def _states(row: Row) -> str:
     if set(states) == {"finished"}:
         return "finished"
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-
-
-def plain_table(lines: list[list[str]]) -> str:
-    """Aligned columns for a terminal."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    cells.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
-
-
-LATEX = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "×": r"$\times$",
-    "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "[": "{[}", "]": "{]}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}  # fmt: skip
-"""What LaTeX would take for a command, a ligature or an option, and how it is written to be seen."""
-
-
-def latex_text(text: str) -> str:
-    """Return a text as LaTeX that prints it, on one line."""
-    if power := re.fullmatch(r"([-+]?\d+(?:\.\d+)?)e([-+]?\d+)", text):
-        return rf"${power[1]}\times10^{{{int(power[2])}}}$"
-    return re.sub("-(?=-)", "-{}", "".join(LATEX.get(c, c) if c.isprintable() else " " for c in text))
-
-
-def latex_table(lines: list[list[str]], title: str) -> str:
-    """Return a table in LaTeX, for packages booktabs and textcomp; text to the left, numbers to the right."""
-    head, *body = ([latex_text(cell) for cell in line] for line in lines)
-    sides = "".join("r" if _all_numbers(column) else "l" for column in zip(*lines[1:], strict=True)) or "l" * len(head)
-    rows = [" & ".join(line) + r" \\" for line in (head, *body)]
-    opening = [f"% {title}".replace("\n", " "), r"% \usepackage[T1]{fontenc}, \usepackage{textcomp,booktabs}"]
-    opening += [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", rows[0], r"\midrule"]
-    return "\n".join([*opening, *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _all_numbers(cells: Sequence[str]) -> bool:
-    return all(cell == "-" or re.match(r"[-+]?[\d.]", cell) for cell in cells)
 
 
 def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = ()) -> None:

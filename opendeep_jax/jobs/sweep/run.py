@@ -15,6 +15,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import OK, STOPPED
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.load import check_workdir
+from opendeep_jax.display.tables import text_table
 from opendeep_jax.jobs.launch.render import check_engine, check_target
 from opendeep_jax.jobs.sweep.local import LAST_LINES, Command, locked, prepare_data, run_here, train_command
 from opendeep_jax.jobs.sweep.plan import Run, Sweep, check, save
@@ -22,7 +23,6 @@ from opendeep_jax.jobs.sweep.recipe import recipe_source
 from opendeep_jax.jobs.sweep.results import (
     Row,
     mean_text,
-    plain_table,
     ranked,
     read_result,
     rows,
@@ -113,7 +113,7 @@ def report(sweep: Sweep, runs: Sequence[Run]) -> list[Row]:
     table = rows(runs, sweep.metric)
     write_tables(sweep, table, write_pictures(sweep, table))
     best = ranked(table)[0] if table else None
-    print(f"\n{plain_table(table_lines(table, sweep))}\n\n{verdict(table, sweep)}")
+    print(f"\n{text_table(table_lines(table, sweep))}\n\n{verdict(table, sweep)}")
     if best and best.complete:
         write_best(sweep, best)
         print(f"Its recipe: {sweep.directory / BEST}")

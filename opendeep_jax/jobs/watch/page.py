@@ -8,8 +8,8 @@ from pathlib import Path
 
 from opendeep_jax.config.schedule import stages
 from opendeep_jax.display.chart_style import look
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.display.page import figure, page, section, text, tiles
-from opendeep_jax.display.progress import human_time
 from opendeep_jax.jobs.watch.chart import Series, line_chart, load_image
 from opendeep_jax.jobs.watch.files import POINTS
 from opendeep_jax.jobs.watch.run import Run, tokens_text

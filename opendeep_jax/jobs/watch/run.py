@@ -9,7 +9,7 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import CONFIG_FILE, load_run_config
 from opendeep_jax.config.schedule import stage_at, stages, step_at_tokens, tokens_before, total_steps
-from opendeep_jax.display.progress import human_count, human_time
+from opendeep_jax.display.numbers import human_count, human_time
 from opendeep_jax.jobs.watch.files import Curve, Tail, last_record, number, read_object
 from opendeep_jax.record.events import EVENTS
 from opendeep_jax.record.goodput import GOODPUT, Goodput, Ledger

@@ -6,7 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from opendeep_jax.display.progress import human_time
+from opendeep_jax.display.numbers import human_time
 from opendeep_jax.jobs.watch.run import Run, tokens_text
 from opendeep_jax.record.goodput import KINDS
 from opendeep_jax.record.lineage import lineage

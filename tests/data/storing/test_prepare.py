@@ -21,7 +21,7 @@ from opendeep_jax.data.sources import Part, SourceFile
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing import layout, shards
 from opendeep_jax.data.storing.prepare import group_parts, prepare_store
-from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
 
 TEXTS = small_store.texts(60)
 ROOT = Path(__file__).parents[3]

@@ -11,15 +11,11 @@ from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.rules import BYTE_VOCABULARY
+from opendeep_jax.data.prepared import open_tokenizer
 from opendeep_jax.text import tokenizer as tokenizer_module
-from opendeep_jax.text.tokenizer import (
-    SPECIAL_TOKENS,
-    byte_tokenizer,
-    load_tokenizer,
-    open_tokenizer,
-    remember_words,
-    train_bpe,
-)
+from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.pieces import remember_words
+from opendeep_jax.text.tokenizer import SPECIAL_TOKENS
 
 TEXTS = ["def main(argv):\n    return [x for x in argv]\n\n", "The naïve émigré read 2024 数据 books. " * 3] * 5
 
@@ -68,7 +64,7 @@ def test_ids_are_int32_below_the_vocabulary_in_batches_as_alone(tokenizer):
     for text, ids in zip(TEXTS, batch, strict=True):
         assert ids.dtype == np.int32 and ids.max() < tokenizer.vocab_size
         np.testing.assert_array_equal(ids, tokenizer.encode(text))
-    assert tokenizer.encode("").shape == (0,)
+    assert tokenizer.encode("") == [] and tokenizer.encode_batch([""])[0].shape == (0,)
 
 
 @given(
@@ -220,7 +216,8 @@ def test_a_tokenizer_travels_to_another_process(tokenizer):
     assert len(sent) < 1000
     arrived = pickle.loads(sent)
     assert arrived.content_hash == tokenizer.content_hash and arrived.name == tokenizer.name
-    assert arrived.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
+    assert arrived.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert arrived.encode_batch(TEXTS)[1].tolist() == tokenizer.encode(TEXTS[1])
 
 
 def test_a_tokenizer_that_changes_on_its_way_is_refused(tmp_path):
@@ -234,7 +231,7 @@ def test_a_tokenizer_that_changes_on_its_way_is_refused(tmp_path):
 
 def test_one_thread_remembers_words_however_many_cores(bpe, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert load_tokenizer(Path(bpe.path)).encode(TEXTS[1]).tolist() == bpe.encode(TEXTS[1]).tolist()
+    assert load_tokenizer(Path(bpe.path)).encode_batch(TEXTS)[1].tolist() == bpe.encode(TEXTS[1])
     remembering = []
     monkeypatch.setattr(tokenizer_module, "remember_words", lambda encode: remembering.append(1) or encode)
     load_tokenizer(Path(bpe.path))

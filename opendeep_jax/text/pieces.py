@@ -1,7 +1,8 @@
-"""Long texts in pieces: where a text can be cut so that its parts have the token ids of the whole.
+"""Encoding texts with less memory and time than the library takes, to the same ids: long texts in pieces, cut where
+the parts have the token ids of the whole, and each word of our own tokenizers once.
 
-A tokenizer's library needs some 150 bytes of memory for each token it is at, so a document of 100 MB is handed to it
-a piece at a time.
+The library needs some 150 bytes of memory for each token it is at, so a document of 100 MB is handed to it a piece at a
+time.
 """
 
 import itertools
@@ -25,6 +26,19 @@ PROBES = [
     ),
     *itertools.product(("a", "B1", "\nC", "don't"), (" b", " Bc d", " s\n")),
 ]
+
+# Merges stay inside: a word with the one sign or space before it, up to three digits, signs with the white space
+# after them (so `):` and the next line's indentation can be one token), or white space.
+WORDS = r"[^\s\p{L}\p{N}]?[\p{L}]+| [\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+\s*| ?\s+"
+PRE_TOKENIZER = tokenizers.pre_tokenizers.Sequence(
+    [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+# The same words in ASCII text, which Python's expressions find in a tenth of the library's time.
+ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
+REMEMBERED_WORDS = 1 << 20
 
 EncodeBatch = Callable[[list[str]], list[np.ndarray]]
 
@@ -75,5 +89,25 @@ def in_pieces(encode_batch: EncodeBatch) -> EncodeBatch:
         if all(len(text) <= 2 * PIECE for text in texts):
             return encode_batch(texts)
         return [encode_long(text) if len(text) > 2 * PIECE else encode_batch([text])[0] for text in texts]
+
+    return encode_all
+
+
+def remember_words(encode_batch: EncodeBatch) -> EncodeBatch:
+    """An `encode_batch` with the same results that encodes each word of ASCII text once, which is much faster."""
+    remembered: dict[str, bytes] = {}
+
+    def encode(text: str) -> np.ndarray:
+        words = ASCII_WORDS.findall(text)
+        if new := list(set(words).difference(remembered)):
+            if len(remembered) > REMEMBERED_WORDS:
+                remembered.clear()
+                new = list(set(words))
+            remembered.update(zip(new, (ids.tobytes() for ids in encode_batch(new)), strict=True))
+        return np.frombuffer(bytearray().join(map(remembered.__getitem__, words)), np.int32)
+
+    def encode_all(texts: list[str]) -> list[np.ndarray]:
+        others = iter(encode_batch([text for text in texts if not text.isascii()]))
+        return [encode(text) if text.isascii() else next(others) for text in texts]
 
     return encode_all

@@ -5,12 +5,12 @@ import time
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from whole_text import split_thinking
 
-from opendeep_jax.text.codec import codec_from_tokenizer
-from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, opens_thinking, split_thinking
-from opendeep_jax.text.tokenizer import byte_tokenizer
+from opendeep_jax.text.files import byte_tokenizer
+from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, thinking_stream
 
-CODEC = codec_from_tokenizer(byte_tokenizer())
+CODEC = byte_tokenizer()
 WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "🙂", "\n", " "]), max_size=12).map("".join)
 STOPS = st.lists(st.sampled_from(["ab", "aba", "b\n", "é", "🙂b", "bab", ""]), max_size=3)
 
@@ -130,5 +130,5 @@ def test_a_stream_of_thinking_is_the_whole_texts(text, opened, sizes):
 
 
 def test_a_prompt_may_have_opened_the_thinking():
-    assert opens_thinking("<｜Assistant｜><think>\n") and not opens_thinking("<think>x</think>")
-    assert THINK.opening == "<think>"
+    assert thinking_stream(THINK, "<｜Assistant｜><think>\n").push("Hm.").thinking == "Hm."
+    assert thinking_stream(THINK, "<think>x</think>").push("Hm.").answer == "Hm."

@@ -7,10 +7,16 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.text.codec import TextCodec, codec_from_hf, codec_from_tokenizer, save_codec
+from opendeep_jax.text.files import (
+    byte_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_from_hf,
+    train_bpe,
+)
 from opendeep_jax.text.gguf_names import PROBE, SPLITS
-from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
-from opendeep_jax.text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
+from opendeep_jax.text.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -63,10 +69,10 @@ def write_directory(path, library, **files):
 
 
 @pytest.fixture(scope="module")
-def codec() -> TextCodec:
+def codec() -> Tokenizer:
     library = byte_level()
     end = library.token_to_id("<|end|>")
-    return TextCodec(library, 0, False, (end,), TEMPLATE, {"eos_token": "<|end|>"})
+    return Tokenizer(library, 0, False, (end,), TEMPLATE, {"eos_token": "<|end|>"})
 
 
 def test_text_comes_back_from_its_ids(codec):
@@ -103,7 +109,7 @@ def test_half_a_surrogate_pair_is_refused_in_a_sentence(codec):
 
 def test_chat_without_a_template_names_the_cure():
     with pytest.raises(ConfigError, match="chat_template.jinja"):
-        TextCodec(byte_level()).apply_chat([{"role": "user", "content": "Hi"}])
+        Tokenizer(byte_level()).apply_chat([{"role": "user", "content": "Hi"}])
 
 
 def test_a_directory_says_what_begins_and_ends_a_text(tmp_path):
@@ -118,20 +124,20 @@ def test_a_directory_says_what_begins_and_ends_a_text(tmp_path):
         },
         generation_config__json={"eos_token_id": [1, 7]},
     )
-    codec = codec_from_hf(directory)
+    codec = tokenizer_from_hf(directory)
     assert (codec.begin_id, codec.add_begin, codec.end_ids) == (0, True, (1, 7))
     assert codec.encode_prompt("a") == [0, *codec.encode("a")]
     assert codec.begun([5]) == codec.begun([0, 5]) == [0, 5]  # as a template that writes it has begun already
     assert codec.apply_chat([]) == "y" and codec.special == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     (directory / "chat_template.jinja").write_text("z")
-    assert codec_from_hf(directory).apply_chat([]) == "z"
+    assert tokenizer_from_hf(directory).apply_chat([]) == "z"
 
 
 def test_a_post_processor_that_adds_a_beginning_is_understood(tmp_path):
     library = byte_level()
     library.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
     write_directory(tmp_path, library, tokenizer_config__json={"bos_token": "<|start|>", "eos_token": "<|end|>"})
-    codec = codec_from_hf(tmp_path)
+    codec = tokenizer_from_hf(tmp_path)
     assert codec.add_begin and 0 not in codec.encode("a")
 
 
@@ -146,24 +152,24 @@ def test_a_post_processor_that_adds_a_beginning_is_understood(tmp_path):
 def test_a_damaged_directory_is_refused(tmp_path, files, complaint):
     write_directory(tmp_path, byte_level(), **files)
     with pytest.raises(ConfigError, match=complaint):
-        codec_from_hf(tmp_path)
+        tokenizer_from_hf(tmp_path)
 
 
 def test_a_directory_without_tokenizer_json_is_told_how_to_get_one(tmp_path):
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(ConfigError, match="convert that to a tokenizer.json"):
-        codec_from_hf(tmp_path)
+        tokenizer_from_hf(tmp_path)
 
 
 def test_an_unknown_decoder_and_an_absurd_id_are_refused():
     library = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     library.decoder = decoders.CTC()
     with pytest.raises(ConfigError, match="decoder.*CTC"):
-        TextCodec(library).decode([0])
+        Tokenizer(library).decode([0])
     library = tokenizers.Tokenizer(models.BPE({"a": 4_000_000_000}, []))
     library.decoder = decoders.ByteLevel()
     with pytest.raises(ConfigError, match="no vocabulary is that large"):
-        TextCodec(library).vocab_size  # noqa: B018
+        Tokenizer(library).vocab_size  # noqa: B018
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -172,17 +178,15 @@ def test_our_own_tokenizers_give_the_ids_they_gave_in_training(kind, tmp_path):
     if kind == "bpe":
         (tmp_path / "tokenizer.json").write_text(train_bpe(TEXTS, 300), "utf-8")
         tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    codec = codec_from_tokenizer(tokenizer)
-    for text in TEXTS:
-        assert codec.encode(text) == tokenizer.encode(text).tolist()
-        assert codec.decode(codec.encode(text)) == text
-    assert codec.vocab_size == tokenizer.vocab_size
-    assert codec.begin_id == tokenizer.bos_id and codec.add_begin and codec.end_ids == (tokenizer.eos_id,)
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert tokenizer.encode(text) == ids.tolist()
+        assert tokenizer.decode(tokenizer.encode(text)) == text == tokenizer.decode(ids)
+    assert tokenizer.begun([]) == [tokenizer.bos_id] and tokenizer.end_ids == (tokenizer.eos_id,)
 
 
 def test_a_saved_codec_is_read_again_and_trains(tmp_path, codec):
-    save_codec(codec, tmp_path)
-    again = codec_from_hf(tmp_path)
+    save_tokenizer(codec, tmp_path)
+    again = tokenizer_from_hf(tmp_path)
     assert (again.begin_id, again.end_ids, again.chat_template) == (0, codec.end_ids, TEMPLATE)
     assert [again.encode(text) for text in TEXTS] == [codec.encode(text) for text in TEXTS]
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == codec.end_ids[0]
@@ -193,12 +197,12 @@ def test_every_way_to_split_goes_to_a_gguf_and_back(name):
     splits = [pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in SPLITS[name]]
     splitter = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     normalizer = normalizers.NFC() if name == "qwen2" else None
-    codec = TextCodec(byte_level(splitter, normalizer=normalizer), 0, True, (1,), TEMPLATE, {"eos_token": "<|end|>"})
-    fields = gguf_fields_from_codec(codec, codec.vocab_size + 3)
+    codec = Tokenizer(byte_level(splitter, normalizer=normalizer), 0, True, (1,), TEMPLATE, {"eos_token": "<|end|>"})
+    fields = gguf_fields_of(codec, codec.vocab_size + 3)
     assert fields["tokenizer.ggml.pre"] == name
     assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{codec.vocab_size + 2}]"
     assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1] and fields["tokenizer.ggml.token_type"][-1] == 5
-    again = codec_from_gguf_fields(fields)
+    again = tokenizer_from_gguf_fields(fields)
     assert (again.begin_id, again.add_begin, again.end_ids, again.chat_template) == (0, True, (1,), TEMPLATE)
     for text in TEXTS:
         if name != "llama-bpe":  # which takes whole words that its vocabulary has before it merges
@@ -209,31 +213,31 @@ def test_every_way_to_split_goes_to_a_gguf_and_back(name):
 def test_gpt2s_and_smollms_own_splitters_are_recognised():
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     for splitter, name in ((pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"), (digits, "smollm")):
-        fields = gguf_fields_from_codec(TextCodec(byte_level(splitter)), 1000)
+        fields = gguf_fields_of(Tokenizer(byte_level(splitter)), 1000)
         assert fields["tokenizer.ggml.pre"] == name
 
 
 def test_a_sentencepiece_goes_to_a_gguf_and_back(tmp_path):
-    codec = TextCodec(sentencepiece(), 1, True, (2,), None, {"unk_token": "<unk>"})
+    codec = Tokenizer(sentencepiece(), 1, True, (2,), None, {"unk_token": "<unk>"})
     texts = ["the quick fox", "Hello  world", "über 🙂", " leading"]
     for text in texts:
         assert codec.decode(codec.encode(text)) == text
-    fields = gguf_fields_from_codec(codec, codec.vocab_size)
+    fields = gguf_fields_of(codec, codec.vocab_size)
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 6]
-    again = codec_from_gguf_fields(fields)
+    again = tokenizer_from_gguf_fields(fields)
     assert [again.encode(text) for text in texts] == [codec.encode(text) for text in texts]
     assert [again.decode(again.encode(text)) for text in texts] == texts
 
 
 def test_a_way_to_split_that_llama_cpp_has_not_is_refused_with_the_closest_one(tmp_path):
     (tmp_path / "tokenizer.json").write_text(train_bpe(TEXTS, 300), "utf-8")
-    codec = codec_from_tokenizer(load_tokenizer(tmp_path / "tokenizer.json"))
+    codec = load_tokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="--pre=") as refusal:
-        gguf_fields_from_codec(codec, 300)
+        gguf_fields_of(codec, 300)
     closest = str(refusal.value).rpartition("--pre=")[2].rstrip(".")
     assert closest in SPLITS
-    assert gguf_fields_from_codec(codec, 300, closest)["tokenizer.ggml.pre"] == closest
-    assert gguf_fields_from_codec(codec_from_tokenizer(byte_tokenizer()), 262)["tokenizer.ggml.pre"] == "gpt-2"
+    assert gguf_fields_of(codec, 300, closest)["tokenizer.ggml.pre"] == closest
+    assert gguf_fields_of(byte_tokenizer(), 262)["tokenizer.ggml.pre"] == "gpt-2"
 
 
 WHOLE = {
@@ -271,11 +275,11 @@ WHOLE = {
     ],
 )
 def test_hostile_fields_are_refused(changes):
-    assert codec_from_gguf_fields(WHOLE).encode("ab") == [2]
+    assert tokenizer_from_gguf_fields(WHOLE).encode("ab") == [2]
     with pytest.raises(ConfigError):
-        codec_from_gguf_fields(WHOLE | changes)
+        tokenizer_from_gguf_fields(WHOLE | changes)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(codec):
     with pytest.raises(ConfigError, match="no larger than"):
-        gguf_fields_from_codec(codec, codec.vocab_size - 1)
+        gguf_fields_of(codec, codec.vocab_size - 1)

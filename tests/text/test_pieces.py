@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from opendeep_jax.text import cuts
-from opendeep_jax.text.cuts import begins_words_at_cuts, in_pieces, pieces
-from opendeep_jax.text.tokenizer import load_tokenizer, train_bpe
+from opendeep_jax.text import pieces as pieces_module
+from opendeep_jax.text.files import load_tokenizer, train_bpe
+from opendeep_jax.text.pieces import begins_words_at_cuts, in_pieces, pieces
 
 TEXTS = [
     "def main(argv):\n    return [x for x in argv]\n\n",
@@ -115,7 +115,7 @@ fragments = st.sampled_from(
 @given(parts=st.lists(fragments, max_size=40))
 def test_ids_of_pieces_are_those_of_the_whole(libraries, name, parts):
     text, library = "".join(parts), libraries[name]
-    places = [0, *(found.start() for found in cuts.CUT.finditer(text)), len(text)]
+    places = [0, *(found.start() for found in pieces_module.CUT.finditer(text)), len(text)]
     cut = [library.encode(text[a:b]).ids for a, b in zip(places, places[1:], strict=False)]
     assert sum(cut, []) == library.encode(text).ids
 
@@ -125,18 +125,18 @@ def test_ids_of_pieces_are_those_of_the_whole(libraries, name, parts):
 def test_pieces_make_the_text_and_are_neither_short_nor_long(parts, size):
     text = "".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "PIECE", size)
+        patch.setattr(pieces_module, "PIECE", size)
         found = list(pieces(text))
     assert "".join(found) == text
     assert all(size <= len(piece) <= 2 * size for piece in found[:-1]) and len(found[-1]) <= 2 * size
     end = 0
     for piece in found[:-1]:
         end += len(piece)
-        assert len(piece) == 2 * size or cuts.CUT.match(text, end)
+        assert len(piece) == 2 * size or pieces_module.CUT.match(text, end)
 
 
 def test_long_texts_are_handed_over_in_pieces_and_come_back_whole(monkeypatch):
-    monkeypatch.setattr(cuts, "PIECE", 10)
+    monkeypatch.setattr(pieces_module, "PIECE", 10)
     handed = []
 
     def encode_batch(texts):
@@ -157,12 +157,14 @@ def test_our_tokenizer_is_cut_and_a_sentencepiece_one_is_not(tmp_path, monkeypat
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.add_special_tokens(["<s>", "</s>"])
     library.save(str(tmp_path / "other.json"))
-    whole = {name: load_tokenizer(tmp_path / name).encode(text).tolist() for name in ("ours.json", "other.json")}
-    monkeypatch.setattr(cuts, "PIECE", 16)
-    monkeypatch.setattr(cuts, "pieces", lambda text, real=pieces: used.append(text) or real(text))
+    whole = {
+        name: load_tokenizer(tmp_path / name).encode_batch([text])[0].tolist() for name in ("ours.json", "other.json")
+    }
+    monkeypatch.setattr(pieces_module, "PIECE", 16)
+    monkeypatch.setattr(pieces_module, "pieces", lambda text, real=pieces: used.append(text) or real(text))
     used: list[str] = []
     for name, ids in whole.items():
-        assert load_tokenizer(tmp_path / name).encode(text).tolist() == ids, name
+        assert load_tokenizer(tmp_path / name).encode_batch([text])[0].tolist() == ids, name
     assert (
         used.count(text) == 1
         and json.loads((tmp_path / "other.json").read_text("utf-8"))["model"]["type"] == "WordLevel"

@@ -6,10 +6,11 @@ import pytest
 from test_spelling import byte_level, gemma
 from tokenizers import AddedToken
 
-from opendeep_jax.text.codec import TextCodec, codec_from_hf, save_codec
+from opendeep_jax.text.files import save_tokenizer, tokenizer_from_hf
 from opendeep_jax.text.gguf_names import ENDS, SAME, SPLITS
-from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 from opendeep_jax.text.stream import TextStream
+from opendeep_jax.text.tokenizer import Tokenizer
 
 KEY = "tokenizer.ggml."
 
@@ -36,12 +37,12 @@ def directory(path, **files):
     ],
 )
 def test_what_ends_a_text_is_the_union_of_the_models_files_and_stays_so(files, ends, tmp_path):
-    codec = codec_from_hf(directory(tmp_path / "model", **files))
+    codec = tokenizer_from_hf(directory(tmp_path / "model", **files))
     wanted = tuple(codec.library.token_to_id(end) if isinstance(end, str) else end for end in ends)
     assert codec.end_ids == wanted
-    run = codec_from_hf(save_codec(codec, tmp_path / "run").parent)
-    back = codec_from_gguf_fields(gguf_fields_from_codec(run, run.vocab_size, "gpt-2"))
-    again = codec_from_hf(save_codec(back, tmp_path / "again").parent)
+    run = tokenizer_from_hf(save_tokenizer(codec, tmp_path / "run").parent)
+    back = tokenizer_from_gguf_fields(gguf_fields_of(run, run.vocab_size, "gpt-2"))
+    again = tokenizer_from_hf(save_tokenizer(back, tmp_path / "again").parent)
     assert [set(copy.end_ids) for copy in (run, back, again)] == [set(wanted)] * 3
 
 
@@ -49,7 +50,7 @@ def gguf(tokens, **fields):
     names = ["a", "b", "c", *tokens]
     types = [1] * 3 + [3] * len(tokens)
     made = {"model": "gpt2", "pre": "gpt-2", "tokens": names, "token_type": types, "merges": []}
-    return codec_from_gguf_fields({KEY + key: value for key, value in (made | fields).items()})
+    return tokenizer_from_gguf_fields({KEY + key: value for key, value in (made | fields).items()})
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -119,12 +120,12 @@ def test_a_file_without_a_way_to_split_has_llama_cpps_default():
 
 
 def test_runs_of_spaces_are_written_to_a_gguf_as_llama_cpp_prints_them():
-    codec = TextCodec(gemma())
-    fields = gguf_fields_from_codec(codec, codec.vocab_size)
+    codec = Tokenizer(gemma())
+    fields = gguf_fields_of(codec, codec.vocab_size)
     run = codec.library.token_to_id("▁▁▁▁")
     assert (fields[KEY + "tokens"][run], fields[KEY + "token_type"][run]) == ("    ", 4)
     theirs = {key: value for key, value in fields.items() if not key.startswith("opendeep.")}
-    back = codec_from_gguf_fields(theirs)
+    back = tokenizer_from_gguf_fields(theirs)
     text = "the    the  \n        x"
     assert back.encode(text) == codec.encode(text) and back.decode(back.encode(text)) == text
 
@@ -138,10 +139,10 @@ def test_pad_sampling_and_flags_of_tokens_survive_every_way(tmp_path):
     settings = {"pad_token": "<pad>", "mask_token": "<m>", "eos_token": "</s>", "chat_template": "{{ pad_token }}"}
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "model/generation_config.json").write_text(json.dumps(sampling))
-    codec = codec_from_hf(tmp_path / "model")
+    codec = tokenizer_from_hf(tmp_path / "model")
     for way in range(2):
-        codec = codec_from_hf(save_codec(codec, tmp_path / f"run{way}").parent)
-        codec = codec_from_gguf_fields(gguf_fields_from_codec(codec, codec.vocab_size, "gpt-2"))
+        codec = tokenizer_from_hf(save_tokenizer(codec, tmp_path / f"run{way}").parent)
+        codec = tokenizer_from_gguf_fields(gguf_fields_of(codec, codec.vocab_size, "gpt-2"))
         assert codec.special == {"pad_token": "<pad>", "mask_token": "<m>", "eos_token": "</s>"}
         assert codec.generation == sampling and codec.chat_template == "{{ pad_token }}"
         text = "the  <pad> the<m>  the"
@@ -149,7 +150,7 @@ def test_pad_sampling_and_flags_of_tokens_survive_every_way(tmp_path):
 
 
 def test_the_name_of_a_special_token_is_a_stop_string():
-    codec = TextCodec(byte_level())
+    codec = Tokenizer(byte_level())
     end, think = (codec.library.token_to_id(name) for name in ("</s>", "<think>"))
     assert codec.stop_ids(["</s>", "<think>", "the", ""]) == {end: "</s>"}
     for special in (False, True):
@@ -162,7 +163,7 @@ def test_the_name_of_a_special_token_is_a_stop_string():
 
 
 def test_half_a_character_before_a_special_stop_is_given_out():
-    codec = TextCodec(byte_level())
+    codec = Tokenizer(byte_level())
     stream = TextStream(codec, ["</s>"])
     half = next(i for i, piece in enumerate(codec.pieces) if piece == b"\xc3")
     assert stream.push([half, codec.library.token_to_id("</s>")]) == "\ufffd"

@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.text.codec import TextCodec, codec_from_hf
-from opendeep_jax.text.spelling import Speech, say, spell
+from opendeep_jax.text.files import load_tokenizer, tokenizer_from_hf
+from opendeep_jax.text.spelling import Speech, spell
 from opendeep_jax.text.stream import TextStream
-from opendeep_jax.text.tokenizer import load_tokenizer
+from opendeep_jax.text.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = "abcdefghijklmnopqrstuvwxyzH.,'!é数:()=1\n"
@@ -128,7 +128,7 @@ def test_any_ids_say_what_the_library_decodes_in_any_pieces(name, data):
     ids = data.draw(st.lists(st.integers(0, len(spelling.pieces) - 1) | st.sampled_from(raw), max_size=10))
     for hidden in ((), specials(library)):
         wanted = library.decode(ids, skip_special_tokens=bool(hidden))
-        assert say(spelling, ids, hidden) == wanted
+        assert spelling.text(ids, hidden) == wanted
         speech, shown = Speech(spelling, hidden), ""
         for i in ids:
             shown += speech.push([i])
@@ -142,7 +142,7 @@ def test_any_ids_say_what_the_library_decodes_in_any_pieces(name, data):
 @hypothesis.given(text=st.lists(TEXTS | st.sampled_from(MARKS), max_size=4).map("".join))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_codec_and_stream_read_and_write_texts_as_the_library_does(name, text):
-    codec = TextCodec(MADE[name])
+    codec = Tokenizer(tokenizers.Tokenizer.from_str(MADE[name].to_str()))
     ids = codec.encode(text, special=True)
     assert ids == MADE[name].encode(text, add_special_tokens=False).ids
     for special in (True, False):
@@ -166,7 +166,7 @@ def loaded(tmp_path_factory):
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_bytes_of_a_documents_tokens_add_up_to_what_is_decoded(loaded, name, text):
     tokenizer = loaded[name]
-    ids = tokenizer.encode(text)
+    (ids,) = tokenizer.encode_batch([text])
     sizes = [*tokenizer.first_bytes[ids[:1]], *tokenizer.token_bytes[ids[1:]]]
     said = tokenizer.decode(ids)
     if "\ufffd" not in said:
@@ -185,15 +185,15 @@ def test_bytes_of_a_documents_tokens_add_up_to_what_is_decoded(loaded, name, tex
 )
 def test_what_a_tokenizer_has_no_token_for_is_counted_in_bytes(loaded, name, text, lost):
     tokenizer = loaded[name]
-    assert tokenizer.lost_bytes(text.encode(), tokenizer.encode(text)) == lost
+    assert tokenizer.lost_bytes(text.encode(), tokenizer.encode_batch([text])[0]) == lost
 
 
 def test_a_prompt_with_letters_that_no_token_says_is_warned_of(caplog):
-    TextCodec(unigram()).encode_prompt("the ж")
+    Tokenizer(unigram()).encode_prompt("the ж")
     assert "no token for 'ж'" in caplog.text
     caplog.clear()
     for name in WHOLE:
-        TextCodec(MADE[name]).encode_prompt("the 数据 🙂")
+        Tokenizer(MADE[name]).encode_prompt("the 数据 🙂")
     assert not caplog.text
 
 
@@ -212,11 +212,11 @@ def test_dropout_is_switched_off_with_a_word(tmp_path, caplog):
     library = byte_level()
     library.model.dropout = 0.5
     library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer, codec = load_tokenizer(tmp_path / "tokenizer.json"), codec_from_hf(tmp_path)
+    tokenizer, codec = load_tokenizer(tmp_path / "tokenizer.json"), tokenizer_from_hf(tmp_path)
     assert caplog.text.count("dropout 0.5") == 2
     wanted = byte_level().encode("the the the").ids
     for _ in range(20):
-        assert codec.encode("the the the") == tokenizer.encode("the the the").tolist() == wanted
+        assert codec.encode("the the the") == tokenizer.encode("the the the") == wanted
 
 
 LEADING = [("<s>", 0), "$A:0"]
@@ -237,8 +237,8 @@ LEADING = [("<s>", 0), "$A:0"]
     ],
 )
 def test_a_text_begins_as_the_tokenizers_files_say_and_so_do_its_copies(processor, settings, begin, tmp_path):
-    from opendeep_jax.text.codec import save_codec
-    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+    from opendeep_jax.text.files import save_tokenizer
+    from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 
     library = byte_level()
     ids = {name: library.token_to_id(name) for name in ("<s>", "</s>")}
@@ -249,12 +249,12 @@ def test_a_text_begins_as_the_tokenizers_files_say_and_so_do_its_copies(processo
         library.post_processor = processor
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    codec = codec_from_hf(tmp_path)
+    codec = tokenizer_from_hf(tmp_path)
     wanted = [ids[name] for name in begin]
     assert codec.encode_prompt("the") == [*wanted, *codec.encode("the")]
-    run = codec_from_hf(save_codec(codec, tmp_path / "run").parent)
-    back = codec_from_gguf_fields(gguf_fields_from_codec(run, run.vocab_size, "gpt-2"))
-    again = codec_from_hf(save_codec(back, tmp_path / "again").parent)
+    run = tokenizer_from_hf(save_tokenizer(codec, tmp_path / "run").parent)
+    back = tokenizer_from_gguf_fields(gguf_fields_of(run, run.vocab_size, "gpt-2"))
+    again = tokenizer_from_hf(save_tokenizer(back, tmp_path / "again").parent)
     for copy in (run, back, again):
         assert copy.encode_prompt("the") == [*wanted, *codec.encode("the")]
         assert (copy.begin_id, copy.end_ids) == (codec.begin_id, codec.end_ids)
@@ -276,16 +276,16 @@ def test_ids_and_texts_are_the_same_on_the_way_to_a_gguf_and_back(there_and_back
 
 @pytest.fixture(scope="module")
 def there_and_back():
-    from opendeep_jax.text.gguf_tokenizer import codec_from_gguf_fields, gguf_fields_from_codec
+    from opendeep_jax.text.gguf_tokenizer import gguf_fields_of, tokenizer_from_gguf_fields
 
     found = {}
     for name in ("byte-level", "gemma", "llama", "llama, metaspace"):
-        codec = TextCodec(MADE[name], special={"unk_token": "<unk>"} if name != "byte-level" else {})
-        fields = gguf_fields_from_codec(codec, codec.vocab_size + 2)
-        found[name] = codec, codec_from_gguf_fields(json.loads(json.dumps(fields)))
+        codec = Tokenizer(MADE[name], special={"unk_token": "<unk>"} if name != "byte-level" else {})
+        fields = gguf_fields_of(codec, codec.vocab_size + 2)
+        found[name] = codec, tokenizer_from_gguf_fields(json.loads(json.dumps(fields)))
     return found
 
 
 def test_ids_outside_of_the_vocabulary_say_nothing():
     spelling = spell(byte_level())
-    assert say(spelling, [-1, 10**12, *np.array([0])]) == MADE["byte-level"].decode([0])
+    assert spelling.text([-1, 10**12, *np.array([0])]) == MADE["byte-level"].decode([0])

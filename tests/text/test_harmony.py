@@ -1,9 +1,10 @@
 """gpt-oss' channels: the grammar of its messages, whole and piece by piece."""
 
 import pytest
+from whole_text import split_thinking
 
 from opendeep_jax.text.harmony import HarmonyStream
-from opendeep_jax.text.stream import HARMONY, split_thinking
+from opendeep_jax.text.stream import HARMONY
 
 A = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>"
