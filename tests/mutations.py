@@ -50,7 +50,7 @@ MUTATIONS = [
         "kernels_pallas/flash_mla/blocks.py",
         "visible = (distance >= 0)",
         "visible = (distance >= -1)",
-        "tests/ops/test_causal_attention.py::test_queries_of_a_part_of_the_row_in_any_order_see_what_they_see_in_the_whole",
+        "tests/ops/test_causal_attention.py::test_output_is_that_of_a_dense_mask",
     ),
     Mutation(
         "segment_mask",
@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation(
         "router_bias_not_updated",
         "opendeep_jax/train/step.py",
-        "updated_bias(bias, load[name], speed)",
+        "updated_bias(bias, loads[name], speed) if name in loads else bias",
         "bias",
         "tests/train/test_step.py::test_loads_count_every_valid_tokens_choices_and_biases_move_against_them",
     ),
@@ -151,7 +151,7 @@ MUTATIONS = [
         "kernels_pallas/cross_entropy/chunks.py",
         "each = jnp.where(mask, log_z - target_logit, 0.0)",
         "each = log_z - target_logit",
-        "tests/kernels/test_cross_entropy.py::test_targets_outside_the_mask_are_not_looked_at",
+        "tests/kernels/test_cross_entropy.py::test_sum_each_token_and_gradients_are_those_of_the_definition",
     ),
     Mutation(
         "z_loss_without_gradient",
@@ -169,21 +169,21 @@ MUTATIONS = [
     ),
     Mutation(
         "mean_over_local_targets",
-        "opendeep_jax/train/losses.py",
+        "opendeep_jax/train/objective.py",
         "return total / count, nats / count",
-        "count = jnp.maximum(jnp.sum(mask), 1)\n        return total / count, nats / count",
+        "count = jnp.maximum(jnp.sum(mask), 1)\n            return total / count, nats / count",
         "tests/train/test_step.py::test_a_cut_batch_has_the_loss_and_gradients_of_the_whole_one",
     ),
     Mutation(
         "mtp_shift",
-        "opendeep_jax/train/inputs.py",
+        "opendeep_jax/train/objective.py",
         "shift_left(batch.targets, k - 1), shift_left(batch.targets, k)",
         "shift_left(batch.targets, k), shift_left(batch.targets, k)",
-        "tests/models/test_decoder.py::test_mtp_targets_lie_in_the_document_of_their_position",
+        "tests/models/test_decoder.py::test_a_mtp_module_is_given_the_token_before_its_target",
     ),
     Mutation(
         "mtp_mask_across_documents",
-        "opendeep_jax/train/inputs.py",
+        "opendeep_jax/train/objective.py",
         "mask = mask & shift_left(loss_mask, k)",
         "mask = shift_left(loss_mask, k)",
         "tests/models/test_decoder.py::test_mtp_targets_lie_in_the_document_of_their_position",
@@ -215,7 +215,7 @@ MUTATIONS = [
         "opendeep_jax/train/optimizer.py",
         "step = -rate(clock.count) * direction",
         "step = -rate(clock.count + 1) * direction",
-        "tests/train/test_optimizer.py::test_adamw_is_the_papers_and_decays_matrices_alone",
+        "tests/train/test_optimizer.py::test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_passed_over",
     ),
     Mutation(
         "warm_up_from_zero",
@@ -227,8 +227,8 @@ MUTATIONS = [
     Mutation(
         "adam_bias_correction",
         "opendeep_jax/train/optimizer.py",
-        "rule.update(grads, state._replace(**exact), params)",
-        "rule.update(grads, state._replace(**exact, count=state.count + 1), params)",
+        "rule.update(updates, before._replace(**exact), params)",
+        "rule.update(updates, before._replace(**exact, count=before.count + 1), params)",
         "tests/train/test_optimizer.py::test_adamw_is_the_papers_and_decays_matrices_alone",
     ),
     Mutation(
@@ -267,14 +267,14 @@ MUTATIONS = [
         "opendeep_jax/data/rows.py",
         "batch.targets[in_batch] = stream[:, 1:]",
         "batch.targets[in_batch] = stream[:, :-1]",
-        "tests/data/test_pipeline.py::test_an_epoch_trains_on_every_training_document_and_no_held_out_one",
+        "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "loss_across_documents",
         "opendeep_jax/data/rows.py",
         "valid & (segments[:, :-1] == segments[:, 1:])",
         "valid",
-        "tests/data/test_pipeline.py::test_an_epoch_trains_on_every_training_document_and_no_held_out_one",
+        "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "packing_loses_a_token",
@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         "top_p",
         "opendeep_jax/generation/sampling.py",
-        "jnp.where(bits >= bound, probabilities, 0)",
-        "jnp.where(bits > bound, probabilities, 0)",
+        "jnp.where(probabilities >= least, logits, -jnp.inf)",
+        "jnp.where(probabilities > least, logits, -jnp.inf)",
         "tests/generation/test_sampling_filters.py::test_filters_keep_the_tokens_that_sorting_keeps",
     ),
     Mutation(
@@ -343,10 +343,10 @@ MUTATIONS = [
     # Tokenizers, curation, evaluation.
     Mutation(
         "begin_token_twice",
-        "opendeep_jax/text/codec.py",
+        "opendeep_jax/text/tokenizer.py",
         "return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)",
         "return begin + list(ids)",
-        "tests/data/test_text_codec.py",
+        "tests/text/test_tokenizer_files.py::test_a_directory_says_what_begins_and_ends_a_text",
     ),
     Mutation(
         "curation_keeps_what_it_should_drop",
@@ -382,7 +382,7 @@ MUTATIONS = [
         "opendeep_jax/faults/recovery.py",
         "return is_passed_over(self.windows, step)",
         "return False",
-        "tests/faults/test_recovery.py::test_after_a_spike_the_run_goes_back_for_that_batch_alone",
+        "tests/faults/test_recovery.py::test_a_window_is_on_disk_before_the_run_goes_on_and_the_next_start_reads_it",
     ),
     Mutation(
         "spike_window_keeps_the_oldest",
@@ -440,7 +440,7 @@ MUTATIONS = [
         "opendeep_jax/jobs/launch/render.py",
         '"workdir": shlex.quote(job.workdir)',
         '"workdir": job.workdir',
-        "tests/jobs/test_launch_templates.py",
+        "tests/jobs/test_launch_templates.py::test_a_work_directory_with_a_space_is_one_word_of_the_file",
     ),
     Mutation(
         "sweep_ranks_the_worst_first",
@@ -456,6 +456,41 @@ MUTATIONS = [
         "held = jnp.where((documents == last_document[:, None])[..., None, None], jnp.exp(passed), 0)",
         "held = jnp.exp(passed)",
         "tests/models/test_mamba2.py::test_chunks_of_any_size_give_what_the_recurrence_gives",
+    ),
+    Mutation(
+        "mtp_inputs_swapped",
+        "opendeep_jax/models/decoder.py",
+        "[self.embedding_norm(embedded), self.hidden_norm(hidden)]",
+        "[self.hidden_norm(hidden), self.embedding_norm(embedded)]",
+        "tests/interop/test_golden.py::test_mtp_logits_equal_those_of_transformers",
+    ),
+    Mutation(
+        "hugging_face_name",
+        "opendeep_jax/interop/hf_family.py",
+        '"attention.out": "self_attn.o_proj.weight"',
+        '"attention.out": "self_attn.out_proj.weight"',
+        "tests/interop/test_families.py::test_logits_equal_those_of_transformers",
+    ),
+    Mutation(
+        "sources_repeat_their_rows",
+        "opendeep_jax/data/mixture.py",
+        "return sources, periods * self.counts[sources] + self.ranks[n]",
+        "return sources, periods + self.ranks[n]",
+        "tests/data/test_mixture.py::test_each_source_gives_its_rows_in_order_without_gaps",
+    ),
+    Mutation(
+        "middle_before_suffix",
+        "opendeep_jax/data/fim.py",
+        "hole, (j, tokens - 1), stop, (i, j),",
+        "hole, (i, j), stop, (j, tokens - 1),",
+        "tests/data/test_fim.py::test_a_rearranged_document_is_begin_prefix_suffix_middle_end",
+    ),
+    Mutation(
+        "stop_string_shown",
+        "opendeep_jax/text/stream.py",
+        "return text[: end - len(self.matched)]",
+        "return text[:end]",
+        "tests/text/test_text_stream.py",
     ),
 ]
 

@@ -5,12 +5,13 @@ Shapes: B rows, L positions.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Array = np.ndarray | jax.Array
+Array = Any
+"""numpy's on the host, jax's in a step, abstract where a step is compiled ahead."""
 
 
 @jax.tree_util.register_dataclass

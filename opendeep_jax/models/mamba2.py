@@ -4,7 +4,7 @@ As Nemotron-H has it: one projection gives the gate, the convolution's channels 
 come a skip, the gate and a norm over each group of heads. Departs from the paper in nothing.
 
 B batch, L length, D model width, I width of all heads, C channels of the convolution, H heads, P size of a head, N
-state size, G groups, K positions of the convolution.
+state size, G groups, K positions of the convolution, k = K - 1.
 """
 
 import math
@@ -30,7 +30,7 @@ STEPS_AT_START = 1e-3, 1e-1
 class Memory(NamedTuple):
     """What a row's tokens so far have left."""
 
-    convolution: Float[Array, "B K-1 C"]
+    convolution: Float[Array, "B k C"]
     """The last inputs of the convolution."""
     state: Float[Array, "B H P N"]
     """Float32."""
@@ -109,7 +109,7 @@ class Mamba2(nnx.Module):
         scale = self.norm.scale[...].reshape(self.config.num_groups, -1)
         return rms_norm(grouped, scale, self.norm.epsilon).reshape(x.shape)
 
-    def _last_channels(self, channels, present, before) -> Float[Array, "B K-1 C"]:
+    def _last_channels(self, channels, present, before) -> Float[Array, "B k C"]:
         """The convolution's inputs at the last present positions, those before the first one's included."""
         places = jnp.sum(present, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(before.shape[1])
         joined = jnp.concatenate([before, channels.astype(before.dtype)], axis=1)

@@ -3,7 +3,7 @@
 A name is the path through the modules, `moe_layers.moe.gate`. Both dictionaries are plain pytrees.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -13,7 +13,8 @@ from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.parallel.axes import partition_spec
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Any]
+"""Arrays by name: concrete, traced or abstract; in the specs of a program, how each of them is divided."""
 
 
 class Skeleton(NamedTuple):

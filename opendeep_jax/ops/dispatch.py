@@ -1,6 +1,7 @@
 """Tokens to their experts and back, dropless: sort the (token, choice) pairs by expert, multiply by groups, undo.
 
-T tokens, K experts chosen per token, E experts, D model width, F expert width, M rows of the experts.
+T tokens, K experts chosen per token, E experts, D model width, F expert width (f with the row of a bias), M rows of the
+experts.
 """
 
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def routed_experts(
     weights: Float[Array, "T K"],
     gate: Float[Array, "E D F"] | None,
     up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    down: Float[Array, "E f D"],
     execution: ExecutionConfig | None = None,
     kind: ExpertKind = SWIGLU,
 ) -> Float[Array, "T D"]:
@@ -64,7 +65,7 @@ def grouped_experts(
     row_weights: Float[Array, "M"],
     gate: Float[Array, "E D F"] | None,
     up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    down: Float[Array, "E f D"],
     group_sizes: Int[Array, "E"],
     execution: ExecutionConfig | None = None,
     kind: ExpertKind = SWIGLU,

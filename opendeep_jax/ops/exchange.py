@@ -7,7 +7,7 @@ every device of the axis knows all choices, so all agree on which those are, and
 
 Each device of the mesh axis "expert" has T tokens of its own and e = E / n consecutive experts.
 T tokens of a device, N = n T tokens of all, n devices, K experts chosen per token, E experts, e of them on a device,
-D model width, F expert width, S rows sent, R rows received, M rows of experts.
+D model width, F expert width (f with the row of a bias), S rows sent, R rows received, M rows of experts.
 """
 
 import math
@@ -41,7 +41,7 @@ def exchanged_experts(
     valid: Bool[Array, "T"],
     gate: Float[Array, "e D F"],
     up: Float[Array, "e D F"],
-    down: Float[Array, "e F D"],
+    down: Float[Array, "e f D"],
     execution: ExecutionConfig,
     num_experts: int,
     devices_per_token: int | None = None,

@@ -7,7 +7,8 @@ Each head keeps a state S [P, N] and goes through a document token by token:
 A chunk of positions is computed at once, as attention whose scores are `c . b` with a decay between the positions; only
 the state passes from chunk to chunk. All of it is float32.
 
-B batch, L length, H heads, P size of a head, G groups of heads, N state size, C channels, K positions of the kernel.
+B batch, L length, H heads, P size of a head, G groups of heads, N state size, C channels, K positions of the kernel,
+k = K - 1.
 """
 
 import jax
@@ -26,7 +27,7 @@ def causal_convolution(
     kernel: Float[Array, "C K"],
     bias: Float[Array, "C"] | None,
     documents: Int[Array, "B L"],
-    before: Float[Array, "B K-1 C"],
+    before: Float[Array, "B k C"],
 ) -> Float[Array, "B L C"]:
     """Each channel's sum over its last K positions in the document, times the kernel; the kernel's last is the newest.
 

@@ -4,7 +4,7 @@ What a number means must not depend on how the work is cut, so a share says itse
 is none of these three kinds (a median, a product) has no shares: gather what it is of first.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def over_devices(shares, axis: Axis):
     return _each(lambda share: next(largest if isinstance(share, Max) else others), shares)
 
 
-def numbers(shares):
+def numbers(shares: Any) -> Any:
     """The numbers that whole shares stand for."""
 
     def number(share):

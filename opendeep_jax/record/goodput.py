@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opendeep_jax.display.numbers import human_time
 from opendeep_jax.record.files import GOODPUT, read_jsonl
@@ -176,7 +177,7 @@ class Account:
             if self._last is not None:  # a wall clock that was set back gives a gap of nothing
                 gap = record["wall"] - sum(seconds.values()) - self._last["wall"]
                 self._seconds["restart"] += max(gap, 0.0)
-            before = {"step": record["first_step"], "seconds": {}, "skipped": 0}
+            before = dict[str, Any](step=record["first_step"], seconds={}, skipped=0)
         spent = {kind: max(seconds.get(kind, 0.0) - before["seconds"].get(kind, 0.0), 0.0) for kind in measured()}
         for kind, value in spent.items():
             self._seconds[kind] += value
@@ -274,7 +275,7 @@ class InputWatch:
                 f"The devices wait for data: the loop waited for batches {waited} over the last {steps:,} steps and "
                 "found the devices idle. Look at data.workers, and at the disk that data.directory is on."
             )
-        if state == "slow":
+        if state == "slow" and usual is not None:
             return state, (
                 f"Steps take {human_time(each)}, {each / usual:.1f} times the {human_time(usual)} they took, and not "
                 f"for want of data (waited for {waited}): a device or a link is slow, or something shares them."

@@ -51,12 +51,14 @@ class MetricsWriter:
         """
         layers = [[float(value) for value in layer] for layer in load]
         means = [sum(layer) / len(layer) or 1.0 for layer in layers]
-        record = {"step": step, "load": [[v / mean for v in layer] for layer, mean in zip(layers, means, strict=True)]}
+        tables = {"load": [[v / mean for v in layer] for layer, mean in zip(layers, means, strict=True)]}
         if bias is not None:
-            record["bias"] = [[float(value) for value in layer] for layer in bias]
-        for name in record.keys() - {"step"}:
-            record[name] = [[round(v, 4) if math.isfinite(v) else None for v in layer] for layer in record[name]]
-        self.record.append(EXPERTS, record)
+            tables["bias"] = [[float(value) for value in layer] for layer in bias]
+        rounded = {
+            name: [[round(v, 4) if math.isfinite(v) else None for v in layer] for layer in table]
+            for name, table in tables.items()
+        }
+        self.record.append(EXPERTS, {"step": step, **rounded})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append a text the model wrote to samples.jsonl. `text` is the continuation of `prompt`."""

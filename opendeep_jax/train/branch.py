@@ -132,7 +132,7 @@ def begin_branch(
                 finish_branch(workdir)
                 begun = read_origin(workdir)["kind"] == "branch"
                 share("branch/step", "" if begun else str(open_parent(config, parent).step))
-            return peek("branch/step")
+            return peek("branch/step") or ""
 
         if step := primary_first("branch", decide):
             source = primary_first("branch/parent", lambda: open_parent(config, parent, int(step)))

@@ -53,7 +53,7 @@ def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainSt
     kept, notes = {}, []
     for rule in sorted({place[0] for place in mine.values() if place}):
         names = [name for name, place in mine.items() if place and place[0] == rule]
-        found, called = {name: moments.get(mine[name], "") for name in names}, RULES.get(rule, rule)
+        found, called = {name: moments.get(place, "") for name in names if (place := mine[name])}, RULES.get(rule, rule)
         if all(_fits(saved, found[name], items[OPTIMIZER][name]) for name in names):
             kept |= found
             notes.append(_kept(called, saved, found, items[OPTIMIZER]))

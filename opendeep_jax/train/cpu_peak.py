@@ -62,7 +62,8 @@ def machine_kind() -> str:
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = dict(tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line)
+        pairs = (line.partition(":")[::2] for line in lines if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in pairs}
         family = [fields[name] for name in ("cpu family", "model", "stepping") if name in fields]
         model = " ".join([fields.get("model name", model), *family])
     return f"{model}, {cores} cores, jaxlib {importlib.metadata.version('jaxlib')}"

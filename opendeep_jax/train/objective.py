@@ -6,6 +6,7 @@ A device has a part of the batch, so it computes its share: sums over its own ta
 counted over the global batch before it was cut (`parallel/shares.py`). B batch, L length, D model width, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -100,8 +101,10 @@ def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
 class Measured(NamedTuple):
     """What a device measures beside its gradients: its shares (`parallel/shares.py`)."""
 
-    metrics: Shares
-    loads: dict[str, Sum]
+    metrics: dict[str, Any]
+    """Shares by name, and numbers once all of them have met."""
+    loads: dict[str, Any]
+    """Likewise, the tokens of each router's experts by the name of its bias."""
 
 
 class DeviceArguments(NamedTuple):
@@ -146,7 +149,7 @@ def layer_losses(config: RunConfig, reports: dict[str, Shares], rows: jax.Array)
     pipeline one.
     """
     found: list[Shares] = []
-    balances = [report["balance_loss"].value for report in reports.values() if "balance_loss" in report]
+    balances = [share.value for report in reports.values() if isinstance(share := report.get("balance_loss"), Sum)]
     weighted = None
     if balances:  # its mean over rows
         balance = sum(jnp.sum(share) for share in balances) / rows
@@ -206,7 +209,7 @@ def pretraining(config: RunConfig, weighted: bool = False) -> Objective:
                 for hidden, module, count in zip(mtp_hidden, mtp, normalizers.mtp_targets, strict=True)
             ]
             loss += mtp_loss_weight(config, step) * sum(total for total, _ in parts) / len(parts)
-            metrics["mtp_loss"] = Sum(sum(mean for _, mean in parts) / len(parts))
+            metrics["mtp_loss"] = Sum(functools.reduce(jnp.add, (mean for _, mean in parts)) / len(parts))
         return loss, metrics
 
     return Objective(loss, normalizers, weighted=weighted, mtp_depth=depth)
@@ -239,7 +242,7 @@ def summed_cross_entropy(
         total = -jnp.sum(logprobs * jnp.where(mask, weights, 0.0))
         return total, jax.lax.stop_gradient(total)
     flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), mask.reshape(-1)
-    implementation = config.model.execution.cross_entropy or None
+    implementation: Any = config.model.execution.cross_entropy or None  # a name that the kernel knows, by its rule
     total, each = fused_cross_entropy(*flat, z_loss_weight, chunk, implementation, softcap)
     return total, jnp.sum(each)
 

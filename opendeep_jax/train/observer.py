@@ -107,7 +107,7 @@ class Observer:
         steps = step - previous - skipped
         tokens = tokens_before(self.config, step) - tokens_before(self.config, previous) - their_tokens
         seconds = now - before
-        record = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
+        record: dict[str, Any] = {"step": step, "tokens": tokens_before(self.config, step), "seconds": self.seconds()}
         record |= {name: float(value) for name, value in {**check._asdict(), **metrics}.items()}
         if load:
             layers = np.concatenate([np.atleast_2d(value) for value in load.values()])
@@ -116,7 +116,7 @@ class Observer:
             record["expert_load_max_over_mean_by_layer"] = [round(float(peak), 4) for peak in peaks]
             biases = np.concatenate([np.atleast_2d(bias[name]) for name in load]) if bias else None
             self.writer.experts(step, layers, biases)
-            if bias:
+            if biases is not None:
                 record |= {"router_bias_min": float(biases.min()), "router_bias_max": float(biases.max())}
         if step > self.first_step:
             speed = tokens / seconds

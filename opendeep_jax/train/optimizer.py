@@ -6,7 +6,7 @@ logical axes.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ from opendeep_jax.train.rounding import round_stochastically
 Axes = dict[str, tuple[str | None, ...]]
 
 
-def learning_rate(config: RunConfig) -> optax.Schedule:
+def learning_rate(config: RunConfig) -> Callable[[Any], Any]:
     """The learning rate as a function of the run's step (from 0): the one that updates get, and that is logged."""
     schedule = learning_rate_schedule(config)
     return lambda step: config.optimizer.learning_rate * schedule(step)
 
 
-def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
+def learning_rate_schedule(config: RunConfig) -> Callable[[Any], Any]:
     """The learning rate as a fraction of its peak, as a function of the step (from 0)."""
     pieces = rate_pieces(config)
     return optax.join_schedules([_piece(piece) for piece in pieces], [piece.first_step for piece in pieces[1:]])
@@ -119,7 +119,8 @@ def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
     """
     rate = learning_rate(config)
 
-    def update(directions, clock, params):
+    def update(updates, state, params=None):
+        clock: Any = state
         falling = -rate(clock.count)
 
         def added(name: str, direction: jax.Array, param: jax.Array) -> jax.Array:
@@ -130,7 +131,7 @@ def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
             after = round_stochastically(exact + step, param.dtype, config.seed, clock.count, f"weight {name}")
             return after.astype(step.dtype) - exact
 
-        return _by_name(added)(directions, params), Clock(optax.safe_increment(clock.count))
+        return _by_name(added)(updates, params), clock._replace(count=optax.safe_increment(clock.count))
 
     return optax.GradientTransformation(lambda params: Clock(jnp.int32(0)), update)
 
@@ -139,16 +140,18 @@ def _stored_as(rule: optax.GradientTransformation, seed: int, **dtypes: str) -> 
     """A rule whose moments are kept in other dtypes between steps; the arithmetic stays float32."""
 
     def init(params):
-        state = rule.init(params)
+        state: Any = rule.init(params)
         return state._replace(**{kind: optax.tree.cast(getattr(state, kind), dtypes[kind]) for kind in dtypes})
 
-    def update(grads, state, params=None):
-        exact = {kind: optax.tree.cast(getattr(state, kind), jnp.float32) for kind in dtypes}
-        updates, after = rule.update(grads, state._replace(**exact), params)
+    def update(updates, state, params=None):
+        before: Any = state
+        exact = {kind: optax.tree.cast(getattr(before, kind), jnp.float32) for kind in dtypes}
+        updates, new_state = rule.update(updates, before._replace(**exact), params)
+        after: Any = new_state
 
         def stored(kind: str):
             def rounded(name: str, moment: jax.Array) -> jax.Array:
-                return round_stochastically(moment, dtypes[kind], seed, state.count, f"{kind} {name}")
+                return round_stochastically(moment, dtypes[kind], seed, before.count, f"{kind} {name}")
 
             return _by_name(rounded)(getattr(after, kind))
 
@@ -179,5 +182,6 @@ def _dimension_numbers(names: tuple[str | None, ...]) -> MuonDimensionNumbers:
 
 def _scale_to_rms(update: jax.Array, numbers: MuonDimensionNumbers, rms: float = 0.2) -> jax.Array:
     """An orthogonal matrix [I, O] has root mean square 1 / sqrt(max(I, O)); this gives it `rms`."""
-    inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in numbers)
+    sides: Any = numbers  # both are tuples of axes here
+    inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in sides)
     return update * (rms * math.sqrt(max(inputs, outputs)))

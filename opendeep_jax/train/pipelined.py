@@ -5,6 +5,8 @@ laying each stage's layers out on it, and ends by sending their gradients home. 
 `train.accumulation_steps`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -59,7 +61,9 @@ def pipelined_gradients(
             "the objective reads. Give --parallel.stage=1, and divide the devices over fsdp, expert or tensor."
         )
     layout, prefix = layers_on_stages(config, mesh.shape["stage"]), stacked_layers(config) + "."
-    specs, whole = weight_specs(skeleton, mesh), PartitionSpec()
+    whole: Any = PartitionSpec()  # in the place of arrays
+    by_rows: Any = BATCH_SPEC
+    specs = weight_specs(skeleton, mesh)
     specs = {name: _on_stage(spec) if name.startswith(prefix) else spec for name, spec in specs.items()}
 
     def lay_out(arrays: Arrays) -> Arrays:
@@ -74,7 +78,7 @@ def pipelined_gradients(
 
     params, base = specs_of(arguments.params), specs_of(arguments.frozen.get(BASE, {}))
     frozen = {BASE: base} if base else {}
-    divided = DeviceArguments(params, specs_of(arguments.router_bias), frozen, BATCH_SPEC, whole, whole, whole)
+    divided = DeviceArguments(params, specs_of(arguments.router_bias), frozen, by_rows, whole, whole, whole)
     laid = arguments._replace(
         params=lay_out(arguments.params),
         router_bias=lay_out(arguments.router_bias),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def check_implementations(config: RunConfig) -> None:
             raise ConfigError(f"model.execution.{field} = {name!r}: {error}") from error
 
 
-def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainState) -> dict[str, str | int]:
+def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainState) -> dict[str, Any]:
     """The options for a run's training step: the chip's, then the configuration's own for this platform.
 
     Args:

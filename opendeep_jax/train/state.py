@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from opendeep_jax.config.schedule import borders
@@ -63,7 +63,9 @@ def skip_batch(
     return state._replace(step=state.step + 1, health=health)
 
 
-def state_shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh, zero_1: bool = False) -> TrainState:
+def state_shardings(
+    state: TrainState, skeleton: Skeleton, mesh: Mesh | AbstractMesh, zero_1: bool = False
+) -> TrainState:
     """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries.
 
     Args:

@@ -6,7 +6,7 @@ global in the same way.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,12 +137,14 @@ def device_arguments(
         rows=rows,
         step=state.step,
     )
-    whole, specs = PartitionSpec(), {} if mesh.empty else weight_specs(skeleton, mesh)
+    specs = {} if mesh.empty else weight_specs(skeleton, mesh)
+    whole: Any = PartitionSpec()  # in the place of arrays
+    by_rows: Any = BATCH_SPEC
     divided = DeviceArguments(
         params={name: specs.get(name, whole) for name in params},
         router_bias=whole,
         frozen={group: {name: specs.get(name, whole) for name in arrays} for group, arrays in frozen.items()},
-        inputs=BATCH_SPEC,
+        inputs=by_rows,
         normalizers=whole,
         rows=whole,
         step=whole,

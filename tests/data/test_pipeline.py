@@ -36,6 +36,21 @@ def test_batches_are_integers_of_the_configured_shape(configure):
         assert array.shape == (4, 32) and array.dtype == (np.bool_ if field.name == "loss_mask" else np.int32)
 
 
+def test_a_target_is_the_next_token_of_its_own_document(configure):
+    data = open_data(configure(), progress=False)
+    batches = [data.batch(step) for step in range(16)]
+    tokens, targets, mask, segments, positions = (
+        np.concatenate([getattr(batch, name) for batch in batches])
+        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+    )
+    here, after = segments[:, :-1], segments[:, 1:]
+    inside, between = (here == after) & (here > 0), (here != after) & (after > 0)
+    assert inside.any() and between.any()
+    assert (targets[:, :-1] == tokens[:, 1:])[inside].all()
+    assert mask[:, :-1][inside].all() and not mask[:, :-1][between].any()
+    assert (positions[:, 1:] == np.where(inside, positions[:, :-1] + 1, 0)).all()
+
+
 def test_batch_is_the_same_in_any_order_after_opening_again_and_from_any_start(configure, tmp_path, corpus):
     config = configure(sources=two_sources(tmp_path, corpus), tokenizer="bpe:300")
     data = open_data(config, progress=False)

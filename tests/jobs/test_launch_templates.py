@@ -222,6 +222,13 @@ def test_a_hostile_setting_reaches_the_run_unchanged_through_a_shell(target, tmp
     assert arguments_at_the_end(environment, text, tmp_path, program)[-1] == setting
 
 
+@pytest.mark.parametrize("target", ["slurm", "skypilot", "tpu-vm"])
+def test_a_work_directory_with_a_space_is_one_word_of_the_file(target):
+    text = rendered(target, "--workdir=/shared/runs/a b")
+    places = re.findall(r".?/shared/runs/a b.?", text)
+    assert places and all(place[0] == "'" or place[0] == "=" for place in places), text
+
+
 def test_a_hostile_setting_reaches_the_run_unchanged_through_kubernetes():
     setting = f"--name={HOSTILE}"
     for target, field in (("gke-tpu", "command"), ("gke-gpu", "args")):

@@ -23,7 +23,7 @@ from small_models import (
 from opendeep_jax.config.schema import MTPConfig, RematConfig, RopeConfig
 from opendeep_jax.models.decoder import Decoder, shift_left
 from opendeep_jax.models.parameters import skeleton, split
-from opendeep_jax.train.objective import mtp_masks
+from opendeep_jax.train.objective import make_inputs, mtp_masks
 
 LENGTH = 16
 
@@ -135,6 +135,14 @@ def test_mtp_targets_lie_in_the_document_of_their_position():
             segments = batch.segment_ids[row, place : end + 1]
             inside = len(segments) == k + 2 and segments[0] > 0 and (segments == segments[0]).all()
             assert bool(mask[row, place]) == inside, (k, row, place)
+
+
+def test_a_mtp_module_is_given_the_token_before_its_target():
+    batch = jax.tree.map(jnp.asarray, packed_batch(rows=2))
+    for k, module in enumerate(make_inputs(batch, 2, jax.sharding.get_abstract_mesh()).mtp, start=1):
+        length = batch.tokens.shape[1] - k
+        np.testing.assert_array_equal(module.tokens[:, : length + 1], batch.targets[:, k - 1 :])
+        np.testing.assert_array_equal(module.targets[:, :length], batch.targets[:, k:])
 
 
 def test_mtp_outputs_with_a_target_see_nothing_of_other_documents(mtp_hidden):

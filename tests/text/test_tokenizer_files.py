@@ -127,6 +127,7 @@ def test_a_directory_says_what_begins_and_ends_a_text(tmp_path):
     codec = tokenizer_from_hf(directory)
     assert (codec.begin_id, codec.add_begin, codec.end_ids) == (0, True, (1, 7))
     assert codec.encode_prompt("a") == [0, *codec.encode("a")]
+    assert codec.begun([5]) == codec.begun([0, 5]) == [0, 5]  # as a template that writes it has begun already
     assert codec.apply_chat([]) == "y" and codec.special == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     (directory / "chat_template.jinja").write_text("z")
     assert tokenizer_from_hf(directory).apply_chat([]) == "z"
