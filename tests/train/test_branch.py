@@ -24,12 +24,12 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import diff, load_run_config, save_run_config
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
-from opendeep_jax.jobs.watch import run as watch_run
 from opendeep_jax.jobs.watch import terminal as watch_terminal
 from opendeep_jax.models.parameters import skeleton
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.record.files import checkpoint_steps, read_jsonl
 from opendeep_jax.record.origin import read_imported_from, read_origin, write_imported_from, write_origin
+from opendeep_jax.record.run_view import RunView
 from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.text.files import train_bpe
 from opendeep_jax.train import branch, loop
@@ -166,7 +166,7 @@ def test_lineage_is_recorded_and_shown(trunk, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["checkpoints", "list", f"--workdir={workdir}"]) == 0
     assert f"began with: branch of {given} at step 4" in capsys.readouterr().out
-    watched = watch_run.Run(workdir)
+    watched = RunView(workdir)
     watched.look()
     console = Console(width=400, record=True, file=io.StringIO())
     console.print(watch_terminal.frame([watched], ["branch"], console))
