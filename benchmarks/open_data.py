@@ -1,4 +1,4 @@
-"""The round trip: text in Parquet, four sources with licences -> curated -> tokenized -> packed -> batches.
+"""The round trip: text in Parquet, four sources with licenses -> curated -> tokenized -> packed -> batches.
 
     python benchmarks/open_data.py [--megabytes=200] [--no-curation] [--tokenizer=bpe:8192] [--packing=best_fit]
                                    [--length=4096] [--batch=64] [--workers=0] [--directory=/tmp]
@@ -39,7 +39,7 @@ from typing import Any
 
 from packing import PACKINGS, in_fresh_process, print_table
 
-# Name, licence, median number of sentences in a document, and how many of them are blocks of code. Filters for prose,
+# Name, license, median number of sentences in a document, and how many of them are blocks of code. Filters for prose,
 # which drop what is mostly code, are to leave most of it.
 SOURCES = (
     ("web", "CC-BY-4.0", 30, 0.0),

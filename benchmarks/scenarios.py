@@ -332,12 +332,12 @@ class Bench:
             hardware=schema.HardwareConfig(peak_tflops=1.0),
         )
 
-    def made_up(self, config, bones, objective, state, batch):
+    def made_up(self, config, definition, objective, state, batch):
         """Gradients of length 1 and the loss that the batch's first position names, or what it names besides."""
         code = batch.positions[0, 0]
         positions = batch.positions.at[0, 0].set(0)
         rest = dataclasses.replace(batch, positions=positions)
-        grads, measured = self.gradients(config, bones, objective, state, rest)
+        grads, measured = self.gradients(config, definition, objective, state, rest)
         length = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in grads.values()))
         scale = jnp.where(code == NAN, jnp.nan, jnp.where(code == LONG, 100.0, 1.0)) / length
         loss = 2 + jnp.float32(0.01) * (7 * (state.step + 1) % 5) + jnp.maximum(code - 2, 0).astype(jnp.float32)

@@ -72,9 +72,9 @@ def candidates(problem: tuple, chip: str) -> list:
     found = []
     for wanted in table:
         if kernel == "grouped_matmul_weights":
-            module, shape = tpu_groups, tpu_groups.Shape(rows, inner, out)
+            module, shape = tpu_groups, tpu_groups.GroupsShape(rows, inner, out)
         else:
-            module, shape = tpu_rows, tpu_rows.Shape(rows, inner, out, *OPERANDS[kernel])
+            module, shape = tpu_rows, tpu_rows.RowsShape(rows, inner, out, *OPERANDS[kernel])
         tiles = module.fit(tpu.defaults(chip) | wanted, shape, static_schedule.CORES[chip].cores, tpu.memory(chip))
         if tiles not in found:
             found.append(tiles)

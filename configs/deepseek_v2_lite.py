@@ -1,7 +1,7 @@
 """DeepSeek-V2-Lite: 15.7B parameters, 2.66B of them active (2.45B without the input embedding).
 
 Paper:     DeepSeek-V2 (arXiv:2405.04434), appendix B: MLA without q compression, softmax routing without groups or
-           normalisation, balanced by an expert-level loss; the rate falls in two steps at 80 % and 90 % of the tokens.
+           normalization, balanced by an expert-level loss; the rate falls in two steps at 80 % and 90 % of the tokens.
 Command:   opendeep train --config=deepseek_v2_lite --workdir=runs/deepseek_v2_lite
 Hardware:  a number of accelerators that divides 4608, the rows of a batch.
 Time:      not measured yet.

@@ -259,7 +259,7 @@ MUTATIONS = [
         "opendeep_jax/parallel/schedule.py",
         "if part == 0 or forward_tick.get((part - 1, m), tick) < tick:",
         "if part == 0 or forward_tick.get((part - 1, m), tick + 1) <= tick:",
-        "tests/parallel/test_pipeline_schedule.py::test_nothing_runs_before_what_it_needs_has_travelled_for_a_tick",
+        "tests/parallel/test_pipeline_schedule.py::test_nothing_runs_before_what_it_needs_has_traveled_for_a_tick",
     ),
     # Text to batches.
     Mutation(

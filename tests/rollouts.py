@@ -66,7 +66,7 @@ class Rollouts(Feed):
     def sample_with(self, state) -> Engine:
         """Return the engine with the state's weights; it is made once."""
         if self.engine is None:
-            model = self.setup.skeleton.model(state.params, state.router_bias)
+            model = self.setup.definition.model(state.params, state.router_bias)
             self.engine = Engine(model, EngineConfig(slots=8, max_length=LENGTH, page_size=16))
         else:
             self.engine.load(state.params, state.router_bias)

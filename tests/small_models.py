@@ -31,7 +31,7 @@ from opendeep_jax.config.schema import (
 )
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.moe import RouterBias
-from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, model_definition
 
 MLA = AttentionConfig(num_heads=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
 MOE = MoEConfig(
@@ -197,22 +197,22 @@ def run_config(model: ModelConfig = V3, length: int = 16, batch_size: int = 8, *
     return RunConfig(model=model, **parts | changes)
 
 
-def random_arrays(bones: Skeleton, seed: int = 0, std: float = 0.2) -> tuple[Arrays, Arrays]:
-    """Parameters and router biases without compiling an initialiser: normal, norm scales around 1."""
+def random_arrays(definition: ModelDefinition, seed: int = 0, std: float = 0.2) -> tuple[Arrays, Arrays]:
+    """Parameters and router biases without compiling an initializer: normal, norm scales around 1."""
     random = np.random.default_rng(seed)
 
     def draw(name, shape):
         value = random.normal(scale=std, size=shape.shape)
         return jnp.asarray(value + 1 if name.endswith("scale") else value, shape.dtype)
 
-    params = {name: draw(name, shape) for name, shape in bones.shapes(nnx.Param).items()}
-    return params, {name: 0.2 * draw(name, shape) for name, shape in bones.shapes(RouterBias).items()}
+    params = {name: draw(name, shape) for name, shape in definition.shapes(nnx.Param).items()}
+    return params, {name: 0.2 * draw(name, shape) for name, shape in definition.shapes(RouterBias).items()}
 
 
 def random_model(config: ModelConfig, seed: int = 0, std: float = 0.2):
     """A model of random arrays."""
-    bones = skeleton(config)
-    return bones.model(*random_arrays(bones, seed, std))
+    definition = model_definition(config)
+    return definition.model(*random_arrays(definition, seed, std))
 
 
 def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: int = 0) -> Batch:
@@ -240,7 +240,7 @@ def packed_batch(rows: int = 8, length: int = 16, vocab_size: int = 64, seed: in
     )
 
 
-def measured_and_gradients(config: RunConfig, bones: Skeleton, router_bias: Arrays, batch: Batch):
+def measured_and_gradients(config: RunConfig, definition: ModelDefinition, router_bias: Arrays, batch: Batch):
     """A function of params: the loss and what else is measured, and gradients, as a device's program has them."""
     from opendeep_jax.faults.health import new_health
     from opendeep_jax.train.objective import pretraining
@@ -249,8 +249,8 @@ def measured_and_gradients(config: RunConfig, bones: Skeleton, router_bias: Arra
 
     def of_params(params):
         state = TrainState(jnp.int32(0), params, (), router_bias, new_health())
-        arguments, _ = device_arguments(config, bones, pretraining(config), state, batch)
-        gradients, measured = local_gradients(config, bones, pretraining(config), arguments)
+        arguments, _ = device_arguments(config, definition, pretraining(config), state, batch)
+        gradients, measured = local_gradients(config, definition, pretraining(config), arguments)
         return (measured.metrics["loss"].value, measured), gradients
 
     return of_params

@@ -1,7 +1,7 @@
 """DCLM-baseline: Common Crawl through RefinedWeb's heuristics, Bloom-filter deduplication and a fastText classifier.
 
 Size:      4 trillion tokens in 3 billion documents in the authors' count; JSON lines in .zst, 10 x 10 directories.
-Licence:   CC-BY-4.0, and Common Crawl's terms of use.
+License:   CC-BY-4.0, and Common Crawl's terms of use.
 Citation:  Li et al. 2024, DataComp-LM (arXiv:2406.11794).
 Where:     huggingface.co/datasets/mlfoundations/dclm-baseline-1.0, open to all. Needs
            pip install 'opendeep-jax[remote]'.

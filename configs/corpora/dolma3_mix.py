@@ -2,7 +2,7 @@
 
 Size:      5.93 trillion tokens in 3.87 billion documents in the authors' count; JSON lines in .zst, one directory
            for each source and topic.
-Licence:   ODC-By 1.0; code has its own licences, kept with each document.
+License:   ODC-By 1.0; code has its own licenses, kept with each document.
 Citation:  Olmo Team 2025, Olmo 3 (arXiv:2512.13961).
 Where:     huggingface.co/datasets/allenai/dolma3_mix-6T, open to all. Needs pip install 'opendeep-jax[remote]'.
 Command:   opendeep data prepare --config=corpora/dolma3_mix

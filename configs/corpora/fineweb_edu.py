@@ -1,7 +1,7 @@
 """FineWeb-Edu: web pages in English that a classifier finds educational, from all crawls of Common Crawl since 2013.
 
 Size:      1.3 trillion tokens in the card's count; Parquet, sorted by crawl.
-Licence:   ODC-By 1.0, and Common Crawl's terms of use.
+License:   ODC-By 1.0, and Common Crawl's terms of use.
 Citation:  Penedo et al. 2024, The FineWeb Datasets (arXiv:2406.17557; doi:10.57967/hf/2497).
 Where:     huggingface.co/datasets/HuggingFaceFW/fineweb-edu, open to all. Needs pip install 'opendeep-jax[remote]'.
 Command:   opendeep data prepare --config=corpora/fineweb_edu

@@ -1,7 +1,7 @@
 """OpenWebMath: mathematical web pages of Common Crawl, with their LaTeX kept.
 
 Size:      14.7 billion tokens in 6.3 million documents in the card's count; Parquet.
-Licence:   ODC-By 1.0, and Common Crawl's terms of use.
+License:   ODC-By 1.0, and Common Crawl's terms of use.
 Citation:  Paster et al. 2023, OpenWebMath (arXiv:2310.06786).
 Where:     huggingface.co/datasets/open-web-math/open-web-math, open to all. Needs pip install 'opendeep-jax[remote]'.
 Command:   opendeep data prepare --config=corpora/open_web_math

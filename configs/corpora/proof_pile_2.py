@@ -1,8 +1,8 @@
 """Proof-Pile-2: mathematics in papers, web pages and code. What Llemma was trained on.
 
 Size:      55 billion tokens in the card's count (29B arXiv, 15B OpenWebMath, 11B AlgebraicStack); JSON lines in .zst.
-Licence:   the card states none for the whole. arXiv's papers have each their own, OpenWebMath is ODC-By 1.0, and
-           AlgebraicStack is code from The Stack (permissive licences) and from proof assistants' libraries.
+License:   the card states none for the whole. arXiv's papers have each their own, OpenWebMath is ODC-By 1.0, and
+           AlgebraicStack is code from The Stack (permissive licenses) and from proof assistants' libraries.
 Citation:  Azerbayev et al. 2023, Llemma (arXiv:2310.10631).
 Where:     huggingface.co/datasets/EleutherAI/proof-pile-2, open to all. Needs pip install 'opendeep-jax[remote]'.
 Command:   opendeep data prepare --config=corpora/proof_pile_2

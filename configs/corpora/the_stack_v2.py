@@ -1,7 +1,7 @@
-"""The Stack v2: source code of Software Heritage in over 600 languages, near-deduplicated; here, permissive licences.
+"""The Stack v2: source code of Software Heritage in over 600 languages, near-deduplicated; here, permissive licenses.
 
-Size:      32.1 TB with every licence type in the card's count, before `keep`; Parquet, one directory a language.
-Licence:   each file's own, as detected and kept with each document; records of type `no_license` are left out.
+Size:      32.1 TB with every license type in the card's count, before `keep`; Parquet, one directory a language.
+License:   each file's own, as detected and kept with each document; records of type `no_license` are left out.
 Citation:  Lozhkov et al. 2024, StarCoder 2 and The Stack v2 (arXiv:2402.19173).
 Where:     huggingface.co/datasets/bigcode/the-stack-v2-dedup: accept its terms there, then `hf auth login`. In bulk
            it needs an agreement with Software Heritage and Inria (datasets@softwareheritage.org), who ask for

@@ -1,7 +1,7 @@
 """Wikipedia: the articles of one language's Wikipedia, without markup, tables and references.
 
 Size:      not counted here; Parquet, one directory for each language.
-Licence:   CC-BY-SA-3.0 and GFDL.
+License:   CC-BY-SA-3.0 and GFDL.
 Citation:  Wikimedia Foundation, Wikimedia Downloads (https://dumps.wikimedia.org).
 Where:     huggingface.co/datasets/wikimedia/wikipedia, open to all. Needs pip install 'opendeep-jax[remote]'.
 Command:   opendeep data prepare --config=corpora/wikipedia

@@ -32,7 +32,7 @@ from kernels_pallas.target import on_chip
 LOG2_E = math.log2(math.e)
 
 
-class Blocks(NamedTuple):
+class AttentionBlocks(NamedTuple):
     """Queries and keys of a block, and the stages of the pipeline over those that a program goes through."""
 
     q: int
@@ -48,20 +48,20 @@ class Blocks(NamedTuple):
 class AllBlocks(NamedTuple):
     """Those of each kernel."""
 
-    forward: Blocks
-    keys: Blocks
-    queries: Blocks
+    forward: AttentionBlocks
+    keys: AttentionBlocks
+    queries: AttentionBlocks
 
 
 LARGEST = {
-    2: AllBlocks(Blocks(128, 128), Blocks(32, 128), Blocks(128, 64)),
-    4: AllBlocks(*3 * [Blocks(32, 32, 1)]),
+    2: AllBlocks(AttentionBlocks(128, 128), AttentionBlocks(32, 128), AttentionBlocks(128, 64)),
+    4: AllBlocks(*3 * [AttentionBlocks(32, 32, 1)]),
 }
 """By the operands' bytes. 16 bits, for H100: the largest whose accumulators stay in registers at 128/64/128 columns.
 float32: without tensor cores, and with operands twice as large."""
 
 
-class _Static(NamedTuple):
+class _AttentionCall(NamedTuple):
     """What a call knows beside its arrays; `pairs` of queries and keys that see each other, expected in one row."""
 
     num_heads: int
@@ -113,7 +113,7 @@ def flash_mla(
     # Those of the gradients too, so that sizes that one of them can't take are refused before anything runs.
     sizes = (x.shape[2] // num_heads for x in (query_nope, query_rope, value))
     blocks = blocks_for(*sizes, value.dtype.itemsize, on_chip("gpu"))
-    return _attention(_Static(num_heads, scale, pairs, blocks, interpret), *operands, marks)
+    return _attention(_AttentionCall(num_heads, scale, pairs, blocks, interpret), *operands, marks)
 
 
 # ------------------------------------------------------------------------------------------------------ derivatives
@@ -166,7 +166,9 @@ def _smaller(block):
         yield block
 
 
-def shared_memory(kernel: str, sizes: tuple[int, int, int], itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+def shared_memory(
+    kernel: str, sizes: tuple[int, int, int], itemsize: int, chip: OnChip, blocks: AttentionBlocks
+) -> int:
     """Bytes that the compiler asks for at most.
 
     Args:
@@ -191,7 +193,7 @@ def _ranges(marks, size):
     return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
 
 
-def _meetings(marks: _Marks, blocks: Blocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
+def _meetings(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
     """Whether any query of a block may see any key of another, and whether each of them surely sees each."""
     (low, high), (first, last) = (_ranges(x, blocks.q) for x in (marks.query_order, marks.query_segments))
     (key_low, key_high), (key_first, key_last) = (_ranges(x, blocks.k) for x in (marks.key_order, marks.key_segments))
@@ -302,7 +304,7 @@ def _sizes(static, query_nope, query_rope, value):
 
 
 def _filled(key_rope):
-    """Its columns up to those of a block: here a block has no neighbours' columns to run into."""
+    """Its columns up to those of a block: here a block has no neighbors' columns to run into."""
     return jnp.pad(key_rope, ((0, 0), (0, 0), (0, _columns(key_rope.shape[2]) - key_rope.shape[2])))
 
 

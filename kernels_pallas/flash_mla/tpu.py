@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.fitting import ON_TPU, check_dtypes, fit
 from kernels_pallas.flash_mla.tpu_backward import backward
 from kernels_pallas.flash_mla.tpu_forward import forward
-from kernels_pallas.flash_mla.tpu_parts import LANES, ROPE, VMEM_LIMIT, Plan, backward_memory, forward_memory
+from kernels_pallas.flash_mla.tpu_parts import LANES, ROPE, VMEM_LIMIT, CallPlan, backward_memory, forward_memory
 from kernels_pallas.target import on_chip
 
 LONGEST = (8192, 16384), (4096, 16384), (4096, 8192), (2048, 8192), (2048, 2048), (512, 2048)
@@ -81,7 +81,7 @@ def flash_mla(
     key_marks = jnp.stack([_fill_row(key_order, columns, -1), _fill_row(key_segments, columns, -1)], axis=1)
 
     wide = on_chip("tpu").matrix > LANES if wide is None else wide
-    plan = Plan(heads, scale, ordered, forward_block, backward_block, longest, chunk or 256, wide, interpret)
+    plan = CallPlan(heads, scale, ordered, forward_block, backward_block, longest, chunk or 256, wide, interpret)
     out = _attention(plan, *queries, *keys_values, query_marks, key_marks)
     if out.shape[1:] == (length, value.shape[-1]):
         return out

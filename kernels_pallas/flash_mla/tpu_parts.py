@@ -19,8 +19,8 @@ VMEM_LIMIT = 48 * MIB
 """Bytes that a kernel may use; the chips have 64 MiB and more."""
 
 
-class Plan(NamedTuple):
-    """What a call is specialised for."""
+class CallPlan(NamedTuple):
+    """What a call is specialized for."""
 
     num_heads: int
     scale: float

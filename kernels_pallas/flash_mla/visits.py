@@ -16,7 +16,7 @@ VISITED, PARTLY, FIRST, LAST = 1, 2, 4, 8
 """Bits of a step's flags: it computes; it needs a mask; it begins, ends the accumulation of one outer block."""
 
 
-class Visits(NamedTuple):
+class BlockVisits(NamedTuple):
     """The kernel's steps in order; those beyond a row's own number repeat its last blocks and have no flags."""
 
     query: Int[Array, "B T"]
@@ -31,7 +31,7 @@ class Visits(NamedTuple):
 
 def visits(
     query_marks: Int[Array, "B 2 L"], key_marks: Int[Array, "B 2 S"], sizes: tuple[int, int], outer: str, ordered: bool
-) -> Visits:
+) -> BlockVisits:
     """The steps of a pass over all blocks that meet, one outer block after the other.
 
     Args:
@@ -63,7 +63,7 @@ def visits(
     last = (jnp.diff(of_step, axis=1, append=-1) != 0) | (step == count - 1)
     partly = ~jnp.take_along_axis(whole, chosen, axis=1)
     flags = jnp.where(step < count, VISITED + PARTLY * partly + FIRST * first + LAST * last, 0)
-    return Visits(jnp.asarray(q)[chosen], jnp.asarray(k)[chosen], flags.astype(jnp.int32), jnp.max(count))
+    return BlockVisits(jnp.asarray(q)[chosen], jnp.asarray(k)[chosen], flags.astype(jnp.int32), jnp.max(count))
 
 
 def _ranges(marks, size):

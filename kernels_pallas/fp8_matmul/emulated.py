@@ -14,7 +14,7 @@ from kernels_pallas.fp8_matmul.quantize import Tiled
 
 
 def dequantized(x: Tiled) -> jax.Array:
-    """Values times scales, in float32; tiles are recognised by the two shapes."""
+    """Values times scales, in float32; tiles are recognized by the two shapes."""
     scales = x.scales
     for axis, (size, tiles) in enumerate(zip(x.values.shape, x.scales.shape, strict=True)):
         if size != tiles:

@@ -46,7 +46,7 @@ def _backward(saved, cotangent):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """The blocks of all groups, one after the other."""
 
     rows: int
@@ -70,7 +70,7 @@ class Blocks(NamedTuple):
         return lax.dynamic_slice_in_dim(x, self.first[v], self.rows)
 
 
-def _blocks(group_sizes, num_rows) -> Blocks:
+def _blocks(group_sizes, num_rows) -> RowBlocks:
     groups = group_sizes.shape[0]
     quarter = 1 << max((num_rows // groups // 4).bit_length() - 1, 0)
     rows = min(max(quarter, 32), 256, num_rows)
@@ -80,7 +80,7 @@ def _blocks(group_sizes, num_rows) -> Blocks:
     v = jnp.arange(num_rows // max(rows, 1) + groups, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(v[:, None] >= until, axis=1, dtype=jnp.int32), groups - 1)
     begin = (ends - group_sizes)[group] + (v - (until - count)[group]) * rows
-    return Blocks(rows, until[-1], group, jnp.minimum(begin, num_rows - rows), begin, ends[group])
+    return RowBlocks(rows, until[-1], group, jnp.minimum(begin, num_rows - rows), begin, ends[group])
 
 
 def _update(x, value, index):

@@ -39,7 +39,7 @@ def grouped_matmul(
         NotImplementedError: for operands that are not bfloat16, float16 or float32, or not of one dtype.
     """
     check_dtypes("grouped_matmul", ON_GPU, lhs, rhs)
-    return _grouped_matmul(_Static(expected_rows or lhs.shape[0], interpret), lhs, rhs, group_sizes)
+    return _grouped_matmul(_GPUCall(expected_rows or lhs.shape[0], interpret), lhs, rhs, group_sizes)
 
 
 def grouped_swiglu(
@@ -58,10 +58,10 @@ def grouped_swiglu(
     """
     check_dtypes("grouped_matmul", ON_GPU, lhs, gate, up)
     weights = jnp.ones(lhs.shape[0], jnp.float32) if row_weights is None else row_weights
-    return _grouped_swiglu(_Static(expected_rows or lhs.shape[0], interpret), lhs, gate, up, group_sizes, weights)
+    return _grouped_swiglu(_GPUCall(expected_rows or lhs.shape[0], interpret), lhs, gate, up, group_sizes, weights)
 
 
-class _Static(NamedTuple):
+class _GPUCall(NamedTuple):
     """What a call knows beside its arrays."""
 
     expected_rows: int
@@ -124,7 +124,7 @@ def _swiglu_gradients(d_out, gated, upped, row_weights):
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-class Blocks(NamedTuple):
+class MatmulBlocks(NamedTuple):
     """Sizes of a block of the result and of the contraction, and the stages of the pipeline over the latter."""
 
     rows: int
@@ -138,12 +138,12 @@ class Blocks(NamedTuple):
         return 8 if self.rows >= 128 else 4
 
 
-LARGEST = {2: Blocks(128, 256, 64), 4: Blocks(64, 128, 32)}
+LARGEST = {2: MatmulBlocks(128, 256, 64), 4: MatmulBlocks(64, 128, 32)}
 """By the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor cores: its
 products are unrolled, and larger blocks are no faster, only longer to compile."""
 
 
-def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int, chip: OnChip) -> Blocks:
+def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int, chip: OnChip) -> MatmulBlocks:
     """Blocks for a result of rows x columns and a contraction of `inner`.
 
     Args:
@@ -154,7 +154,7 @@ def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int
     columns = _block(columns, most.columns // matrices)
 
     def smaller():
-        block = Blocks(rows, columns, inner, most.stages)
+        block = MatmulBlocks(rows, columns, inner, most.stages)
         while True:
             yield block
             if block.stages > 2:
@@ -168,7 +168,7 @@ def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int
     return fit("grouped_matmul", smaller(), partial(shared_memory, matrices, itemsize, chip), chip.memory)
 
 
-def shared_memory(matrices: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+def shared_memory(matrices: int, itemsize: int, chip: OnChip, blocks: MatmulBlocks) -> int:
     """Bytes that the compiler asks for at most."""
     step = itemsize * blocks.inner * (blocks.rows + matrices * blocks.columns)
     result = 4 * blocks.rows * blocks.columns  # on its way to memory, when the operands are done with

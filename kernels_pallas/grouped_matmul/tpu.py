@@ -41,7 +41,7 @@ def grouped_matmul(
             long for the chip's vector memory.
     """
     _check(lhs, rhs)
-    return _grouped_matmul(_Static(expected_rows, interpret), lhs, rhs.astype(lhs.dtype), group_sizes)
+    return _grouped_matmul(_TPUCall(expected_rows, interpret), lhs, rhs.astype(lhs.dtype), group_sizes)
 
 
 def grouped_swiglu(
@@ -56,10 +56,10 @@ def grouped_swiglu(
     """See `api.grouped_swiglu`: both products in one kernel, which reads the rows once and writes what is asked for."""
     _check(lhs, gate, up)
     weights = gate.astype(lhs.dtype), up.astype(lhs.dtype)
-    return _grouped_swiglu(_Static(expected_rows, interpret), lhs, *weights, group_sizes, row_weights)
+    return _grouped_swiglu(_TPUCall(expected_rows, interpret), lhs, *weights, group_sizes, row_weights)
 
 
-class _Static(NamedTuple):
+class _TPUCall(NamedTuple):
     """What a call knows beside its arrays."""
 
     expected_rows: int | None
@@ -70,8 +70,8 @@ def _check(lhs, *rhs):
     """Raises NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
     check_dtypes("grouped_matmul", ON_TPU, lhs)
     (M, K), N, pairs, item, here = lhs.shape, rhs[0].shape[2], len(rhs), lhs.dtype.itemsize, target.chip()
-    forward = tpu_rows.Shape(M, K, N, 1, pairs, 2 * pairs - 1, item)
-    for shape in (forward, tpu_rows.Shape(M, N, K, pairs, pairs, 1, item)):
+    forward = tpu_rows.RowsShape(M, K, N, 1, pairs, 2 * pairs - 1, item)
+    for shape in (forward, tpu_rows.RowsShape(M, N, K, pairs, pairs, 1, item)):
         tpu_rows.fit(defaults(here), shape, cores(here), memory(here))
 
 
@@ -150,7 +150,7 @@ def _rows(static, lhs, rhs, group_sizes, row_weights=None, transposed=False, **o
     kind = "grouped_swiglu" if "epilogue" in options else "grouped_matmul"
     kind += "_transposed" * transposed + "_sum" * (len(lhs) > 1)
     chip = target.chip()
-    shape = tpu_rows.Shape(M, C, W, len(lhs), pairs, outputs, lhs[0].dtype.itemsize)
+    shape = tpu_rows.RowsShape(M, C, W, len(lhs), pairs, outputs, lhs[0].dtype.itemsize)
     sizes = tpu_rows.fit(wanted(kind, chip, C, W), shape, cores(chip), memory(chip))
     rows = static.expected_rows or M
     item = lhs[0].dtype.itemsize
@@ -178,7 +178,7 @@ def _groups(static, x, y, group_sizes):
     """`tpu_groups.groups_from_rows` with this chip's tiles, memory and cost; in the operands' dtype."""
     (M, K), N, G, chip, item = x.shape, y.shape[1], group_sizes.shape[0], target.chip(), x.dtype.itemsize
     kind = "grouped_matmul_weights"
-    shape = tpu_groups.Shape(M, K, N, item)
+    shape = tpu_groups.GroupsShape(M, K, N, item)
     sizes = tpu_groups.fit(wanted(kind, chip, K, N), shape, cores(chip), memory(chip))
     rows = static.expected_rows or M
     moved = rows * K * -(-N // sizes.columns) + rows * N * -(-K // sizes.inner) + G * K * N

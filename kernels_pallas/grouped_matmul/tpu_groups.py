@@ -16,7 +16,7 @@ from kernels_pallas.grouped_matmul.tpu_rows import LANES, SUBLANES, divisor, pad
 from kernels_pallas.grouped_matmul.visits import groups_visits
 
 
-class Shape(NamedTuple):
+class GroupsShape(NamedTuple):
     """What a call's tiles must fit."""
 
     rows: int
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     itemsize: int = 2
 
 
-class Tiles(NamedTuple):
+class GroupsTiles(NamedTuple):
     """Sizes of a call."""
 
     rows: int
@@ -48,7 +48,7 @@ def groups_from_rows(
     group_sizes: jax.Array,
     *,
     dtype: jnp.dtype,
-    tiles: Tiles,
+    tiles: GroupsTiles,
     vmem_limit: int | None = None,
     cost: pl.CostEstimate | None = None,
     name: str = "grouped_matmul_weights",
@@ -94,7 +94,7 @@ def groups_from_rows(
 DEFAULT = {"rows": 512, "granule": 256, "inner": 1024, "columns": 1024, "sub_inner": 512, "sub_columns": 512}
 
 
-def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:
+def fit(wanted: dict[str, int], shape: GroupsShape, cores: int, memory: int) -> GroupsTiles:
     """Tiles near the wanted ones (or the defaults) that this shape allows and that fit `memory` bytes of VMEM.
 
     Args:
@@ -107,13 +107,13 @@ def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:
     while True:
         block = share(K, wanted["inner"], 1), share(N, wanted["columns"], cores)
         subs = (divisor(size, wanted[name]) for size, name in zip(block, ("sub_inner", "sub_columns"), strict=True))
-        sizes = Tiles(rows, granule, *block, *subs)
+        sizes = GroupsTiles(rows, granule, *block, *subs)
         if used_memory(sizes, shape) <= memory:
             return sizes
         wanted["inner" if block[0] >= block[1] else "columns"] = max(block) // 2
 
 
-def used_memory(tiles: Tiles, shape: Shape) -> int:
+def used_memory(tiles: GroupsTiles, shape: GroupsShape) -> int:
     """Bytes of VMEM for two buffers of each window, and for the sum."""
     operands = tiles.rows * (tiles.inner + tiles.columns)
     block = tiles.inner * tiles.columns

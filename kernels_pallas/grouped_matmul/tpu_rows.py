@@ -26,7 +26,7 @@ COLUMNS_TO_BEGIN = 24
 """What beginning with other columns costs, in columns: some hundred of the schedule's bundles."""
 
 
-class Shape(NamedTuple):
+class RowsShape(NamedTuple):
     """What a call's tiles must fit."""
 
     rows: int
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     itemsize: int = 2
 
 
-class Tiles(NamedTuple):
+class RowsTiles(NamedTuple):
     """Sizes of a call, in rows and columns."""
 
     rows: int
@@ -77,7 +77,7 @@ def rows_by_groups(
     epilogue: Callable = total,
     outputs: int = 1,
     transposed: bool = False,
-    tiles: Tiles,
+    tiles: RowsTiles,
     vmem_limit: int | None = None,
     cost: pl.CostEstimate | None = None,
     name: str = "grouped_matmul",
@@ -153,7 +153,7 @@ def rows_by_groups(
 DEFAULT = {"rows": 512, "granule": 128, "edge": 64, "columns": 1792, "sub_columns": 1024, "chunk": 1024}
 
 
-def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:
+def fit(wanted: dict[str, int], shape: RowsShape, cores: int, memory: int) -> RowsTiles:
     """Tiles near the wanted ones (or the defaults) that this shape allows and that fit `memory` bytes of VMEM.
 
     Args:
@@ -168,7 +168,7 @@ def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:
     while True:
         held = share(W, columns, cores)
         sub = sub_columns(W, held, wanted["sub_columns"])
-        sizes = Tiles(rows, granule, edge, held, sub, divisor(C, wanted["chunk"]))
+        sizes = RowsTiles(rows, granule, edge, held, sub, divisor(C, wanted["chunk"]))
         if used_memory(sizes, shape) <= memory:
             return sizes
         if rows > granule and (held <= 512 or rows > 256):
@@ -182,7 +182,7 @@ def fit(wanted: dict[str, int], shape: Shape, cores: int, memory: int) -> Tiles:
             )
 
 
-def used_memory(tiles: Tiles, shape: Shape) -> int:
+def used_memory(tiles: RowsTiles, shape: RowsShape) -> int:
     """Bytes of VMEM for two buffers of each window and of the weights, and for the sums."""
     C = -(-shape.inner // LANES) * LANES
     weights = shape.rhs * C * tiles.columns

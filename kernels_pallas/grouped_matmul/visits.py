@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 
-class Visits(NamedTuple):
+class TileVisits(NamedTuple):
     """One entry a visit: group, tile; one entry a group: the rest. All int32. See `rows_visits`, `groups_visits`."""
 
     group: Int[Array, "V"]
@@ -29,7 +29,7 @@ class Visits(NamedTuple):
     """The next group that has rows; G if there is none."""
 
 
-def rows_visits(group_sizes: Int[Array, "G"], num_rows: int, tile: int) -> tuple[Visits, Int[Array, ""]]:
+def rows_visits(group_sizes: Int[Array, "G"], num_rows: int, tile: int) -> tuple[TileVisits, Int[Array, ""]]:
     """Visits for a result of rows: each group with rows, then every tile that holds none. Also how many there are."""
     groups = group_sizes.shape[0]
     begin, end = _bounds(group_sizes, num_rows)
@@ -40,7 +40,7 @@ def rows_visits(group_sizes: Int[Array, "G"], num_rows: int, tile: int) -> tuple
     return _visits(count, first, begin, end, tiles + groups)
 
 
-def groups_visits(group_sizes: Int[Array, "G"], num_rows: int, tile: int) -> tuple[Visits, Int[Array, ""]]:
+def groups_visits(group_sizes: Int[Array, "G"], num_rows: int, tile: int) -> tuple[TileVisits, Int[Array, ""]]:
     """Visits for a result of groups: each group at least once, also an empty one. Also how many there are."""
     groups = group_sizes.shape[0]
     begin, end = _bounds(group_sizes, num_rows)
@@ -70,4 +70,4 @@ def _visits(count, first, begin, end, most):
     zero = jnp.zeros(1, jnp.int32)
     begin, end, turn = (jnp.concatenate([column.astype(jnp.int32), zero]) for column in (begin, end, turn))
     tile = jnp.where(visit < until[-1], tile, 0).astype(jnp.int32)
-    return Visits(group, tile, begin, end, turn, following), until[-1].astype(jnp.int32)
+    return TileVisits(group, tile, begin, end, turn, following), until[-1].astype(jnp.int32)

@@ -32,14 +32,14 @@ LARGEST, FEW = 64, 32
 the fewer heads a program takes, the oftener the cache is read."""
 
 
-class Blocks(NamedTuple):
+class DecodeBlocks(NamedTuple):
     """Heads and positions of a block; a block of positions lies within one page."""
 
     heads: int
     positions: int
 
 
-def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chip: OnChip) -> Blocks:
+def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chip: OnChip) -> DecodeBlocks:
     """Blocks for so many heads and pages of so many positions.
 
     Raises:
@@ -47,12 +47,12 @@ def blocks_for(heads: int, page: int, latent: int, rope: int, itemsize: int, chi
     """
 
     most, long = (min(LARGEST, max(16, pl.next_power_of_2(size))) for size in (heads, page))
-    wide = [Blocks(group, block) for group in _halves(most, 16) for block in _halves(long, FEW)]
-    blocks = [*wide, *(Blocks(16, block) for block in _halves(min(long, FEW), 16))]
+    wide = [DecodeBlocks(group, block) for group in _halves(most, 16) for block in _halves(long, FEW)]
+    blocks = [*wide, *(DecodeBlocks(16, block) for block in _halves(min(long, FEW), 16))]
     return fit("mla_decode", blocks, partial(shared_memory, latent, rope, itemsize, chip), chip.memory)
 
 
-def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: Blocks) -> int:
+def shared_memory(latent: int, rope: int, itemsize: int, chip: OnChip, blocks: DecodeBlocks) -> int:
     """Bytes that the compiler asks for at most."""
     queries, latents = ((latent + rope) * size * itemsize for size in blocks)
     if not from_shared_memory(chip, itemsize) or blocks.heads < 64:

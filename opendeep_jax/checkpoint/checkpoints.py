@@ -59,7 +59,7 @@ from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.display.numbers import human_bytes
 from opendeep_jax.models.decoder import Decoder
 from opendeep_jax.models.moe import RouterBias
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.record.files import CHECKPOINTS, ORIGIN, QUARANTINE, checkpoint_steps
 from opendeep_jax.record.origin import lost, read_origin, write_origin
@@ -350,8 +350,8 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
         ConfigError: where there is no run, no such checkpoint, or the checkpoint is not sound.
     """
     config, path = load_run_config(workdir), checkpoint_path(Path(workdir).resolve(), step, f"--workdir={workdir}")
-    bones = skeleton(config.model.settled())
-    axes = bones.axes()
+    definition = model_definition(config.model.settled())
+    axes = definition.axes()
 
     def placed(name: str, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = SingleDeviceSharding(jax.devices()[0])
@@ -363,7 +363,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
     abstract = {
         f"{group}.{name}": placed(name, array)
         for group, kind in kinds.items()
-        for name, array in bones.shapes(kind).items()
+        for name, array in definition.shapes(kind).items()
     }
     try:
         arrays = model_groups(read_items(path, {MODEL: abstract})[MODEL])
@@ -373,7 +373,7 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
             f"--workdir={workdir}: the checkpoint of step {path.name} is not sound: {error}. "
             f"Give --step of another; there are: {others}."
         ) from error
-    return bones.model(arrays["params"], arrays["router_bias"]), config
+    return definition.model(arrays["params"], arrays["router_bias"]), config
 
 
 def remove_partial_saves(workdir: str | Path) -> None:

@@ -278,8 +278,8 @@ def _check_shapes(path: Path, record: dict, items: Items, whole: bool) -> None:
 
 
 def _other(path: Path, text: str) -> ConfigError:
-    cure = "Give the configuration that the run was started with, or another --workdir."
-    return ConfigError(f"{path}: is a checkpoint of another configuration: {text}. {cure}")
+    fix = "Give the configuration that the run was started with, or another --workdir."
+    return ConfigError(f"{path}: is a checkpoint of another configuration: {text}. {fix}")
 
 
 def _compare(record: dict, arrays: Arrays) -> None:

@@ -8,7 +8,7 @@ from absl import flags
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
-from opendeep_jax.config.synonyms import SETTINGS, ours
+from opendeep_jax.config.synonyms import SETTINGS, known_synonym
 
 RECIPES_OWN = {"config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id", "name", "seed"}
 """Undotted settings that belong to the recipe and the process, however near to a command's own their names are."""
@@ -49,7 +49,7 @@ def parse(
         raise ConfigError(f"{error}. See {program} --help.") from error
     if rest:
         word = rest[0].partition("=")[0]
-        elsewhere = word.startswith("-") and ours(word, SETTINGS, list(values))
+        elsewhere = word.startswith("-") and known_synonym(word, SETTINGS, list(values))
         hint = f" Did you mean --{elsewhere}?" if elsewhere else did_you_mean(word, [f"--{name}" for name in values])
         raise ConfigError(f"{rest[0]}: {program} has no such setting.{hint} See {program} --help.")
     if "workdir" in values and values["workdir"].default is None and not values.workdir:

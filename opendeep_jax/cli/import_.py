@@ -15,7 +15,7 @@ from opendeep_jax.config.schema import DataConfig, ModelConfig, RunConfig
 HELP = """\
 Makes a run of somebody else's weights: `generate`, `chat`, `serve` and `eval` work on it, and `train` goes on from it.
 
-usage: opendeep import hf   DIRECTORY|ORGANISATION/NAME --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
+usage: opendeep import hf   DIRECTORY|ORGANIZATION/NAME --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
        opendeep import gguf FILE.gguf --out=DIRECTORY [--config=RECIPE] [--dotted.name=value ...]
 
   --out     Work directory of the new run.
@@ -24,7 +24,7 @@ usage: opendeep import hf   DIRECTORY|ORGANISATION/NAME --out=DIRECTORY [--confi
 
 `opendeep train --config=OUT/recipe.py --workdir=OUT` trains it; text, steps and rates can still be changed there.
 
-ORGANISATION/NAME is fetched from the Hugging Face Hub.
+ORGANIZATION/NAME is fetched from the Hugging Face Hub.
 """
 NOT_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "original/*", "*.onnx", "*.h5", "*.msgpack")
 
@@ -118,7 +118,7 @@ def _local(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ConfigError(f"{source} is no directory. Give one, or a name of the Hugging Face Hub: ORGANISATION/NAME.")
+        raise ConfigError(f"{source} is no directory. Give one, or a name of the Hugging Face Hub: ORGANIZATION/NAME.")
     try:
         import huggingface_hub
     except ImportError as error:

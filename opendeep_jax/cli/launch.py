@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{error}. See opendeep launch --help.") from error
     check_misspelt(values, rest)
 
-    from opendeep_jax.jobs.launch.render import Job, check_engine, check_target, render, submit
+    from opendeep_jax.jobs.launch.render import LaunchJob, check_engine, check_target, render, submit
 
     check_target(values.target)
     if not 0 <= values.restarts <= MOST_RESTARTS:
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
         from opendeep_jax.train.branch_parent import check_tokenizer, open_parent  # JAX takes a while
 
         check_tokenizer(config, open_parent(config, launch.parent))
-    job = Job(
+    job = LaunchJob(
         values.target,
         config,
         ("opendeep", "train", *rest),

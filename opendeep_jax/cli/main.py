@@ -15,7 +15,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import INTERRUPTED, MEND, OK, RESUME, STOPPED, PeerEnded, Resume, Stopped
 from opendeep_jax.config.load import did_you_mean, recipe_names
 from opendeep_jax.config.synonyms import COMMANDS as OTHER_NAMES
-from opendeep_jax.config.synonyms import ours
+from opendeep_jax.config.synonyms import known_synonym
 
 COMMANDS = {
     "train": "Train a recipe, or resume its run.",
@@ -101,7 +101,7 @@ def _no_command(word: str, rest: Sequence[str]) -> str:
         return f"the command comes first, as in `opendeep train {' '.join([word, *rest])}`.{commands}"
     if word.partition(":")[0] in recipe_names():
         return f"{word} is a recipe. Did you mean `opendeep train --config={word}`?{commands}"
-    elsewhere = ours(word, OTHER_NAMES)
+    elsewhere = known_synonym(word, OTHER_NAMES)
     hint = f" Did you mean {elsewhere}?" if elsewhere else did_you_mean(word, list(COMMANDS))
     return f"there is no command {word}.{hint}{commands}"
 
@@ -123,11 +123,11 @@ def explanation(command: str, error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, EarlyStop):
         return error.status, ""  # said already
     if isinstance(error, KeyboardInterrupt):
-        cure = " Give the same command to go on." if command == "train" else ""
-        return INTERRUPTED, f"\nopendeep {command}: interrupted.{cure}"
+        fix = " Give the same command to go on." if command == "train" else ""
+        return INTERRUPTED, f"\nopendeep {command}: interrupted.{fix}"
     if isinstance(error, Resume):
-        cure = "" if "the same command" in str(error) else " Give the same command to go on"
-        return RESUME, f"\nopendeep {command}: {error}{cure} (exit status {RESUME})."
+        fix = "" if "the same command" in str(error) else " Give the same command to go on"
+        return RESUME, f"\nopendeep {command}: {error}{fix} (exit status {RESUME})."
     if isinstance(error, Stopped):
         return STOPPED, f"\nopendeep {command}: {error}"
     if isinstance(error, PeerEnded):

@@ -24,7 +24,7 @@ usage: opendeep plan --config=RECIPE --topology=NAME [--name=value ...]
   --tokens_per_chip  The same in tokens, whole rows.
   --price          Dollars for a chip-hour; without it an assumption, which the table shows.
   --json           File for the plan as JSON.
-  --dump_hlo       File for the optimised HLO of the step.
+  --dump_hlo       File for the optimized HLO of the step.
   --report         File for a page with bars for memory and time.
   --search         Try other layouts, the promising ones compiled, and rank them.
   --compile_best   How many layouts --search compiles (default: 3).

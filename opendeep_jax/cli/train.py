@@ -84,7 +84,7 @@ def check_start(config: RunConfig, launch: Launch) -> None:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Ends this process of a job without the farewells at exit, which would wait for peers that may be gone."""
+    """Ends this process of a job without the handlers at exit, which would wait for peers that may be gone."""
     from opendeep_jax.cli.main import explained, explanation
     from opendeep_jax.parallel.distributed import leave_together
 

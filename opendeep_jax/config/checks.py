@@ -1,4 +1,4 @@
-"""The rules that tie configuration fields together. Each failure says the value, the rule and the cure.
+"""The rules that tie configuration fields together. Each failure says the value, the rule and the fix.
 
 Types are read from the dataclasses' own annotations, so a wrong literal or a text where a number belongs is refused
 in a Python recipe too. All problems of a configuration are collected and reported at once. Standard library only.

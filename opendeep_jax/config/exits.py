@@ -6,7 +6,7 @@ BUG = 1
 MEND = 2
 """Input, a directory or a disk that the user has to mend; one paragraph says what."""
 STOPPED = 3
-"""The run stopped with a diagnosis that starting it again would not cure."""
+"""The run stopped with a diagnosis that starting it again would not fix."""
 RESUME = 75
 """Nothing is lost and nothing is wrong with the run: start the same command again. sysexits' EX_TEMPFAIL."""
 INTERRUPTED = 130

@@ -26,7 +26,7 @@ class RopeConfig:
     theta: Positive = 10_000.0
     """Base of the geometric series of rotation frequencies."""
     interleaved: bool = True
-    """Rotate neighbouring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
+    """Rotate neighboring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
     yarn_factor: Stretch = 1.0
     """How many times the context is stretched; 1 switches YaRN off."""
     yarn_original_length: Count = 4096
@@ -127,7 +127,7 @@ class MoEConfig:
     experts_per_token: int = 2
     """Routed experts K chosen for each token."""
     num_shared_experts: int = 1
-    """Experts that every token passes through; realised as one feed-forward of this many times their width."""
+    """Experts that every token passes through; realized as one feed-forward of this many times their width."""
     shared_expert_size: int = 0
     """Hidden width of one shared expert; 0 takes expert_size."""
     expert_size: int = 256
@@ -311,7 +311,7 @@ class ModelConfig:
     mtp: MTPConfig = MTPConfig()
     """Multi-token prediction."""
     remat: RematConfig = RematConfig()
-    """Rematerialisation."""
+    """Rematerialization."""
     execution: ExecutionConfig = ExecutionConfig()
     """Kernels, precision and communication."""
 

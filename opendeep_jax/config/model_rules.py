@@ -74,8 +74,8 @@ LETTERS = {"M": "Mamba-2", "*": "attention", "-": "a feed-forward", "E": "a mixt
 def _hybrid_problems(model: Any) -> Iterator[str]:
     pattern, name = model.layer_pattern, "model.layer_pattern"
     known = ", ".join(f"{letter} for {kind}" for letter, kind in LETTERS.items())
-    if odd := sorted(set(pattern) - set(LETTERS)):
-        yield problem(name, odd[0], "is the letter of no layer", f"Known letters: {known}")
+    if unknown := sorted(set(pattern) - set(LETTERS)):
+        yield problem(name, unknown[0], "is the letter of no layer", f"Known letters: {known}")
     if len(pattern) != model.num_layers:
         rule = f"has {len(pattern)} letters for model.num_layers = {model.num_layers} layers"
         yield problem(name, pattern[:100], rule, "Write one letter for each")

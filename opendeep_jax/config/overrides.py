@@ -31,7 +31,7 @@ from opendeep_jax.config.load import (
 )
 from opendeep_jax.config.schema import RunConfig, SourceConfig
 from opendeep_jax.config.source_paths import same_text, source_name
-from opendeep_jax.config.synonyms import SETTINGS, ours
+from opendeep_jax.config.synonyms import SETTINGS, known_synonym
 
 TYRO_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 _EPOCHS = " A run's length is counted in steps or, with --train.steps=0, in --train.total_tokens."
@@ -280,7 +280,7 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
     group, _, last = name.rpartition(".")
     siblings = [field.rpartition(".")[2] for field in fields if field.rpartition(".")[0] == group]
     inside = [field for field in fields if field.startswith(f"{name}.")]
-    if inside and not ours(name, SETTINGS, fields):
+    if inside and not known_synonym(name, SETTINGS, fields):
         return f"is a group of settings; set one of them, such as --{inside[0]}."
     for entries in _tuples_of_dataclasses(RunConfig):
         if name == entries or (name.startswith(f"{entries}.") and not siblings):
@@ -288,7 +288,7 @@ def _why_unknown(name: str, fields: dict[str, Any]) -> str:
                 new = 1 + max(int(field.split(".")[2]) for field in fields if field.startswith("data.sources."))
                 return f"there is no such source. A further one begins with its path: --data.sources.{new}.path=FILE."
             return f"the recipe has no such entry. Entries of {entries} are added in a recipe file, not here."
-    if elsewhere := ours(name, SETTINGS, [*fields, "config", "workdir"]):
+    if elsewhere := known_synonym(name, SETTINGS, [*fields, "config", "workdir"]):
         return f"there is no such setting. Did you mean --{elsewhere}?{_EPOCHS if 'epoch' in name else ''} See --help."
     known = [*fields, "config", "workdir", "from", "verbosity", "coordinator_address", "num_processes", "process_id"]
     same_ending = [field for field in known if field.rpartition(".")[2] == last]

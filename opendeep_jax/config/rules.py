@@ -1,6 +1,6 @@
 """What the fields of a run's configuration must satisfy, alone and together: generators of sentences about the rest.
 
-A sentence is `field = value: rule. cure.` The rules assume that every value is of its annotated type (`checks.py`
+A sentence is `field = value: rule. fix.` The rules assume that every value is of its annotated type (`checks.py`
 looks at that first). Standard library only.
 """
 
@@ -55,14 +55,14 @@ def _data_problems(run: Any) -> Iterator[str]:
             yield problem(f"{where}.name", source.name, "must not be empty or shared by two sources", "Rename it")
         for rule in source.keep:
             if parse_condition(rule) is None:
-                cure = "As in license_type=permissive, or score>=3 with a number"
-                yield problem(f"{where}.keep", rule, "must be written field=value", cure)
+                fix = "As in license_type=permissive, or score>=3 with a number"
+                yield problem(f"{where}.keep", rule, "must be written field=value", fix)
         if source.encoding and not _is_encoding(source.encoding):
             yield problem(f"{where}.encoding", source.encoding, "is no encoding of text", "As in latin-1 or utf-16")
         if source.held_out_end > 0 and not 0.001 <= data.held_out_fraction <= 0.5:
             rule = f"holds nothing out where data.held_out_fraction is {data.held_out_fraction}"
-            cure = "Set --data.held_out_fraction between 0.001 and 0.5, or held_out_end to 0"
-            yield problem(f"{where}.held_out_end", source.held_out_end, rule, cure)
+            fix = "Set --data.held_out_fraction between 0.001 and 0.5, or held_out_end to 0"
+            yield problem(f"{where}.held_out_end", source.held_out_end, rule, fix)
         if not source.text_field:
             yield problem(f"{where}.text_field", "", "must name the field that holds the text", "Usually it is 'text'")
         if not source.path and source.name != "python_stdlib":
@@ -86,8 +86,8 @@ def _data_problems(run: Any) -> Iterator[str]:
     context, longest = run.model.context_length, data.longest_row
     if 0 < context < longest:
         rule = f"the run trains rows of {longest} tokens, and the model would be said to read {context}"
-        cure = f"Set --model.context_length={longest} or more, 0 to follow the rows, or shorten data.sequence_length"
-        yield problem("model.context_length", context, rule, cure)
+        fix = f"Set --model.context_length={longest} or more, 0 to follow the rows, or shorten data.sequence_length"
+        yield problem("model.context_length", context, rule, fix)
     weights = [source.weight for source in data.sources]
     if weights and max(weights) == 0 and not (data.phases and all(phase.weights for phase in data.phases)):
         yield problem("data.sources.0.weight", weights[0], "one source must weigh more than 0", "Give one a weight")
@@ -293,8 +293,8 @@ def width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
         yield problem("parallel.expert", sizes["expert"], "this model has no experts", "Set it to 1")
     for axis, name, size in divided:
         if sizes[axis] > 0 and size % sizes[axis]:
-            cure = f"Use parallel.{axis}={math.gcd(size, sizes[axis])}, or another that divides {size}"
-            yield problem(name, size, f"must divide over parallel.{axis} = {sizes[axis]}", cure)
+            fix = f"Use parallel.{axis}={math.gcd(size, sizes[axis])}, or another that divides {size}"
+            yield problem(name, size, f"must divide over parallel.{axis} = {sizes[axis]}", fix)
 
 
 def _length_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:

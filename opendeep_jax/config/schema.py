@@ -40,7 +40,7 @@ class SourceConfig:
     weight: NonNegative = 1.0
     """Share of training tokens drawn from this source, relative to the other weights."""
     license: str = ""
-    """Licence of the documents, where they do not state their own; empty where it isn't known."""
+    """License of the documents, where they do not state their own; empty where it isn't known."""
     citation: str = ""
     """Paper or page to cite; kept in the manifest and the data card."""
     text_field: str = "text"
@@ -50,7 +50,7 @@ class SourceConfig:
     url_field: str = ""
     """Field with the document's address; empty where there is none."""
     license_field: str = ""
-    """Field with the document's own licence; empty where `license` holds for all."""
+    """Field with the document's own license; empty where `license` holds for all."""
     text_url: str = ""
     """Where the text is kept when records only point at it, as `s3://bucket/{blob_id}` with the record's fields."""
     keep: tuple[str, ...] = ()

@@ -1,12 +1,12 @@
-"""Sentences that tell a user what is wrong with a configuration's field: `field = value: rule. cure.`"""
+"""Sentences that tell a user what is wrong with a configuration's field: `field = value: rule. fix.`"""
 
 from collections.abc import Iterator
 from typing import Any
 
 
-def problem(name: str, value: Any, rule: str, cure: str) -> str:
-    """The sentence that tells the user what is wrong with one field; `cure` may be empty."""
-    return f"{name} = {value!r}: {rule}." + (f" {cure}." if cure else "")
+def problem(name: str, value: Any, rule: str, fix: str) -> str:
+    """The sentence that tells the user what is wrong with one field; `fix` may be empty."""
+    return f"{name} = {value!r}: {rule}." + (f" {fix}." if fix else "")
 
 
 def at_least(minimum: float, name: str, config: Any, *fields: str) -> Iterator[str]:

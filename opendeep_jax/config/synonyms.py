@@ -93,7 +93,7 @@ COMMANDS = {
     "report": "plot plots summary summarize",
     "watch": "monitor tail tensorboard status dashboard top logs",
     "describe": "info show params parameters inspect count size memory",
-    "data": "prepare tokenize tokenise preprocess dataset corpus tokenizer",
+    "data": "prepare tokenize tokenize preprocess dataset corpus tokenizer",
     "checkpoints": "checkpoint ckpt list ls prune average verify",
     "sweep": "tune hyperopt search ablate ablation grid",
     "launch": "submit slurm sbatch kubernetes k8s torchrun distributed cluster accelerate mpirun",
@@ -111,7 +111,7 @@ TARGETS = {
 """A target of `opendeep launch`, and the names that it goes by elsewhere."""
 
 
-def ours(word: str, table: dict[str, str], known: Collection[str] | None = None) -> str:
+def known_synonym(word: str, table: dict[str, str], known: Collection[str] | None = None) -> str:
     """Return our name for what is `word` elsewhere, or empty; of those in `known`, if that is given.
 
     Hyphens, capitals and leading dashes make no difference. Of a dotted name that is in no list, its last part counts.

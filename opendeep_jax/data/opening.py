@@ -24,7 +24,7 @@ from opendeep_jax.data.curation.plan import recipe_of
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.order import Order, PlanKey
 from opendeep_jax.data.pipeline import Data
-from opendeep_jax.data.plan import Plan, PlanKind, make_plan, plan_directory, verify_plan
+from opendeep_jax.data.plan import PackingPlan, PlanKind, make_plan, plan_directory, verify_plan
 from opendeep_jax.data.reading.formats import SourceFile
 from opendeep_jax.data.reading.listing import FIELDS_OF_RECORDS, is_store, list_files, list_source
 from opendeep_jax.data.recorded import fim_rule, record_of, recorded_directories, reopen, run_tokenizer
@@ -233,10 +233,10 @@ def _make_store(
 
 def _plans(
     config: RunConfig, stores: list[Store], order: Order, fim: FimRule, progress: bool
-) -> tuple[dict[PlanKey, Plan], list[Plan]]:
+) -> tuple[dict[PlanKey, PackingPlan], list[PackingPlan]]:
     """The plans of the training split by what `order` demands, and those of the held-out split by source."""
 
-    def plan(root: Path, store: Store, kind: PlanKind, *arguments) -> Plan:
+    def plan(root: Path, store: Store, kind: PlanKind, *arguments) -> PackingPlan:
         show = progress and store.documents > SHOWN_DOCUMENTS
         title = f"Packing {store.manifest['source']['name']} ({kind.split.replace('_', ' ')}, rows of {kind.length})"
         with progress_bar(title, store.documents, show, unit="pieces") as advance:
@@ -255,7 +255,7 @@ def _held_out(config: RunConfig, store: Store, source: int, fim: FimRule) -> tup
     return _arguments(config, store, kind, source, fim)
 
 
-def _check_splits(store: Store, held_out_plan: Plan, config: RunConfig) -> None:
+def _check_splits(store: Store, held_out_plan: PackingPlan, config: RunConfig) -> None:
     source, fraction = store.manifest["source"], config.data.held_out_fraction
     where = f"Source {source['name']!r} ({source['path'] or 'the embedded source'})"
     if not store.documents:

@@ -19,7 +19,7 @@ from opendeep_jax.data.describe import describe
 from opendeep_jax.data.fim import NO_FIM, FimRule
 from opendeep_jax.data.held_out import compression, held_out_text
 from opendeep_jax.data.order import Order, PlanKey
-from opendeep_jax.data.plan import Plan
+from opendeep_jax.data.plan import PackingPlan
 from opendeep_jax.data.store import Store
 from opendeep_jax.text.tokenizer import Tokenizer
 
@@ -42,9 +42,9 @@ class Data:
     tokenizer: Tokenizer
     stores: list[Store]
     """In the order of data.sources."""
-    plans: dict[PlanKey, Plan]
+    plans: dict[PlanKey, PackingPlan]
     """The training split's."""
-    held_out_plans: list[Plan]
+    held_out_plans: list[PackingPlan]
     """The held-out split's, in the order of data.sources."""
     order: Order
     fim: FimRule
@@ -146,7 +146,7 @@ def empty_batch(rows: int, length: int) -> "Batch":
 def write_rows(
     batch: "Batch",
     in_batch: np.ndarray,
-    plan: Plan,
+    plan: PackingPlan,
     in_plan: np.ndarray,
     store: Store,
     fim: FimRule,

@@ -59,7 +59,7 @@ class PlanKind(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PackingPlan:
     """An open plan: arrays as in `Pieces`, memory-mapped."""
 
     directory: Path
@@ -120,7 +120,7 @@ def make_plan(
     fim: FimRule,
     advance: Callable[[int], None] = lambda documents: None,
     block: int = BLOCK,
-) -> Plan:
+) -> PackingPlan:
     """The plan for one split of a store, opened, or computed first if it is not there.
 
     Args:
@@ -216,7 +216,7 @@ class _Column:
         return {"dtype": self.dtype.name, "bytes": self.size, "sha256": self.digest.hexdigest()}
 
 
-def open_plan(directory: Path) -> Plan:
+def open_plan(directory: Path) -> PackingPlan:
     """Map a plan. Raises ConfigError, naming the file, where one is missing or cut off, or, in a plan of up to
     CHECKED_BYTES, not as it was written; a larger one is not read (`verify_plan` does)."""
     manifest = _manifest(directory)
@@ -228,7 +228,7 @@ def open_plan(directory: Path) -> Plan:
         path, facts = directory / f"{name}.bin", manifest["files"][f"{name}.bin"]
         empty = np.zeros(0, facts["dtype"])
         arrays.append(np.memmap(path, facts["dtype"], "r") if facts["bytes"] else empty)
-    return Plan(directory, manifest, *arrays)
+    return PackingPlan(directory, manifest, *arrays)
 
 
 def _manifest(directory: Path) -> dict:
@@ -282,7 +282,7 @@ WINDOW = 4096
 WINDOWS_AT_ONCE = 256
 
 
-class Pieces(NamedTuple):
+class PackedPieces(NamedTuple):
     """Rows as pieces of documents: row r is made of the pieces row_offsets[r] … row_offsets[r + 1] - 1, in order.
 
     For example two documents of 4 and 5 tokens in rows of L=6 positions, concatenated:
@@ -299,7 +299,7 @@ class Pieces(NamedTuple):
     """int64 [pieces]: one past its last token."""
 
 
-def pack(lengths: np.ndarray, length: int, packing: str, key: tuple[int, ...] | None) -> Pieces:
+def pack(lengths: np.ndarray, length: int, packing: str, key: tuple[int, ...] | None) -> PackedPieces:
     """Pack documents of `lengths` tokens (each 2 or more) into rows of `length` positions.
 
     key: decides the shuffling; None keeps the documents in order.
@@ -308,15 +308,15 @@ def pack(lengths: np.ndarray, length: int, packing: str, key: tuple[int, ...] | 
     lengths = np.asarray(lengths, np.int64)[order]
     if packing == "concatenate":
         row_offsets, chosen, begins, ends = _concatenate(lengths, length)
-        return Pieces(row_offsets, order[chosen], begins, ends)
+        return PackedPieces(row_offsets, order[chosen], begins, ends)
     chosen, begins, ends = _chunks(lengths, length)
     rows = {"first_fit": first_fit, "best_fit": best_fit}[packing](ends - begins, length + 1)
     by_row = np.argsort(rows, kind="stable")  # inside a row the shuffled order stays
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
-    return Pieces(row_offsets, order[chosen[by_row]], begins[by_row], ends[by_row])
+    return PackedPieces(row_offsets, order[chosen[by_row]], begins[by_row], ends[by_row])
 
 
-def _concatenate(lengths: np.ndarray, length: int) -> Pieces:
+def _concatenate(lengths: np.ndarray, length: int) -> PackedPieces:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts[-1])
     begin = np.arange(-(-max(total - 1, 0) // length), dtype=np.int64) * length
@@ -328,7 +328,7 @@ def _concatenate(lengths: np.ndarray, length: int) -> Pieces:
     documents = first[row] + np.arange(len(row)) - row_offsets[row]
     begins = np.maximum(begin[row] - starts[documents], 0)
     ends = np.minimum(end[row], starts[documents + 1]) - starts[documents]
-    return Pieces(row_offsets, documents, begins, ends)
+    return PackedPieces(row_offsets, documents, begins, ends)
 
 
 def _chunks(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -339,7 +339,7 @@ def color_ramp() -> str:
 
 
 def ordered_colors(count: int, few: int = len(SERIES)) -> list[str]:
-    """Return a color for each of `count` ordered curves: all different for a few, else gradual from blue to ochre."""
+    """Return a color for each of `count` ordered curves: all different for a few, else gradual from blue to ocher."""
     if count <= few:
         return [SERIES[look(i)[0]] for i in range(count)]
     return [matplotlib.colors.to_hex(GRADUAL_COLORS(i / max(count - 1, 1))) for i in range(count)]

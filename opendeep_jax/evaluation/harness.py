@@ -189,11 +189,11 @@ def _settings(given: dict[str, Any], max_length: int) -> tuple[list[str], dict[s
     if not rest.pop("do_sample", temperature > 0):
         temperature = 0.0
     params = {name: rest.pop(name) for name in ("top_k", "top_p", "min_p") if name in rest}
-    odd = sorted(name for name, value in rest.items() if value is not None and NEUTRAL.get(name) != value)
-    if odd:
+    unsupported = sorted(name for name, value in rest.items() if value is not None and NEUTRAL.get(name) != value)
+    if unsupported:
         raise ConfigError(
-            f"The task generates with {', '.join(f'{name}={rest[name]!r}' for name in odd)}, which the engine does not "
-            "know. Make a copy of the task without, and give its directory with --include_path."
+            f"The task generates with {', '.join(f'{name}={rest[name]!r}' for name in unsupported)}, which the engine "
+            "does not know. Make a copy of the task without, and give its directory with --include_path."
         )
     if not 1 <= tokens < max_length:
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from opendeep_jax.config.exits import ToldToStop
-from opendeep_jax.parallel.distributed import peek, propose
+from opendeep_jax.parallel.distributed import get_value, put_first
 
 STEPS_AHEAD = 2
 """Steps that a process may begin before an earlier one is done (`loop.py` waits): as far can processes be apart."""
@@ -32,9 +32,9 @@ class StopRequests:
             return self.signal is not None
         if self._last_step is None:
             if self.signal:
-                agreed = propose("stop", f"{self.signal} {step + 2 * STEPS_AHEAD}")
+                agreed = put_first("stop", f"{self.signal} {step + 2 * STEPS_AHEAD}")
             else:
-                agreed = peek("stop")
+                agreed = get_value("stop")
             if agreed:
                 self.signal, last = agreed.split()
                 self._last_step = int(last)

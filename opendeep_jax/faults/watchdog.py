@@ -24,8 +24,8 @@ from jax._src import distributed
 from opendeep_jax.checkpoint.files import short
 from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.faults.last_words import leave_last_words
-from opendeep_jax.parallel.distributed import ended_peer, host_of, share, tell_end, words
+from opendeep_jax.faults.exit_notice import leave_exit_notice
+from opendeep_jax.parallel.distributed import announce_end, ended_peer, get_values, host_of, put_value
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.heartbeat import BEAT_SECONDS, beat
 
@@ -60,7 +60,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         # Of its own, as it waits for ever where the service's machine is stopped.
         self._talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
-        self._farewell: Callable[[], None] = lambda: None
+        self._dismiss_notice: Callable[[], None] = lambda: None
 
     def __enter__(self):
         process = jax.process_index()
@@ -72,7 +72,7 @@ class Watchdog:
         faulthandler.enable(self._file)
         if process:
             address = distributed.global_state.coordinator_address or ""
-            self._farewell = leave_last_words(process, address, host_of(0), str(self._stacks))
+            self._dismiss_notice = leave_exit_notice(process, address, host_of(0), str(self._stacks))
         self._answered = time.monotonic()
         self._beat()
         self._thread.start()
@@ -84,7 +84,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join(timeout=5)
         self._beat(ended=True)
-        self._farewell()
+        self._dismiss_notice()
         if self._had_faulthandler:
             faulthandler.enable(sys.__stderr__)  # in a notebook, sys.stderr is no file of the system
         else:
@@ -161,10 +161,10 @@ class Watchdog:
                 if time.monotonic() < due:
                     continue
                 due, told = time.monotonic() + self._interval, told + 1
-                share(f"beat/{process}", f"{told}|{self._step}|{self._doing}")
-                heard = words("beat")
+                put_value(f"beat/{process}", f"{told}|{self._step}|{self._doing}")
+                heard = get_values("beat")
                 if len(self._hosts) < jax.process_count():
-                    self._hosts = words("host")
+                    self._hosts = get_values("host")
                 self._answered = now = time.monotonic()
                 for peer in range(jax.process_count()):
                     word = heard.get(str(peer), "")
@@ -216,9 +216,9 @@ class Watchdog:
         if status == RESUME:
             self._leave_traces(text, missing)
         else:
-            tell_end(status, text)
+            announce_end(status, text)
         self._beat(ended=True)
-        self._farewell()
+        self._dismiss_notice()
         self._exit(status)
 
     def _leave_traces(self, text: str, missing: list[int]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from opendeep_jax.generation.requests import Progress, Request, TokenLogprob
+from opendeep_jax.generation.requests import Request, RequestProgress, TokenLogprob
 from opendeep_jax.text.harmony import Call, Spoken
 from opendeep_jax.text.stream import AnswerStream
 from opendeep_jax.text.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Answer:
         self.tokens = 0
         self.submitted, self.first, self.last = time.perf_counter(), 0.0, 0.0
 
-    def push(self, progress: Progress) -> Piece:
+    def push(self, progress: RequestProgress) -> Piece:
         """Take progress of the engine's and return what is new; nothing is taken after a stop string."""
         if self.whole.finish:
             return Piece()

@@ -14,14 +14,14 @@ from kernels_pallas.mla_decode import mla_decode
 from kernels_pallas.target import widened
 from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache, as_numbers, as_stored
 from opendeep_jax.generation.requests import MOST_DRAFTS
-from opendeep_jax.models.attention import GroupedQueryAttention, Marks, MultiHeadLatentAttention, Scoring
+from opendeep_jax.models.attention import AttentionMarks, GroupedQueryAttention, MultiHeadLatentAttention, Scoring
 from opendeep_jax.parallel.collectives import all_gather
 
 FEW = MOST_DRAFTS + 1
 """Up to so many new tokens of a row are attended to as single ones: absorbed, or without blocks."""
 
 
-class Places(NamedTuple):
+class CachePlaces(NamedTuple):
     """Where the new tokens stand."""
 
     positions: Int[Array, "B T"]
@@ -36,7 +36,7 @@ class Places(NamedTuple):
     """Whether nothing was there before: new tokens then see each other alone, and the cache is written to, not read."""
 
 
-def written(cache: LayerCache, values: dict[str, Array], places: Places) -> LayerCache:
+def written(cache: LayerCache, values: dict[str, Array], places: CachePlaces) -> LayerCache:
     """The cache with the new tokens' values [B, T, ...] in their places."""
     size, new = page_size(cache), places.positions.shape[1]
     if places.first and new % size == 0:  # whole pages, which may hold anything behind a row's last token
@@ -69,7 +69,7 @@ def page_size(cache: LayerCache) -> int:
 
 
 def grouped_core(
-    attention: GroupedQueryAttention, cache: LayerCache, places: Places, query, key, value, scoring: Scoring
+    attention: GroupedQueryAttention, cache: LayerCache, places: CachePlaces, query, key, value, scoring: Scoring
 ) -> tuple[Float[Array, "1 n H Q"], LayerCache]:
     """Of a GQA layer: the heads' values for the new tokens' queries, and its cache with their keys and values in it."""
     rows, dtype = places.positions.shape, value.dtype
@@ -96,7 +96,7 @@ def grouped_core(
     return out.reshape(1, -1, *out.shape[2:]).astype(dtype), cache
 
 
-def _visible_pages(places: Places, size: int, window: int | None) -> tuple[Int[Array, "B N"], Int[Array, "B"]]:
+def _visible_pages(places: CachePlaces, size: int, window: int | None) -> tuple[Int[Array, "B N"], Int[Array, "B"]]:
     """The pages that the rows' new tokens may see any of, and the position where the first of them begins."""
     count, new = places.pages.shape[1], places.positions.shape[1]
     needed = count if window is None else min(count, (window + new - 2) // size + 2)
@@ -142,7 +142,7 @@ def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> F
 
 
 def latent_core(
-    attention: MultiHeadLatentAttention, cache: LayerCache, places: Places, nope, rope, latent, key_rope
+    attention: MultiHeadLatentAttention, cache: LayerCache, places: CachePlaces, nope, rope, latent, key_rope
 ) -> tuple[Float[Array, "1 n HV"], LayerCache]:
     """Of a latent-attention layer: the heads' values for the new tokens' queries, and its cache with their latents.
 
@@ -190,7 +190,7 @@ def latent_core(
             rope.reshape(*rows, -1),
             held[..., :rank],
             held[..., rank : rank + attention.config.qk_rope_head_dim],
-            *(Marks(*mark) for mark in marks),
+            *(AttentionMarks(*mark) for mark in marks),
         )
     return out.reshape(1, rows[0] * rows[1], -1), cache
 

@@ -24,8 +24,8 @@ from opendeep_jax.generation.requests import (
     EngineConfig,
     EngineStats,
     Group,
-    Progress,
     Request,
+    RequestProgress,
     Samples,
     SamplingParams,
     bucket,
@@ -172,7 +172,7 @@ class Engine:
         if request.finish is None and request not in self._aborted:
             self._aborted.append(request)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> list[RequestProgress]:
         """Prefill a piece of the waiting prompts, decode one token of every running request; return what came of it."""
         with jax.set_mesh(self.mesh):
             progress = [self._end(request, "aborted") for request in self._aborted if request.finish is None]
@@ -247,7 +247,7 @@ class Engine:
         """The pages of a slot's group of devices."""
         return self.pools[slot // self.slots_per_shard]
 
-    def _prefill(self, progress: list[Progress]) -> None:
+    def _prefill(self, progress: list[RequestProgress]) -> None:
         """Prefill prompts, a chunk after another, until the step's share is used up."""
         budget = most = self.config.prefill_tokens
         while budget > 0:
@@ -284,7 +284,7 @@ class Engine:
             budget -= tokens.shape[1]
         self._start_samples(progress)
 
-    def _start_samples(self, progress: list[Progress]) -> None:
+    def _start_samples(self, progress: list[RequestProgress]) -> None:
         """Let samples that have slots go on from their group's prompt, where that is in the cache by now."""
         begun = [request if self._follows(request) and request.group.ready else None for request in self.running]
         if not any(begun):
@@ -327,7 +327,7 @@ class Engine:
         """Tokens of the prompt that are still to be prefilled."""
         return self._prefix(request) - request.prefilled
 
-    def _decode(self, ready: list[Request | None], progress: list[Progress]) -> None:
+    def _decode(self, ready: list[Request | None], progress: list[RequestProgress]) -> None:
         """Decode one token of each request whose prompt is in the cache, given in their slots."""
         tokens = np.array([[request.tokens[-1] if request else 0] for request in ready], np.int32)
         rows = self.rows(ready, tokens, [request.length - 1 if request else 0 for request in ready], [1] * self.slots)
@@ -335,7 +335,7 @@ class Engine:
         self._keep_experts(ready, experts, [1] * self.slots)
         self._accept_all(ready, logits, progress)
 
-    def _speculate(self, ready: list[Request | None], progress: list[Progress]) -> None:
+    def _speculate(self, ready: list[Request | None], progress: list[RequestProgress]) -> None:
         """Decode one token of each request whose prompt is in the cache, and as many more as drafts stand."""
         tokens = np.zeros((self.slots, 1 + self.config.speculate), np.int32)
         limits, starts, counts = np.zeros((3, self.slots), np.int32)
@@ -360,7 +360,7 @@ class Engine:
                 own = Sampled(*(None if array is None else array[row, : accepted[row] + 1] for array in own))
                 progress.append(self._accept(request, own))
 
-    def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[Progress]) -> None:
+    def _accept_all(self, requests: list[Request | None], logits: jax.Array, progress: list[RequestProgress]) -> None:
         """Sample after the rows of some requests, None for those that idle."""
         settings, index, wanted = settings_of(requests, self.config.kept_tokens)
         out = jax.device_get(self.programs.sample(wanted, logits, settings, index, adjustments(requests)))
@@ -395,7 +395,7 @@ class Engine:
         """Return the pages in the tables of a step that reaches so many positions."""
         return min(bucket(-(-positions // self.page_size), LEAST_PAGES), self.table_width)
 
-    def _accept(self, request: Request, sampled: Sampled) -> Progress:
+    def _accept(self, request: Request, sampled: Sampled) -> RequestProgress:
         """Give a request the tokens [T] that were sampled for it, up to its end."""
         params, finish, count = request.params, None, 0
         for token in sampled.tokens.tolist():
@@ -417,13 +417,13 @@ class Engine:
         self._counts["generated_tokens"] += len(new)
         if finish:
             self._end(request, finish)
-        return Progress(request, new, logprobs, finish)
+        return RequestProgress(request, new, logprobs, finish)
 
     def _limit(self, request: Request) -> int:
         """Tokens that a request may have, its prompt's included."""
         return min(len(request.prompt) + request.params.max_tokens, self.max_length)
 
-    def _end(self, request: Request, why: str) -> Progress:
+    def _end(self, request: Request, why: str) -> RequestProgress:
         """Free what a request holds."""
         request.finish = why
         if request.slot >= 0:
@@ -441,7 +441,7 @@ class Engine:
             group.leader, group.pages = None, []
         elif group:
             self._release(group)
-        return Progress(request, [], [], why)
+        return RequestProgress(request, [], [], why)
 
     def _leave(self, request: Request) -> None:
         """Give a request's slot and pages back."""

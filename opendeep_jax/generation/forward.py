@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.generation.attention import CORES, Places
+from opendeep_jax.generation.attention import CORES, CachePlaces
 from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache
-from opendeep_jax.generation.weights import Layout, Weights
+from opendeep_jax.generation.weights import EngineLayout, Weights
 from opendeep_jax.models.decoder import angles
 from opendeep_jax.models.layers import Context, Positions
 from opendeep_jax.models.mamba2 import Mamba2, Memory
@@ -44,14 +44,14 @@ class Hidden(NamedTuple):
     """The experts that each MoE layer routed them to, where they are asked for."""
 
 
-def places(rows: Rows, first: bool = False) -> Places:
+def places(rows: Rows, first: bool = False) -> CachePlaces:
     """Return where the new tokens stand."""
     steps = jnp.arange(rows.tokens.shape[1])
     lengths = jnp.where(rows.counts > 0, rows.start + rows.counts, 0)
-    return Places(rows.start[:, None] + steps, steps < rows.counts[:, None], rows.pages, lengths, first)
+    return CachePlaces(rows.start[:, None] + steps, steps < rows.counts[:, None], rows.pages, lengths, first)
 
 
-def context_of(layout: Layout, at: Places) -> Context:
+def context_of(layout: EngineLayout, at: CachePlaces) -> Context:
     """Return what all layers share about the new tokens."""
     positions, present = at.positions.reshape(1, -1), at.present.reshape(1, -1)
     turned = angles(layout.config.attention, positions)
@@ -70,7 +70,7 @@ def own_tokens(x: Array) -> Array:
 
 
 def forward(
-    layout: Layout,
+    layout: EngineLayout,
     weights: Weights,
     cache: tuple[LayerCache, ...],
     rows: Rows,
@@ -130,7 +130,7 @@ def forward(
     return Hidden(hidden, choices), (*after, *cache[len(after) :])
 
 
-def in_run(at: Places, slots: Array | None, held: LayerCache, index: Array | int, layers: int):
+def in_run(at: CachePlaces, slots: Array | None, held: LayerCache, index: Array | int, layers: int):
     """Return where a layer's pages and slots are among those of all layers of its run."""
     if layers == 1:
         return at, slots
@@ -152,7 +152,7 @@ def observe_routing(moe, chosen: list) -> None:
 
 
 def through_layer(
-    layer, x, context: Context, cache: LayerCache, at: Places, slots: Array | None, sliding: bool = False
+    layer, x, context: Context, cache: LayerCache, at: CachePlaces, slots: Array | None, sliding: bool = False
 ) -> tuple[Float[Array, "1 n D"], LayerCache]:
     """Return x [1, n, D] (of a MTP module, its two inputs) after a layer of the model's, and the layer's cache.
 
@@ -185,7 +185,7 @@ def through_layer(
     return x, kept[0] if kept else cache
 
 
-def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: Places, slots: Int[Array, "B"]):
+def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: CachePlaces, slots: Int[Array, "B"]):
     """Return what Mamba-2 gives for x, and its cache with the rows' states after their new tokens."""
     begins = (at.positions[:, 0] == 0) & (at.lengths > 0)
     held = Memory(cache["convolution"][slots], cache["state"][slots])
@@ -197,7 +197,7 @@ def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: Pl
 
 
 def next_logits(
-    layout: Layout, first: bool, experts: bool, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
+    layout: EngineLayout, first: bool, experts: bool, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows
 ) -> tuple[tuple[Float[Array, "B V"], Array | None], tuple[LayerCache, ...]]:
     """Prefill or decode: return the float32 logits after each row's last new token, with the routers' choices
     [B, T, layers, K], and the cache.
@@ -212,7 +212,12 @@ def next_logits(
 
 
 def score(
-    layout: Layout, top: int, weights: Weights, cache: tuple[LayerCache, ...], rows: Rows, targets: Int[Array, "B T"]
+    layout: EngineLayout,
+    top: int,
+    weights: Weights,
+    cache: tuple[LayerCache, ...],
+    rows: Rows,
+    targets: Int[Array, "B T"],
 ) -> tuple[tuple[Array, ...], tuple[LayerCache, ...]]:
     """Return each target's log-probability after its token, whether it is the most likely one, and the cache.
 

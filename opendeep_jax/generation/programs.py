@@ -19,13 +19,13 @@ from opendeep_jax.generation import sampling, speculation
 from opendeep_jax.generation.cache import cache_specs, copy_pages
 from opendeep_jax.generation.forward import next_logits, score
 from opendeep_jax.generation.requests import MOST_LOGPROBS
-from opendeep_jax.generation.weights import Layout, layout_of
+from opendeep_jax.generation.weights import EngineLayout, layout_of
 
 
-class Programs(NamedTuple):
+class EnginePrograms(NamedTuple):
     """What an engine runs."""
 
-    layout: Layout
+    layout: EngineLayout
     next_logits: dict[bool, Callable]
     """`forward.next_logits`, by whether every row begins."""
     prefill_drafting: dict[bool, Callable]
@@ -45,7 +45,7 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int, experts: bool) -> Programs:
+def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int, experts: bool) -> EnginePrograms:
     """Return the programs of these options; the same ones whenever they are asked for.
 
     Args:
@@ -65,7 +65,7 @@ def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int
         out_specs=specs,
         check_vma=False,
     )
-    return Programs(
+    return EnginePrograms(
         layout,
         next_logits={first: compiled(partial(next_logits, layout, first, experts), extra=1) for first in both},
         prefill_drafting={
@@ -84,7 +84,7 @@ def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int
     )
 
 
-def on_mesh(layout: Layout, function: Callable, extra: int, mtp: bool) -> Callable:
+def on_mesh(layout: EngineLayout, function: Callable, extra: int, mtp: bool) -> Callable:
     """Return a function (weights, cache, *rows) -> (rows, cache) compiled as each device's program; the cache is
     donated.
 

@@ -192,7 +192,7 @@ class Group:
     """`Request.experts` of the prompt."""
 
 
-class Progress(NamedTuple):
+class RequestProgress(NamedTuple):
     """What a step brought a request."""
 
     request: Request

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opendeep_jax.models.parameters import Arrays, Skeleton
+from opendeep_jax.models.parameters import Arrays, ModelDefinition
 
 NextTokens = Callable[[Arrays, Arrays, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def make_next_tokens(skeleton: Skeleton, vocab_size: int, temperature: float, top_k: int) -> NextTokens:
+def make_next_tokens(definition: ModelDefinition, vocab_size: int, temperature: float, top_k: int) -> NextTokens:
     """A jitted function (params, router_bias, tokens [B, L], lengths [B], key data [B, 2]) to each row's next token.
 
     Args:
@@ -28,7 +28,7 @@ def make_next_tokens(skeleton: Skeleton, vocab_size: int, temperature: float, to
 
     @jax.jit
     def next_tokens(params, router_bias, tokens, lengths, keys):
-        model = skeleton.model(params, router_bias)
+        model = definition.model(params, router_bias)
         segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
         hidden = model.forward(tokens, segment_ids).hidden
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from opendeep_jax.generation.cache import LayerCache
 from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_layer
 from opendeep_jax.generation.sampling import RowSampling, draw, limited
-from opendeep_jax.generation.weights import Layout, Weights
+from opendeep_jax.generation.weights import EngineLayout, Weights
 from opendeep_jax.parallel.collectives import all_gather
 
 
@@ -38,7 +38,7 @@ class Verified(NamedTuple):
 
 
 def prefill(
-    layout: Layout,
+    layout: EngineLayout,
     first: bool,
     experts: bool,
     weights: Weights,
@@ -58,7 +58,7 @@ def prefill(
 
 
 def verify(
-    layout: Layout,
+    layout: EngineLayout,
     vocab_size: int,
     drafts: int,
     experts: bool,

@@ -23,7 +23,7 @@ from opendeep_jax.config.rules import MESH_AXES
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.models.decoder import Block, Decoder, MixerBlock, make_block
 from opendeep_jax.models.layers import gathered
-from opendeep_jax.models.parameters import Arrays, Skeleton, named_variables
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, named_variables
 from opendeep_jax.parallel.axes import weight_specs
 
 SCANNED_BYTES = 1 << 20
@@ -50,15 +50,15 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class EngineLayout:
     """How the generator holds a model on a mesh, and what makes modules of its arrays. `layout_of` makes it, once."""
 
     config: ModelConfig
     mesh: Mesh
     runs: tuple[Run, ...]
-    blocks: tuple[Skeleton, ...]
+    blocks: tuple[ModelDefinition, ...]
     """Each run's layer."""
-    shared: Skeleton
+    shared: ModelDefinition
     """The model without its layers."""
     copies_head: bool
     """Whether the model's head is its embedding, and lies here by itself."""
@@ -90,23 +90,23 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def layout_of(config: ModelConfig, mesh: Mesh) -> Layout:
+def layout_of(config: ModelConfig, mesh: Mesh) -> EngineLayout:
     """Return the layout of a model on a mesh; no array is made."""
     # A CPU multiplies a few rows faster by a head that lies as such than by the embedding's transpose.
     copies_head = config.tie_embeddings and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     config = replace(config, tie_embeddings=config.tie_embeddings and not copies_head)
-    blocks: dict[str, Skeleton] = {}
+    blocks: dict[str, ModelDefinition] = {}
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     for stack in config.layer_stacks:
         module = nnx.eval_shape(lambda stack=stack: make_block(config, stack, nnx.Rngs(0)))
-        blocks[stack] = Skeleton(*named_variables(module, config))
+        blocks[stack] = ModelDefinition(*named_variables(module, config))
         setattr(model, stack, nnx.data(None))
-    shared = Skeleton(*named_variables(model, config))
+    shared = ModelDefinition(*named_variables(model, config))
     runs = tuple(_runs(config, blocks))
-    return Layout(config, mesh, runs, tuple(blocks[run.stack] for run in runs), shared, copies_head)
+    return EngineLayout(config, mesh, runs, tuple(blocks[run.stack] for run in runs), shared, copies_head)
 
 
-def _runs(config: ModelConfig, blocks: dict[str, Skeleton]) -> Iterable[Run]:
+def _runs(config: ModelConfig, blocks: dict[str, ModelDefinition]) -> Iterable[Run]:
     """Yield the layers in their order, those that are scanned together."""
     stacks = {layer: stack for stack, layers in config.layer_stacks.items() for layer in layers}
     kinds = [(stacks[layer], layer in config.attention.sliding_layers) for layer in range(config.num_layers)]
@@ -119,7 +119,7 @@ def _runs(config: ModelConfig, blocks: dict[str, Skeleton]) -> Iterable[Run]:
         first = end
 
 
-def check_names(layout: Layout, arrays: Arrays) -> None:
+def check_names(layout: EngineLayout, arrays: Arrays) -> None:
     """Raise ConfigError for arrays of another model."""
     of_layers = zip(layout.runs, layout.blocks, strict=True)
     known = {f"{run.stack}.{name}" for run, block in of_layers for name in block.variables}
@@ -131,7 +131,7 @@ def check_names(layout: Layout, arrays: Arrays) -> None:
         )
 
 
-def convert(layout: Layout, arrays: Arrays, consume: bool = False) -> Weights:
+def convert(layout: EngineLayout, arrays: Arrays, consume: bool = False) -> Weights:
     """Return a model's arrays in the generator's layout and dtype, as new arrays; compiled once for a layout.
 
     Args:
@@ -154,7 +154,7 @@ def convert(layout: Layout, arrays: Arrays, consume: bool = False) -> Weights:
 
 
 @functools.lru_cache(maxsize=1024)
-def _conversion(layout: Layout, names: tuple[str, ...]):
+def _conversion(layout: EngineLayout, names: tuple[str, ...]):
     """Return the compiled conversion of these arrays, and how each is to lie before it."""
     specs, dtype, mesh = layout.specs(), layout.config.dtype, layout.mesh
     pieces, given = [], {}  # (name, place in the weights, name there, rows of the stack), and specs by name
@@ -183,9 +183,9 @@ def _conversion(layout: Layout, names: tuple[str, ...]):
         def value(name, place, inside, rows):
             if name != inside and place < 0:
                 return arrays[name].astype(dtype).T
-            skeleton = layout.shared if place < 0 else layout.blocks[place]
+            definition = layout.shared if place < 0 else layout.blocks[place]
             part = arrays[name] if rows is None else arrays[name][rows]
-            return jnp.copy(skeleton.in_compute_dtype({inside: part}, dtype)[inside])  # never the same memory
+            return jnp.copy(definition.in_compute_dtype({inside: part}, dtype)[inside])  # never the same memory
 
         return assemble(value)
 

@@ -24,10 +24,10 @@ from opendeep_jax.interop.gguf_config import config_from_gguf, rope_factors
 from opendeep_jax.interop.gguf_fields import config_to_gguf
 from opendeep_jax.interop.gguf_file import GGUFFile, read_gguf, require_gguf
 from opendeep_jax.interop.gguf_tensors import FileTensor, layout
-from opendeep_jax.interop.reading import complaint, compute_dtype, empty, lying
+from opendeep_jax.interop.reading import compute_dtype, describe_mismatch, empty, weight_sharding
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
-from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, model_definition, split
 
 __all__ = ["StorageType", "config_of", "load_gguf", "read_gguf", "save_gguf"]
 
@@ -58,16 +58,16 @@ def load_gguf(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> 
     dtype = compute_dtype(dtype)
     file = read_gguf(path)
     config = replace(config_of(file), dtype=dtype.name)
-    frame = skeleton(config)
-    shapes, params = frame.shapes(), frame.shapes(nnx.Param)
+    definition = model_definition(config)
+    shapes, params = definition.shapes(), definition.shapes(nnx.Param)
     arrays: Arrays = {}
-    for variable, parts in _matched(file, config, frame).items():
+    for variable, parts in _matched(file, config, definition).items():
         value = empty(shapes[variable].shape, dtype if variable in params else shapes[variable].dtype)
         for part in parts:
             _fill(value, part, file)
         # Waited for, so that the host holds one array at a time.
-        arrays[variable] = jax.block_until_ready(jax.device_put(value, lying(frame, variable, mesh)))
-    return frame.model(arrays, {})
+        arrays[variable] = jax.block_until_ready(jax.device_put(value, weight_sharding(definition, variable, mesh)))
+    return definition.model(arrays, {})
 
 
 def config_of(file: GGUFFile) -> ModelConfig:
@@ -88,10 +88,10 @@ def config_of(file: GGUFFile) -> ModelConfig:
     return config
 
 
-def _matched(file: GGUFFile, config: ModelConfig, frame: Skeleton) -> dict[str, list[FileTensor]]:
+def _matched(file: GGUFFile, config: ModelConfig, definition: ModelDefinition) -> dict[str, list[FileTensor]]:
     """The file's tensors by our variable. Raises ConfigError that names what is missing, unexpected or misshapen."""
     architecture = file.fields["general.architecture"]
-    shapes = {name: shape.shape for name, shape in frame.shapes().items()}
+    shapes = {name: shape.shape for name, shape in definition.shapes().items()}
     tensors = list(layout(shapes, config, architecture, file.tensors))
     expected = {tensor.name: tensor.shape for tensor in tensors}
     beyond = tuple(f"blk.{config.num_layers + k}." for k in range(len(file.tensors)))
@@ -109,7 +109,7 @@ def _matched(file: GGUFFile, config: ModelConfig, frame: Skeleton) -> dict[str, 
             if name in file.tensors and file.tensors[name].shape != shape
         ],
     }
-    if found := complaint(problems):
+    if found := describe_mismatch(problems):
         raise ConfigError(
             f"The tensors in {file.path} are not those of a {architecture} model. {found}. "
             "Download the file again, or convert the model again."

@@ -27,11 +27,11 @@ from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
 from opendeep_jax.interop.hf_text import put_beside, text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
-from opendeep_jax.interop.reading import complaint, compute_dtype, empty, lying
+from opendeep_jax.interop.reading import compute_dtype, describe_mismatch, empty, weight_sharding
 from opendeep_jax.interop.safetensors import StoredTensor, TensorSpec, read_directory, write_directory
 from opendeep_jax.models.accounting import count_parameters
 from opendeep_jax.models.decoder import Decoder
-from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton, split
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, model_definition, split
 
 __all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
 
@@ -66,17 +66,19 @@ def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) 
         config = replace(config, mtp=replace(config.mtp, depth=0))
     config = replace(config, tie_embeddings=config.tie_embeddings and not _has_own_head(stored, family))
     _check_size(directory, stored, config)
-    frame = skeleton(config)
+    definition = model_definition(config)
     tensors = defaultdict(list)
-    for tensor in layout({path: array.shape for path, array in frame.shapes().items()}, config, family):
+    for tensor in layout({path: array.shape for path, array in definition.shapes().items()}, config, family):
         tensors[tensor.path].append(tensor)
     _check_tensors(directory, stored, [tensor for part in tensors.values() for tensor in part], config, family.top)
-    params = frame.shapes(nnx.Param)
+    params = definition.shapes(nnx.Param)
     arrays = {
-        path: _read_array(part, stored, frame, path, dtype if path in params else frame.shapes()[path].dtype, mesh)
+        path: _read_array(
+            part, stored, definition, path, dtype if path in params else definition.shapes()[path].dtype, mesh
+        )
         for path, part in tensors.items()
     }
-    return frame.model(arrays, {})
+    return definition.model(arrays, {})
 
 
 def _has_own_head(stored: Stored, family: Family) -> bool:
@@ -145,7 +147,7 @@ def _check_tensors(
             if stored[name].dtype not in dtypes
         ],
     }
-    if found := complaint(problems):
+    if found := describe_mismatch(problems):
         raise ConfigError(
             f"The tensors in {directory} are not those of its config.json. {found}. "
             "Download the directory again, or correct the config.json."
@@ -153,13 +155,13 @@ def _check_tensors(
 
 
 def _read_array(
-    tensors: list[HubTensor], stored: Stored, frame: Skeleton, path: str, dtype, mesh: Mesh | None
+    tensors: list[HubTensor], stored: Stored, definition: ModelDefinition, path: str, dtype, mesh: Mesh | None
 ) -> jax.Array:
     """One of the model's arrays, out of the tensors that it is made of; each device's part is read by itself."""
-    shape = frame.shapes()[path].shape
+    shape = definition.shapes()[path].shape
     if mesh is None:
         return jax.device_put(_read_part(tensors, stored, [range(size) for size in shape], dtype))
-    sharding = lying(frame, path, mesh)
+    sharding = weight_sharding(definition, path, mesh)
     devices = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices[tuple(range(size)[part] for size, part in zip(shape, index, strict=True))].append(device)
@@ -198,7 +200,7 @@ def save_hf(
     Args:
         model: The model, its parameters in this process' reach.
         directory: Where to; made if need be, and refused if it already holds a model.
-        tokenizer: A directory whose tokenizer, chat template, generation config and licence come along, or a
+        tokenizer: A directory whose tokenizer, chat template, generation config and license come along, or a
             tokenizer.json.
         max_shard_bytes: Largest file; a larger model is cut into shards with an index.
         provenance: What the model card tells of where it comes from.

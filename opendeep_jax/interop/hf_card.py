@@ -46,7 +46,7 @@ class Provenance:
     license: str = ""
     """As the Hub names it, `apache-2.0`, or otherwise; empty where nobody has said."""
     base_model: str = ""
-    """The model that its training began with; ORGANISATION/NAME where it is the Hub's."""
+    """The model that its training began with; ORGANIZATION/NAME where it is the Hub's."""
     lineage: tuple[str, ...] = ()
     """How it came to be, one step a line, the oldest first."""
     sources: tuple[dict[str, str], ...] = ()

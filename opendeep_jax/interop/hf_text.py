@@ -1,4 +1,4 @@
-"""What surrounds the weights in a Hugging Face directory: tokenizer, chat template, generation config, licence."""
+"""What surrounds the weights in a Hugging Face directory: tokenizer, chat template, generation config, license."""
 
 import json
 import shutil

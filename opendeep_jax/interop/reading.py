@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.models.parameters import Skeleton
+from opendeep_jax.models.parameters import ModelDefinition
 from opendeep_jax.parallel.axes import partition_spec
 
 MAX_NAMED = 20
@@ -28,21 +28,23 @@ def compute_dtype(dtype) -> np.dtype:
 
 
 def empty(shape: Sequence[int], dtype) -> np.ndarray:
-    """An uninitialised array that begins where JAX can take it as it is."""
+    """An uninitialized array that begins where JAX can take it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def lying(frame: Skeleton, name: str, mesh: Mesh | None) -> NamedSharding | None:
+def weight_sharding(definition: ModelDefinition, name: str, mesh: Mesh | None) -> NamedSharding | None:
     """How training lays one of a model's arrays on a mesh; None, the default device, without one."""
     if mesh is None:
         return None
-    return NamedSharding(mesh, partition_spec(frame.axes()[name], frame.shapes()[name].shape, mesh, at_rest=True))
+    return NamedSharding(
+        mesh, partition_spec(definition.axes()[name], definition.shapes()[name].shape, mesh, at_rest=True)
+    )
 
 
-def complaint(problems: Mapping[str, Sequence[str]]) -> str:
+def describe_mismatch(problems: Mapping[str, Sequence[str]]) -> str:
     """`2 missing: a, b; 1 unexpected: c` of names by what is wrong with them; empty where there are none.
 
     Only the first few are named: one missing expert layer is hundreds of tensors.

@@ -37,7 +37,7 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> "MultiHeadLatentAtten
     return kinds[config.attention.kind](config, rngs=rngs)
 
 
-class Marks(NamedTuple):
+class AttentionMarks(NamedTuple):
     """What a core sees of tokens' places; `layers.Positions` has the same two."""
 
     segment_ids: Int[Array, "B L"]
@@ -95,7 +95,9 @@ class MultiHeadLatentAttention(nnx.Module):
         key_rope, latent = all_gather(key_rope, KEYS, 1), all_gather(latent, KEYS, 1)
         return self.flash(nope, rope, latent, key_rope, context.queries, context.keys)
 
-    def flash(self, nope, rope, latent, key_rope, queries: Marks, keys: Marks) -> Float[Array, "B L HV"]:
+    def flash(
+        self, nope, rope, latent, key_rope, queries: AttentionMarks, keys: AttentionMarks
+    ) -> Float[Array, "B L HV"]:
         """Attention to the keys and values that latents [B, S, C] and rotated keys [B, S, R] stand for."""
         key, value = self.keys_values(latent)
         return flash_mla(
@@ -138,7 +140,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def latents(
         self, x: Float[Array, "B L D"], context: Context
     ) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
-        """What a cache holds of each position: the normalised latent, and the rotated part of its key."""
+        """What a cache holds of each position: the normalized latent, and the rotated part of its key."""
         compressed = checkpoint_name(project(x, self.kv_down[...], precision=self.precision), "kv_latent")
         rank = self.config.kv_lora_rank
         latent, key_rope = self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
@@ -149,7 +151,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def split_heads(self, up: Float[Array, "C H Q"], rotated: bool = True) -> tuple[Array, Array]:
         """An up-projection's columns as two matrices [C, H*N], [C, H*…]: cut here, where they are small.
 
-        Neighbours that are rotated together are put into two halves: queries and keys alike, so no score changes.
+        Neighbors that are rotated together are put into two halves: queries and keys alike, so no score changes.
         """
         first, second = up[..., : self.config.qk_nope_head_dim], up[..., self.config.qk_nope_head_dim :]
         if rotated and self.config.rope.interleaved:
@@ -217,7 +219,7 @@ class GroupedQueryAttention(nnx.Module):
     def queries_keys_values(
         self, x: Float[Array, "B L D"], positions: Positions, sliding: Array | None
     ) -> tuple[Float[Array, "B L H Q"], Float[Array, "B L G Q"], Float[Array, "B L G Q"]]:
-        """Queries and keys, normalised and rotated, and values."""
+        """Queries and keys, normalized and rotated, and values."""
         query, key, value = (
             checkpoint_name(project(x, kernel[...], precision=self.precision), name)
             for kernel, name in ((self.query, "query"), (self.key, "key_value"), (self.value, "key_value"))

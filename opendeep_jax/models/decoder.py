@@ -170,8 +170,8 @@ class MTPModule(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> tuple[Array, Shares]:
-        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalised output [B, L, D] and the
-        block's report. The block's input is [normalised embedding; normalised hidden state], projected to D.
+        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalized output [B, L, D] and the
+        block's report. The block's input is [normalized embedding; normalized hidden state], projected to D.
         """
         x, report = self.block(self.combined(*inputs), context, sliding, core)
         return self.norm(x), report
@@ -186,7 +186,7 @@ class Output(NamedTuple):
     """Everything a training step needs of a forward pass, before the head."""
 
     hidden: Float[Array, "B L D"]
-    """Normalised output; the head makes the next token's logits of it."""
+    """Normalized output; the head makes the next token's logits of it."""
     mtp_hidden: tuple[Float[Array, "B L D"], ...]
     """The same of each MTP module, for the token 2, 3, … further on."""
     reports: dict[str, Shares]
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
         return self.logits(hidden)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Float32 logits of normalised outputs, by the whole head."""
+        """Float32 logits of normalized outputs, by the whole head."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = matmul(flat, self.head_kernel().astype(hidden.dtype), jnp.float32).reshape(*hidden.shape[:-1], -1)
         cap = self.config.logit_softcap

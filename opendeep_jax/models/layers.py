@@ -1,7 +1,7 @@
 """Parts that every block is made of.
 
 B batch, L length, D model width, M hidden width, V vocabulary. Weights are float32 masters, cast to the compute dtype
-where they are used; each is declared on one line with its shape, logical axes and initialiser.
+where they are used; each is declared on one line with its shape, logical axes and initializer.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalises the last axis."""
+        """Normalizes the last axis."""
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -96,7 +96,7 @@ class ZeroCenteredNorm(nnx.Module):
         self.epsilon, self.has_bias = epsilon, bias
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalises the last axis."""
+        """Normalizes the last axis."""
         scale = 1 + self.scale[...].astype(jnp.float32)
         if self.has_bias:
             return layer_norm(x, scale, self.bias[...], self.epsilon)

@@ -99,11 +99,11 @@ class Mamba2(nnx.Module):
         out, state = state_space(inner, step, decay, b, c, documents, memory.state, mamba.chunk_size)
         out += self.skip[...].astype(jnp.float32)[:, None] * inner.astype(jnp.float32)
         out = out.reshape(rows, length, -1) * jax.nn.silu(gate.astype(jnp.float32))
-        out = self.normalised(out).astype(x.dtype)
+        out = self.normalized(out).astype(x.dtype)
         out = project(out, self.output[...], precision=self.precision)
         return out, Memory(self._last_channels(channels, present, memory.convolution), state)
 
-    def normalised(self, x: Float[Array, "B L I"]) -> Float[Array, "B L I"]:
+    def normalized(self, x: Float[Array, "B L I"]) -> Float[Array, "B L I"]:
         """RMSNorm over each group of heads."""
         grouped = x.reshape(*x.shape[:-1], self.config.num_groups, -1)
         scale = self.norm.scale[...].reshape(self.config.num_groups, -1)

@@ -17,7 +17,7 @@ Arrays = dict[str, Any]
 """Arrays by name: concrete, traced or abstract; in the specs of a program, how each of them is divided."""
 
 
-class Skeleton(NamedTuple):
+class ModelDefinition(NamedTuple):
     """A model without its arrays: the module graph, and each array's Variable with shape, dtype and logical axes."""
 
     graph: nnx.GraphDef
@@ -63,12 +63,12 @@ def _path(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
-def split(model: Decoder) -> tuple[Skeleton, Arrays, Arrays]:
-    """Takes a model apart into skeleton, parameters and router biases."""
+def split(model: Decoder) -> tuple[ModelDefinition, Arrays, Arrays]:
+    """Takes a model apart into definition, parameters and router biases."""
     graph, variables = named_variables(model, model.config)
     params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
     router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}
-    return Skeleton(graph, variables), params, router_bias
+    return ModelDefinition(graph, variables), params, router_bias
 
 
 def named_variables(module: nnx.Module, config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
@@ -83,6 +83,6 @@ def named_variables(module: nnx.Module, config: ModelConfig) -> tuple[nnx.GraphD
     return graph, variables
 
 
-def skeleton(config: ModelConfig) -> Skeleton:
-    """The skeleton of a model of any size; no array is made."""
+def model_definition(config: ModelConfig) -> ModelDefinition:
+    """The definition of a model of any size; no array is made."""
     return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]

@@ -1,1 +1,1 @@
-"""Maths on arrays: no parameters, no modules."""
+"""Math on arrays: no parameters, no modules."""

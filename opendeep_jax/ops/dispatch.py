@@ -14,7 +14,7 @@ from kernels_pallas.fp8_matmul import fp8_grouped_matmul
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from opendeep_jax.config.schema import ExecutionConfig
 from opendeep_jax.ops.activation import activated, gated
-from opendeep_jax.ops.exchange_rows import Slots, copies, sums
+from opendeep_jax.ops.exchange_rows import CopySlots, copies, sums
 
 
 class ExpertKind(NamedTuple):
@@ -54,7 +54,7 @@ def routed_experts(
         kind: precision, biases and activation.
     """
     order, inverse, group_sizes = checkpoint_name(sort_by_expert(indices, down.shape[0]), "routing")
-    places = Slots(order // indices.shape[1], inverse.T)
+    places = CopySlots(order // indices.shape[1], inverse.T)
     row_weights = weights.reshape(-1).at[order].get(unique_indices=True, mode="promise_in_bounds")
     rows = grouped_experts(copies(x, places), row_weights, gate, up, down, group_sizes, execution, kind)
     return sums(rows, places, x.shape[0])

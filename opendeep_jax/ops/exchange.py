@@ -25,7 +25,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ExecutionConfig
 from opendeep_jax.ops.dispatch import SWIGLU, ExpertKind, grouped_experts, routed_experts
 from opendeep_jax.ops.exchange_overflow import AXIS, chunk_size, sorted_choices, with_overflow
-from opendeep_jax.ops.exchange_rows import NOWHERE, Slots, copies, segments, sums
+from opendeep_jax.ops.exchange_rows import NOWHERE, CopySlots, copies, segments, sums
 from opendeep_jax.parallel.collectives import all_gather, all_to_all, axis_index, axis_size, psum_scatter
 
 GATHER_AT_MOST = 4
@@ -213,7 +213,7 @@ def _routes(choices, num_experts, tokens, devices, sizes):
     slot = (jnp.cumsum(flat, dtype=jnp.int32) - 1).reshape(leaving.shape)
     rank = jnp.cumsum(leaving, axis=0, dtype=jnp.int32)  # of a device among those of the token
     wanted = leaving & (rank == jnp.arange(1, sizes.sent // tokens + 1)[:, None, None])  # [J, n, T]
-    sent = Slots(ordered % tokens, jnp.sum(jnp.where(wanted, slot, 0), axis=1), jnp.any(wanted, axis=1))
+    sent = CopySlots(ordered % tokens, jnp.sum(jnp.where(wanted, slot, 0), axis=1), jnp.any(wanted, axis=1))
     return there, back, sent, place
 
 

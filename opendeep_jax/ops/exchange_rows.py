@@ -23,7 +23,7 @@ BLOCK = 256
 """Rows that one group of the summing matmul makes."""
 
 
-class Slots(NamedTuple):
+class CopySlots(NamedTuple):
     """Which row each copy is of and where each row's copies are: for rows with about equally many copies."""
 
     source: Int[Array, "M"]
@@ -52,12 +52,12 @@ def segments(source: Int[Array, "M"]) -> Segments:
     return Segments(source, order, sorted_source)
 
 
-def copies(rows: Float[Array, "N *D"], index: Slots | Segments) -> Float[Array, "M *D"]:
+def copies(rows: Float[Array, "N *D"], index: CopySlots | Segments) -> Float[Array, "M *D"]:
     """`rows[index.source]`; anything, finite or not, where there is no copy."""
     return _copies(rows.shape[0], rows, index)
 
 
-def sums(rows: Float[Array, "M *D"], index: Slots | Segments, num_rows: int) -> Float[Array, "N *D"]:
+def sums(rows: Float[Array, "M *D"], index: CopySlots | Segments, num_rows: int) -> Float[Array, "N *D"]:
     """The sum of each row's copies, in float32, rounded once to their dtype. What isn't a copy counts for nothing.
 
     Rows by `Slots` may have several dimensions of their own, by `Segments` one.
@@ -72,7 +72,7 @@ def _copies(num_rows, rows, index):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(num_rows, rows, index):
-    if isinstance(index, Slots):
+    if isinstance(index, CopySlots):
         return sum_slots(rows, index)
     return (add_rows if platform() == "cpu" else sum_blocks)(rows, index, num_rows)
 
@@ -87,7 +87,7 @@ _sums.defvjp(
 )
 
 
-def sum_slots(rows: Float[Array, "M *D"], index: Slots) -> Float[Array, "N *D"]:
+def sum_slots(rows: Float[Array, "M *D"], index: CopySlots) -> Float[Array, "N *D"]:
     """`sums` by gathering all places of each row."""
     gathered = rows.at[index.places].get(mode="clip")
     if index.present is not None:

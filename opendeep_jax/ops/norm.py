@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019), and layer normalisation (Ba et al. 2016)."""
+"""Root-mean-square normalization (Zhang and Sennrich 2019), and layer normalization (Ba et al. 2016)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,6 @@ def layer_norm(
 ) -> Float[Array, "... D"]:
     """`(x - mean(x)) / std(x) * scale + bias`, computed in float32, returned in x's dtype."""
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
-    return (centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + epsilon)
+    return (centered * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

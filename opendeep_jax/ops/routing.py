@@ -21,7 +21,7 @@ def route(
     """Returns the chosen experts' weights and indices, and all scores.
 
     Selection goes by `score + bias` inside the groups that a token keeps; the weights are the scores without bias,
-    normalised over the chosen if `moe.normalize_weights`, times `moe.routed_scaling_factor`.
+    normalized over the chosen if `moe.normalize_weights`, times `moe.routed_scaling_factor`.
     """
     scores = SCORES[moe.scoring](logits)
     selection = jax.lax.stop_gradient(scores if bias is None else scores + bias)
@@ -57,7 +57,7 @@ def sequence_balance_loss(
 ) -> Float[Array, "B"]:
     """V3's sequence-wise balance loss of each row, `sum_e f_e P_e` (equations 17 to 20), without its weight.
 
-    `f_e = E / (K T) * count_e` carries no gradient; `P_e` is the mean of the row's normalised scores. Where rows are
+    `f_e = E / (K T) * count_e` carries no gradient; `P_e` is the mean of the row's normalized scores. Where rows are
     divided over devices, T, counts and means are the whole row's, and each device returns an equal share of the loss.
     """
     row_tokens, row_counts = psum((jnp.sum(valid, axis=1, dtype=jnp.float32), counts), LENGTH_AXES)

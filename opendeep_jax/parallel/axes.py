@@ -63,10 +63,10 @@ def partition_spec(
     return PartitionSpec(*(part(name, size) for name, size in zip(logical_axes, shape, strict=True)))
 
 
-def weight_specs(skeleton, mesh, at_rest: bool = False) -> dict[str, PartitionSpec]:
+def weight_specs(definition, mesh, at_rest: bool = False) -> dict[str, PartitionSpec]:
     """`partition_spec` of each array of a `models.parameters.Skeleton`."""
-    axes = skeleton.axes()
-    return {name: partition_spec(axes[name], x.shape, mesh, at_rest) for name, x in skeleton.shapes().items()}
+    axes = definition.axes()
+    return {name: partition_spec(axes[name], x.shape, mesh, at_rest) for name, x in definition.shapes().items()}
 
 
 def replica_axes(spec: PartitionSpec, mesh) -> tuple[str, ...]:

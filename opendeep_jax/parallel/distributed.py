@@ -67,7 +67,7 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
             "processes were started with the same command, and whether that address can be reached; then start the "
             "same command again"
         ) from error
-    share(f"host/{jax.process_index()}", socket.gethostname())
+    put_value(f"host/{jax.process_index()}", socket.gethostname())
 
 
 def _on_tpu_pod() -> bool:
@@ -95,7 +95,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def share(name: str, text: str) -> None:
+def put_value(name: str, text: str) -> None:
     """Puts a word where all processes can see it."""
     client = distributed.global_state.client
     if client is None:
@@ -104,7 +104,7 @@ def share(name: str, text: str) -> None:
         client.key_value_set(f"opendeep/{name}", text, allow_overwrite=True)
 
 
-def peek(name: str) -> str | None:
+def get_value(name: str) -> str | None:
     """A shared word, or None where there is none yet."""
     client = distributed.global_state.client
     if client is None:
@@ -117,7 +117,7 @@ def peek(name: str) -> str | None:
         raise
 
 
-def propose(name: str, text: str) -> str:
+def put_first(name: str, text: str) -> str:
     """The word that all processes get under this name: the first that any of them proposes."""
     client = distributed.global_state.client
     if client is None:
@@ -127,10 +127,10 @@ def propose(name: str, text: str) -> str:
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
-    return peek(name)
+    return get_value(name)
 
 
-def words(prefix: str) -> dict[str, str]:
+def get_values(prefix: str) -> dict[str, str]:
     """All shared words whose names begin with `prefix/`, by the rest of their names."""
     client = distributed.global_state.client
     if client is None:
@@ -141,7 +141,7 @@ def words(prefix: str) -> dict[str, str]:
 def wait_for(name: str, timeout: float = _FOREVER) -> str:
     """A shared word, as soon as it is there. Raises TimeoutError, and PeerEnded where nobody will share it any more."""
     end, looked = time.monotonic() + timeout, time.monotonic()
-    while (text := peek(name)) is None:
+    while (text := get_value(name)) is None:
         now = time.monotonic()
         if now > end:
             raise TimeoutError(name)
@@ -155,7 +155,7 @@ def wait_for(name: str, timeout: float = _FOREVER) -> str:
 
 def ended_peer() -> PeerEnded | None:
     """Another process that has ended with a status which all are to end with: a bug, something to mend, a diagnosis."""
-    for process, word in words("ended").items():
+    for process, word in get_values("ended").items():
         status, _, text = word.partition(" ")
         if int(status) in (BUG, MEND, STOPPED) and int(process) != jax.process_index():
             where = f"process {process} on {host_of(int(process))} has ended with status {status}, and so does"
@@ -163,11 +163,11 @@ def ended_peer() -> PeerEnded | None:
     return None
 
 
-def tell_end(status: int, text: str = "") -> None:
+def announce_end(status: int, text: str = "") -> None:
     """Tells the others that this process is about to exit, and how."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
-        share(f"ended/{jax.process_index()}", f"{status} {text}")
-        share(f"left/{jax.process_index()}", "")
+        put_value(f"ended/{jax.process_index()}", f"{status} {text}")
+        put_value(f"left/{jax.process_index()}", "")
 
 
 def leave_together(status: int, text: str = "") -> None:
@@ -176,9 +176,9 @@ def leave_together(status: int, text: str = "") -> None:
     seconds = FAREWELL_SECONDS.get(status, 3.0)
 
     def leave() -> None:
-        tell_end(status, text)
+        announce_end(status, text)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            while is_primary() and len(words("left")) < jax.process_count():
+            while is_primary() and len(get_values("left")) < jax.process_count():
                 time.sleep(0.05)
 
     # A thread, as the service never answers where process 0 is stopped.
@@ -192,7 +192,7 @@ def leave_together(status: int, text: str = "") -> None:
 def host_of(process: int) -> str:
     """The name of the machine that a process of the job runs on."""
     here = socket.gethostname() if process == jax.process_index() else "an unknown host"
-    return peek(f"host/{process}") or here
+    return get_value(f"host/{process}") or here
 
 
 def primary_first(name: str, action: Callable[[], Result]) -> Result:
@@ -212,7 +212,7 @@ def primary_first(name: str, action: Callable[[], Result]) -> Result:
     try:
         result = action()
     except ConfigError as error:
-        share(f"first/{name}", str(error))
+        put_value(f"first/{name}", str(error))
         raise
-    share(f"first/{name}", "")
+    put_value(f"first/{name}", "")
     return result

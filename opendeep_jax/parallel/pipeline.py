@@ -2,7 +2,7 @@
 
 S stages, v chunks a stage, n places (layers) a chunk, M microbatches. Code for the per-device program (see
 `parallel/collectives.py`): every stage runs the same scan over the ticks of a schedule. In a tick a stage runs the
-forward of one chunk, then the backward of another, and swaps activations and gradients with its neighbours. Where the
+forward of one chunk, then the backward of another, and swaps activations and gradients with its neighbors. Where the
 schedule is idle nothing is computed: all devices of a stage take the same branch, so the collectives inside a piece
 of the model work as long as they stay within a stage.
 
@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.parallel.collectives import axis_index, axis_size
-from opendeep_jax.parallel.schedule import IDLE, Layout, Schedule, Slots, assign_slots
+from opendeep_jax.parallel.schedule import IDLE, BufferSlots, Schedule, StageLayout, assign_slots
 from opendeep_jax.parallel.shares import meet, nothing
 
 Tree = Any
 
 
-class Pieces(NamedTuple):
+class StageFunctions(NamedTuple):
     """A model cut where the pipeline cuts it. Losses are this device's share; what else is measured comes as shares
     (`parallel/shares.py`), which meet those of the other microbatches.
 
@@ -45,7 +45,7 @@ class Pieces(NamedTuple):
     """(shared, x, microbatch) -> (loss, shares): what comes after the stacked layers, on the last stage."""
 
 
-class Result(NamedTuple):
+class PipelineResult(NamedTuple):
     """This device's share of a batch's loss, gradients and metrics."""
 
     loss: Float[Array, ""]
@@ -84,9 +84,9 @@ class Work(NamedTuple):
 
 
 def pipelined_value_and_grad(
-    pieces: Pieces,
+    pieces: StageFunctions,
     schedule: Schedule,
-    layout: Layout,
+    layout: StageLayout,
     shared: Tree,
     layers: Tree,
     constants: Tree,
@@ -94,7 +94,7 @@ def pipelined_value_and_grad(
     keep: Literal["layers", "chunk"] = "layers",
     gradient_dtype: Any = jnp.float32,
     axis: str = "stage",
-) -> Result:
+) -> PipelineResult:
     """Loss and gradients of `pieces` summed over the microbatches.
 
     Args:
@@ -252,21 +252,21 @@ def pipelined_value_and_grad(
     state, _ = lax.scan(tick, state, _rows(schedule, slots, stage))
     count = schedule.chunks * places
     state["layer_shares"] = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), state["layer_shares"])
-    return Result(*(state[name] for name in Result._fields))
+    return PipelineResult(*(state[name] for name in PipelineResult._fields))
 
 
-def to_stages(layout: Layout, stacked: Float[Array, "N ..."]) -> Float[Array, "places ..."]:
+def to_stages(layout: StageLayout, stacked: Float[Array, "N ..."]) -> Float[Array, "places ..."]:
     """Stacked layers in the model's order [N, ...] as they lie at rest [S*v*n, ...]; zeros in empty places."""
     filled = (layout.source != IDLE).reshape(-1, *[1] * (stacked.ndim - 1))
     return jnp.where(filled, stacked[layout.source], jnp.zeros((), stacked.dtype))
 
 
-def from_stages(layout: Layout, at_rest: Float[Array, "places ..."]) -> Float[Array, "N ..."]:
+def from_stages(layout: StageLayout, at_rest: Float[Array, "places ..."]) -> Float[Array, "N ..."]:
     """The inverse of `to_stages`; what stands in empty places is dropped."""
     return at_rest[np.argsort(layout.source)[np.sum(layout.source == IDLE) :]]
 
 
-def _rows(schedule: Schedule, slots: Slots, stage) -> dict[str, Array]:
+def _rows(schedule: Schedule, slots: BufferSlots, stage) -> dict[str, Array]:
     """Every tick's entries of this stage, int32 [T] each; an idle slot is the one behind the last."""
     tables = {f"{name}_chunk": getattr(schedule, name)[:, :, 0] for name in ("forward", "backward")}
     tables |= {f"{name}_microbatch": getattr(schedule, name)[:, :, 1] for name in ("forward", "backward")}
@@ -299,7 +299,7 @@ def _add_at(total: Array, index, new: Array) -> Array:
     return lax.dynamic_update_index_in_dim(total, entry, index, 0)
 
 
-def _check(schedule: Schedule, layout: Layout, layers: Tree, microbatches: Tree, axis: str) -> None:
+def _check(schedule: Schedule, layout: StageLayout, layers: Tree, microbatches: Tree, axis: str) -> None:
     if schedule.stages != axis_size(axis):
         raise ConfigError(
             f"a schedule for {schedule.stages} stages on a mesh whose axis {axis!r} has {axis_size(axis)} devices: "

@@ -1,10 +1,10 @@
 """Pipeline schedules as tables: which stage runs which chunk of layers on which microbatch, tick after tick.
 
-S stages, v chunks a stage, M microbatches, T ticks. Layers are cut into S*v chunks of neighbouring layers; part p = 0 …
+S stages, v chunks a stage, M microbatches, T ticks. Layers are cut into S*v chunks of neighboring layers; part p = 0 …
 S*v-1 of the model is chunk p // S of stage p % S, so that the stages form a ring which each microbatch travels v times
 (interleaved 1F1B, Narayanan et al. 2021, section 2.2; v = 1 is plain 1F1B). NumPy only.
 
-In each tick a stage runs at most one forward and one backward, in this order; what it computes is with its neighbour at
+In each tick a stage runs at most one forward and one backward, in this order; what it computes is with its neighbor at
 the next tick. Departures from the papers, both because every device runs one program in lockstep:
 
 - A tick holds a forward *and* a backward, so that the steady state wastes nothing and a stage needs no bookkeeping of
@@ -41,7 +41,7 @@ class Schedule(NamedTuple):
     """int32 [T, S, 2]: (chunk, microbatch) whose backward runs after it; IDLE where none."""
 
 
-class Slots(NamedTuple):
+class BufferSlots(NamedTuple):
     """Where each stage keeps what waits: slots of two buffers, reused when free. int32 [T, S], IDLE where none.
 
     `inputs` slots hold a chunk's input from its arrival (the first part: from its forward) to its backward; `gradients`
@@ -125,7 +125,7 @@ def ticks_of(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     return both[0], both[1]
 
 
-def assign_slots(schedule: Schedule) -> Slots:
+def assign_slots(schedule: Schedule) -> BufferSlots:
     """Gives everything that waits a slot, the lowest that is free."""
     stages, last = schedule.stages, schedule.stages * schedule.chunks - 1
     forward, backward = ticks_of(schedule)
@@ -134,7 +134,7 @@ def assign_slots(schedule: Schedule) -> Slots:
     gradients_from = np.concatenate([backward[1:] + 1, forward[-1:]])
     inputs, num_inputs = _lowest_free(inputs_from, backward, stages)
     gradients, num_gradients = _lowest_free(gradients_from, backward, stages)
-    slots = Slots(num_inputs, num_gradients, *np.full((6, len(schedule.forward), stages), IDLE, np.int32))
+    slots = BufferSlots(num_inputs, num_gradients, *np.full((6, len(schedule.forward), stages), IDLE, np.int32))
     for part, microbatch in np.ndindex(*forward.shape):
         place, stage = (part, microbatch), part % stages
         slots.forward_input[forward[place], stage] = slots.backward_input[backward[place], stage] = inputs[place]
@@ -163,7 +163,7 @@ def _lowest_free(start: np.ndarray, end: np.ndarray, stages: int) -> tuple[np.nd
 
 
 def simulate(schedule: Schedule, forward=1.0, backward=3.0) -> Simulation:
-    """Plays a schedule: a stage starts a tick when it and its two neighbours on the ring have ended the one before.
+    """Plays a schedule: a stage starts a tick when it and its two neighbors on the ring have ended the one before.
 
     Args:
         schedule: what `make_schedule` made.
@@ -187,7 +187,7 @@ def simulate(schedule: Schedule, forward=1.0, backward=3.0) -> Simulation:
     return Simulation(float(time.max()), float(1 - spent.sum() / (schedule.stages * time.max())), kept)
 
 
-class Layout(NamedTuple):
+class StageLayout(NamedTuple):
     """How N stacked layers lie on the stages; made by `stage_layout`.
 
     Each chunk has n places, the same number everywhere, the last of which may be empty. Stacked arrays at rest are
@@ -207,7 +207,7 @@ class Layout(NamedTuple):
     """int [S*v*n]: the layer at each place, in the order at rest; IDLE where empty."""
 
 
-def stage_layout(num_layers: int, stages: int, chunks: int = 1, first: float = 0.0, last: float = 0.0) -> Layout:
+def stage_layout(num_layers: int, stages: int, chunks: int = 1, first: float = 0.0, last: float = 0.0) -> StageLayout:
     """Divides N layers over S*v parts with as few places as they need, empty ones where there is other work to do.
 
     Args:
@@ -240,4 +240,4 @@ def stage_layout(num_layers: int, stages: int, chunks: int = 1, first: float = 0
     source = np.full((stages, chunks, places), IDLE)
     for part in range(parts):
         source[part % stages, part // stages, : counts[part]] = begin[part] + np.arange(counts[part])
-    return Layout(stages, chunks, places, counts, source.reshape(-1))
+    return StageLayout(stages, chunks, places, counts, source.reshape(-1))

@@ -50,7 +50,7 @@ class CompiledStep(NamedTuple):
     """A compiled training step."""
 
     text: str
-    """The optimised HLO."""
+    """The optimized HLO."""
     memory: MemoryUse
     seconds: float
     """Tracing, lowering and compiling."""

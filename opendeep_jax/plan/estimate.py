@@ -11,15 +11,15 @@ from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.plan.batch import largest_stage
 from opendeep_jax.plan.compile import MemoryUse, OutOfResource, compile_step
 from opendeep_jax.plan.cost import Cost, cost_of
-from opendeep_jax.plan.memory import axis_sizes, cures, memory_by_component
-from opendeep_jax.plan.program import Program, analyse
+from opendeep_jax.plan.memory import axis_sizes, memory_by_component, memory_fixes
+from opendeep_jax.plan.program import Program, analyze
 from opendeep_jax.plan.roofline import Roofline, Traffic, roofline, traffic
 from opendeep_jax.plan.shortage import MEMORY, Shortage
 from opendeep_jax.plan.topology import Topology
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a step of a run would take on a topology. Bytes are of one device; FLOPs and tokens of all together.
 
     Where the program does not fit the device's memory there is none: `program` and all that follows from it is None.
@@ -48,7 +48,7 @@ class Plan:
     times: Roofline | None = None
     traffic: list[Traffic] = field(default_factory=list)
     text: str = field(default="", repr=False)
-    """The optimised HLO."""
+    """The optimized HLO."""
 
     @property
     def tokens(self) -> int:
@@ -177,13 +177,13 @@ class Plan:
             f"{self.config.name} does not fit on {self.topology.name}: each device needs {amount} "
             f"{human_bytes(self.limit_bytes)} that it has."
         )
-        helpful = cures(self.config, self.stage, self.axes)
+        helpful = memory_fixes(self.config, self.stage, self.axes)
         if not helpful:
             return f"{sentence} Use more chips, or a smaller batch (--rows_per_chip)."
-        enough = [cure for cure in helpful if known and cure.saves >= over]
+        enough = [fix for fix in helpful if known and fix.saves >= over]
         shown = enough[:2] or helpful[:3]
         knobs = " or " if enough else " and "
-        words = knobs.join(f"{cure.setting} (saves about {human_bytes(cure.saves)})" for cure in shown)
+        words = knobs.join(f"{fix.setting} (saves about {human_bytes(fix.saves)})" for fix in shown)
         more = "" if enough else " If that is not enough, use more chips or a smaller batch (--rows_per_chip)."
         return f"{sentence} By arithmetic, {words} would {'do' if enough else 'help'}.{more}"
 
@@ -198,7 +198,7 @@ def check_mesh(config: RunConfig, topology: Topology) -> None:
         ) from error
 
 
-def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_tokens: float = 0.0) -> Plan:
+def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_tokens: float = 0.0) -> RunPlan:
     """Compiles a run's training step for a topology and reads what it would take.
 
     Args:
@@ -220,16 +220,16 @@ def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_t
     )
     parts = given["components"]
     if parts["weights"] + parts["optimizer"] > topology.chip.per_device().memory_bytes:  # no compiler can mend that
-        return Plan(**given, compile_seconds=0.0, needed_bytes=sum(parts.values()))
+        return RunPlan(**given, compile_seconds=0.0, needed_bytes=sum(parts.values()))
     try:
         compiled = compile_step(config, stage, topology)
     except OutOfResource as error:
         short = error.shortage
         if short.resource == MEMORY:
-            return Plan(**given, compile_seconds=error.seconds, needed_bytes=short.needed)
-        return Plan(**given, compile_seconds=error.seconds, shortage=short)
-    program = analyse(compiled.text)
-    return Plan(
+            return RunPlan(**given, compile_seconds=error.seconds, needed_bytes=short.needed)
+        return RunPlan(**given, compile_seconds=error.seconds, shortage=short)
+    program = analyze(compiled.text)
+    return RunPlan(
         **given,
         compile_seconds=compiled.seconds,
         memory=compiled.memory,

@@ -1,4 +1,4 @@
-"""The text of a compiled program (optimised HLO) as data: computations, instructions, shapes, groups of devices.
+"""The text of a compiled program (optimized HLO) as data: computations, instructions, shapes, groups of devices.
 
 An SPMD program's text is the program of one device, so every size in it is that of one device's part.
 """
@@ -25,7 +25,7 @@ _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*->.*)?\{\s*$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
-class Shape(NamedTuple):
+class ArrayShape(NamedTuple):
     """An array's shape as a device holds it, without the padding of its tiles."""
 
     dtype: str
@@ -46,7 +46,7 @@ class Instruction:
 
     name: str
     op: str
-    shapes: list[Shape]
+    shapes: list[ArrayShape]
     """Of its result; several for a tuple, nested tuples laid flat."""
     operands: list[str]
     argument: str
@@ -121,10 +121,10 @@ class Computation(dict[str, Instruction]):
         """The instruction that gives an operand; None where there is none."""
         return self.get(x.operands[place]) if place < len(x.operands) else None
 
-    def operand_shape(self, x: Instruction, place: int) -> Shape:
+    def operand_shape(self, x: Instruction, place: int) -> ArrayShape:
         """The (first) shape of an operand; a scalar's where it isn't known."""
         source = self.operand(x, place)
-        return source.shapes[0] if source and source.shapes else Shape("f32", (), 4.0, HBM)
+        return source.shapes[0] if source and source.shapes else ArrayShape("f32", (), 4.0, HBM)
 
 
 @dataclass
@@ -207,14 +207,14 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction | None:
     return Instruction(name, match.group(1), _shapes(text[:end]), operands, argument, attributes, is_root, plain)
 
 
-def _shapes(text: str) -> list[Shape]:
+def _shapes(text: str) -> list[ArrayShape]:
     return [_shape(*found) for found in _SHAPE.findall(text)]
 
 
-def _shape(dtype: str, dims: str, layout: str) -> Shape:
+def _shape(dtype: str, dims: str, layout: str) -> ArrayShape:
     sizes = tuple(int(size) for size in dims.split(",") if size)
     space = re.search(r"S\((\d+)\)", layout)
-    return Shape(dtype, sizes, math.prod(sizes) * dtype_bytes(dtype), int(space.group(1)) if space else HBM)
+    return ArrayShape(dtype, sizes, math.prod(sizes) * dtype_bytes(dtype), int(space.group(1)) if space else HBM)
 
 
 def dtype_bytes(dtype: str) -> float:

@@ -105,23 +105,23 @@ def _optimizer_bytes(config: RunConfig, axes: dict[str, int]) -> int:
     plain = dataclasses.replace(config.model, remat=RematConfig(), execution=ExecutionConfig())
     train = dataclasses.replace(config.train, accumulation_steps=1, rows_per_device=0)
     plain = dataclasses.replace(config, model=plain, parallel=ParallelConfig(), train=train)
-    skeleton, state = _abstract_state(plain)
+    definition, state = _abstract_state(plain)
     mesh = AbstractMesh(tuple(axes[axis] for axis in MESH_AXES), MESH_AXES)
     zero_1 = config.parallel.shard_optimizer_over_replicas
-    return bytes_on_each_device(placed_state(state, skeleton, mesh, zero_1).opt_state)
+    return bytes_on_each_device(placed_state(state, definition, mesh, zero_1).opt_state)
 
 
 @functools.cache
 def _abstract_state(config: RunConfig):
-    """A run's skeleton and the shapes of its first state."""
+    """A run's definition and the shapes of its first state."""
     import jax
 
-    from opendeep_jax.models.parameters import skeleton
+    from opendeep_jax.models.parameters import model_definition
     from opendeep_jax.train.optimizer import make_optimizer
     from opendeep_jax.train.state import init_state
 
-    bones = skeleton(config.model)
-    return bones, jax.eval_shape(lambda: init_state(config, make_optimizer(config, bones.axes())))
+    definition = model_definition(config.model)
+    return definition, jax.eval_shape(lambda: init_state(config, make_optimizer(config, definition.axes())))
 
 
 def _widest(model: ModelConfig, kind: str) -> int:
@@ -156,14 +156,14 @@ _MATMUL_NAMES = ("query", "key_value", "attention_output", "mlp_gate", "expert_g
 """Activations that dear matmuls give."""
 
 
-class Cure(NamedTuple):
+class MemoryFix(NamedTuple):
     """A change of the configuration, and the bytes that it would save on each device."""
 
     setting: str
     saves: float
 
 
-def cures(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[Cure]:
+def memory_fixes(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[MemoryFix]:
     """Settings that would need less memory, by arithmetic; the one that saves most first."""
     rows = stage.batch_size // (
         config.train.accumulation_steps * math.prod(axes[a] for a in ("data", "fsdp", "expert"))
@@ -188,14 +188,14 @@ def cures(config: RunConfig, stage: Stage, axes: dict[str, int]) -> list[Cure]:
     if config.train.loss_chunk > 256:
         change("--train.loss_chunk=256", "train", loss_chunk=256)
     found = [
-        Cure(setting, before - sum(memory_by_component(changed, stage, axes).values()))
+        MemoryFix(setting, before - sum(memory_by_component(changed, stage, axes).values()))
         for setting, changed in changes.items()
     ]
     if axes["data"] > 1:
         merged = {**axes, "fsdp": axes["fsdp"] * axes["data"], "data": 1}
         setting = f"--parallel.data=1 --parallel.fsdp={merged['fsdp']}"
-        found.append(Cure(setting, before - sum(memory_by_component(config, stage, merged).values())))
-    return sorted((cure for cure in found if cure.saves > 0), key=lambda cure: -cure.saves)
+        found.append(MemoryFix(setting, before - sum(memory_by_component(config, stage, merged).values())))
+    return sorted((fix for fix in found if fix.saves > 0), key=lambda fix: -fix.saves)
 
 
 def _replaced(config, part: str, **values):

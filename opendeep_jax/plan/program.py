@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: FLOPs, HBM traffic and messages, every loop's trip count honoured."""
+"""What a compiled program does on one device: FLOPs, HBM traffic and messages, every loop's trip count honored."""
 
 import re
 from collections import Counter
@@ -105,7 +105,7 @@ class Program:
                 mine[key] += times * count
 
 
-def analyse(text: str) -> Program:
+def analyze(text: str) -> Program:
     """Reads a compiled program's text (`compiled.as_text()`). Raises ValueError where it is none."""
     module = parse(text)
     reader = _Reader(module)
@@ -147,9 +147,9 @@ class _Reader:
             elif x.op == "conditional":
                 branches = x.listed("branch_computations")
                 branches = branches or [x.attribute("true_computation"), x.attribute("false_computation")]
-                dearest = max(branches, key=lambda branch: _weight(self.read(branch, is_async)))
-                total.add(self.read(dearest, is_async))
-                events.append(Event(body=(dearest, is_async)))
+                costliest = max(branches, key=lambda branch: _weight(self.read(branch, is_async)))
+                total.add(self.read(costliest, is_async))
+                events.append(Event(body=(costliest, is_async)))
             elif x.op == "call" or (x.op.endswith("-start") and x.called):
                 beside = is_async or _hides(x)
                 for called in x.called:
@@ -288,7 +288,7 @@ def _slices_group(x: Instruction, devices: int) -> tuple[int, ...]:
 
 
 def _weight(part: Program) -> tuple[float, float]:
-    """Which branch of a conditional is the dearest: roughly the time of its work on a recent chip."""
+    """Which branch of a conditional is the costliest: roughly the time of its work on a recent chip."""
     sent = sum(message.sent * count for message, count in part.collectives.items())
     return part.flops / 4e14 + part.hbm_bytes / 2e12 + sent / 1e11, part.flops
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
 from opendeep_jax.display.page import details, page, section, table, text, tiles
-from opendeep_jax.plan.estimate import Plan
+from opendeep_jax.plan.estimate import RunPlan
 from opendeep_jax.plan.search import Found
 
 LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
 
 
-def plan_page(plan: Plan, found: list[Found] = (), recipe: RunConfig | None = None) -> str:
+def plan_page(plan: RunPlan, found: list[Found] = (), recipe: RunConfig | None = None) -> str:
     """The page of a plan, and of the layouts that a search tried beside it."""
     title = f"{plan.config.name} on {plan.topology.name}"
     parts = [
@@ -34,7 +34,7 @@ def plan_page(plan: Plan, found: list[Found] = (), recipe: RunConfig | None = No
     return page(title, "".join(parts))
 
 
-def _subtitle(plan: Plan) -> str:
+def _subtitle(plan: RunPlan) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items() if size > 1) or "one device"
     return (
         f"{plan.topology.chips:,} {plan.topology.chip.name}, mesh {axes}, {plan.stage.batch_size:,} rows of "
@@ -42,7 +42,7 @@ def _subtitle(plan: Plan) -> str:
     )
 
 
-def _sentence(plan: Plan) -> str:
+def _sentence(plan: RunPlan) -> str:
     if not plan.fits:
         return plan.why_not()
     times = plan.times
@@ -52,7 +52,7 @@ def _sentence(plan: Plan) -> str:
     )
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: RunPlan) -> str:
     if plan.times is None:
         return ""
     step = plan.times.scheduled
@@ -82,7 +82,7 @@ def _bars(rows: Iterable[tuple[str, float, str, bool]], limit: float = 0.0) -> s
     return f"<figure>{''.join(items)}</figure>"
 
 
-def _memory_bars(plan: Plan) -> str:
+def _memory_bars(plan: RunPlan) -> str:
     rows = [(name, size, human_bytes(size), False) for name, size in plan.components.items()]
     estimated = sum(plan.components.values())
     rows.append(("estimate", estimated, human_bytes(estimated), False))
@@ -94,7 +94,7 @@ def _memory_bars(plan: Plan) -> str:
     return _bars(rows, plan.limit_bytes)
 
 
-def _time_section(plan: Plan) -> str:
+def _time_section(plan: RunPlan) -> str:
     times = plan.times
     if times is None:
         return ""
@@ -113,7 +113,7 @@ def _time_section(plan: Plan) -> str:
     return section("Time of a step", introduction, _bars((name, s, human_time(s), strong) for name, s, strong in rows))
 
 
-def _messages(plan: Plan) -> str:
+def _messages(plan: RunPlan) -> str:
     if not plan.traffic:
         return ""
     bars = _bars(
@@ -128,7 +128,7 @@ def _messages(plan: Plan) -> str:
     return bars
 
 
-def _most(plan: Plan) -> str:
+def _most(plan: RunPlan) -> str:
     if plan.program is None:
         return ""
     flops = [(name, f"{count:.3g} FLOPs") for name, count in plan.program.flops_by_name.most_common(12)]

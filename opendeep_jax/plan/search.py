@@ -11,7 +11,7 @@ from opendeep_jax.config.rules import mesh_problems
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.plan.arithmetic import Estimate, estimate
 from opendeep_jax.plan.batch import largest_stage
-from opendeep_jax.plan.estimate import Plan, make_plan
+from opendeep_jax.plan.estimate import RunPlan, make_plan
 from opendeep_jax.plan.memory import axis_sizes
 from opendeep_jax.plan.topology import Topology
 
@@ -39,7 +39,7 @@ class Found(NamedTuple):
     """A layout that was compiled."""
 
     candidate: Candidate
-    plan: Plan | None
+    plan: RunPlan | None
     """None where it could not be compiled."""
     problem: str
     """Why not."""
@@ -72,7 +72,7 @@ def layouts(config: RunConfig, topology: Topology) -> Iterator[ParallelConfig]:
 def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     """All layouts that keep the rules and might fit, the quickest by arithmetic first.
 
-    Tried are axis sizes, full and named rematerialisation, micro-batches, and one or two batch parts.
+    Tried are axis sizes, full and named rematerialization, micro-batches, and one or two batch parts.
     """
     found: dict[RunConfig, Candidate] = {}
     remats = [config.model.remat, *(dataclasses.replace(config.model.remat, dense=p, moe=p) for p in ("full", "named"))]
@@ -98,7 +98,7 @@ def search(
 ) -> list[Found]:
     """Compiles the `count` best layouts by arithmetic and ranks them, the best first.
 
-    Layouts that differ in rematerialisation or micro-batches alone count as one until others have had their turn.
+    Layouts that differ in rematerialization or micro-batches alone count as one until others have had their turn.
 
     Args:
         tell: is called with a line of text as each is compiled.

@@ -4,15 +4,15 @@ import math
 
 from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
 from opendeep_jax.display.tables import key_value_table
-from opendeep_jax.plan.estimate import Plan
+from opendeep_jax.plan.estimate import RunPlan
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: RunPlan) -> str:
     """The whole plan in aligned columns; estimates are called so."""
     return key_value_table([*_what(plan), *_memory(plan), *_work(plan), *_time(plan)])
 
 
-def _what(plan: Plan) -> list[tuple[str, str]]:
+def _what(plan: RunPlan) -> list[tuple[str, str]]:
     topology, chip = plan.topology, plan.topology.chip
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items() if size > 1) or "one device"
     devices = f", {topology.device_count} devices" if chip.cores > 1 else ""
@@ -26,7 +26,7 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(plan: Plan) -> list[tuple[str, str]]:
+def _memory(plan: RunPlan) -> list[tuple[str, str]]:
     rows = [("Memory of each device, by arithmetic (an estimate)", "")]
     rows += [(name, f"{human_bytes(size):>12}") for name, size in plan.components.items()]
     rows.append(("sum", f"{human_bytes(sum(plan.components.values())):>12}"))
@@ -47,7 +47,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, ("total", total), ("limit", f"{human_bytes(plan.limit_bytes):>12}  {verdict}")]
 
 
-def _work(plan: Plan) -> list[tuple[str, str]]:
+def _work(plan: RunPlan) -> list[tuple[str, str]]:
     per_token = plan.model_flops / plan.tokens
     rows = [("Work of a step", ""), ("model FLOPs", f"{plan.model_flops:.4g}, {per_token:.4g} per token")]
     if plan.program is None:
@@ -64,7 +64,7 @@ def _work(plan: Plan) -> list[tuple[str, str]]:
     return rows + [("note", warning) for warning in plan.warnings()]
 
 
-def _time(plan: Plan) -> list[tuple[str, str]]:
+def _time(plan: RunPlan) -> list[tuple[str, str]]:
     times = plan.times
     if times is None:
         return []

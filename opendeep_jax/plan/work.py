@@ -10,7 +10,7 @@ import json
 import math
 import re
 
-from opendeep_jax.plan.hlo import HBM, VIEWS, Computation, Instruction, Module, Shape, dtype_bytes
+from opendeep_jax.plan.hlo import HBM, VIEWS, ArrayShape, Computation, Instruction, Module, dtype_bytes
 
 NO_KERNEL = frozenset(
     "parameter constant tuple get-tuple-element bitcast iota after-all partition-id replica-id add-dependency domain "
@@ -112,7 +112,7 @@ def _fusion_bytes(module: Module, computation: Computation, x: Instruction) -> f
     total = x.result_bytes + sum(_saved_in_place(module, inner, x))
     for number, parameter in inner.parameters.items():
         source = computation.operand(x, number)
-        shape = parameter.shapes[0] if parameter.shapes else Shape("token", (), 0.0, HBM)
+        shape = parameter.shapes[0] if parameter.shapes else ArrayShape("token", (), 0.0, HBM)
         placed = source.shapes[0] if source is not None and len(source.shapes) == 1 else shape
         if placed.space != HBM:
             continue

@@ -154,7 +154,7 @@ def check_choice(kind: str, source: str | Path, dtype: str, step: int | None) ->
 
 def _run_weights(workdir: Path, dtype: str, step: int | None, mesh: "Mesh | None") -> "Decoder":
     from opendeep_jax.checkpoint.checkpoints import load_model
-    from opendeep_jax.models.parameters import skeleton, split
+    from opendeep_jax.models.parameters import model_definition, split
 
     model, _ = load_model(workdir, step, mesh)
     config = dataclasses.replace(model.config, dtype=dtype)
@@ -162,4 +162,4 @@ def _run_weights(workdir: Path, dtype: str, step: int | None, mesh: "Mesh | None
     del model
     for name in list(params):  # one after the other, so that the masters go as their copies come
         params[name] = params[name].astype(dtype)
-    return skeleton(config).model(params, router_bias)
+    return model_definition(config).model(params, router_bias)

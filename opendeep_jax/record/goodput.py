@@ -23,7 +23,7 @@ from opendeep_jax.record.record import Record, now
 from opendeep_jax.record.time_kinds import KINDS, measured
 
 
-class Clock:
+class GoodputClock:
     """Account of every second of this process, each of one kind (`time_kinds`). Not for use by several threads.
 
         clock = Clock(record, begun, first_step=100)

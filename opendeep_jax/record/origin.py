@@ -116,7 +116,7 @@ def write_imported_from(workdir: str | Path, facts: Mapping[str, Any]) -> None:
 def lost(
     workdir: Path, origin: dict[str, Any], before: int | None, notes: list[str], elsewhere: Path | None
 ) -> str | None:
-    """Return a diagnosis with a cure where a run that has no state to go on from must not begin from its seed.
+    """Return a diagnosis with a fix where a run that has no state to go on from must not begin from its seed.
 
     Args:
         before: the state must have no update of this step or later; None takes any.
@@ -126,10 +126,10 @@ def lost(
     directory, saved = workdir / CHECKPOINTS, origin.get("saved")
     anew = "start anew in another --workdir"
     if notes:
-        what, cure = "is sound", f"Bring one back from a copy to {directory}, or {anew}."
+        what, fix = "is sound", f"Bring one back from a copy to {directory}, or {anew}."
         if elsewhere:
-            what, cure = "can be read here", f"Start as many processes as it had, or {anew}."
-        return f"{workdir}: none of its checkpoints {what}. {' '.join(notes)} {cure}"
+            what, fix = "can be read here", f"Start as many processes as it had, or {anew}."
+        return f"{workdir}: none of its checkpoints {what}. {' '.join(notes)} {fix}"
     if origin["kind"] == "random" and (saved is None or (before is not None and before <= saved)):
         return None
     if origin["kind"] == "random":

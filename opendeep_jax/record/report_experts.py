@@ -49,7 +49,7 @@ def experts_section(run: RunView) -> str:
     small = [("balance", "balance_loss", BLUE), ("z", "z_loss", VIOLET)]
     balanced = (Level("perfect balance", 1.0, GREEN),)
     auxiliary = "The balance loss before its weight: each router adds 1 when balanced. The z loss with its weight."
-    busiest = "The busiest expert of each layer" + ", from the first (blue) to the last (ochre)" * (layers > 8) + "."
+    busiest = "The busiest expert of each layer" + ", from the first (blue) to the last (ocher)" * (layers > 8) + "."
     # Every bias has a chart of its own below, where they were logged.
     range_lines = [Line(name, run_points(run, key), color) for name, key, color in ranges * (not len(bias))]
     small_lines = [Line(name, run_points(run, key), color, smooth=True) for name, key, color in small]
@@ -122,7 +122,7 @@ def _bias_charts(run: RunView, when: np.ndarray, bias: np.ndarray, load: np.ndar
             for expert, color in zip(chosen, colors, strict=True)
         ]
         charts.append(captioned([run], lines, f"bias{layer}", "router bias", names[layer], size=(3.2, 1.9)))
-    lead = "Blue to ochre: from the idlest to the busiest expert at the start."
+    lead = "Blue to ocher: from the idlest to the busiest expert at the start."
     if layers > BIAS_LAYERS or experts > BIAS_EXPERTS:
         lead += f" {len(shown)} of {layers} layers, {min(experts, BIAS_EXPERTS)} of {experts} experts in each."
     return f"<h3>Router biases</h3><p class=lead>{lead}</p>{grid(*charts, small=True)}"

@@ -18,7 +18,7 @@ def joined_calls(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-class Places:
+class TextOffsets:
     """Where tokens begin in a text, in characters, as they come; a part of a character begins where that does.
 
     Args:
@@ -67,7 +67,7 @@ def chat_logprobs(codec: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str
 
 
 def completion_logprobs(
-    codec: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int | Places = 0
+    codec: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int | TextOffsets = 0
 ) -> dict[str, Any]:
     """Log-probabilities as completions give them.
 
@@ -75,7 +75,7 @@ def completion_logprobs(
         entries: Tokens with theirs; a bare id is a token without, such as a prompt's first.
         offset: Characters of the text before them, or their places as they go on.
     """
-    places = Places(codec, offset) if isinstance(offset, int) else offset
+    places = TextOffsets(codec, offset) if isinstance(offset, int) else offset
     tokens, values, top, offsets = [], [], [], []
     for entry in entries:
         bare = isinstance(entry, int)

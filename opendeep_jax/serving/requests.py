@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opendeep_jax.generation.answers import Answer, Piece
 from opendeep_jax.generation.requests import SamplingParams, TokenLogprob
-from opendeep_jax.serving.answers import Places, chat_logprobs, completion_logprobs, joined_calls
+from opendeep_jax.serving.answers import TextOffsets, chat_logprobs, completion_logprobs, joined_calls
 from opendeep_jax.serving.errors import ApiError
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest, Sampling
 from opendeep_jax.serving.service import Limits
@@ -101,7 +101,7 @@ def completion(
         for answer in answers:
             answer.whole.finish = "length"
     echoed = [(_shown(codec, prompt) if body.echo else "") for prompt in body.prompts]
-    places = [Places(codec, len(text), special=False) for text in echoed for _ in range(many)]
+    places = [TextOffsets(codec, len(text), special=False) for text in echoed for _ in range(many)]
 
     def spelled(index: int, text: str, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -119,7 +119,7 @@ def completion(
         whole, prompt, echo = answers[index].whole, prompts[index // many], echoed[index // many]
         logprobs = None
         if wanted >= 0:
-            logprobs = completion_logprobs(codec, whole.logprobs, Places(codec, len(echo), special=False))
+            logprobs = completion_logprobs(codec, whole.logprobs, TextOffsets(codec, len(echo), special=False))
         if scores is not None:
             one = scores[index // many]
             tops = one.top or [()] * len(one.logprobs)

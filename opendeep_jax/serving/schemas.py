@@ -1,4 +1,4 @@
-"""Bodies of requests, as OpenAI's API spells them. A field that this server cannot honour is refused, not ignored."""
+"""Bodies of requests, as OpenAI's API spells them. A field that this server cannot honor is refused, not ignored."""
 
 import json
 from collections.abc import Mapping
@@ -117,7 +117,7 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_effect(cls, data: Any) -> Any:
-        """Leaves out what changes nothing; refuses by name, with a cure, what would change the answer."""
+        """Leaves out what changes nothing; refuses by name, with a fix, what would change the answer."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -128,8 +128,8 @@ class Sampling(Strict):
             if name in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
                 continue
             if name not in cls.model_fields and (name in CURES or name in NEUTRAL):
-                cure = CURES.get(name, f"this server knows it only as {NEUTRAL.get(name)!r}; leave it out")
-                raise ValueError(f"{name}: {cure}.")
+                fix = CURES.get(name, f"this server knows it only as {NEUTRAL.get(name)!r}; leave it out")
+                raise ValueError(f"{name}: {fix}.")
             kept[name] = value
         return kept
 

@@ -29,7 +29,7 @@ from opendeep_jax.serving.metrics import Metrics
 from opendeep_jax.serving.page import page_response
 from opendeep_jax.serving.requests import Asked
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
-from opendeep_jax.serving.service import EngineService, Job, Unavailable
+from opendeep_jax.serving.service import EngineService, ServiceJob, Unavailable
 from opendeep_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ async def _answer(
     return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
 
 
-async def _whole(served: Served, asked: Asked, job: Job, until: float) -> dict[str, Any]:
+async def _whole(served: Served, asked: Asked, job: ServiceJob, until: float) -> dict[str, Any]:
     async with job, asyncio.timeout_at(until):
         scores = None
         if asked.scores_prompts >= 0:
@@ -233,7 +233,7 @@ async def _whole(served: Served, asked: Asked, job: Job, until: float) -> dict[s
     return asked.whole(scores)
 
 
-async def _events(served: Served, asked: Asked, job: Job, until: float) -> AsyncIterator[str]:
+async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -> AsyncIterator[str]:
     """The server-sent events of a stream. An error that comes late is the last one."""
     try:
         async with asyncio.timeout_at(until):
@@ -250,7 +250,7 @@ async def _events(served: Served, asked: Asked, job: Job, until: float) -> Async
         yield _event(asked.failed(as_api_error(error).body))
 
 
-async def _pieces(served: Served, asked: Asked, job: Job) -> AsyncIterator[tuple[int, Piece]]:
+async def _pieces(served: Served, asked: Asked, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
     """What is new, and of which choice."""
     async for index, progress in job:
         answer = asked.answers[index]
@@ -275,7 +275,7 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, events: AsyncIterator[str]):
+    def __init__(self, job: ServiceJob, events: AsyncIterator[str]):
         # Proxies that gather a response before they pass it on are told not to.
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._job = job
@@ -286,7 +286,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+    """The result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

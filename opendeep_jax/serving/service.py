@@ -16,7 +16,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation.requests import SamplingParams
 
 if TYPE_CHECKING:
-    from opendeep_jax.generation.engine import Engine, Progress
+    from opendeep_jax.generation.engine import Engine, RequestProgress
     from opendeep_jax.generation.scoring import Scored
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Ticket:
     """The engine's handle, once it is queued there."""
 
 
-class Job:
+class ServiceJob:
     """Prompts that were submitted together: an async iterator of (index of the prompt, its progress), and a context.
 
     Leaving the context aborts what still runs, so that a client that goes frees its pages.
@@ -71,7 +71,7 @@ class Job:
 
     def __init__(self, service: "EngineService", requests: Sequence[tuple[Sequence[int], SamplingParams]]):
         self._service = service
-        self._events: asyncio.Queue[tuple[Ticket, Progress | Exception]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[Ticket, RequestProgress | Exception]] = asyncio.Queue()
         self.open = {Ticket(self, index, prompt, params) for index, (prompt, params) in enumerate(requests)}
 
     async def __aenter__(self) -> "Job":
@@ -170,7 +170,7 @@ class EngineService:
         """Prompts that run or wait."""
         return len(self._tickets)
 
-    def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> Job:
+    def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> ServiceJob:
         """Queues prompts (token ids) with their parameters, all or none.
 
         Raises:
@@ -182,7 +182,7 @@ class EngineService:
         if self.limits is None:
             raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
         self._check_room(len(requests))
-        job = Job(self, requests)
+        job = ServiceJob(self, requests)
         self._tickets |= job.open
         if job.open:
             self._idle.clear()

@@ -108,7 +108,7 @@ def _begun(text: str, mark: str) -> int:
     return 0
 
 
-class Marks(NamedTuple):
+class ThinkingMarks(NamedTuple):
     """The marks with which a family writes that it thinks, and that it has thought."""
 
     opening: str
@@ -117,13 +117,13 @@ class Marks(NamedTuple):
     """Begins an answer without thinking, and is no part of it."""
 
 
-THINK = Marks("<think>", "</think>")
+THINK = ThinkingMarks("<think>", "</think>")
 """DeepSeek-R1, Qwen 3."""
-HARMONY = Marks("<|channel|>analysis<|message|>", "<|end|>")
+HARMONY = ThinkingMarks("<|channel|>analysis<|message|>", "<|end|>")
 """gpt-oss: channels by a grammar of their own (`text/harmony.py`); they are special tokens, so decode with special."""
 
 
-def thinking_stream(marks: Marks, prompt: str = "") -> "ThinkingStream | HarmonyStream":
+def thinking_stream(marks: ThinkingMarks, prompt: str = "") -> "ThinkingStream | HarmonyStream":
     """Return what tells the thinking of a family from its answer.
 
     Args:
@@ -142,7 +142,7 @@ class ThinkingStream:
         marks: The family's.
     """
 
-    def __init__(self, opened: bool = False, marks: Marks = THINK):
+    def __init__(self, opened: bool = False, marks: ThinkingMarks = THINK):
         self.marks = marks
         self._state = "thinking" if opened else "before"
         self._held, self._begun = "", False
@@ -256,7 +256,7 @@ class AnswerStream:
         return Spoken(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
 
 
-def thinking_marks(tokenizer: Tokenizer) -> Marks | None:
+def thinking_marks(tokenizer: Tokenizer) -> ThinkingMarks | None:
     """Return how the model writes that it thinks, as its chat template tells; None if it does not."""
     template = tokenizer.chat_template or ""
     if "<|channel|>" in template:

@@ -39,7 +39,7 @@ from opendeep_jax.config.load import (
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.config.schema import CheckpointConfig, RunConfig
 from opendeep_jax.data.opening import check_data
-from opendeep_jax.parallel.distributed import is_primary, peek, primary_first, share
+from opendeep_jax.parallel.distributed import get_value, is_primary, primary_first, put_value
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.record.files import CHECKPOINTS, DATA, SKIPPED_BATCHES, checkpoint_steps
 from opendeep_jax.record.origin import read_origin, write_origin
@@ -90,8 +90,8 @@ def _check_begun(config: RunConfig, workdir: Path) -> None:
     except ConfigError as error:
         if (workdir / DATA).exists():
             raise
-        cure = f"Nothing has been trained there yet: delete {workdir} to begin with these settings."
-        raise ConfigError(f"{error} {cure}") from error
+        fix = f"Nothing has been trained there yet: delete {workdir} to begin with these settings."
+        raise ConfigError(f"{error} {fix}") from error
 
 
 def _is_parent(run: Path, origin: dict) -> bool:
@@ -131,8 +131,8 @@ def begin_branch(
             if is_primary():
                 finish_branch(workdir)
                 begun = read_origin(workdir)["kind"] == "branch"
-                share("branch/step", "" if begun else str(open_parent(config, parent).step))
-            return peek("branch/step") or ""
+                put_value("branch/step", "" if begun else str(open_parent(config, parent).step))
+            return get_value("branch/step") or ""
 
         if step := primary_first("branch", decide):
             source = primary_first("branch/parent", lambda: open_parent(config, parent, int(step)))

@@ -133,7 +133,7 @@ def _cast(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _first_state(step: int, template: TrainState, optimizer: optax.GradientTransformation, model: dict) -> TrainState:
-    """A state at `step` whose optimizer and judgement know nothing yet; weights stand for themselves."""
+    """A state at `step` whose optimizer and judgment know nothing yet; weights stand for themselves."""
     params = {name: model[f"params.{name}"] for name in template.params}
 
     def first(params):

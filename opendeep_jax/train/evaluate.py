@@ -18,7 +18,7 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.data.opening import open_data
 from opendeep_jax.data.pipeline import Data, HeldOut
 from opendeep_jax.data.recorded import check_same_data
-from opendeep_jax.models.parameters import Arrays, Skeleton, split
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, split
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards, weight_specs
 from opendeep_jax.parallel.collectives import per_device, psum
 from opendeep_jax.parallel.mesh import make_mesh, put_batch, rows_here
@@ -29,7 +29,7 @@ from opendeep_jax.train.setup import use_compilation_cache
 Evaluator = Callable[[Arrays, Arrays, Iterable[Batch]], dict[str, float]]
 
 
-def make_evaluator(config: RunConfig, skeleton: Skeleton, tokenizer: Tokenizer, mesh: Mesh) -> Evaluator:
+def make_evaluator(config: RunConfig, definition: ModelDefinition, tokenizer: Tokenizer, mesh: Mesh) -> Evaluator:
     """A function of params, router biases and batches that measures the main model's loss on the batches, of which it
     takes the rows that `held_out_batches` gives this process.
 
@@ -43,7 +43,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, tokenizer: Tokenizer, 
     sizes, first_sizes = np.pad(tokenizer.token_bytes, rest), np.pad(tokenizer.first_bytes, rest)
 
     def device_sums(params, router_bias, inputs):
-        model, batch = skeleton.model(params, router_bias), inputs.batch
+        model, batch = definition.model(params, router_bias), inputs.batch
         hidden = model.forward(batch.tokens, batch.segment_ids, batch.positions, order=inputs.order).hidden
         nats, _ = summed_cross_entropy(config, hidden, model.head_kernel(), batch.targets, batch.loss_mask)
         begins = batch.tokens == tokenizer.bos_id
@@ -51,7 +51,7 @@ def make_evaluator(config: RunConfig, skeleton: Skeleton, tokenizer: Tokenizer, 
         num_bytes = jnp.sum(jnp.where(batch.loss_mask, said, 0))
         return psum((nats, jnp.sum(batch.loss_mask), num_bytes), ROW_AXES + LENGTH_AXES)
 
-    whole, specs = PartitionSpec(), weight_specs(skeleton, mesh)
+    whole, specs = PartitionSpec(), weight_specs(definition, mesh)
     rows = evaluation_rows(config, mesh)
 
     @jax.jit
@@ -105,9 +105,9 @@ def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, 
         )
     mesh = make_mesh(ParallelConfig())
     model, config = load_model(workdir, step, mesh)
-    skeleton, params, router_bias = split(model)
+    definition, params, router_bias = split(model)
     data = open_data(config, workdir=workdir)
     check_same_data(data.describe(), workdir)
-    evaluate = make_evaluator(config, skeleton, data.tokenizer, mesh)
+    evaluate = make_evaluator(config, definition, data.tokenizer, mesh)
     batches = held_out_batches(config, data, mesh, config.evaluation.final_batches)
     return evaluate(params, router_bias, batches) | data.compression()

@@ -129,8 +129,8 @@ class Pretraining(Feed):
         super().open(setup)
         opening = functools.partial(open_data, self._settings, is_primary(), self.workdir)
         self.data = primary_first("data", opening)
-        self.evaluator = make_evaluator(self.config, setup.skeleton, self.data.tokenizer, setup.mesh)
-        self.next_tokens = make_next_tokens(setup.skeleton, self.data.tokenizer.vocab_size, temperature=0.8, top_k=50)
+        self.evaluator = make_evaluator(self.config, setup.definition, self.data.tokenizer, setup.mesh)
+        self.next_tokens = make_next_tokens(setup.definition, self.data.tokenizer.vocab_size, temperature=0.8, top_k=50)
 
     def batch(self, step: int, state: TrainState) -> Batch:
         if self._batches is None or self._next != step:

@@ -73,8 +73,8 @@ def import_run(
             write_atomically(workdir / name, text)
         load_tokenizer(path)  # refuses what no run could train with
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(path.resolve())))
-        bones, params, router_bias = split(model)
-        optimizer = make_optimizer(config, bones.axes())
+        definition, params, router_bias = split(model)
+        optimizer = make_optimizer(config, definition.axes())
         state = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health())
         write_origin(workdir, "import")  # before the weights: without them, nothing is ever trained here
         with Checkpoints(workdir, config.checkpoint) as checkpoints:

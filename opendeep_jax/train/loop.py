@@ -29,7 +29,7 @@ from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.distributed import is_primary, primary_first
 from opendeep_jax.parallel.mesh import global_rows, make_mesh, put_batch
 from opendeep_jax.record.files import finished_summary
-from opendeep_jax.record.goodput import Clock, read_goodput
+from opendeep_jax.record.goodput import GoodputClock, read_goodput
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.workdir import check_workdir, only_writer
 from opendeep_jax.train.branch import finish_branch, remove_unfinished
@@ -130,7 +130,7 @@ class Loop:
     replay: Replay
     progress: ProgressLine
     watchdog: Watchdog
-    clock: Clock
+    clock: GoodputClock
     stop: StopRequests
 
 
@@ -241,7 +241,7 @@ def _train(
     steps, workdir = total_steps(config), record.workdir
     use_compilation_cache(config)
     feed.check()
-    mesh, peak, clock = make_mesh(config.parallel), peak_flops(config), Clock(record, begun)
+    mesh, peak, clock = make_mesh(config.parallel), peak_flops(config), GoodputClock(record, begun)
     recovery = Recovery(record, config.faults, feed.documents, say)
     primary_first("partial saves", lambda: remove_partial_saves(workdir) if is_primary() else None)
     with (

@@ -17,7 +17,7 @@ from opendeep_jax.faults.watchdog import Watchdog
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.record.clocks import WallClock
 from opendeep_jax.record.files import EVALUATION, METRICS, SUMMARY, last_record, read_jsonl
-from opendeep_jax.record.goodput import Clock, InputWatch, read_goodput
+from opendeep_jax.record.goodput import GoodputClock, InputWatch, read_goodput
 from opendeep_jax.record.metrics import MetricsWriter
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.trackers import open_trackers
@@ -47,7 +47,7 @@ class Observer:
         peak: float,
         step: int,
         begun: float,
-        clock: Clock,
+        clock: GoodputClock,
         watchdog: Watchdog,
     ):
         self.config, self.record, self.feed = config, record, feed

@@ -53,7 +53,7 @@ def _cosine(begin: float, end: float, span: int) -> optax.Schedule:
     return rate
 
 
-class Clock(NamedTuple):
+class StepCount(NamedTuple):
     """What the last link of an optimizer keeps: the step whose rate it applies."""
 
     count: Int[Array, ""]
@@ -66,16 +66,16 @@ def at_step(opt_state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
     """
 
     def is_clock(node) -> bool:
-        return isinstance(node, Clock)
+        return isinstance(node, StepCount)
 
-    return jax.tree.map(lambda node: Clock(step) if is_clock(node) else node, opt_state, is_leaf=is_clock)
+    return jax.tree.map(lambda node: StepCount(step) if is_clock(node) else node, opt_state, is_leaf=is_clock)
 
 
 def make_optimizer(config: RunConfig, axes: Axes) -> optax.GradientTransformation:
     """The update rule without clipping (`train.step` clips, as it reports the norm).
 
     Norm scales are never decayed; the embedding and head only if `decay_embeddings`. Under `muon` every hidden
-    matrix, each layer's and each expert's by itself, is orthogonalised; embedding, head and norms go by AdamW.
+    matrix, each layer's and each expert's by itself, is orthogonalized; embedding, head and norms go by AdamW.
     All arithmetic is float32; what is stored in bfloat16 is rounded stochastically (`train.rounding`).
     """
     optimizer, seed = config.optimizer, config.seed
@@ -133,7 +133,7 @@ def _at_learning_rate(config: RunConfig) -> optax.GradientTransformation:
 
         return _by_name(added)(updates, params), clock._replace(count=optax.safe_increment(clock.count))
 
-    return optax.GradientTransformation(lambda params: Clock(jnp.int32(0)), update)
+    return optax.GradientTransformation(lambda params: StepCount(jnp.int32(0)), update)
 
 
 def _stored_as(rule: optax.GradientTransformation, seed: int, **dtypes: str) -> optax.GradientTransformation:

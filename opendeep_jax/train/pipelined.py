@@ -18,11 +18,11 @@ from opendeep_jax.config.schedule import micro_batches
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.decoder import one_layer, scan_layers
-from opendeep_jax.models.parameters import Arrays, Skeleton
+from opendeep_jax.models.parameters import Arrays, ModelDefinition
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, per_device
-from opendeep_jax.parallel.pipeline import Pieces, from_stages, pipelined_value_and_grad, to_stages
-from opendeep_jax.parallel.schedule import Layout, make_schedule, stage_layout
+from opendeep_jax.parallel.pipeline import StageFunctions, from_stages, pipelined_value_and_grad, to_stages
+from opendeep_jax.parallel.schedule import StageLayout, make_schedule, stage_layout
 from opendeep_jax.parallel.shares import Sum, all_entries, numbers, over_devices
 from opendeep_jax.train.objective import DeviceArguments, Measured, Objective, joined, layer_losses, total_loss
 from opendeep_jax.train.state import BASE
@@ -33,7 +33,7 @@ def stacked_layers(config: RunConfig) -> str:
     return "moe_layers" if config.model.num_moe_layers else "dense_layers"
 
 
-def layers_on_stages(config: RunConfig, stages: int) -> Layout:
+def layers_on_stages(config: RunConfig, stages: int) -> StageLayout:
     """Which stage has which layers. Leading dense layers are the first stage's, MTP modules the last one's."""
     model, chunks = config.model, config.parallel.stage_chunks
     layers = model.num_moe_layers or model.num_layers
@@ -47,7 +47,7 @@ def layers_on_stages(config: RunConfig, stages: int) -> Layout:
 
 
 def pipelined_gradients(
-    config: RunConfig, skeleton: Skeleton, objective: Objective, arguments: DeviceArguments
+    config: RunConfig, definition: ModelDefinition, objective: Objective, arguments: DeviceArguments
 ) -> tuple[Arrays, Measured]:
     """Gradients and metrics of the global batch, whole, like those of `step.batch_gradients`.
 
@@ -63,7 +63,7 @@ def pipelined_gradients(
     layout, prefix = layers_on_stages(config, mesh.shape["stage"]), stacked_layers(config) + "."
     whole: Any = PartitionSpec()  # in the place of arrays
     by_rows: Any = BATCH_SPEC
-    specs = weight_specs(skeleton, mesh)
+    specs = weight_specs(definition, mesh)
     specs = {name: _on_stage(spec) if name.startswith(prefix) else spec for name, spec in specs.items()}
 
     def lay_out(arrays: Arrays) -> Arrays:
@@ -71,7 +71,7 @@ def pipelined_gradients(
         return {name: jax.lax.with_sharding_constraint(x, specs[name]) for name, x in laid.items()}
 
     def device_program(arguments: DeviceArguments):
-        return _device_gradients(config, skeleton, objective, layout, specs, arguments)
+        return _device_gradients(config, definition, objective, layout, specs, arguments)
 
     def specs_of(arrays: Arrays) -> dict[str, PartitionSpec]:
         return {name: specs[name] for name in arrays}
@@ -96,7 +96,7 @@ def _on_stage(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec("stage", *tuple(spec)[1:])
 
 
-def _device_gradients(config, skeleton, objective, layout, specs, arguments: DeviceArguments):
+def _device_gradients(config, definition, objective, layout, specs, arguments: DeviceArguments):
     """One device's program: gradients, the batch's metrics, and the loads of this stage's layers."""
     mesh, stack = jax.sharding.get_abstract_mesh(), stacked_layers(config)
     stages, shards = mesh.shape["stage"], axis_size(ROW_AXES)
@@ -107,7 +107,7 @@ def _device_gradients(config, skeleton, objective, layout, specs, arguments: Dev
     constants = {name: x for name, x in (router_bias | frozen).items() if name.startswith(stack + ".")}
 
     def model_of(shared):
-        return skeleton.model({**frozen, **shared, **layers}, router_bias)
+        return definition.model({**frozen, **shared, **layers}, router_bias)
 
     def embed(shared, microbatch):
         model, (inputs, context) = model_of(shared), microbatch
@@ -138,7 +138,7 @@ def _device_gradients(config, skeleton, objective, layout, specs, arguments: Dev
     batch = arguments.inputs.batch
     context = model_of(shared).context(batch.tokens, batch.segment_ids, batch.positions, arguments.inputs.order)
     result = pipelined_value_and_grad(
-        Pieces(embed, layer, output),
+        StageFunctions(embed, layer, output),
         make_schedule(stages, micros, config.parallel.stage_chunks),
         layout,
         shared,

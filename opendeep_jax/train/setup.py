@@ -24,10 +24,10 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.injection import gradient_faults
-from opendeep_jax.models.parameters import Arrays, Skeleton, skeleton
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, model_definition
 from opendeep_jax.parallel.chips import CHIPS, GB
 from opendeep_jax.parallel.collectives import per_device
-from opendeep_jax.parallel.distributed import share, words
+from opendeep_jax.parallel.distributed import get_values, put_value
 from opendeep_jax.parallel.mesh import batch_sharding, global_rows
 from opendeep_jax.train.compiling import compiling
 from opendeep_jax.train.objective import DeviceArguments, Objective, pretraining
@@ -94,7 +94,7 @@ def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainSt
     return COMPILER_OPTIONS.get(platform, {}) | COMPILER_OPTIONS.get(chip, {}) | memory | own
 
 
-class Programs:
+class StepPrograms:
     """The compiled training step for each shape of a run's batches, made when it is first needed."""
 
     def __init__(self, config: RunConfig, objective: Objective, step_function, template: TrainState, mesh: Mesh):
@@ -122,7 +122,7 @@ class Programs:
             with compiling(what, self.config.train.compilation_cache, self._key(shape), self.say):
                 options = compiler_options(self.config, chip(), platform(), self.template)
                 self.compiled[shape] = self.trace(rows, length).lower().compile(compiler_options=options)
-            _meet(f"compiled/{len(self.compiled)}")
+            _barrier(f"compiled/{len(self.compiled)}")
         return functools.partial(_run, self.compiled[shape])
 
     def trace(self, rows: int, length: int) -> jax.stages.Traced:
@@ -167,11 +167,11 @@ class Setup:
     config: RunConfig
     mesh: Mesh
     objective: Objective
-    skeleton: Skeleton
+    definition: ModelDefinition
     optimizer: optax.GradientTransformation
     template: TrainState
     """The state's shapes, dtypes and shardings, and its frozen weights."""
-    programs: Programs
+    programs: StepPrograms
 
     def first_state(self) -> TrainState:
         """Return the state before the first step, made in place on the mesh."""
@@ -189,7 +189,7 @@ class Setup:
 
     def local_digests(self, state: TrainState, batch: Batch) -> jax.Array:
         """Return digests of what each device of the mesh in use computes from its rows: uint32 [devices, arrays, 2]."""
-        mesh, arguments = jax.sharding.get_abstract_mesh(), (self.config, self.skeleton, self.objective)
+        mesh, arguments = jax.sharding.get_abstract_mesh(), (self.config, self.definition, self.objective)
         given, specs = device_arguments(*arguments, state, batch)
 
         def device_program(given: DeviceArguments) -> jax.Array:
@@ -210,18 +210,18 @@ def assemble(
         objective: what is minimized; None takes `pretraining`.
         frozen: weights that do not train (`TrainState.frozen`), on the mesh.
     """
-    bones, objective = skeleton(config.model), objective or pretraining(config)
-    optimizer = make_optimizer(config, bones.axes())
-    template = abstract_state(config, optimizer, bones, mesh, frozen)
-    step = make_train_step(config, bones, optimizer, objective, gradient_faults(config.faults.drill))
-    programs = Programs(config, objective, step, template, mesh)
-    return Setup(config, mesh, objective, bones, optimizer, template, programs)
+    definition, objective = model_definition(config.model), objective or pretraining(config)
+    optimizer = make_optimizer(config, definition.axes())
+    template = abstract_state(config, optimizer, definition, mesh, frozen)
+    step = make_train_step(config, definition, optimizer, objective, gradient_faults(config.faults.drill))
+    programs = StepPrograms(config, objective, step, template, mesh)
+    return Setup(config, mesh, objective, definition, optimizer, template, programs)
 
 
-def _meet(name: str) -> None:
+def _barrier(name: str) -> None:
     """Returns when all processes of the job are here. A first collective does not wait long for a peer: half a minute
     on a CPU, which on busy cores another one may take longer to compile. The watchdog ends a wait for one that is gone.
     """
-    share(f"{name}/{jax.process_index()}", "")
-    while len(words(name)) < jax.process_count():
+    put_value(f"{name}/{jax.process_index()}", "")
+    while len(get_values(name)) < jax.process_count():
         time.sleep(0.05)

@@ -14,7 +14,7 @@ from opendeep_jax.config.schedule import borders
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.faults.health import Health, after_skipped_batch, new_health
 from opendeep_jax.models.decoder import Decoder
-from opendeep_jax.models.parameters import Arrays, Skeleton, split
+from opendeep_jax.models.parameters import Arrays, ModelDefinition, split
 from opendeep_jax.parallel.axes import divided_further, partition_spec
 
 BASE = "base"
@@ -64,14 +64,14 @@ def skip_batch(
 
 
 def state_shardings(
-    state: TrainState, skeleton: Skeleton, mesh: Mesh | AbstractMesh, zero_1: bool = False
+    state: TrainState, definition: ModelDefinition, mesh: Mesh | AbstractMesh, zero_1: bool = False
 ) -> TrainState:
     """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries.
 
     Args:
         zero_1: moments are divided over the devices that hold copies of their weight, too.
     """
-    axes = skeleton.axes()
+    axes = definition.axes()
 
     def sharding(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in axes]
@@ -88,23 +88,23 @@ def state_shardings(
 def abstract_state(
     config: RunConfig,
     optimizer: optax.GradientTransformation,
-    skeleton: Skeleton,
+    definition: ModelDefinition,
     mesh: Mesh,
     frozen: dict[str, Arrays] | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; no array is made, and frozen weights are those that are given."""
     shapes = jax.eval_shape(lambda frozen: init_state(config, optimizer, frozen), frozen or {})
-    placed = placed_state(shapes, skeleton, mesh, config.parallel.shard_optimizer_over_replicas)
+    placed = placed_state(shapes, definition, mesh, config.parallel.shard_optimizer_over_replicas)
     return placed._replace(frozen=frozen) if frozen else placed
 
 
-def placed_state(shapes: TrainState, skeleton: Skeleton, mesh, zero_1: bool) -> TrainState:
+def placed_state(shapes: TrainState, definition: ModelDefinition, mesh, zero_1: bool) -> TrainState:
     """A state's shapes and dtypes with the shardings of `state_shardings`; the mesh may be abstract."""
 
     def placed(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, shapes, state_shardings(shapes, skeleton, mesh, zero_1))
+    return jax.tree.map(placed, shapes, state_shardings(shapes, definition, mesh, zero_1))
 
 
 def bytes_on_each_device(arrays) -> int:

@@ -18,7 +18,7 @@ from opendeep_jax.config.schedule import borders, micro_batches, step_at_tokens
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.health import UpdateCheck, check_update
-from opendeep_jax.models.parameters import Arrays, Skeleton
+from opendeep_jax.models.parameters import Arrays, ModelDefinition
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, per_device
@@ -46,7 +46,7 @@ class StepOutput(NamedTuple):
 
 def make_train_step(
     config: RunConfig,
-    skeleton: Skeleton,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     transform_gradients: Callable[[jax.Array, Arrays], Arrays] | None = None,
@@ -65,10 +65,10 @@ def make_train_step(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return state
-        return jax.lax.with_sharding_constraint(state, state_shardings(state, skeleton, mesh, zero_1))
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, definition, mesh, zero_1))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-        grads, (metrics, loads) = batch_gradients(config, skeleton, objective, state, batch)
+        grads, (metrics, loads) = batch_gradients(config, definition, objective, state, batch)
         grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         if transform_gradients is not None:
             grads = transform_gradients(state.step, grads)
@@ -97,7 +97,7 @@ def make_train_step(
 
 
 def batch_gradients(
-    config: RunConfig, skeleton: Skeleton, objective: Objective, state: TrainState, batch: Batch
+    config: RunConfig, definition: ModelDefinition, objective: Objective, state: TrainState, batch: Batch
 ) -> tuple[Arrays, Measured]:
     """Gradients of the global batch's loss, each lying where its weight lies, and the batch's metrics and loads.
 
@@ -105,12 +105,12 @@ def batch_gradients(
     tells the others what they need (`parallel.collectives`). Without a mesh it is the whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    arguments, specs = device_arguments(config, skeleton, objective, state, batch)
+    arguments, specs = device_arguments(config, definition, objective, state, batch)
     if not mesh.empty and mesh.shape["stage"] > 1:
-        return pipelined_gradients(config, skeleton, objective, arguments)
+        return pipelined_gradients(config, definition, objective, arguments)
 
     def device_gradients(arguments: DeviceArguments) -> tuple[Arrays, Measured]:
-        grads, measured = local_gradients(config, skeleton, objective, arguments)
+        grads, measured = local_gradients(config, definition, objective, arguments)
         grads = sum_over_copies(grads, specs.params, mesh)
         return grads, numbers(over_devices(measured, mesh.axis_names))
 
@@ -118,13 +118,13 @@ def batch_gradients(
 
 
 def device_arguments(
-    config: RunConfig, skeleton: Skeleton, objective: Objective, state: TrainState, batch: Batch
+    config: RunConfig, definition: ModelDefinition, objective: Objective, state: TrainState, batch: Batch
 ) -> tuple[DeviceArguments, DeviceArguments]:
     """What the per-device program takes, and how it is divided over the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     # Gradients are taken of what is multiplied by, and so have its dtype: a reduce-scatter in bfloat16 gives no more.
-    params = skeleton.in_compute_dtype(state.params, config.model.dtype)
-    frozen = {BASE: skeleton.in_compute_dtype(state.frozen.get(BASE, {}), config.model.dtype)}
+    params = definition.in_compute_dtype(state.params, config.model.dtype)
+    frozen = {BASE: definition.in_compute_dtype(state.frozen.get(BASE, {}), config.model.dtype)}
     frozen = {**state.frozen, **(frozen if frozen[BASE] else {})}
     rows = jnp.maximum(jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32), 1.0)
     inputs = make_inputs(batch, objective.mtp_depth, mesh)
@@ -137,7 +137,7 @@ def device_arguments(
         rows=rows,
         step=state.step,
     )
-    specs = {} if mesh.empty else weight_specs(skeleton, mesh)
+    specs = {} if mesh.empty else weight_specs(definition, mesh)
     whole: Any = PartitionSpec()  # in the place of arrays
     by_rows: Any = BATCH_SPEC
     divided = DeviceArguments(
@@ -153,7 +153,7 @@ def device_arguments(
 
 
 def local_gradients(
-    config: RunConfig, skeleton: Skeleton, objective: Objective, arguments: DeviceArguments
+    config: RunConfig, definition: ModelDefinition, objective: Objective, arguments: DeviceArguments
 ) -> tuple[Arrays, Measured]:
     """What a device computes from its own rows: gradients divided like the weights, and its share of every metric.
 
@@ -161,7 +161,10 @@ def local_gradients(
     """
 
     def batch_loss(params: Arrays, micro: Inputs) -> tuple[jax.Array, Measured]:
-        model, batch = skeleton.model({**arguments.frozen.get(BASE, {}), **params}, arguments.router_bias), micro.batch
+        model, batch = (
+            definition.model({**arguments.frozen.get(BASE, {}), **params}, arguments.router_bias),
+            micro.batch,
+        )
         mtp_tokens = [module.tokens for module in micro.mtp]
         out = model.forward(batch.tokens, batch.segment_ids, batch.positions, mtp_tokens, micro.order)
         return total_loss(config, objective, out, model.head_kernel, arguments._replace(inputs=micro))

@@ -11,13 +11,13 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config, save_run_config
 from opendeep_jax.config.schema import CheckpointConfig, OptimizerConfig, ParallelConfig
 from opendeep_jax.faults.health import new_health
-from opendeep_jax.models.parameters import skeleton, split
+from opendeep_jax.models.parameters import model_definition, split
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState, state_shardings
 
 CONFIG = run_config(GQA, optimizer=OptimizerConfig(kind="muon", first_moment_dtype="bfloat16", warmup_steps=0))
-BONES = skeleton(GQA)
+BONES = model_definition(GQA)
 
 
 def state_on(devices: int, step: int = 3, seed: int = 0, **parallel) -> TrainState:

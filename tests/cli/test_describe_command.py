@@ -10,7 +10,7 @@ from opendeep_jax.cli.main import main
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, load_run_config
 from opendeep_jax.models.accounting import count_parameters
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.plan.describe import parameter_parts
 
 
@@ -22,7 +22,7 @@ def described(capsys, *argv) -> dict:
 @pytest.mark.parametrize("recipe", ["quickstart", "gpt_oss:20b", "nemotron_h"])
 def test_the_parts_of_a_model_are_all_of_it(recipe):
     config = load_recipe(recipe).model
-    parts, count = parameter_parts(config, skeleton(config).shapes()), count_parameters(config)
+    parts, count = parameter_parts(config, model_definition(config).shapes()), count_parameters(config)
     biases = config.num_moe_layers * config.moe.num_experts  # router biases are no parameters
     assert "other" not in parts and 0 < len(parts)
     assert sum(part["total"] for part in parts.values()) - count.total - count.mtp in (

@@ -100,7 +100,7 @@ def test_an_interrupt_is_one_line_and_status_130(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "number, reason, cure",
+    "number, reason, fix",
     [
         (errno.ENOSPC, "No space left on device", "free some space"),
         (errno.EFBIG, "File too large", "ulimit"),
@@ -109,11 +109,11 @@ def test_an_interrupt_is_one_line_and_status_130(command, capsys):
         (errno.EROFS, "Read-only file system", "permissions"),
     ],
 )
-def test_a_disk_that_does_not_take_a_file_is_explained(command, capsys, number, reason, cure):
+def test_a_disk_that_does_not_take_a_file_is_explained(command, capsys, number, reason, fix):
     command(raises(OSError(number, reason, "runs/a/state")))
     assert main(["train"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"opendeep: {reason} (runs/a/state). ") and cure in err
+    assert err.startswith(f"opendeep: {reason} (runs/a/state). ") and fix in err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every combination that cannot work is refused, with the field, its value, the rule and the cure."""
+"""Every combination that cannot work is refused, with the field, its value, the rule and the fix."""
 
 import dataclasses
 import math

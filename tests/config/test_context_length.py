@@ -65,8 +65,8 @@ def test_a_context_below_the_rows_is_refused_and_the_cures_work():
     recipe = run(4096, context_length=4096)
     with pytest.raises(ConfigError, match="rows of 8192"):
         apply(recipe, ["--data.sequence_length=8192"])
-    for cure, expected in (("8192", 8192), ("0", 8192), ("10000", 10_000)):
-        longer = apply(recipe, ["--data.sequence_length=8192", f"--model.context_length={cure}"])
+    for fix, expected in (("8192", 8192), ("0", 8192), ("10000", 10_000)):
+        longer = apply(recipe, ["--data.sequence_length=8192", f"--model.context_length={fix}"])
         assert longer.model.max_length == expected
 
 

@@ -56,7 +56,7 @@ def test_the_four_recipes_are_there():
 def test_a_recipe_says_what_it_is_in_a_lab_note(name):
     text = (recipe_directory() / f"{name}.py").read_text()
     note = text.split('"""')[1]
-    of_a_run, of_a_corpus = ("Paper", "Hardware", "Time", "Expected"), ("Size", "Licence", "Citation", "Where")
+    of_a_run, of_a_corpus = ("Paper", "Hardware", "Time", "Expected"), ("Size", "License", "Citation", "Where")
     parts = of_a_corpus if name.startswith("corpora/") else of_a_run
     assert all(f"\n{part}:" in note for part in ("Command", *parts))
     words = note.split("Command:")[1].split()

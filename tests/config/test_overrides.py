@@ -1,4 +1,4 @@
-"""The command line changes what it names, checks only the result, and answers mistakes with the cure."""
+"""The command line changes what it names, checks only the result, and answers mistakes with the fix."""
 
 import dataclasses
 import re

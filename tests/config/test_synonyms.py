@@ -10,7 +10,7 @@ from opendeep_jax.config import synonyms
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.overrides import _leaves, resolve
 from opendeep_jax.config.schema import RunConfig
-from opendeep_jax.config.synonyms import COMMANDS, SETTINGS, TARGETS, ours
+from opendeep_jax.config.synonyms import COMMANDS, SETTINGS, TARGETS, known_synonym
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_every_name_in_the_tables_is_one_and_none_is_given_two_meanings():
 
 
 def test_a_name_that_nobody_has_is_left_alone():
-    assert ours("--zzz", SETTINGS) == "" and synonyms.ours("", COMMANDS) == ""
+    assert known_synonym("--zzz", SETTINGS) == "" and synonyms.known_synonym("", COMMANDS) == ""

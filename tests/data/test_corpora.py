@@ -57,7 +57,7 @@ def test_recipe_says_license_and_citation_and_is_a_lab_note(name):
         assert source.license and "arXiv:" in source.citation + "arXiv:" * (name == "wikipedia")
         assert source.path.startswith("hf://datasets/") and source.name.startswith(name)
     note = (recipe_directory() / "corpora" / f"{name}.py").read_text()
-    assert all(f"\n{word}:" in note for word in ("Size", "Licence", "Citation", "Where", "Command"))
+    assert all(f"\n{word}:" in note for word in ("Size", "License", "Citation", "Where", "Command"))
 
 
 def test_addresses_come_with_the_documents(tmp_path):

@@ -39,7 +39,7 @@ def test_shuffles_have_no_pattern():
     places = np.array([shuffled(np.arange(100), 100, seed) for seed in range(2000)])
     counts = np.stack([np.bincount(column, minlength=100) for column in places.T])
     assert counts.min() > 2 and counts.max() < 50
-    steps = np.diff(places.astype(int), axis=1)  # neighbours fall apart: each distance is rare
+    steps = np.diff(places.astype(int), axis=1)  # neighbors fall apart: each distance is rare
     assert np.bincount((steps + 100).ravel()).max() < 0.02 * steps.size
 
 

@@ -16,7 +16,7 @@ EXAMPLES = [
     {"question": "Snow is", "choices": ["white", "a loud song"], "answer": 0},
 ]
 CHOOSE = """\
-task: colours
+task: colors
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {examples}}}
@@ -31,7 +31,7 @@ metric_list:
 metadata: {{version: 1.0}}
 """
 WRITE = """\
-task: colours_written
+task: colors_written
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {examples}}}
@@ -83,7 +83,7 @@ def tiny_directory(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def task_directory(tmp_path) -> Path:
-    """Two tasks on three examples: `colours` and `colours_written`."""
+    """Two tasks on three examples: `colors` and `colors_written`."""
     directory = tmp_path / "tasks"
     directory.mkdir()
     examples = directory / "examples.jsonl"

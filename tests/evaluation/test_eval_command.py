@@ -19,20 +19,20 @@ def quiet(monkeypatch, tmp_path):
 
 def test_tasks_run_from_the_command_to_the_file(tiny_directory, task_directory, tmp_path, capsys):
     out = tmp_path / "results.json"
-    command = ["eval", f"--model={tiny_directory}", "--tasks=colours,colours_written", f"--out={out}"]
+    command = ["eval", f"--model={tiny_directory}", "--tasks=colors,colors_written", f"--out={out}"]
     command += [f"--include_path={task_directory}", "--num_fewshot=1", "--seed=7"]
     assert main(command) == 0, capsys.readouterr().err
-    assert "colours_written" in capsys.readouterr().out
+    assert "colors_written" in capsys.readouterr().out
     found = json.loads(out.read_text("utf-8"))
     assert found["model"]["name"] == "tiny" and len(found["model"]["config_sha256"]) == 64
     assert {"opendeep", "lm_eval", "jax"} <= set(found["versions"])
     assert found["settings"]["seed"] == 7 and found["settings"]["max_length"] == 64
-    colours = found["tasks"]["colours"]
-    assert (colours["n"], colours["num_fewshot"], len(colours["samples"])) == (3, 1, 3)
-    metric = colours["metrics"]["acc,none"]
+    colors = found["tasks"]["colors"]
+    assert (colors["n"], colors["num_fewshot"], len(colors["samples"])) == (3, 1, 3)
+    metric = colors["metrics"]["acc,none"]
     low, high = metric["interval"]
     assert low <= metric["value"] <= high and metric["standard_error"] >= 0 and metric["higher_is_better"]
-    assert metric["value"] == pytest.approx(sum(sample["scores"]["acc"] for sample in colours["samples"]) / 3)
+    assert metric["value"] == pytest.approx(sum(sample["scores"]["acc"] for sample in colors["samples"]) / 3)
     again = tmp_path / "again.json"
     assert main([*command[:3], f"--out={again}", *command[4:]]) == 0
     assert json.loads(again.read_text("utf-8"))["tasks"] == found["tasks"]  # the same to the last digit
@@ -41,14 +41,14 @@ def test_tasks_run_from_the_command_to_the_file(tiny_directory, task_directory, 
 def test_the_hashes_are_those_of_the_very_prompts(tiny_directory, task_directory, tmp_path, capsys):
     out = tmp_path / "results.json"
     more = [f"--include_path={task_directory}", f"--out={out}", "--limit=1", "--prompts=chat"]
-    assert main(["eval", f"--model={tiny_directory}", "--tasks=colours,colours_written", *more]) == 0
+    assert main(["eval", f"--model={tiny_directory}", "--tasks=colors,colors_written", *more]) == 0
     tasks = json.loads(out.read_text("utf-8"))["tasks"]
     prompt = "<user>The sky is<assistant>"
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in (f"{prompt}blue", f"{prompt}made of cheese")]
-    assert [sample["prompt_sha256"] for sample in tasks["colours"]["samples"]] == [hashes]
-    (written,) = tasks["colours_written"]["samples"]
+    assert [sample["prompt_sha256"] for sample in tasks["colors"]["samples"]] == [hashes]
+    (written,) = tasks["colors_written"]["samples"]
     assert written["prompt_sha256"] == [hashlib.sha256(prompt.encode()).hexdigest()]
-    assert tasks["colours_written"]["metrics"]["exact_match,none"]["interval"] is not None
+    assert tasks["colors_written"]["metrics"]["exact_match,none"]["interval"] is not None
 
 
 def test_a_text_is_measured(tiny_directory, tmp_path, capsys):
@@ -78,17 +78,17 @@ def test_a_mesh_measures_what_one_device_measures(tiny_directory, tmp_path, caps
     "more, words",
     [
         ([], "is no run"),
-        (["--tasks=colours", "--text=a.txt"], "--tasks and --text are both given"),
+        (["--tasks=colors", "--text=a.txt"], "--tasks and --text are both given"),
         (["--workdir=x"], "--model and --workdir are both given"),
-        (["--tasks=colours", "--prompts=chatty"], "must be plain or chat"),
-        (["--tasks=colours", "--limit=-1"], "--limit=-1: must be at least 0"),
-        (["--tasks=colours", "--out=/nowhere/a.json"], "its directory is not there"),
-        (["--tasks=colours", "--step=3"], "only a run has steps"),
-        (["--tasks=colours", "--parallel.stage=2"], "--parallel.stage: generation divides neither"),
+        (["--tasks=colors", "--prompts=chatty"], "must be plain or chat"),
+        (["--tasks=colors", "--limit=-1"], "--limit=-1: must be at least 0"),
+        (["--tasks=colors", "--out=/nowhere/a.json"], "its directory is not there"),
+        (["--tasks=colors", "--step=3"], "only a run has steps"),
+        (["--tasks=colors", "--parallel.stage=2"], "--parallel.stage: generation divides neither"),
         (["--text=nowhere.txt"], "there is no such file"),
-        (["--tasks=colours", "--include_path=/nowhere"], "is no directory"),
+        (["--tasks=colors", "--include_path=/nowhere"], "is no directory"),
         (["--tasks=,"], "names no task"),
-        (["--taks=colours"], "Did you mean --tasks"),
+        (["--taks=colors"], "Did you mean --tasks"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tiny_directory, more, words, capsys):
@@ -116,5 +116,5 @@ def test_without_the_extra_the_cure_is_said(tiny_directory, monkeypatch, capsys)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "opendeep_jax.evaluation.harness", raising=False)
-    assert main(["eval", f"--model={tiny_directory}", "--tasks=colours"]) == 2
+    assert main(["eval", f"--model={tiny_directory}", "--tasks=colors"]) == 2
     assert "pip install 'opendeep-jax[eval]'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 from opendeep_jax.config.checks import ConfigError  # noqa: E402
 from opendeep_jax.evaluation.harness import HarnessModel, find_tasks  # noqa: E402
 from opendeep_jax.evaluation.windows import windows  # noqa: E402
-from opendeep_jax.generation.requests import Progress, Request  # noqa: E402
+from opendeep_jax.generation.requests import Request, RequestProgress  # noqa: E402
 
 
 @pytest.fixture
@@ -149,17 +149,17 @@ def test_chats_go_through_the_template_and_its_special_tokens_are_tokens(tiny, e
 
 
 def test_tasks_of_ones_own_are_found_by_name_and_pattern(task_directory):
-    _, names = find_tasks(["colours"], str(task_directory))
-    assert names == ["colours"]
-    assert find_tasks(["colours*"], str(task_directory))[1] == ["colours", "colours_written"]
+    _, names = find_tasks(["colors"], str(task_directory))
+    assert names == ["colors"]
+    assert find_tasks(["colors*"], str(task_directory))[1] == ["colors", "colors_written"]
     with pytest.raises(ConfigError, match="is no directory"):
-        find_tasks(["colours"], str(task_directory / "nowhere"))
+        find_tasks(["colors"], str(task_directory / "nowhere"))
 
 
 def test_a_task_whose_data_is_not_there_is_refused(task_directory):
     (task_directory / "examples.jsonl").unlink()
-    tasks, names = find_tasks(["colours"], str(task_directory))
-    with pytest.raises(ConfigError, match="--tasks=colours: cannot be loaded"):
+    tasks, names = find_tasks(["colors"], str(task_directory))
+    with pytest.raises(ConfigError, match="--tasks=colors: cannot be loaded"):
         tasks.load(names)
 
 
@@ -189,7 +189,7 @@ class Saying:
     def step(self):
         tokens, self.left = self.left[:1], self.left[1:]
         self.request.finish = self.request.finish or (None if tokens else "stop")
-        return [Progress(self.request, tokens, [], self.request.finish)]
+        return [RequestProgress(self.request, tokens, [], self.request.finish)]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def test_the_commands_run(tiny_directory, tmp_path, monkeypatch, capsys):
     for line in run:
         words = [word for word in shlex.split(line)[1:] if not word.startswith(("--max_length", "--stride"))]
         assert main(words) == 0, (line, capsys.readouterr().err)
-    found = json.loads(Path("colours.json").read_text("utf-8"))
+    found = json.loads(Path("colors.json").read_text("utf-8"))
     for field in re.findall(r"^\| `([\w.]+)` \|", PAGE, flags=re.MULTILINE):
         value = found
-        for part in field.replace("NAME", "colours").split("."):
+        for part in field.replace("NAME", "colors").split("."):
             value = value[part]
         assert value
     assert found["settings"]["cut_prompts"] == 0

@@ -15,7 +15,7 @@ from opendeep_jax.config.schema import MTPConfig, ParallelConfig
 from opendeep_jax.faults import injection as drill
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.replay import Replay, compare_copies
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.collectives import axis_index
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train import setup
@@ -28,11 +28,13 @@ MODEL = dataclasses.replace(V3, num_layers=2, mtp=MTPConfig())
 def prepared(model, **parallel) -> SimpleNamespace:
     """A configuration's mesh, and a state and a batch on it."""
     config = run_config(model, parallel=ParallelConfig(**{"fsdp": 1} | parallel))
-    bones, mesh = skeleton(model), make_mesh(config.parallel)
-    params, router_bias = random_arrays(bones)
+    definition, mesh = model_definition(model), make_mesh(config.parallel)
+    params, router_bias = random_arrays(definition)
     state = TrainState(jnp.int32(0), params, (), router_bias, new_health())
-    state = jax.device_put(state, state_shardings(state, bones, mesh))
-    return SimpleNamespace(config=config, bones=bones, mesh=mesh, state=state, batch=put_batch(packed_batch(16), mesh))
+    state = jax.device_put(state, state_shardings(state, definition, mesh))
+    return SimpleNamespace(
+        config=config, definition=definition, mesh=mesh, state=state, batch=put_batch(packed_batch(16), mesh)
+    )
 
 
 @pytest.fixture(scope="module")

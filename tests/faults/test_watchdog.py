@@ -166,8 +166,8 @@ def test_a_bug_of_this_process_stays_one_where_no_peer_is_missing(end, first_of_
 
 LAST_WORDS = """
 import os, sys, time
-from opendeep_jax.faults.last_words import leave_last_words
-farewell = leave_last_words(3, sys.argv[1], "node000", "stacks/process_3.txt")
+from opendeep_jax.faults.exit_notice import leave_exit_notice
+farewell = leave_exit_notice(3, sys.argv[1], "node000", "stacks/process_3.txt")
 print("ready", flush=True)
 {end}
 """
@@ -213,7 +213,7 @@ def test_a_farewell_calls_the_last_words_off(end):
 def test_a_process_ends_as_another_one_has_ended_for_good(status, ends, end, tmp_path, capsys, monkeypatch):
     """And not with that one's loss (75), or JAX's abort: launchers start again after those."""
     said = {"1": f"{status} opendeep: the disk is full"}
-    monkeypatch.setattr(distributed, "words", lambda prefix: said if prefix == "ended" else {})
+    monkeypatch.setattr(distributed, "get_values", lambda prefix: said if prefix == "ended" else {})
     monkeypatch.setattr(distributed, "host_of", lambda process: "node001")
     watchdog = Watchdog(tmp_path, FaultsConfig(peer_seconds=1.0), end)
     watchdog._hear_of_ends()

@@ -115,7 +115,7 @@ def test_two_hundred_requests_that_come_and_go_get_token_for_token_what_each_get
 
 
 @pytest.mark.parametrize("family", ["v3", "gpt-oss"])
-def test_a_requests_seed_decides_its_draws_and_not_its_neighbours(family):
+def test_a_requests_seed_decides_its_draws_and_not_its_neighbors(family):
     engine = engine_of(family)
     prompts, params = mixed_requests(9, seed=5)
     together = engine.generate(prompts, params)

@@ -46,10 +46,10 @@ def compiled():
     def abstract(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    def arrays(skeleton, specs):
+    def arrays(definition, specs):
         return {
             name: abstract(x.shape, jnp.bfloat16 if len(x.shape) > 1 and "router" not in name else x.dtype, specs[name])
-            for name, x in skeleton.shapes().items()
+            for name, x in definition.shapes().items()
         }
 
     weights = Weights(

@@ -348,7 +348,7 @@ def transformers_config(config: dict):
 def draw_weights(model: torch.nn.Module, config: dict, seed: int) -> None:
     """Fills every parameter and router bias with numbers that a mistake would show in."""
     generator = torch.Generator().manual_seed(seed)
-    zero_centred = config["model_type"] in ("gemma3_text", "nemotron")
+    zero_centered = config["model_type"] in ("gemma3_text", "nemotron")
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(tensor.shape, generator=generator)
@@ -357,7 +357,7 @@ def draw_weights(model: torch.nn.Module, config: dict, seed: int) -> None:
             if name.endswith(("bias", "sinks")):
                 tensor.copy_(0.4 * noise)
             elif "norm" in name:
-                tensor.copy_((0 if zero_centred else 1) + 0.3 * noise)
+                tensor.copy_((0 if zero_centered else 1) + 0.3 * noise)
             elif "embed_tokens" in name and not config["tie_word_embeddings"]:
                 tensor.copy_(noise)
             elif config["model_type"] == "gpt_oss" and "experts" in name:

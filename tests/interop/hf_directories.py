@@ -61,7 +61,7 @@ def arrays_of(model: Decoder) -> dict[str, np.ndarray]:
 
 
 def random_model(config: ModelConfig) -> Decoder:
-    """A model of normal weights in the config's dtype, without compiling an initialiser."""
+    """A model of normal weights in the config's dtype, without compiling an initializer."""
     random = np.random.default_rng(0)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
 

@@ -34,30 +34,30 @@ def forward(directory: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     hidden = embedding[tokens]
     for layer in range(config["num_hidden_layers"]):
         hidden = block(config, weights, layer, hidden)
-    hidden = normalise(hidden, weights["model.norm.weight"])
+    hidden = normalize(hidden, weights["model.norm.weight"])
     mtp_logits = None
     layer = config["num_hidden_layers"]
     prefix = f"model.layers.{layer}."
     if prefix + "eh_proj.weight" in weights:
-        next_embedding = normalise(embedding[tokens[1:]], weights[prefix + "enorm.weight"])
-        previous = normalise(hidden[:-1], weights[prefix + "hnorm.weight"])
+        next_embedding = normalize(embedding[tokens[1:]], weights[prefix + "enorm.weight"])
+        previous = normalize(hidden[:-1], weights[prefix + "hnorm.weight"])
         joined = np.concatenate([next_embedding, previous], axis=1) @ weights[prefix + "eh_proj.weight"].T
         output = block(config, weights, layer, joined)
-        mtp_logits = normalise(output, weights[prefix + "shared_head.norm.weight"]) @ head.T
+        mtp_logits = normalize(output, weights[prefix + "shared_head.norm.weight"]) @ head.T
     return hidden @ head.T, mtp_logits
 
 
 def block(config: dict, weights: dict, layer: int, hidden: np.ndarray) -> np.ndarray:
     """One transformer block, on [L, D]."""
     w = {name.removeprefix(f"model.layers.{layer}."): value for name, value in weights.items()}
-    hidden = hidden + attention(config, w, normalise(hidden, w["input_layernorm.weight"]))
-    inputs = normalise(hidden, w["post_attention_layernorm.weight"])
+    hidden = hidden + attention(config, w, normalize(hidden, w["input_layernorm.weight"]))
+    inputs = normalize(hidden, w["post_attention_layernorm.weight"])
     if layer < config["first_k_dense_replace"]:
         return hidden + swiglu(w, "mlp.", inputs)
     return hidden + np.stack([mixture(config, w, token) for token in inputs])
 
 
-def normalise(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def normalize(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """RMSNorm over the last axis."""
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
 
@@ -74,12 +74,12 @@ def attention(config: dict, w: dict, x: np.ndarray) -> np.ndarray:
     nope, rotated, size = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     latent_size, heads = config["kv_lora_rank"], config["num_attention_heads"]
     if config["q_lora_rank"]:
-        compressed = normalise(x @ w["self_attn.q_a_proj.weight"].T, w["self_attn.q_a_layernorm.weight"])
+        compressed = normalize(x @ w["self_attn.q_a_proj.weight"].T, w["self_attn.q_a_layernorm.weight"])
         queries = compressed @ w["self_attn.q_b_proj.weight"].T
     else:
         queries = x @ w["self_attn.q_proj.weight"].T
     down = x @ w["self_attn.kv_a_proj_with_mqa.weight"].T
-    latent = normalise(down[:, :latent_size], w["self_attn.kv_a_layernorm.weight"])
+    latent = normalize(down[:, :latent_size], w["self_attn.kv_a_layernorm.weight"])
     keys_and_values = (latent @ w["self_attn.kv_b_proj.weight"].T).reshape(len(x), heads, nope + size)
     queries = queries.reshape(len(x), heads, nope + rotated)
     frequencies, turn_scale, score_scale = rope_constants(config)

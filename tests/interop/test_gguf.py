@@ -170,7 +170,7 @@ def test_a_model_that_comes_back_computes_what_it_did(family, tmp_path):
     )
 
 
-def test_neighbours_that_are_rotated_together_are_written_as_they_are(tmp_path):
+def test_neighbors_that_are_rotated_together_are_written_as_they_are(tmp_path):
     model = random_model(like(attention=attention(rope={"interleaved": True})))
     tokens = np.arange(20, dtype=np.int32)[None]
     save_gguf(model, tmp_path / "model.gguf", "f32")

@@ -214,7 +214,7 @@ def test_a_variant_that_cannot_be_read_is_refused_by_its_key(changes, message):
         config_from_hf(v3(**changes))
 
 
-def test_v2_with_normalised_weights_is_refused_because_its_readers_disagree():
+def test_v2_with_normalized_weights_is_refused_because_its_readers_disagree():
     with pytest.raises(ConfigError, match="norm_topk_prob"):
         config_from_hf(V2_LITE | {"norm_topk_prob": True})
 

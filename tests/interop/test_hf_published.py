@@ -7,7 +7,7 @@ from flax import nnx
 
 from opendeep_jax.interop import config_from_hf, config_to_hf
 from opendeep_jax.interop.hf_config import differences
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 
 COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 PUBLISHED = {
@@ -324,6 +324,6 @@ PUBLISHED["Kimi-K2"] = (1_026_408_209_408, PUBLISHED["DeepSeek-R1"][1] | KIMI | 
 def test_a_published_model_is_understood_and_has_its_size(name):
     parameters, raw = PUBLISHED[name]
     config = config_from_hf(COMMON | raw)
-    sizes = [math.prod(array.shape) for array in skeleton(config).shapes(nnx.Param).values()]
+    sizes = [math.prod(array.shape) for array in model_definition(config).shapes(nnx.Param).values()]
     assert sum(sizes) == parameters
     assert not differences(config_from_hf(config_to_hf(config)), config)

@@ -1,4 +1,4 @@
-"""What comes along with exported weights: tokenizer, chat template, licence, ids, model card."""
+"""What comes along with exported weights: tokenizer, chat template, license, ids, model card."""
 
 import json
 
@@ -36,7 +36,7 @@ def tokenizer(tmp_path):
     return directory
 
 
-def test_tokenizer_template_generation_config_and_licence_come_along(tokenizer, tmp_path):
+def test_tokenizer_template_generation_config_and_license_come_along(tokenizer, tmp_path):
     saved = tmp_path / "saved"
     save_hf(load_hf(family("llama3")), saved, tokenizer=tokenizer)
     carried = [

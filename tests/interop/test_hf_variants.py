@@ -10,7 +10,7 @@ from opendeep_jax.config.schema import RopeConfig
 from opendeep_jax.interop import config_from_hf, config_to_hf
 from opendeep_jax.interop.hf_config import family_of
 from opendeep_jax.models.accounting import count_parameters
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -67,7 +67,7 @@ def test_the_rope_theta_of_olmo_3_is_of_the_layers_that_see_all_and_written_so_t
 def test_the_biases_of_feed_forwards_are_counted(case):
     config = config_from_hf(family(case))
     assert config.mlp_bias
-    sizes = {name: array.size for name, array in skeleton(config).shapes().items()}
+    sizes = {name: array.size for name, array in model_definition(config).shapes().items()}
     assert count_parameters(config).total == sum(size for name, size in sizes.items() if "router_bias" not in name)
 
 

@@ -129,12 +129,12 @@ def test_time_steps_have_no_bound_where_config_json_names_none():
 
 def load_hf_with(case, **mamba):
     """The case's arrays in a model of other settings of Mamba-2."""
-    from opendeep_jax.models.parameters import skeleton, split
+    from opendeep_jax.models.parameters import model_definition, split
 
     config = config_from_hf(case)
     _, params, router_bias = split(load_hf(case))
     changed = dataclasses.replace(config, mamba=dataclasses.replace(config.mamba, **mamba))
-    return skeleton(changed).model(params, router_bias)
+    return model_definition(changed).model(params, router_bias)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_blocks_of_decoding_fit_the_shared_memory_of_any_gpu_or_are_refused(
     chip, itemsize, num_heads, page, latent, rope
 ):
     needed = partial(decode_gpu.shared_memory, 2**latent, 2**rope, itemsize, chip)
-    if needed(decode_gpu.Blocks(16, 16)) > chip.memory:
+    if needed(decode_gpu.DecodeBlocks(16, 16)) > chip.memory:
         with pytest.raises(NotImplementedError, match="bytes of shared memory"):
             decode_gpu.blocks_for(num_heads, page, 2**latent, 2**rope, itemsize, chip)
         return

@@ -239,7 +239,7 @@ def test_no_visible_pair_is_outside_its_span_and_no_hidden_one_inside_a_run(seed
         assert seen[:, start * block : stop * block].all() and (start == stop or stop * block <= 230)
 
 
-def test_rematerialisation_can_keep_what_the_backward_pass_needs(capsys):
+def test_rematerialization_can_keep_what_the_backward_pass_needs(capsys):
     *operands, _ = attention_operands(1, 40, 40)
     ids = packed(40, 40)
     function = partial(flash_mla_gpu.flash_mla, num_heads=HEADS, scale=SCALE, interpret=True)

@@ -28,7 +28,7 @@ def operands(groups, seed=0):
 def test_several_tiles_of_rows_columns_and_contraction_make_one_product(chunk, sub, transposed):
     sizes = [37, 0, 41, 100]
     lhs, rhs, _ = operands(len(sizes))
-    tiles = tpu_rows.Tiles(
+    tiles = tpu_rows.RowsTiles(
         rows=64, granule=32, edge=16, columns=256, sub_columns=128, chunk=chunk
     )  # 640 = 256 + 256 + 128
     lhs[sum(sizes) :] = np.nan
@@ -49,7 +49,7 @@ def test_several_tiles_of_rows_columns_and_contraction_make_one_product(chunk, s
 def test_several_tiles_make_one_gradient_of_the_weights():
     sizes = [37, 0, 41, 100]
     lhs, rhs, cotangent = operands(len(sizes))
-    tiles = tpu_groups.Tiles(rows=64, granule=32, inner=128, columns=256, sub_inner=128, sub_columns=256)
+    tiles = tpu_groups.GroupsTiles(rows=64, granule=32, inner=128, columns=256, sub_inner=128, sub_columns=256)
     want = dense_gradients(lhs, rhs, sizes, cotangent)[1]
     lhs[sum(sizes) :] = cotangent[sum(sizes) :] = np.nan
     gradient = jax.jit(

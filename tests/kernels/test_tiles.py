@@ -51,7 +51,7 @@ sizes = st.integers(1, 20000)
     rows=sizes, inner=sizes, width=sizes, chip=st.sampled_from(["v5e", "v5p", "v6e", "v7x"]), pairs=st.integers(1, 2)
 )
 def test_tiles_fit_any_shape(rows, inner, width, chip, pairs):
-    shape = tpu_rows.Shape(rows, inner, width, 1, pairs, 1)
+    shape = tpu_rows.RowsShape(rows, inner, width, 1, pairs, 1)
     found = tpu_rows.fit(
         tiles("grouped_swiglu", chip, inner=inner, out=width), shape, tpu.cores(chip), tpu.memory(chip)
     )
@@ -63,7 +63,7 @@ def test_tiles_fit_any_shape(rows, inner, width, chip, pairs):
 
 @given(rows=sizes, inner=sizes, width=sizes, chip=st.sampled_from(["v5e", "v5p", "v6e", "v7x"]))
 def test_tiles_of_the_weights_gradient_fit_any_shape(rows, inner, width, chip):
-    shape = tpu_groups.Shape(rows, inner, width)
+    shape = tpu_groups.GroupsShape(rows, inner, width)
     wanted = tiles("grouped_matmul_weights", chip, inner=inner, out=width)
     found = tpu_groups.fit(wanted, shape, tpu.cores(chip), tpu.memory(chip))
     assert found.rows % found.granule == 0 and found.rows <= max(rows + 15, 16)
@@ -75,10 +75,10 @@ def test_a_contraction_too_long_for_the_vector_memory_is_refused_with_the_cure()
     with pytest.raises(
         NotImplementedError, match="a contraction of 1000064 needs .* bytes of vector memory, .*ragged_dot"
     ):
-        tpu_rows.fit({}, tpu_rows.Shape(4096, 1_000_000, 128), 1, tpu.memory("v5p"))
+        tpu_rows.fit({}, tpu_rows.RowsShape(4096, 1_000_000, 128), 1, tpu.memory("v5p"))
 
 
 def test_both_cores_of_a_chip_get_as_many_columns():
     for width in (2048, 1408, 7168, 1536):
-        found = tpu_rows.fit({}, tpu_rows.Shape(4096, 2048, width), 2, tpu.memory("v5p"))
+        found = tpu_rows.fit({}, tpu_rows.RowsShape(4096, 2048, width), 2, tpu.memory("v5p"))
         assert -(-width // found.columns) % 2 == 0, (width, found)

@@ -16,7 +16,7 @@ from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import ExecutionConfig, MTPConfig, RematConfig
 from opendeep_jax.models import attention
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 
 MORE = {
     "v3 with two MTP modules": dataclasses.replace(V3, mtp=MTPConfig(depth=2)),
@@ -34,7 +34,7 @@ MORE = {
 
 def built_sizes(config):
     """(main model, MTP modules) parameters of the built model; no array is made."""
-    sizes = {name: math.prod(shape.shape) for name, shape in skeleton(config).shapes(nnx.Param).items()}
+    sizes = {name: math.prod(shape.shape) for name, shape in model_definition(config).shapes(nnx.Param).items()}
     mtp = sum(size for name, size in sizes.items() if name.startswith("mtp."))
     return sum(sizes.values()) - mtp, mtp
 
@@ -91,11 +91,11 @@ ROWS, LENGTH = 2, 32
 
 def counted_flops(config, backward: bool) -> float:
     """FLOPs per token of all matmuls in the jaxpr of the loss (and its gradient), MTP modules included."""
-    bones = skeleton(config)
+    definition = model_definition(config)
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
 
     def loss(params, router_bias):
-        model = bones.model(params, router_bias)
+        model = definition.model(params, router_bias)
         out = model.forward(tokens, mtp_tokens=[tokens] * config.mtp.depth)
         head, mask = model.head_kernel(), tokens == 0
         # One chunk: a length that no chunk divides is padded, and padding is no work of the model.
@@ -104,7 +104,7 @@ def counted_flops(config, backward: bool) -> float:
         tokens_and_mask = tokens.reshape(-1), mask.reshape(-1)
         return sum(fused_cross_entropy(x, head, *tokens_and_mask, chunk=ROWS * LENGTH)[0] for x in flat)
 
-    shapes = bones.shapes(nnx.Param), {n: s for n, s in bones.shapes().items() if n.endswith("router_bias")}
+    shapes = definition.shapes(nnx.Param), {n: s for n, s in definition.shapes().items() if n.endswith("router_bias")}
     return matmul_flops(jax.make_jaxpr(jax.grad(loss) if backward else loss)(*shapes)) / (ROWS * LENGTH)
 
 

@@ -22,7 +22,7 @@ from small_models import (
 
 from opendeep_jax.config.schema import MTPConfig, RematConfig, RopeConfig
 from opendeep_jax.models.decoder import Decoder, shift_left
-from opendeep_jax.models.parameters import skeleton, split
+from opendeep_jax.models.parameters import model_definition, split
 from opendeep_jax.train.objective import make_inputs, mtp_masks
 
 LENGTH = 16
@@ -35,9 +35,9 @@ def logits_of():
 
     def logits_of(family, *arguments):
         if family not in functions:
-            bones = skeleton(FAMILIES[family])
-            arrays = random_arrays(bones)
-            forward = jax.jit(lambda p, b, *x: bones.model(p, b)(*x))
+            definition = model_definition(FAMILIES[family])
+            arrays = random_arrays(definition)
+            forward = jax.jit(lambda p, b, *x: definition.model(p, b)(*x))
             functions[family] = lambda *x: forward(*arrays, *x)
         return np.asarray(functions[family](*arguments))
 
@@ -114,11 +114,11 @@ TWO_MODULES = dataclasses.replace(V3, mtp=MTPConfig(depth=2))
 @pytest.fixture(scope="module")
 def mtp_hidden():
     """A function of a Batch to each MTP module's output [2, B, L, D]."""
-    bones = skeleton(TWO_MODULES)
-    arrays = random_arrays(bones)
+    definition = model_definition(TWO_MODULES)
+    arrays = random_arrays(definition)
 
     def forward(params, router_bias, batch):
-        model = bones.model(params, router_bias)
+        model = definition.model(params, router_bias)
         following = [batch.targets, shift_left(batch.targets, 1)]
         return jnp.stack(model.forward(batch.tokens, batch.segment_ids, batch.positions, following).mtp_hidden)
 
@@ -175,15 +175,15 @@ def test_a_mtp_module_reads_the_next_token_and_none_after_it(mtp_hidden):
     assert not moved[1, :8].any() and moved[1, 8]  # module 2 the one 2 further on
 
 
-# ---- rematerialisation and compilation
+# ---- rematerialization and compilation
 
 
 def loss_and_gradients(model_config):
     """A function of params, and its arguments: the loss of a batch, as the training step computes it."""
     config = run_config(model_config)
-    bones = skeleton(model_config)
-    params, router_bias = random_arrays(bones)
-    of_params = measured_and_gradients(config, bones, router_bias, packed_batch(rows=2))
+    definition = model_definition(model_config)
+    params, router_bias = random_arrays(definition)
+    of_params = measured_and_gradients(config, definition, router_bias, packed_batch(rows=2))
 
     def loss(params):
         (value, _), gradients = of_params(params)

@@ -31,7 +31,7 @@ from opendeep_jax.config.schema import (
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.models.mamba2 import Mamba2
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.ops.state_space import causal_convolution, document_numbers, state_space
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.objective import pretraining
@@ -110,7 +110,7 @@ def test_gradients_are_numbers_where_a_head_forgets_everything_at_once():
     assert all(np.isfinite(y).all() for y in (*run(parts), *gradients.values()))
 
 
-def test_a_document_may_begin_with_the_number_of_one_before_its_neighbour():
+def test_a_document_may_begin_with_the_number_of_one_before_its_neighbor():
     numbers = document_numbers(jnp.asarray([[1, 1, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0]]))
     np.testing.assert_array_equal(numbers, [[0, 0, 1, 2, 3, 3], [0] * 6])
 
@@ -138,8 +138,8 @@ def mixer(**changes):
     """A hybrid's first mixer, with random weights."""
     config = dataclasses.replace(NEMOTRON_H, num_layers=1, layer_pattern="M", moe=MoEConfig())
     config = dataclasses.replace(config, mamba=dataclasses.replace(config.mamba, **changes))
-    bones = skeleton(config)
-    params, _ = random_arrays(bones)
+    definition = model_definition(config)
+    params, _ = random_arrays(definition)
     params = {name: y[0] if name.startswith("mamba_layers") else y for name, y in params.items()}
     made = Mamba2(config, rngs=nnx.Rngs(0))
     nnx.update(
@@ -176,9 +176,9 @@ def test_a_text_taken_in_piece_by_piece_gives_what_it_gives_at_once(conv_kernel)
 
 def loss_and_gradients(policy: str):
     model = dataclasses.replace(NEMOTRON_H, remat=RematConfig(dense=policy, moe=policy))
-    config, bones, batch = run_config(model), skeleton(model), packed_batch(rows=2)
-    params, router_bias = random_arrays(bones)
-    (value, measured), gradients = compiled(measured_and_gradients(config, bones, router_bias, batch), params)
+    config, definition, batch = run_config(model), model_definition(model), packed_batch(rows=2)
+    params, router_bias = random_arrays(definition)
+    (value, measured), gradients = compiled(measured_and_gradients(config, definition, router_bias, batch), params)
     return value, measured, gradients
 
 
@@ -196,13 +196,16 @@ def test_recomputing_a_hybrids_activations_changes_no_loss_and_no_gradient():
 def step_on(devices: int, **parallel):
     """Gradients and metrics of a training step on some devices."""
     config = run_config(NEMOTRON_H, optimizer=OptimizerConfig(warmup_steps=0, clip_norm=0.0))
-    bones, mesh = skeleton(NEMOTRON_H), make_mesh(ParallelConfig(**{"fsdp": 1} | parallel), jax.devices()[:devices])
-    params, router_bias = random_arrays(bones)
+    definition, mesh = (
+        model_definition(NEMOTRON_H),
+        make_mesh(ParallelConfig(**{"fsdp": 1} | parallel), jax.devices()[:devices]),
+    )
+    params, router_bias = random_arrays(definition)
     rule = optax.GradientTransformation(lambda p: p, lambda grads, state, p: (jax.tree.map(jnp.zeros_like, p), grads))
     state = TrainState(jnp.int32(0), params, params, router_bias, new_health())
     with jax.set_mesh(mesh):
-        state = jax.device_put(state, state_shardings(state, bones, mesh))
-        step = jax.jit(make_train_step(config, bones, rule, pretraining(config)))
+        state = jax.device_put(state, state_shardings(state, definition, mesh))
+        step = jax.jit(make_train_step(config, definition, rule, pretraining(config)))
         state, output = step(state, put_batch(packed_batch(), mesh))
     return state.opt_state, output
 
@@ -267,8 +270,8 @@ def test_a_hybrid_of_attention_and_feed_forwards_is_the_usual_decoder():
         attention=NEMOTRON_H.attention,
     )
     hybrid = dataclasses.replace(usual, num_layers=4, layer_pattern="*-*-")
-    bones = skeleton(usual)
-    params, _ = random_arrays(bones)
+    definition = model_definition(usual)
+    params, _ = random_arrays(definition)
     renamed = {
         name.replace("dense_layers.attention_norm", "attention_layers.norm")
         .replace("dense_layers.attention.", "attention_layers.attention.")
@@ -277,6 +280,7 @@ def test_a_hybrid_of_attention_and_feed_forwards_is_the_usual_decoder():
     }
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 64, (2, 11)))
     want, got = (
-        compiled(lambda model=m: model(tokens)) for m in (bones.model(params, {}), skeleton(hybrid).model(renamed, {}))
+        compiled(lambda model=m: model(tokens))
+        for m in (definition.model(params, {}), model_definition(hybrid).model(renamed, {}))
     )
     np.testing.assert_allclose(got, want, atol=1e-5)

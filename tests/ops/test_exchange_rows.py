@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opendeep_jax.ops import exchange_rows
-from opendeep_jax.ops.exchange_rows import NOWHERE, Slots, copies, segments, sums
+from opendeep_jax.ops.exchange_rows import NOWHERE, CopySlots, copies, segments, sums
 
 ROWS, COPIES, WIDTH = 300, 700, 3
 
@@ -29,13 +29,13 @@ def test_absent_copies_count_for_nothing_and_rows_without_copies_are_zero(form):
     np.testing.assert_allclose(jax.jit(form, static_argnums=2)(rows, index, ROWS), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [Slots, segments])
+@pytest.mark.parametrize("form", [CopySlots, segments])
 def test_copying_and_summing_are_each_others_derivative(form):
     random = np.random.default_rng(1)
     source = jnp.int32([2, 0, 2, 3, 0])
     places = jnp.int32([[1, 0, 0, 3], [4, 0, 2, 0]])
     present = jnp.asarray([[1, 0, 1, 1], [1, 0, 1, 0]], bool)
-    index = Slots(source, places, present) if form is Slots else segments(source)
+    index = CopySlots(source, places, present) if form is CopySlots else segments(source)
     rows, made = (jnp.asarray(random.normal(size=(size, WIDTH)), jnp.float32) for size in (4, 5))
     summed = jnp.zeros_like(rows).at[source].add(made)
 

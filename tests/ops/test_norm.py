@@ -16,7 +16,7 @@ def test_zeros_stay_zeros():
     assert not rms_norm(jnp.zeros((2, 8)), jnp.ones(8), 1e-6).any()
 
 
-def test_bfloat16_is_normalised_in_float32():
+def test_bfloat16_is_normalized_in_float32():
     x = jnp.full((1, 256), 3e4, jnp.bfloat16)  # a sum of squares in bfloat16 would be far off
     out = rms_norm(x, jnp.ones(256), 1e-6)
     assert out.dtype == jnp.bfloat16

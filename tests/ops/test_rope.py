@@ -47,7 +47,7 @@ def test_position_0_changes_nothing(rope):
     np.testing.assert_array_equal(turned(x, 0, rope), x)
 
 
-def test_pairs_are_neighbours_or_halves():
+def test_pairs_are_neighbors_or_halves():
     for rope, partner in ((PLAIN, 1), (HALVES, SIZE // 2)):
         out = turned(np.eye(SIZE)[0], 1, rope)
         want = np.zeros(SIZE)

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.parallel.collectives import all_gather
-from opendeep_jax.parallel.pipeline import Pieces, Result, from_stages, pipelined_value_and_grad, to_stages
+from opendeep_jax.parallel.pipeline import (
+    PipelineResult,
+    StageFunctions,
+    from_stages,
+    pipelined_value_and_grad,
+    to_stages,
+)
 from opendeep_jax.parallel.schedule import IDLE, make_schedule, stage_layout
 from opendeep_jax.parallel.shares import Max, Sum, is_share, over_devices
 
@@ -41,7 +47,7 @@ def output(shared, x, microbatch):
     return jnp.sum(each), {"rows": Sum(jnp.int32(len(each))), "worst": Max(jnp.max(each) - 9)}
 
 
-PIECES = Pieces(embed, layer, output)
+PIECES = StageFunctions(embed, layer, output)
 
 
 def arrays(num_layers, microbatches):
@@ -57,7 +63,7 @@ def arrays(num_layers, microbatches):
     return shared, layers, normal(num_layers, HIDDEN), {"tokens": tokens, "scale": normal(microbatches, ROWS)}
 
 
-def in_one_piece(shared, layers, constants, microbatches) -> Result:
+def in_one_piece(shared, layers, constants, microbatches) -> PipelineResult:
     """The same sums and gradients by plain autodiff."""
 
     def total(shared, layers):
@@ -80,7 +86,7 @@ def in_one_piece(shared, layers, constants, microbatches) -> Result:
 
     gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     (loss, shares), gradients = jax.jit(gradient)(shared, layers)
-    return Result(loss, *gradients, *shares)
+    return PipelineResult(loss, *gradients, *shares)
 
 
 def pipelined(shared, layers, constants, microbatches, stages, chunks, fsdp, layout, keep="layers", pieces=PIECES):
@@ -109,7 +115,7 @@ def pipelined(shared, layers, constants, microbatches, stages, chunks, fsdp, lay
         program,
         mesh=mesh,
         in_specs=(shared_spec, layers_spec, P("stage"), rows),
-        out_specs=Result(P(), shared_spec, layers_spec, P(), P(), P("stage")),
+        out_specs=PipelineResult(P(), shared_spec, layers_spec, P(), P(), P("stage")),
         check_vma=False,
     )
     result = jax.jit(program)(shared, layers, constants, microbatches)
@@ -118,7 +124,7 @@ def pipelined(shared, layers, constants, microbatches, stages, chunks, fsdp, lay
     return result._replace(layer_gradients=in_order, layer_shares=shares)
 
 
-def assert_same(result: Result, expected: Result, tolerance=1e-6):
+def assert_same(result: PipelineResult, expected: PipelineResult, tolerance=1e-6):
     for got, wanted in zip(result[3:], expected[3:], strict=True):  # counts exactly, numbers to rounding
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=0 if x.dtype == jnp.int32 else 1e-5), got, wanted

@@ -22,7 +22,7 @@ def test_each_part_of_each_microbatch_runs_forward_once_and_backward_once(stages
 
 
 @given(**SIZES)
-def test_nothing_runs_before_what_it_needs_has_travelled_for_a_tick(stages, microbatches, chunks):
+def test_nothing_runs_before_what_it_needs_has_traveled_for_a_tick(stages, microbatches, chunks):
     forward, backward = ticks_of(make_schedule(stages, microbatches, chunks))
     assert np.all(forward[1:] > forward[:-1])
     assert np.all(backward[:-1] > backward[1:])

@@ -12,7 +12,7 @@ from opendeep_jax.config.load import load_recipe
 from opendeep_jax.plan import estimate as module
 from opendeep_jax.plan.batch import with_batch
 from opendeep_jax.plan.compile import OutOfResource
-from opendeep_jax.plan.estimate import Plan, make_plan
+from opendeep_jax.plan.estimate import RunPlan, make_plan
 from opendeep_jax.plan.report import plan_page
 from opendeep_jax.plan.shortage import MEMORY, Shortage
 from opendeep_jax.plan.table import plan_table
@@ -32,7 +32,7 @@ def installed(topology: str) -> bool:
 
 
 @pytest.fixture(scope="module", params=["v5e:2x2", "h100:1x8"])
-def plan(request) -> Plan:
+def plan(request) -> RunPlan:
     if not installed(request.param):
         pytest.skip("its compiler is not installed")
     return make_plan(run_config(DENSE), parse_topology(request.param))
@@ -76,7 +76,7 @@ def test_table_and_page_call_estimates_so(plan):
     assert "an estimate" in html and "http" not in html and html.count('class="bar') > 12
 
 
-def refused(needed: float) -> Plan:
+def refused(needed: float) -> RunPlan:
     """The plan of a program that the compiler refused."""
 
     def refuse(*_):

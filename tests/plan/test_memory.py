@@ -1,4 +1,4 @@
-"""Memory by arithmetic: the state's part is exact, and each setting that is offered as a cure saves something."""
+"""Memory by arithmetic: the state's part is exact, and each setting that is offered as a fix saves something."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ from small_models import FAMILIES, NEMOTRON_H, OPTIMIZERS, V3, run_config
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, RematConfig
 from opendeep_jax.models.accounting import layer_kinds
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.plan.batch import largest_stage, with_batch
-from opendeep_jax.plan.memory import axis_sizes, cures, layer_weights, memory_by_component, recomputed_share
+from opendeep_jax.plan.memory import axis_sizes, layer_weights, memory_by_component, memory_fixes, recomputed_share
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.setup import assemble
 from opendeep_jax.train.state import bytes_on_each_device
@@ -75,7 +75,7 @@ def test_experts_are_divided_over_both_axes_and_the_rest_over_fsdp():
 def test_the_matrices_of_all_layers_are_counted_once(family):
     model = FAMILIES[family]
     layers = [layer_weights(model, kind) for kind, count in layer_kinds(model) for _ in range(count)]
-    shapes = skeleton(model).shapes()
+    shapes = model_definition(model).shapes()
     inside = [name for name in shapes if "_layers." in name or name.startswith("mtp.")]
     experts = [name for name in inside if name.endswith(("moe.gate", "moe.up", "moe.down"))]
     assert sum(layer.experts for layer in layers) == sum(shapes[name].size for name in experts)
@@ -108,10 +108,10 @@ def test_less_is_kept_the_more_is_recomputed():
 
 def test_cures_save_memory_and_the_best_comes_first():
     config = with_batch(load_recipe("moe_1b"), 64)
-    found = cures(config, largest_stage(config), axis_sizes(config, 8))
-    assert len(found) > 3 and [cure.saves for cure in found] == sorted((cure.saves for cure in found), reverse=True)
-    assert min(cure.saves for cure in found) > 0
-    assert any(cure.setting.startswith("--train.accumulation_steps=") for cure in found)
+    found = memory_fixes(config, largest_stage(config), axis_sizes(config, 8))
+    assert len(found) > 3 and [fix.saves for fix in found] == sorted((fix.saves for fix in found), reverse=True)
+    assert min(fix.saves for fix in found) > 0
+    assert any(fix.setting.startswith("--train.accumulation_steps=") for fix in found)
 
 
 def test_micro_batches_halve_what_rows_take():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opendeep_jax.plan.program import Collective, Program, analyse
+from opendeep_jax.plan.program import Collective, Program, analyze
 
 HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=4\n"
 LOOP = """
@@ -72,7 +72,7 @@ def entry(*lines: str) -> str:
 @pytest.mark.parametrize("start, limit, step, trips", [(2, 20, 3, 6), (0, 7, 1, 7), (5, 5, 1, 0), (0, 1, 100, 1)])
 def test_a_loop_without_a_written_count_is_evaluated(start, limit, step, trips):
     state = "(s32[], bf16[256,512]{1,0}, bf16[512,512]{1,0}, s32[], s32[])"
-    program = analyse(
+    program = analyze(
         entry(
             "%x = bf16[256,512]{1,0} parameter(0)",
             "%w = bf16[512,512]{1,0} parameter(1)",
@@ -89,12 +89,12 @@ def test_a_loop_without_a_written_count_is_evaluated(start, limit, step, trips):
 
 def test_a_loop_that_depends_on_data_is_counted_once_and_said_so():
     state = "(s32[], bf16[256,512]{1,0}, bf16[512,512]{1,0}, s32[], s32[])"
-    program = analyse(entry(f"%t = {state} parameter(0)", f"%l = {state} while(%t), condition=%condition, body=%body"))
+    program = analyze(entry(f"%t = {state} parameter(0)", f"%l = {state} while(%t), condition=%condition, body=%body"))
     assert program.flops == MATMUL and program.unknown_loops == 1
 
 
 def test_a_slice_read_in_a_nested_fusion_counts_the_slice():
-    program = analyse(
+    program = analyze(
         entry(
             "%s = bf16[16,256,512]{2,1,0} parameter(0)", "%f = f32[256,512]{1,0} fusion(%s), kind=kLoop, calls=%nested"
         )
@@ -103,7 +103,7 @@ def test_a_slice_read_in_a_nested_fusion_counts_the_slice():
 
 
 def test_an_update_in_place_counts_the_update():
-    program = analyse(
+    program = analyze(
         entry(
             "%s = f32[16,256,512]{2,1,0} parameter(0)",
             "%n = f32[1,256,512]{2,1,0} parameter(1)",
@@ -114,7 +114,7 @@ def test_an_update_in_place_counts_the_update():
 
 
 def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
-    program = analyse(
+    program = analyze(
         entry(
             "%r = bf16[512,512]{1,0} parameter(0)", "%f = bf16[128,512]{1,0} fusion(%r), kind=kCustom, calls=%scatter"
         )
@@ -127,7 +127,7 @@ def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
 @pytest.mark.parametrize("start, mark, hidden", [("", "", False), ("-start", "", True), ("-start", "true", False)])
 def test_a_message_with_a_start_runs_beside_the_kernels(start, mark, hidden):
     config = f', backend_config={{"collective_backend_config":{{"is_sync":{mark}}}}}' if mark else ""
-    program = analyse(
+    program = analyze(
         entry(
             "%x = bf16[128,512]{1,0} parameter(0)",
             f"%g = bf16[512,512]{{1,0}} all-gather{start}(%x), replica_groups={{{{0,1,2,3}}}}{config}",
@@ -141,7 +141,7 @@ def test_a_message_with_a_start_runs_beside_the_kernels(start, mark, hidden):
 def test_a_sum_over_slices_goes_through_the_hosts():
     attributes = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="sum_0",%s}'
     what = '_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"'
-    program = analyse(
+    program = analyze(
         entry(
             "%x = bf16[128,512]{1,0} parameter(0)",
             "%token = token[] after-all()",
@@ -158,7 +158,7 @@ def test_a_sum_over_slices_goes_through_the_hosts():
 
 def test_a_kernels_own_estimate_counts_and_one_without_is_named():
     call = 'bf16[8,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"'
-    program = analyse(
+    program = analyze(
         entry(
             "%x = bf16[8,8]{1,0} parameter(0)",
             f'%known = {call}, backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"1234"}}}}}}',
@@ -187,7 +187,7 @@ def test_the_dearest_branch_of_a_conditional_counts():
     text = text.replace(
         "\nENTRY", branch.format(name="big", dims="1") + branch.format(name="small", dims="") + "\nENTRY"
     )
-    assert analyse(text).flops == 2 * 256 * 256 * 512
+    assert analyze(text).flops == 2 * 256 * 256 * 512
 
 
 @given(
@@ -214,7 +214,7 @@ def test_totals_add_up(parts):
 
 def compiled(function, *arguments) -> Program:
     """The totals of a function compiled for this machine's (virtual) devices."""
-    return analyse(jax.jit(function).lower(*arguments).compile().as_text())
+    return analyze(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def spec(*dims: int, sharding=None) -> jax.ShapeDtypeStruct:

@@ -43,7 +43,7 @@ LINES = network("v5p:2x2x2", fsdp=8)
         (CUBE, "all-reduce", range(512), 2 * 8e9 * 511 / 512 / (6 * LINK)),
         (CUBE, "ragged-all-to-all", RING, 7e9 * (16 / 7) / (2 * LINK)),  # 16/7 hops on average
         (CUBE, "collective-permute", (0, 1), 8e9 / LINK),
-        (CUBE, "collective-permute", (0, 7), 8e9 / LINK),  # neighbours round the ring
+        (CUBE, "collective-permute", (0, 7), 8e9 / LINK),  # neighbors round the ring
         (CUBE, "collective-permute", (0, 3), 3 * 8e9 / LINK),
         (LINES, "all-gather", range(8), 7e9 / (3 * LINK)),  # one link in each dimension
         (LINES, "all-to-all", range(2), 4e9 / LINK),

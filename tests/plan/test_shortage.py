@@ -1,4 +1,4 @@
-"""What a compiler ran short of is told apart by its words, each with a cure that fits; unknown words are quoted."""
+"""What a compiler ran short of is told apart by its words, each with a fix that fits; unknown words are quoted."""
 
 import json
 import math

@@ -11,7 +11,7 @@ from rich.console import Console
 from opendeep_jax.jobs.watch.terminal import frame
 from opendeep_jax.record import goodput
 from opendeep_jax.record.files import GOODPUT
-from opendeep_jax.record.goodput import Clock, InputWatch, account, read_goodput
+from opendeep_jax.record.goodput import GoodputClock, InputWatch, account, read_goodput
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.report import goodput_section
 from opendeep_jax.record.run_view import RunView
@@ -43,7 +43,7 @@ def line(start, wall, step, first_step=0, skipped=0, /, **seconds):
 
 
 def test_every_second_belongs_to_one_kind(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=98.0)
+    clock = GoodputClock(Record(tmp_path), begun=98.0)
     wait(now, 1)  # 3 seconds of start
     with clock.counting("compile"):
         wait(now, 20)
@@ -63,7 +63,7 @@ def test_every_second_belongs_to_one_kind(tmp_path, now):
 
 
 def test_a_block_that_raises_is_counted_and_ended(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     with pytest.raises(OSError), clock.counting("checkpoint"):
         wait(now, 2)
         raise OSError
@@ -72,7 +72,7 @@ def test_a_block_that_raises_is_counted_and_ended(tmp_path, now):
 
 
 def test_a_kind_that_does_not_exist_is_refused(tmp_path):
-    clock = Clock(Record(tmp_path), begun=time.perf_counter())
+    clock = GoodputClock(Record(tmp_path), begun=time.perf_counter())
     with pytest.raises(ValueError, match="waste"), clock.counting("waste"):
         pass
     with pytest.raises(ValueError, match="nothing"):
@@ -80,12 +80,12 @@ def test_a_kind_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_a_process_that_does_not_write_makes_no_file(tmp_path):
-    Clock(Record(tmp_path, writes=False), begun=time.perf_counter()).write(3)
+    GoodputClock(Record(tmp_path, writes=False), begun=time.perf_counter()).write(3)
     assert not (tmp_path / GOODPUT).exists() and read_goodput(tmp_path) is None
 
 
 def test_a_long_run_does_not_write_a_line_at_every_log(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     for step in range(10):  # a young one does
         wait(now, 1)
         clock.log(step)
@@ -100,19 +100,19 @@ def test_a_long_run_does_not_write_a_line_at_every_log(tmp_path, now):
 
 
 def test_a_line_that_an_earlier_start_left_half_spoils_nothing(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     wait(now, 3)
     clock.write(1)
     with open(tmp_path / GOODPUT, "a") as file:
         file.write('{"start": "x", "wa')
-    Clock(Record(tmp_path), begun=103.0).write(1)
+    GoodputClock(Record(tmp_path), begun=103.0).write(1)
     assert read_goodput(tmp_path).starts == 2
 
 
 def test_a_new_kind_of_time_needs_one_line(tmp_path, now, monkeypatch):
     monkeypatch.setitem(KINDS, "rollout", Kind("pale green", "@", "sampling what is trained on"))
     assert len(KINDS) == 11
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     with clock.counting("rollout"):
         wait(now, 4)
     clock.default = "step"
@@ -132,7 +132,7 @@ def test_a_new_kind_of_time_needs_one_line(tmp_path, now, monkeypatch):
 
 
 def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(tmp_path, now):
-    first = Clock(Record(tmp_path), begun=100.0)
+    first = GoodputClock(Record(tmp_path), begun=100.0)
     first.default = "step"
     wait(now, 10)
     first.write(50)
@@ -142,7 +142,7 @@ def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(t
     first.write(150)  # 0.3 s of step and 0.1 s of data each
     wait(now, 5)  # until it is killed
     wait(now, 15)  # until it is started again
-    second = Clock(Record(tmp_path), begun=now[0], first_step=100)
+    second = GoodputClock(Record(tmp_path), begun=now[0], first_step=100)
     with second.counting("restore"):
         wait(now, 2)
     second.default = "step"
@@ -156,7 +156,7 @@ def test_the_time_between_two_starts_is_restart_and_steps_done_twice_are_waste(t
 
 
 def test_a_rollback_wastes_what_it_undoes(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 100)
     clock.write(100)
@@ -170,11 +170,11 @@ def test_a_rollback_wastes_what_it_undoes(tmp_path, now):
 
 
 def test_a_rollback_that_is_killed_before_it_goes_on_is_counted_once(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 100)
     clock.rollback(100, 50)
-    again = Clock(Record(tmp_path), begun=now[0], first_step=50)
+    again = GoodputClock(Record(tmp_path), begun=now[0], first_step=50)
     again.default = "step"
     wait(now, 50)
     again.write(100)
@@ -182,7 +182,7 @@ def test_a_rollback_that_is_killed_before_it_goes_on_is_counted_once(tmp_path, n
 
 
 def test_a_skipped_update_is_waste(tmp_path, now):
-    clock = Clock(Record(tmp_path), begun=100.0)
+    clock = GoodputClock(Record(tmp_path), begun=100.0)
     clock.default = "step"
     wait(now, 20)
     clock.write(10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opendeep_jax.record.events import record_event
-from opendeep_jax.record.goodput import Clock
+from opendeep_jax.record.goodput import GoodputClock
 from opendeep_jax.record.metrics import MetricsWriter
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.report import write_report
@@ -126,7 +126,7 @@ def test_ids_are_unique_and_references_find_them(finished):
     assert references and set(references) <= set(page.ids)
 
 
-def test_charts_take_their_colours_from_the_theme(finished):
+def test_charts_take_their_colors_from_the_theme(finished):
     svgs = re.findall(r"<svg.*?</svg>", write_report(finished).read_text(), re.S)
     assert svgs and all("var(--muted)" in svg and "var(--grid)" in svg for svg in svgs)
     assert not any(fixed in svg for svg in svgs for fixed in ("#ffffff", "#000000", "#20242a", "#6a7280", "#e4e6ea"))
@@ -204,7 +204,7 @@ def test_a_dense_run_has_no_expert_section(tmp_path):
 
 def test_the_report_says_where_the_time_went(finished):
     begun = time.perf_counter() - 100
-    clock = Clock(Record(finished), begun)
+    clock = GoodputClock(Record(finished), begun)
     clock.default = "step"
     clock.seconds |= {"start": 10.0, "step": 70.0, "compile": 19.0, "checkpoint": 0.0}
     clock.write(60)

@@ -5,7 +5,7 @@ import tokenizers
 from live_server import byte_codec, live
 
 from opendeep_jax.generation.requests import TokenLogprob
-from opendeep_jax.serving.answers import Places, chat_logprobs, completion_logprobs, token_name
+from opendeep_jax.serving.answers import TextOffsets, chat_logprobs, completion_logprobs, token_name
 from opendeep_jax.text.tokenizer import Tokenizer
 
 PARROT = byte_codec().encode("🦜")
@@ -28,7 +28,7 @@ def test_bytes_of_a_streamed_character_put_together_are_the_character():
 
 
 def test_places_count_characters_and_parts_stand_where_theirs_begins():
-    places = Places(byte_codec(), 2)
+    places = TextOffsets(byte_codec(), 2)
     assert [places.take(token) for token in byte_codec().encode("a🦜é!")] == [2, 3, 3, 3, 3, 4, 4, 5]
 
 

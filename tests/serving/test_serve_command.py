@@ -120,7 +120,7 @@ def test_an_engine_that_cannot_be_ends_the_command_with_the_reason(tiny):
     assert "max_length = 1000000" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_streams_wholes_and_neighbours_agree(server):
+def test_streams_wholes_and_neighbors_agree(server):
     ask = {"prompt": "def main(", "max_tokens": 30, "temperature": 0, "logprobs": 2, "ignore_eos": True}
     alone = server.post("/v1/completions", ask).json()["choices"][0]
     assert len(alone["logprobs"]["tokens"]) == 30

@@ -1,10 +1,10 @@
 """A whole text's thinking and answer, as the streams tell them."""
 
 from opendeep_jax.text.harmony import HarmonyStream
-from opendeep_jax.text.stream import HARMONY, THINK, Marks, ThinkingStream
+from opendeep_jax.text.stream import HARMONY, THINK, ThinkingMarks, ThinkingStream
 
 
-def split_thinking(text: str, opened: bool = False, marks: Marks = THINK) -> tuple[str, str]:
+def split_thinking(text: str, opened: bool = False, marks: ThinkingMarks = THINK) -> tuple[str, str]:
     """Thinking and answer; tool calls are given as their arguments, in the answer."""
     if marks is HARMONY:
         stream = HarmonyStream("<|start|>assistant" + HARMONY.opening if opened else "")

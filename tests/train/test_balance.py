@@ -11,7 +11,7 @@ from small_models import V3, random_arrays, run_config
 from opendeep_jax.config.schema import MTPConfig, OptimizerConfig
 from opendeep_jax.data.batch import Batch
 from opendeep_jax.faults.health import new_health
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.train.objective import pretraining
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
@@ -46,12 +46,12 @@ def skewed_batch(step: int) -> Batch:
 def peaks():
     """A function (whether biases are updated) to the mean over the last steps of the largest load over the mean."""
     config = run_config(MODEL, LENGTH, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0))
-    bones = skeleton(MODEL)
-    optimizer = make_optimizer(config, bones.axes())
-    step_function = jax.jit(make_train_step(config, bones, optimizer, pretraining(config)))
+    definition = model_definition(MODEL)
+    optimizer = make_optimizer(config, definition.axes())
+    step_function = jax.jit(make_train_step(config, definition, optimizer, pretraining(config)))
 
     def peaks(updated: bool) -> float:
-        params, router_bias = random_arrays(bones)
+        params, router_bias = random_arrays(definition)
         router_bias = jax.tree.map(jnp.zeros_like, router_bias)
         state, seen = TrainState(jnp.int32(0), params, optimizer.init(params), router_bias, new_health()), []
         for step in range(STEPS):

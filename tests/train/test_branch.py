@@ -25,7 +25,7 @@ from opendeep_jax.config.load import diff, load_run_config, save_run_config
 from opendeep_jax.config.overrides import resolve
 from opendeep_jax.config.schema import CheckpointConfig, ParallelConfig
 from opendeep_jax.jobs.watch import terminal as watch_terminal
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.record.files import checkpoint_steps, read_jsonl
 from opendeep_jax.record.origin import read_imported_from, read_origin, write_imported_from, write_origin
@@ -376,7 +376,7 @@ def test_a_branch_reads_other_text_with_its_parents_tokenizer(trunk, tmp_path):
 
 def test_a_rule_added_later_keeps_its_moments_or_begins_anew_by_its_own_name():
     config = run_config(DENSE)
-    template = jax.eval_shape(lambda: init_state(config, make_optimizer(config, skeleton(DENSE).axes())))
+    template = jax.eval_shape(lambda: init_state(config, make_optimizer(config, model_definition(DENSE).axes())))
     saved = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype)}
         for item in to_items(template).values()

@@ -24,8 +24,8 @@ def summary(small_run):
 def test_bits_per_byte_are_all_bits_over_all_held_out_bytes(small_run, summary):
     model, config = load_model(small_run)
     data = open_data(config, progress=False)
-    bones, *arrays = split(model)
-    forward = jax.jit(lambda params, bias, *batch: bones.model(params, bias)(*batch))
+    definition, *arrays = split(model)
+    forward = jax.jit(lambda params, bias, *batch: definition.model(params, bias)(*batch))
     nats = tokens = 0
     for batch in data.held_out(8):
         logits = np.asarray(forward(*arrays, batch.tokens, batch.segment_ids, batch.positions), np.float64)

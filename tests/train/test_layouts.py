@@ -17,7 +17,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig, RematConfig, TrainConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.decoder import Block, MixerBlock
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.parallel.shares import Max, Mean, Sum
 from opendeep_jax.train.objective import pretraining
@@ -70,24 +70,26 @@ def run_of(model, micros=1, **parallel):
 
 def gradients(config, devices: int):
     """The batch's gradients and metrics from random weights."""
-    bones, mesh = skeleton(config.model), make_mesh(config.parallel, jax.devices()[:devices])
+    definition, mesh = model_definition(config.model), make_mesh(config.parallel, jax.devices()[:devices])
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         objective = plant(patch, config)
-        program = jax.jit(lambda state, batch: batch_gradients(config, bones, objective, state, batch))
-        return jax.device_get(program(state_of(bones), put_batch(BATCH, mesh)))
+        program = jax.jit(lambda state, batch: batch_gradients(config, definition, objective, state, batch))
+        return jax.device_get(program(state_of(definition), put_batch(BATCH, mesh)))
 
 
-def state_of(bones) -> TrainState:
+def state_of(definition) -> TrainState:
     """A state of random weights, without an optimizer's."""
-    params, router_bias = random_arrays(bones)
+    params, router_bias = random_arrays(definition)
     return TrainState(jnp.int32(0), params, (), router_bias, new_health())
 
 
 def measured_names(config, objective=None) -> set[str]:
     """The metrics of a step; nothing is compiled."""
-    bones, objective = skeleton(config.model), objective or pretraining(config)
-    state = jax.eval_shape(lambda: state_of(bones))
-    return set(jax.eval_shape(lambda state: batch_gradients(config, bones, objective, state, BATCH)[1], state).metrics)
+    definition, objective = model_definition(config.model), objective or pretraining(config)
+    state = jax.eval_shape(lambda: state_of(definition))
+    return set(
+        jax.eval_shape(lambda state: batch_gradients(config, definition, objective, state, BATCH)[1], state).metrics
+    )
 
 
 def axes_of(family: str, *axes: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from opendeep_jax.checkpoint.checkpoints import Checkpoints
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from opendeep_jax.faults.health import new_health
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.parallel.shares import Sum
 from opendeep_jax.train.objective import Objective, pretraining
@@ -59,12 +59,12 @@ def kept_gradients(config, axes):
 def step_of(config, batch, devices=1, objective=None, frozen=()):
     """A compiled step from random weights on a batch: (setup, state before, state after, output)."""
     mesh = make_mesh(config.parallel, jax.devices()[:devices])
-    bones = skeleton(config.model)
-    params, router_bias = random_arrays(bones)
+    definition = model_definition(config.model)
+    params, router_bias = random_arrays(definition)
     with jax.set_mesh(mesh):
         state = assemble(config, mesh, objective).template
         state = state._replace(step=jnp.int32(0), params=params, router_bias=router_bias, health=new_health())
-        placed = jax.device_put(params, state_shardings(state, bones, mesh).params)
+        placed = jax.device_put(params, state_shardings(state, definition, mesh).params)
         base = {name: placed[name] for name in frozen}
         setup = assemble(config, mesh, objective, {BASE: base} if base else None)
         trained = {name: array for name, array in params.items() if name not in base}
@@ -93,7 +93,9 @@ def weighted(rule):
 def logprobs_of(before, batch, model):
     """Log-probabilities of a batch's targets, by all logits at once."""
     arrays = before.params, before.router_bias
-    logits = jax.jit(lambda *arrays: skeleton(model).model(*arrays)(batch.tokens, batch.segment_ids, batch.positions))
+    logits = jax.jit(
+        lambda *arrays: model_definition(model).model(*arrays)(batch.tokens, batch.segment_ids, batch.positions)
+    )
     logits = np.asarray(logits(*arrays), np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
@@ -207,13 +209,13 @@ def test_the_first_state_has_no_masters_and_no_moments_of_frozen_weights():
 
 def test_another_model_for_the_objective_is_refused_in_a_pipeline_and_read_without():
     def loss(hidden, *, head, batch, normalizers, frozen, **_):
-        theirs = skeleton(DENSE).model(frozen["reference"], {})
+        theirs = model_definition(DENSE).model(frozen["reference"], {})
         other = theirs.forward(batch.tokens, batch.segment_ids, batch.positions).hidden
         share = jnp.sum((hidden - other) ** 2 * batch.loss_mask[..., None]) / normalizers
         return share, {"distance": Sum(share)}
 
     objective = Objective(loss, lambda batch: jnp.sum(batch.loss_mask), judged=None)
-    params, _ = random_arrays(skeleton(DENSE))
+    params, _ = random_arrays(model_definition(DENSE))
 
     def traced(config, devices):
         mesh = make_mesh(config.parallel, jax.devices()[:devices])

@@ -17,7 +17,7 @@ from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_b
 from opendeep_jax.config.schema import FaultsConfig, OptimizerConfig, ParallelConfig, Phase, TrainConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.injection import gradient_faults
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train.objective import mtp_loss_weight, pretraining
 from opendeep_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -175,7 +175,7 @@ def first_update(axes, params, grads, **optimizer):
     return compiled(lambda params, grads: rule.update(grads, rule.init(params), params)[0], params, grads)
 
 
-def test_muon_orthogonalises_every_layers_and_experts_matrix_by_itself():
+def test_muon_orthogonalizes_every_layers_and_experts_matrix_by_itself():
     params, grads = draw(0), draw(1)
     grads["experts"] *= jnp.array([1.0, 100.0])[:, None, None, None]  # one layer's gradients outweigh the other's
     together = first_update(AXES, params, grads)["experts"]
@@ -215,10 +215,12 @@ def test_muon_decays_matrices():
 def test_the_rule_of_a_weight_follows_its_axes_in_a_whole_model():
     from small_models import V3
 
-    bones = skeleton(V3)
+    definition = model_definition(V3)
     config = dataclasses.replace(run(kind="muon"), model=V3)
-    params = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in bones.shapes().items() if "bias" not in name}
-    state = jax.eval_shape(make_optimizer(config, bones.axes()).init, params)
+    params = {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in definition.shapes().items() if "bias" not in name
+    }
+    state = jax.eval_shape(make_optimizer(config, definition.axes()).init, params)
     expected = {name for name in params if name.endswith("scale")} | {"embedding.embedding", "head.kernel"}
     assert set(moments(state, "nu")) == expected  # only AdamW keeps a second moment
     assert set(moments(state, "mu")) == set(params)
@@ -312,9 +314,9 @@ def test_rounding_is_the_same_on_any_mesh_and_after_a_restart():
     alone, halfway = steps(start, 1, 2, 3), jax.device_get(steps(start, 1))
     jax.tree.map(np.testing.assert_array_equal, steps(halfway, 2, 3), alone)
     mesh = make_mesh(ParallelConfig(data=2, fsdp=4), jax.devices()[:8])
-    bones = types.SimpleNamespace(axes=lambda: axes)
+    definition = types.SimpleNamespace(axes=lambda: axes)
     with jax.set_mesh(mesh):
-        divided = steps(jax.device_put(start, state_shardings(start, bones, mesh, zero_1=True)), 1, 2, 3)
+        divided = steps(jax.device_put(start, state_shardings(start, definition, mesh, zero_1=True)), 1, 2, 3)
     jax.tree.map(np.testing.assert_array_equal, divided, alone)
 
 
@@ -327,12 +329,12 @@ def test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_pa
     settings = {"schedule": "cosine", "warmup_steps": 3, "learning_rate": 1e-3, "weight_decay": 0.3}
     config = dataclasses.replace(run(steps=12, kind=kind, **settings), model=model)
     config = dataclasses.replace(config, faults=FaultsConfig(drill=("nan_gradient@1-4",)))
-    bones, batch = skeleton(model), packed_batch(rows=2, length=16, seed=1)
-    rule = make_optimizer(config, bones.axes())
-    params, bias = random_arrays(bones)
+    definition, batch = model_definition(model), packed_batch(rows=2, length=16, seed=1)
+    rule = make_optimizer(config, definition.axes())
+    params, bias = random_arrays(definition)
     start = TrainState(jnp.int32(0), params, rule.init(params), bias, new_health())
     faults = gradient_faults(config.faults.drill)
-    step = jax.jit(make_train_step(config, bones, rule, pretraining(config), faults))
+    step = jax.jit(make_train_step(config, definition, rule, pretraining(config), faults))
 
     def go(skipped, passed):
         state = start

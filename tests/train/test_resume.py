@@ -29,7 +29,7 @@ from opendeep_jax.record.files import read_jsonl
 from opendeep_jax.train import evaluate, loop
 from opendeep_jax.train.evaluate import evaluate_workdir, evaluation_batch_size
 from opendeep_jax.train.observer import training_speed
-from opendeep_jax.train.setup import Programs
+from opendeep_jax.train.setup import StepPrograms
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def interrupted_run(text_corpus, tmp_path_factory):
     """The work directory of the dense run, stopped by SIGTERM in its second step and then resumed."""
     directory = tmp_path_factory.mktemp("interrupted")
     config, workdir = dense_config(text_corpus, directory / "data"), directory / "run"
-    put, batches, of = loop.put_batch, [], Programs.of
+    put, batches, of = loop.put_batch, [], StepPrograms.of
 
     def put_batch(*arguments):
         batches.append(1)
@@ -100,7 +100,7 @@ def interrupted_run(text_corpus, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "put_batch", put_batch)
-        patch.setattr(Programs, "of", slow_of)
+        patch.setattr(StepPrograms, "of", slow_of)
         with pytest.raises(Resume, match="SIGTERM"):
             loop.train(config, workdir, begun=time.perf_counter() - 1000)
         with Checkpoints(workdir) as checkpoints:

@@ -9,7 +9,7 @@ import pytest
 from small_models import DENSE, random_arrays, random_model
 
 from opendeep_jax.generation.sampler import continue_prompts, make_next_tokens
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 
 LENGTH, VOCABULARY, NEVER = 12, 60, -1  # the model has 64 rows, of which the tokenizer uses 60
 PROMPTS = [[1, 7, 8, 9], [1, 5]]
@@ -18,13 +18,13 @@ PROMPTS = [[1, 7, 8, 9], [1, 5]]
 @pytest.fixture(scope="module")
 def sample():
     """A function (temperature, top_k, prompts, max_tokens, seed, end) to the list of what `continue_prompts` yields."""
-    bones = skeleton(DENSE)
-    arrays = random_arrays(bones)
+    definition = model_definition(DENSE)
+    arrays = random_arrays(definition)
     made = {}
 
     def sample(temperature=0.0, top_k=0, prompts=PROMPTS, max_tokens=6, seed=0, end=NEVER):
         if (temperature, top_k) not in made:
-            made[temperature, top_k] = make_next_tokens(bones, VOCABULARY, temperature, top_k)
+            made[temperature, top_k] = make_next_tokens(definition, VOCABULARY, temperature, top_k)
         return list(continue_prompts(made[temperature, top_k], *arrays, prompts, end, LENGTH, max_tokens, seed))
 
     return sample

@@ -75,9 +75,9 @@ def test_a_chips_options_come_with_those_of_the_run_for_its_platform():
 def test_no_process_begins_its_first_step_before_all_have_compiled_it(monkeypatch):
     here = {"0": ""}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(setup, "words", lambda name: dict(here))
+    monkeypatch.setattr(setup, "get_values", lambda name: dict(here))
     late = threading.Timer(0.4, lambda: here.update({"1": ""}))
     begun = time.monotonic()
     late.start()
-    setup._meet("compiled/1")
+    setup._barrier("compiled/1")
     assert time.monotonic() - begun >= 0.4

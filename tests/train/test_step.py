@@ -19,7 +19,7 @@ from opendeep_jax.config.schema import (
     TrainConfig,
 )
 from opendeep_jax.faults.health import new_health
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.train.objective import pretraining
 from opendeep_jax.train.setup import assemble
@@ -44,8 +44,8 @@ def mesh_of(parallel: ParallelConfig, device_count: int):
 @functools.cache
 def program(config):
     """The model, the update rule and the jitted step of a configuration."""
-    bones, rule = skeleton(config.model), gradients_as_state()
-    return bones, rule, jax.jit(make_train_step(config, bones, rule, pretraining(config)))
+    definition, rule = model_definition(config.model), gradients_as_state()
+    return definition, rule, jax.jit(make_train_step(config, definition, rule, pretraining(config)))
 
 
 def run_step(
@@ -60,12 +60,12 @@ def run_step(
             steps=10, batch_size=16, loss_chunk=24, accumulation_steps=accumulation, z_loss_weight=z_loss_weight
         ),
     )
-    bones, rule, step = program(config)
-    params, router_bias = random_arrays(bones)
+    definition, rule, step = program(config)
+    params, router_bias = random_arrays(definition)
     mesh = mesh_of(ParallelConfig(**{"fsdp": 1} | parallel), devices)
     state = TrainState(jnp.int32(0), params, rule.init(params), router_bias, new_health())
     with jax.set_mesh(mesh):
-        state = jax.device_put(state, state_shardings(state, bones, mesh))
+        state = jax.device_put(state, state_shardings(state, definition, mesh))
         return state, *step(state, put_batch(batch, mesh))
 
 
@@ -167,11 +167,11 @@ def masked_mean(logits, targets, mask):
 
 def test_losses_are_means_over_all_valid_targets_and_add_up(reference):
     before, _, (metrics, *_) = reference
-    bones = skeleton(MODEL)
+    definition = model_definition(MODEL)
 
     @jax.jit
     def logits(params, router_bias, batch):
-        model = bones.model(params, router_bias)
+        model = definition.model(params, router_bias)
         out = model.forward(batch.tokens, batch.segment_ids, batch.positions, [batch.targets])
         return [hidden @ model.head_kernel() for hidden in (out.hidden, *out.mtp_hidden)]
 

@@ -16,7 +16,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_recipe, load_run_config
 from opendeep_jax.config.schema import RematConfig
 from opendeep_jax.models.accounting import layer_kinds
-from opendeep_jax.models.parameters import skeleton
+from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.train import summary
 from opendeep_jax.train.setup import assemble
@@ -60,10 +60,10 @@ def test_activations_are_as_wide_as_the_layers_name_them(family):
     text = np.ones((1, tokens), np.int32)
 
     def total(params, router_bias):
-        out = skeleton(model).model(params, router_bias).forward(text, mtp_tokens=[text] * model.mtp.depth)
+        out = model_definition(model).model(params, router_bias).forward(text, mtp_tokens=[text] * model.mtp.depth)
         return sum(jnp.sum(hidden) for hidden in (out.hidden, *out.mtp_hidden))
 
-    arrays = jax.eval_shape(lambda: random_arrays(skeleton(model)))
+    arrays = jax.eval_shape(lambda: random_arrays(model_definition(model)))
     named = named_sizes(jax.make_jaxpr(jax.grad(total))(*arrays).jaxpr)
     expected = Counter()
     for kind, layers in layer_kinds(model):

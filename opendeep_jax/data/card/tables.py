@@ -9,7 +9,7 @@ GROUPS = ("quality", "language", "exact duplicate", "near duplicate", "evaluatio
 QUALITY = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
 
-class Table(NamedTuple):
+class CardTable(NamedTuple):
     """A table; the first column is of names, the others of numbers unless `words`."""
 
     heading: tuple[str, ...]
@@ -30,29 +30,29 @@ def counted(counts: dict[str, Any]) -> list[str]:
     return [human_count(counts["documents"]), human_bytes(counts["bytes"]), human_count(counts["tokens"])]
 
 
-def sources_table(card: dict) -> Table:
+def sources_table(card: dict) -> CardTable:
     """One row a source, and their sum."""
     rows = [
         (source["name"], source["license"], f"{source['share']:.1%}", *counted(source)) for source in card["sources"]
     ]
     if len(rows) > 1:
         rows.append(("all", "", "", *counted(card["totals"])))
-    return Table(("Source", "License", "Weight", "Documents", "Text", "Tokens"), rows)
+    return CardTable(("Source", "License", "Weight", "Documents", "Text", "Tokens"), rows)
 
 
-def licenses_table(card: dict) -> Table:
+def licenses_table(card: dict) -> CardTable:
     """One row a license, the largest first."""
     rows = [(license or "unknown", *counted(counts)) for license, counts in card["licenses"].items()]
-    return Table(("License", "Documents", "Text", "Tokens"), rows)
+    return CardTable(("License", "Documents", "Text", "Tokens"), rows)
 
 
-def citations_table(card: dict) -> Table:
+def citations_table(card: dict) -> CardTable:
     """Return what to cite for each source, and where it was read from."""
     rows = [(source["name"], source["citation"] or "–", source["path"] or "embedded") for source in card["sources"]]
-    return Table(("Source", "Cite", "Read from"), rows, words=True)
+    return CardTable(("Source", "Cite", "Read from"), rows, words=True)
 
 
-def flow_table(card: dict) -> Table:
+def flow_table(card: dict) -> CardTable:
     """Text that came in, left and stayed, one row a source that was curated."""
     rows = []
     for source in card["sources"]:
@@ -61,12 +61,12 @@ def flow_table(card: dict) -> Table:
             kept = source["bytes_in"] - dropped - source["bytes_trimmed"]
             sizes = source["bytes_in"], dropped, source["bytes_trimmed"], kept
             rows.append((source["name"], f"{source['documents_in']:,}", *map(human_bytes, sizes)))
-    return Table(
+    return CardTable(
         ("Source", "Documents in", "Text in", "In dropped documents", "Trimmed from others", "Text kept"), rows
     )
 
 
-def dropped_table(card: dict) -> Table:
+def dropped_table(card: dict) -> CardTable:
     """Documents dropped by reason and source, the most frequent reason first."""
     totals: dict[str, int] = {}
     for source in card["sources"]:
@@ -77,10 +77,10 @@ def dropped_table(card: dict) -> Table:
     for reason, total in sorted(totals.items(), key=lambda item: (-item[1], item[0])):
         numbers = [source["dropped"].get(reason, {}).get("documents", 0) for source in card["sources"]]
         rows.append((reason, *(f"{number:,}" if number else "" for number in numbers), f"{total:,}"))
-    return Table(("Reason", *names, "all"), rows)
+    return CardTable(("Reason", *names, "all"), rows)
 
 
-def lengths_table(card: dict) -> Table:
+def lengths_table(card: dict) -> CardTable:
     """Documents by length in tokens, one column a source."""
     names = [source["name"] for source in card["sources"]]
     histograms = [source["lengths"]["documents"] for source in card["sources"]]
@@ -89,10 +89,10 @@ def lengths_table(card: dict) -> Table:
         numbers = [histogram[i] if i < len(histogram) else 0 for histogram in histograms]
         if any(numbers):
             rows.append((f"{2**i:,} to {2 ** (i + 1) - 1:,}", *(f"{n:,}" if n else "" for n in numbers)))
-    return Table(("Tokens", *names), rows)
+    return CardTable(("Tokens", *names), rows)
 
 
-def clusters_table(card: dict) -> Table:
+def clusters_table(card: dict) -> CardTable:
     """Clusters of duplicates by size; large sizes together."""
     bands = ((2, 2), (3, 3), (4, 4), (5, 9), (10, 99), (100, 999), (1000, 10**18))
     rows = []
@@ -102,61 +102,61 @@ def clusters_table(card: dict) -> Table:
             name = f"{low}" if low == high else f"{low:,} to {high:,}" if high < 10**18 else f"{low:,} and more"
             removed = sum((size - 1) * n for size, n in inside.items())
             rows.append((name, f"{sum(inside.values()):,}", f"{removed:,}"))
-    return Table(("Documents in the cluster", "Clusters", "Documents dropped"), rows)
+    return CardTable(("Documents in the cluster", "Clusters", "Documents dropped"), rows)
 
 
-def languages_table(card: dict) -> Table:
+def languages_table(card: dict) -> CardTable:
     """Documents kept by language, the most frequent first."""
     total = sum(card["languages"].values())
     rows = [(name, f"{n:,}", f"{n / total:.1%}") for name, n in card["languages"].items()]
-    return Table(("Language", "Documents", "Share"), rows)
+    return CardTable(("Language", "Documents", "Share"), rows)
 
 
-def evaluation_table(card: dict) -> Table:
+def evaluation_table(card: dict) -> CardTable:
     """One row an evaluation set that overlaps were looked for in."""
     names = ("items", "too_short", "ngrams", "documents_removed")
     rows = [(name, *(f"{counts[key]:,}" for key in names)) for name, counts in card["evaluation_sets"].items()]
-    return Table(("Evaluation set", "Items", "Too short to look for", "N-grams", "Documents dropped"), rows)
+    return CardTable(("Evaluation set", "Items", "Too short to look for", "N-grams", "Documents dropped"), rows)
 
 
-def masked_table(card: dict) -> Table:
+def masked_table(card: dict) -> CardTable:
     """Personal data replaced, by kind and source."""
     names = {"email": "e-mail addresses", "ip": "public IP addresses"}
     rows = [
         (names.get(kind, kind), *(f"{source['masked'].get(kind, 0):,}" for source in card["sources"]), f"{total:,}")
         for kind, total in card["masked"].items()
     ]
-    return Table(("Replaced", *(source["name"] for source in card["sources"]), "all"), rows)
+    return CardTable(("Replaced", *(source["name"] for source in card["sources"]), "all"), rows)
 
 
-def lost_table(card: dict) -> Table:
+def lost_table(card: dict) -> CardTable:
     """Text that the tokenizer has no token for, one row a source that lost some."""
     rows = [
         (source["name"], f"{lost:,}", f"{lost / source['bytes']:.2%}")
         for source in card["sources"]
         if (lost := source["lost_bytes"])
     ]
-    return Table(("Source", "Bytes", "Of its text"), rows)
+    return CardTable(("Source", "Bytes", "Of its text"), rows)
 
 
-def identity_table(card: dict) -> Table:
+def identity_table(card: dict) -> CardTable:
     """Name and hashes: equal ones mean equal tokens."""
     tokenizer = card["tokenizer"]
     rows = [("tokenizer", tokenizer["name"], tokenizer["content_hash"])]
     rows += [(source["name"], "store", source["content_hash"]) for source in card["sources"]]
-    return Table(("", "", "SHA-256"), rows, words=True)
+    return CardTable(("", "", "SHA-256"), rows, words=True)
 
 
-def recipe_table(card: dict) -> Table:
+def recipe_table(card: dict) -> CardTable:
     """The settings of the curation, and the versions of what computed it."""
     curation = card["curation"]
     rows = [(name, str(", ".join(value) if isinstance(value, list) else value) or "–")
             for name, value in curation.get("recipe", {}).items()]  # fmt: skip
     rows += [(f"version of {name}", version) for name, version in curation.get("engines", {}).items()]
-    return Table(("Setting", "Value"), rows, words=True)
+    return CardTable(("Setting", "Value"), rows, words=True)
 
 
-def seconds_table(card: dict) -> Table:
+def seconds_table(card: dict) -> CardTable:
     """Processor time of each step, and what it gives in text that came in."""
     text = sum(source.get("bytes_in", 0) for source in card["sources"])
     seconds = card["curation"].get("seconds", {})
@@ -164,4 +164,4 @@ def seconds_table(card: dict) -> Table:
         (step, f"{value:,.1f}", f"{text / value / 1e6:,.1f}" if value else "–")
         for step, value in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    return Table(("Step", "Processor seconds, all workers", "MB of all text that came in, per second"), rows)
+    return CardTable(("Step", "Processor seconds, all workers", "MB of all text that came in, per second"), rows)

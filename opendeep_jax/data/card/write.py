@@ -10,7 +10,7 @@ import jinja2
 
 from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.card import tables
-from opendeep_jax.data.card.tables import GROUPS, Table, group_of
+from opendeep_jax.data.card.tables import GROUPS, CardTable, group_of
 from opendeep_jax.display.numbers import human_count
 from opendeep_jax.display.page import page
 
@@ -58,7 +58,7 @@ def markdown(card: dict) -> str:
     return "\n".join(filter(None, parts))
 
 
-def _markdown_table(table: Table) -> str:
+def _markdown_table(table: CardTable) -> str:
     if not table.rows:
         return ""
     aligned = ["---"] + ["---" if table.words else "---:"] * (len(table.heading) - 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.config.storage import write_file
-from opendeep_jax.data.curation.plan import Plan
+from opendeep_jax.data.curation.plan import CurationPlan
 
 VERSION = 2
 """Version of the accounting, and of all that decides the result: another one lets nothing old be used again."""
@@ -18,7 +18,7 @@ VERSION = 2
 ENGINES = ("datatrove", "rensa", "fasttext-numpy2-wheel", "pyarrow")
 
 
-def write_accounting(plan: Plan) -> None:
+def write_accounting(plan: CurationPlan) -> None:
     """Add up the counts of all tasks and writes curation.json.
 
     By source: documents_in = documents_out + those dropped, and bytes_in = bytes_out + bytes_trimmed + those dropped,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.storage import write_file
 from opendeep_jax.data.curation.accounting import load_accounting
-from opendeep_jax.data.curation.plan import Plan
+from opendeep_jax.data.curation.plan import CurationPlan
 from opendeep_jax.data.curation.recipe import quiet_datatrove
 from opendeep_jax.data.curation.stages import run_rank
 from opendeep_jax.data.storing.workers import available_cores, run_jobs
@@ -79,7 +79,9 @@ def _options_of(executor: str) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters) - ours
 
 
-def run_stages(plan: Plan, executor: Executor, options: Mapping[str, Any], workers: int, progress: bool) -> None:
+def run_stages(
+    plan: CurationPlan, executor: Executor, options: Mapping[str, Any], workers: int, progress: bool
+) -> None:
     """Run every stage of a plan to its end. Raises ConfigError for what the user can correct."""
     run = {"local": _run_local, "slurm": _run_slurm, "ray": _run_ray}[executor]
     run(plan, {name: _number(value) for name, value in options.items()}, workers, progress)
@@ -89,11 +91,11 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _left(plan: Plan, stage: str, ranks: int) -> list[int]:
+def _left(plan: CurationPlan, stage: str, ranks: int) -> list[int]:
     return [rank for rank in range(ranks) if not plan.mark(stage, rank).exists()]
 
 
-def _run_local(plan: Plan, options: dict, workers: int, progress: bool) -> None:
+def _run_local(plan: CurationPlan, options: dict, workers: int, progress: bool) -> None:
     workers = workers or available_cores()
     for stage, ranks in plan.stages():
         left = _left(plan, stage, ranks)
@@ -107,15 +109,15 @@ def _step(directory: str, stage: str, data: Any, rank: int, world_size: int) -> 
     run_rank(directory, stage, rank, lambda size: None)
 
 
-def _pipeline(plan: Plan, stage: str) -> list[Callable]:
+def _pipeline(plan: CurationPlan, stage: str) -> list[Callable]:
     return [functools.partial(_step, str(plan.directory.absolute()), stage)]
 
 
-def _logs(plan: Plan, stage: str) -> str:
+def _logs(plan: CurationPlan, stage: str) -> str:
     return str((plan.directory / "logs" / stage).absolute())
 
 
-def _run_ray(plan: Plan, options: dict, workers: int, progress: bool) -> None:
+def _run_ray(plan: CurationPlan, options: dict, workers: int, progress: bool) -> None:
     import ray
     from datatrove.executor.ray import RayPipelineExecutor
 
@@ -136,14 +138,14 @@ def _run_ray(plan: Plan, options: dict, workers: int, progress: bool) -> None:
             raise _failed("Ray", plan, stage)
 
 
-def _failed(executor: str, plan: Plan, stage: str) -> ConfigError:
+def _failed(executor: str, plan: CurationPlan, stage: str) -> ConfigError:
     return ConfigError(
         f"{executor} could not finish the stage `{stage}` of the curation in {plan.directory}. What went wrong is in "
         f"{_logs(plan, stage)}. What is finished is kept: correct it and run the same command again."
     )
 
 
-def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
+def _run_slurm(plan: CurationPlan, options: dict, workers: int, progress: bool) -> None:
     """Submit all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
     note = plan.work("slurm.json")
     jobs = json.loads(note.read_text("utf-8")) if note.exists() else {}
@@ -160,7 +162,7 @@ def _run_slurm(plan: Plan, options: dict, workers: int, progress: bool) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _submit(plan: Plan, options: dict, workers: int) -> dict[str, str]:
+def _submit(plan: CurationPlan, options: dict, workers: int) -> dict[str, str]:
     """Submit the stages that are not done; returns their job ids by stage."""
     from datatrove.executor import SlurmPipelineExecutor
 

@@ -23,7 +23,7 @@ from opendeep_jax.config.storage import alone_in, file_name, sha256_of
 from opendeep_jax.data.curation.accounting import VERSION, load_accounting
 from opendeep_jax.data.curation.evaluation import SUFFIXES, set_names, write_index
 from opendeep_jax.data.curation.executors import Executor, check_executor, run_stages
-from opendeep_jax.data.curation.plan import Plan, cut_tasks, read_plan, recipe_of, write_plan
+from opendeep_jax.data.curation.plan import CurationPlan, cut_tasks, read_plan, recipe_of, write_plan
 from opendeep_jax.data.curation.stages import refuse_nothing_left
 from opendeep_jax.data.sources import LATER_FIELDS, fingerprint, list_files, list_parts
 
@@ -142,7 +142,7 @@ def check_curation(config: DataConfig) -> None:
             )
 
 
-def _plan(config: DataConfig, directory: Path) -> Plan:
+def _plan(config: DataConfig, directory: Path) -> CurationPlan:
     """The plan of an earlier attempt, or a new one."""
     try:
         plan = dataclasses.replace(read_plan(directory), sources=config.sources)
@@ -151,7 +151,7 @@ def _plan(config: DataConfig, directory: Path) -> Plan:
         parts = [list_parts(source, list_files(source)) for source in config.sources]
         recipe = config.curation
         evaluation = write_index(recipe, directory / "work" / "evaluation") if recipe.evaluation_sets else {}
-        plan = Plan(directory, recipe, config.sources, cut_tasks(parts), evaluation)
+        plan = CurationPlan(directory, recipe, config.sources, cut_tasks(parts), evaluation)
     write_plan(plan)
     return plan
 

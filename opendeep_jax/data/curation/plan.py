@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CurationPlan:
     """One curation. A rank is the place of a task in `tasks`, which are in order of source and file."""
 
     directory: Path
@@ -101,7 +101,7 @@ def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def write_plan(plan: Plan) -> None:
+def write_plan(plan: CurationPlan) -> None:
     """Write plan.json. Raises ConfigError if it cannot be written."""
     content = dataclasses.asdict(plan) | {"directory": ""}
     write_file(plan.directory / "work" / "plan.json", json.dumps(content))
@@ -109,12 +109,14 @@ def write_plan(plan: Plan) -> None:
 
 
 @functools.lru_cache(1)
-def read_plan(directory: Path) -> Plan:
+def read_plan(directory: Path) -> CurationPlan:
     """The plan that was written for `directory`. Raises OSError or ValueError if it was not."""
     content = json.loads((directory / "work" / "plan.json").read_text("utf-8"))
     tasks = tuple(Task(task["source"], task["number"], tuple(map(_part, task["parts"]))) for task in content["tasks"])
     sources = tuple(SourceConfig(**_tuples(source)) for source in content["sources"])
-    return Plan(directory, CurationConfig(**_tuples(content["curation"])), sources, tasks, content["evaluation"])
+    return CurationPlan(
+        directory, CurationConfig(**_tuples(content["curation"])), sources, tasks, content["evaluation"]
+    )
 
 
 def _part(values: list) -> Part:

@@ -21,9 +21,9 @@ from opendeep_jax.config.files import replacing
 from opendeep_jax.config.storage import write_file, writing
 from opendeep_jax.data.curation import duplicates
 from opendeep_jax.data.curation.accounting import write_accounting
-from opendeep_jax.data.curation.plan import Plan, Task, read_plan
+from opendeep_jax.data.curation.plan import CurationPlan, Task, read_plan
 from opendeep_jax.data.curation.recipe import EVALUATION_OVERLAP, Step, filter_steps, final_steps, quiet_datatrove
-from opendeep_jax.data.curation.tables import Dropped, Table, read_table
+from opendeep_jax.data.curation.tables import CurationTable, Dropped, read_table
 from opendeep_jax.data.curation.words import may_be_english
 from opendeep_jax.data.sources import read_part
 
@@ -97,11 +97,11 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
-def _filter(plan: Plan, rank: int, advance: Advance) -> dict:
+def _filter(plan: CurationPlan, rank: int, advance: Advance) -> dict:
     """Write RANK.parquet, RANK.exact.npy (uint64 [documents, 2]), RANK.minhash.npy (uint64 [bands, documents])."""
     recipe, task, counts = plan.curation, plan.tasks[rank], _Counts(advance)
     exact, bands = [], []
-    with Table(plan.work("filter", f"{rank:05d}.parquet")) as table, _dropped(plan, "filter", rank) as dropped:
+    with CurationTable(plan.work("filter", f"{rank:05d}.parquet")) as table, _dropped(plan, "filter", rank) as dropped:
         for document, size in _filtered(plan, task, counts, dropped):
             with counts.timed("write"):
                 metadata = document.metadata
@@ -121,7 +121,7 @@ def _filter(plan: Plan, rank: int, advance: Advance) -> dict:
     return counts.as_dict()
 
 
-def _filtered(plan: Plan, task: Task, counts: _Counts, dropped: Dropped) -> Iterator:
+def _filtered(plan: CurationPlan, task: Task, counts: _Counts, dropped: Dropped) -> Iterator:
     """(datatrove document, bytes of its text) for each document of a task that passes the filters."""
     from datatrove.data import Document
 
@@ -152,7 +152,7 @@ def _filtered(plan: Plan, task: Task, counts: _Counts, dropped: Dropped) -> Iter
 
 
 @contextlib.contextmanager
-def _dropped(plan: Plan, stage: str, rank: int) -> Iterator[Dropped]:
+def _dropped(plan: CurationPlan, stage: str, rank: int) -> Iterator[Dropped]:
     directory = plan.work(stage, f"{rank:05d}.dropped")
     shutil.rmtree(directory, ignore_errors=True)  # what an attempt that was killed left there
     with Dropped(directory) as dropped:
@@ -166,7 +166,7 @@ def _save(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
 
 
-def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
+def _duplicates(plan: CurationPlan, rank: int, advance: Advance) -> dict:
     """Write decisions.npy, uint8 [documents], and offsets.npy, int64 [ranks + 1]."""
     start, recipe, ranks = time.process_time(), plan.curation, range(len(plan.tasks))
     offsets = np.cumsum([0, *(counts.get("documents_kept", 0) for counts in plan.counts("filter"))])
@@ -187,7 +187,7 @@ def _duplicates(plan: Plan, rank: int, advance: Advance) -> dict:
     return {"clusters": clusters, "seconds": {"duplicates": time.process_time() - start}}
 
 
-def _finish(plan: Plan, rank: int, advance: Advance) -> dict:
+def _finish(plan: CurationPlan, rank: int, advance: Advance) -> dict:
     """Write the task's file of the result, and RANK.dropped."""
     from datatrove.data import Document
 
@@ -196,7 +196,7 @@ def _finish(plan: Plan, rank: int, advance: Advance) -> dict:
     steps = final_steps(plan.curation, plan.work("evaluation"), counts.masked)
     path = plan.source_directory(task.source) / f"{task.number:05d}.parquet"
     rows = counts.timed_items("write", read_table(plan.work("filter", f"{rank:05d}.parquet")))
-    with Table(path) as table, _dropped(plan, "finish", rank) as dropped:
+    with CurationTable(path) as table, _dropped(plan, "finish", rank) as dropped:
         for (id, text, url, license, language), decision in zip(rows, _decisions(plan, rank), strict=False):
             size = _size(text)
             counts.advance(size)
@@ -219,7 +219,7 @@ def _finish(plan: Plan, rank: int, advance: Advance) -> dict:
     return counts.as_dict()
 
 
-def _decisions(plan: Plan, rank: int) -> Iterator[int]:
+def _decisions(plan: CurationPlan, rank: int) -> Iterator[int]:
     path = plan.work("duplicates", "decisions.npy")
     if not path.exists():
         while True:
@@ -228,7 +228,7 @@ def _decisions(plan: Plan, rank: int) -> Iterator[int]:
     yield from np.load(path, mmap_mode="r")[begin:end].tolist()
 
 
-def _account(plan: Plan, rank: int, advance: Advance) -> dict:
+def _account(plan: CurationPlan, rank: int, advance: Advance) -> dict:
     _gather_dropped(plan)
     for path in plan.directory.glob("*/.*"):  # what attempts that were killed left there
         if path.is_file():
@@ -238,7 +238,7 @@ def _account(plan: Plan, rank: int, advance: Advance) -> dict:
     return {}
 
 
-def _gather_dropped(plan: Plan) -> None:
+def _gather_dropped(plan: CurationPlan) -> None:
     """Join the tasks' files of each reason: gzip files one after the other are one gzip file."""
     files = defaultdict(list)
     for stage in ("filter", "finish"):
@@ -255,7 +255,7 @@ def _gather_dropped(plan: Plan) -> None:
                         shutil.copyfileobj(part, sink, 1 << 20)
 
 
-STAGES: dict[str, Callable[[Plan, int, Advance], dict]] = {
+STAGES: dict[str, Callable[[CurationPlan, int, Advance], dict]] = {
     "filter": _filter,
     "duplicates": _duplicates,
     "finish": _finish,

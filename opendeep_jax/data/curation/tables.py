@@ -14,7 +14,7 @@ GROUP_BYTES = 8 << 20
 """Text in a row group: what is in memory at one time, and what a reader can take alone."""
 
 
-class Table:
+class CurationTable:
     """A Parquet file of documents that is there when it is closed, or not at all. Without documents there is none."""
 
     def __init__(self, path: Path):

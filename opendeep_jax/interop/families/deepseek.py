@@ -102,7 +102,7 @@ def _read_routing(raw: Raw) -> dict[str, Any]:
     if method == "greedy":  # looks at no groups, whatever the keys say
         raw = {**raw, "n_group": 1, "topk_group": 1}
     if model_type == "deepseek_v2":
-        # DeepSeek's code normalises when this is set, transformers ignores it: there is no right answer to give.
+        # DeepSeek's code normalizes when this is set, transformers ignores it: there is no right answer to give.
         require(raw, "norm_topk_prob", False)
         raw = {**raw, "norm_topk_prob": False}
     missing = [key for key in MOE_FIELDS if key not in raw]

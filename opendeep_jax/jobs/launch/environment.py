@@ -58,10 +58,8 @@ def check_sbatch(options: Sequence[str]) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or not re.fullmatch(r"[^\s'\"\\`$]*", value):
             raise ConfigError(f"--sbatch={option}: must be an option of sbatch as name or name=value, without spaces.")
         if name in OURS:
-            cure = (
-                f"Give --{name}" if name in ("time", "account", "partition", "qos", "reservation") else "Leave it out"
-            )
-            raise ConfigError(f"--sbatch={option}: the file has that option already. {cure}.")
+            fix = f"Give --{name}" if name in ("time", "account", "partition", "qos", "reservation") else "Leave it out"
+            raise ConfigError(f"--sbatch={option}: the file has that option already. {fix}.")
 
 
 def environment_values(target: str, env: Sequence[str], secret: str) -> dict[str, str]:

@@ -57,7 +57,7 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
 def verdict(statuses: Sequence[int]) -> int:
     """The job's status from those of its processes (negative: killed by that signal).
 
-    What starting again does not cure comes first. A process that was killed is a lost peer, and explains a Python error
+    What starting again does not fix comes first. A process that was killed is a lost peer, and explains a Python error
     in another; without one an error is a bug.
     """
     for final in (MEND, STOPPED, INTERRUPTED):

@@ -22,7 +22,7 @@ from opendeep_jax.config.checks import ConfigError, check_devices
 from opendeep_jax.config.load import did_you_mean
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.config.synonyms import TARGETS as OTHER_TARGETS
-from opendeep_jax.config.synonyms import ours
+from opendeep_jax.config.synonyms import known_synonym
 from opendeep_jax.jobs.launch.environment import check_environment, check_sbatch, environment_values
 from opendeep_jax.jobs.launch.hardware import (
     GKE_ACCELERATORS,
@@ -41,7 +41,7 @@ SAFE = r"[\w@%+=:,./-]+"
 
 
 @dataclass(frozen=True)
-class Job:
+class LaunchJob:
     """A run and where it is to go, before it is known to be possible."""
 
     target: str
@@ -129,7 +129,7 @@ def template_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "launch"
 
 
-def render(job: Job) -> str:
+def render(job: LaunchJob) -> str:
     """The job's file, complete.
 
     Raises:
@@ -181,7 +181,7 @@ def fill(template: str, values: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def submit(job: Job, text: str) -> int:
+def submit(job: LaunchJob, text: str) -> int:
     """Hand `render`'s text to the target's engine and return its status. Raise ConfigError where it is missing."""
     target = TARGETS[job.target]
     check_engine(job.target)
@@ -197,7 +197,7 @@ def check_target(name: str) -> None:
     """Raise ConfigError for a target that there is not."""
     targets = ["local", *TARGETS]
     if name not in targets:
-        elsewhere = ours(name, OTHER_TARGETS)
+        elsewhere = known_synonym(name, OTHER_TARGETS)
         hint = f" Did you mean {elsewhere}?" if elsewhere else did_you_mean(name, targets)
         raise ConfigError(f"--target={name}: there is no such target.{hint} Targets: {', '.join(targets)}.")
 
@@ -225,7 +225,7 @@ def job_name(workdir: str) -> str:
     return f"opendeep-{plain[:24]}".rstrip("-") + f"-{hashlib.sha256(end.encode()).hexdigest()[:6]}"
 
 
-def _check_settings(job: Job, target: Target, given: dict[str, str]) -> None:
+def _check_settings(job: LaunchJob, target: Target, given: dict[str, str]) -> None:
     known = (*COMMON, *target.needs, *target.takes)
     if strange := [name for name in given if name not in known]:
         raise ConfigError(
@@ -240,7 +240,7 @@ def _check_settings(job: Job, target: Target, given: dict[str, str]) -> None:
         )
 
 
-def _check_topology(job: Job, target: Target) -> Topology:
+def _check_topology(job: LaunchJob, target: Target) -> Topology:
     topology = parse_topology(job.topology)
     chip = topology.chip
     if chip.platform != target.platform:
@@ -290,7 +290,7 @@ def _of_nodes(topology: Topology) -> dict[str, str]:
     return {"nodes": str(topology.slices), "gpus": str(topology.chips // topology.slices)}
 
 
-def _of_target(job: Job, target: Target, topology: Topology, settings: dict[str, str]) -> dict[str, str]:
+def _of_target(job: LaunchJob, target: Target, topology: Topology, settings: dict[str, str]) -> dict[str, str]:
     """Return what only this target's template has: the command as its language writes it, and values that follow."""
     name, spot = settings["job_name"], settings.get("spot") == "true"
     shell = shlex.join(job.command)

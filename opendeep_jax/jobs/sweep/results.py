@@ -28,7 +28,7 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class RunResult:
     """State of a run, read from its files alone."""
 
     run: SweepRun
@@ -55,7 +55,7 @@ class Result:
 class Row:
     """One combination, over its seeds."""
 
-    results: list[Result]
+    results: list[RunResult]
     numbers: list[float]
     """The metric of the runs that have one."""
     mean: float
@@ -76,16 +76,16 @@ class Row:
         return not math.isnan(self.mean)
 
 
-def read_result(run: SweepRun) -> Result:
+def read_result(run: SweepRun) -> RunResult:
     """Return what the files of a run say of it."""
     if summary := finished_summary(run.workdir, total_steps(run.config)):
-        return Result(run, "finished", summary)
+        return RunResult(run, "finished", summary)
     failed = run.beside(".failed")
     if failed.exists():
-        return Result(run, "failed", {}, failed.read_text(encoding="utf-8", errors="replace").strip())
+        return RunResult(run, "failed", {}, failed.read_text(encoding="utf-8", errors="replace").strip())
     if run.beside(".job").exists():
-        return Result(run, "handed over", {})
-    return Result(run, "begun" if (run.workdir / "config.json").exists() else "waiting", {})
+        return RunResult(run, "handed over", {})
+    return RunResult(run, "begun" if (run.workdir / "config.json").exists() else "waiting", {})
 
 
 def training_flops(config: RunConfig) -> float:
@@ -101,13 +101,13 @@ def training_flops(config: RunConfig) -> float:
 
 def rows(runs: Sequence[SweepRun], metric: str) -> list[Row]:
     """One row for each combination, in the order of the sweep."""
-    trials: dict[int, list[Result]] = {}
+    trials: dict[int, list[RunResult]] = {}
     for run in runs:
         trials.setdefault(run.trial, []).append(read_result(run))
     return [_row(results, metric) for results in trials.values()]
 
 
-def _row(results: list[Result], metric: str) -> Row:
+def _row(results: list[RunResult], metric: str) -> Row:
     numbers = [number for result in results if not math.isnan(number := result.number(metric))]
     mean = statistics.fmean(numbers) if len(numbers) == len(results) else math.nan
     spread = statistics.stdev(numbers) if len(numbers) > 1 else math.nan

@@ -1,6 +1,6 @@
 """A line from a process that could not say it itself: killed for memory, or aborted by JAX as its coordinator is gone.
 
-A small child process waits at the end of a pipe. When the pipe closes without a farewell, it writes what is to be said.
+A small child process waits at the end of a pipe. When the pipe closes without a dismissal, it writes the notice.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ import signal, socket, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 process, coordinator, host, stacks = sys.argv[1:]
-if "farewell" not in sys.stdin.read():
+if "dismissal" not in sys.stdin.read():
     name, _, port = coordinator.rpartition(":")
     try:
         socket.create_connection((name, int(port)), timeout=5).close()
@@ -26,8 +26,8 @@ if "farewell" not in sys.stdin.read():
 """
 
 
-def leave_last_words(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
-    """Sees to it that this process's death is explained on standard error; returns the farewell that calls it off.
+def leave_exit_notice(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
+    """Sees to it that this process's death is explained on standard error; returns the dismissal that calls it off.
 
     Args:
         process: this process's number.
@@ -38,8 +38,8 @@ def leave_last_words(process: int, coordinator: str, host: str, stacks: str) -> 
     command = [sys.executable, "-S", "-c", _CHILD, str(process), coordinator, host, stacks]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
-    def farewell() -> None:
+    def dismissal() -> None:
         if child.poll() is None:
-            child.communicate(b"farewell")
+            child.communicate(b"dismissal")
 
-    return farewell
+    return dismissal
