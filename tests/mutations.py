@@ -213,15 +213,15 @@ MUTATIONS = [
     Mutation(
         "learning_rate_off_by_one",
         "opendeep_jax/train/optimizer.py",
-        "step = -rate(clock.count) * direction",
-        "step = -rate(clock.count + 1) * direction",
+        "falling = -rate(clock.count)",
+        "falling = -rate(clock.count + 1)",
         "tests/train/test_optimizer.py::test_the_applied_rate_is_the_logged_one_after_skipped_updates_and_batches_passed_over",
     ),
     Mutation(
         "warm_up_from_zero",
-        "opendeep_jax/train/optimizer.py",
-        "optax.linear_schedule(1.0 / max(warmup, 1), 1.0, max(warmup - 1, 1))",
-        "optax.linear_schedule(0.0, 1.0, max(warmup, 1))",
+        "opendeep_jax/config/schedule.py",
+        '"linear", 1.0 / max(warmup, 1), 1.0, 0, max(warmup - 1, 1)',
+        '"linear", 0.0, 1.0, 0, max(warmup, 1)',
         "tests/train/test_optimizer.py::test_the_warm_up_begins_at_its_first_stair_and_ends_at_the_peak",
     ),
     Mutation(
@@ -264,28 +264,28 @@ MUTATIONS = [
     # Text to batches.
     Mutation(
         "targets_not_shifted",
-        "opendeep_jax/data/rows.py",
+        "opendeep_jax/data/pipeline.py",
         "batch.targets[in_batch] = stream[:, 1:]",
         "batch.targets[in_batch] = stream[:, :-1]",
         "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "loss_across_documents",
-        "opendeep_jax/data/rows.py",
+        "opendeep_jax/data/pipeline.py",
         "valid & (segments[:, :-1] == segments[:, 1:])",
         "valid",
         "tests/data/test_pipeline.py::test_a_target_is_the_next_token_of_its_own_document",
     ),
     Mutation(
         "packing_loses_a_token",
-        "opendeep_jax/data/packing.py",
+        "opendeep_jax/data/plan.py",
         "begins = number * length\n",
         "begins = number * (length + 1)\n",
         "tests/data/test_packing.py::test_every_token_but_a_documents_first_is_predicted_exactly_once",
     ),
     Mutation(
         "packing_overfills",
-        "opendeep_jax/data/packing.py",
+        "opendeep_jax/data/plan.py",
         "[packing](ends - begins, length + 1)",
         "[packing](ends - begins, length + 2)",
         "tests/data/test_packing.py::test_no_row_is_longer_than_its_positions_and_their_last_target",
@@ -301,8 +301,8 @@ MUTATIONS = [
     Mutation(
         "page_freed_twice",
         "opendeep_jax/generation/cache.py",
-        "self._free.extend(reversed(pages))",
-        "self._free.extend([*reversed(pages), *pages[:1]])",
+        "if not self._holders[page]:",
+        "if self._holders[page] <= 1:",
         "tests/generation/test_engine.py::test_an_aborted_request_frees_its_pages_and_disturbs_no_other",
     ),
     Mutation(
@@ -380,7 +380,7 @@ MUTATIONS = [
     Mutation(
         "rollback_does_not_skip",
         "opendeep_jax/faults/recovery.py",
-        "return is_passed_over(self.windows, step)",
+        "return is_skipped(self.windows, step)",
         "return False",
         "tests/faults/test_recovery.py::test_a_window_is_on_disk_before_the_run_goes_on_and_the_next_start_reads_it",
     ),

@@ -145,7 +145,8 @@ class Tail:
     """
 
     def __init__(self, path: Path, samples: int = 0):
-        self.path, self.samples, self._file, self._offset = path, samples, None, 0
+        self.path, self.samples, self._offset = path, samples, 0
+        self._file: tuple[int, int] | None = None
 
     def restarted(self) -> bool:
         """Return whether the file was replaced or cut, so that what was read of it is void. Ask before `read`."""
@@ -154,7 +155,7 @@ class Tail:
         except OSError:
             found = None
         identity = (found.st_dev, found.st_ino) if found else None
-        gone = self._offset > 0 and (identity != self._file or found.st_size < self._offset)
+        gone = self._offset > 0 and (found is None or identity != self._file or found.st_size < self._offset)
         if gone or identity != self._file:
             self._file, self._offset = identity, 0
         return gone

@@ -217,7 +217,7 @@ class RunView:
         if self.config is None or not self._speeds or self.state(now)[0] != "running":
             return None
         speed = sorted(self._speeds)[len(self._speeds) // 2]
-        left = tokens_before(self.config, self.total) - tokens_before(self.config, self.step)
+        left = tokens_before(self.config, total_steps(self.config)) - tokens_before(self.config, self.step)
         return left / speed if left > 0 and speed > 0 else None
 
     def phase(self) -> tuple[str, str]:
@@ -227,7 +227,7 @@ class RunView:
         """
         if self.config is None:
             return "", ""
-        at = min(max(self.step - 1, 0), self.total - 1)
+        at = min(max(self.step - 1, 0), total_steps(self.config) - 1)
         try:
             return data_phase(self.config, at), rate_phase(self.config, at)
         except (ArithmeticError, AssertionError, StopIteration):  # a configuration that no check has seen

@@ -9,7 +9,7 @@ one shape turned round, are iterated together, in a loop: a model of 40 weights 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,16 @@ def muon(steps: int, momentum: float, numbers: Callable[[str], MuonDimensionNumb
         numbers: which axes of the weight of a name a matrix has; it has one for each index of all others.
     """
 
-    def update(grads, state, params=None):
-        mu, count = optax.tree.update_moment(grads, state.mu, momentum, 1), optax.safe_increment(state.count)
+    def update(updates, state, params=None):
+        before: Any = state
+        mu, count = optax.tree.update_moment(updates, before.mu, momentum, 1), optax.safe_increment(before.count)
         ahead = optax.tree.bias_correction(mu, momentum, optax.safe_increment(count))
-        here = optax.tree.bias_correction(grads, momentum, count)
+        here = optax.tree.bias_correction(updates, momentum, count)
         direction = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, here)
         leaves, tree = jax.tree.flatten_with_path(direction)
         stacks = [Stack.of(leaf, numbers(path[-1].key)) for path, leaf in leaves]
-        updates = jax.tree.unflatten(tree, orthogonal(stacks, state.ns_coeffs, steps))
-        return updates, MuonState(count, mu, state.ns_coeffs)
+        turned = jax.tree.unflatten(tree, orthogonal(stacks, before.ns_coeffs, steps))
+        return turned, MuonState(count, mu, before.ns_coeffs)
 
     return optax.GradientTransformation(scale_by_muon(ns_steps=steps).init, update)
 
@@ -55,9 +56,10 @@ class Stack(NamedTuple):
     @staticmethod
     def of(weight: Array, numbers: MuonDimensionNumbers) -> "Stack":
         """The matrices of a weight with these axes."""
-        inner = *numbers.reduction_axis, *numbers.output_axis
+        reduced, made = ((axes,) if isinstance(axes, int) else tuple(axes) for axes in numbers)
+        inner = *reduced, *made
         order = *(axis for axis in range(weight.ndim) if axis not in inner), *inner
-        inputs, outputs = (math.prod(weight.shape[axis] for axis in axes) for axes in numbers)
+        inputs, outputs = (math.prod(weight.shape[axis] for axis in axes) for axes in (reduced, made))
         ordered = weight.transpose(order)
         matrices = ordered.reshape(-1, inputs, outputs)
         turned = inputs > outputs
@@ -77,7 +79,7 @@ def orthogonal(stacks: list[Stack], coefficients: Float[Array, "3"], steps: int)
     for index, stack in enumerate(stacks):
         shape = stack.matrices.shape[1:]
         groups.setdefault(index if alone or stack.matrices.size > STACKED_NUMBERS else shape, []).append(index)
-    weights = [None] * len(stacks)
+    weights: dict[int, Array] = {}
     for members in groups.values():
         matrices = [stacks[index].matrices for index in members]
         counts = [len(each) for each in matrices]
@@ -86,7 +88,7 @@ def orthogonal(stacks: list[Stack], coefficients: Float[Array, "3"], steps: int)
         )
         for index, part in zip(members, jax.lax.split(done, counts), strict=True):
             weights[index] = stacks[index].weight(part)
-    return weights
+    return [weights[index] for index in range(len(stacks))]
 
 
 def newton_schulz(
