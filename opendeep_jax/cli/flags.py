@@ -21,10 +21,15 @@ def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
     return values
 
 
-def make_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
+def make_flags(**more: tuple[str | int | float | bool | None, str]) -> flags.FlagValues:
     """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = flags.FlagValues()
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+        bool: flags.DEFINE_boolean,
+    }
     for name, (default, text) in more.items():
         define[type(default)](name, default, text, flag_values=values)
     return values
@@ -55,6 +60,23 @@ def parse(
     if "workdir" in values and values["workdir"].default is None and not values.workdir:
         raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")
     return values
+
+
+def parse_own(values: flags.FlagValues, argv: Sequence[str], program: str, text: str) -> list[str]:
+    """Parse a command's own flags into `values`, and return the other arguments, which belong to the recipe.
+
+    Print `text` and raise SystemExit(0) for --help; raise ConfigError for values that flags cannot have.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(text, end="")
+        sys.exit(0)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values([program, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}. See {program} --help.") from error
+    check_misspelt(values, rest)
+    return rest
 
 
 def check_misspelt(values: flags.FlagValues, rest: Sequence[str]) -> None:
