@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
@@ -12,6 +12,23 @@ from opendeep_jax.config.synonyms import SETTINGS, known_synonym
 
 RECIPES_OWN = {"config", "workdir", "verbosity", "coordinator_address", "num_processes", "process_id", "name", "seed"}
 """Undotted settings that belong to the recipe and the process, however near to a command's own their names are."""
+
+
+def run_action(actions: Mapping[str, Callable[[Sequence[str]], int | None]], argv: Sequence[str], text: str) -> int:
+    """Run the action that `argv[1]` names of the command `argv[0]` on the rest, and return its exit status.
+
+    Print `text` where none or --help is given; raise ConfigError for an action that there is not.
+    """
+    command, *rest = argv
+    if not rest or rest[0] in ("-h", "--help"):
+        print(text, end="")
+        return 0
+    if rest[0] not in actions:
+        hint = did_you_mean(rest[0], list(actions))
+        raise ConfigError(
+            f"opendeep {command} {rest[0]}: there is no such action.{hint} Actions: {', '.join(actions)}."
+        )
+    return actions[rest[0]](rest[1:]) or 0
 
 
 def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
@@ -24,12 +41,7 @@ def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
 def make_flags(**more: tuple[str | int | float | bool | None, str]) -> flags.FlagValues:
     """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = flags.FlagValues()
-    define = {
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-        bool: flags.DEFINE_boolean,
-    }
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for name, (default, text) in more.items():
         define[type(default)](name, default, text, flag_values=values)
     return values
