@@ -143,7 +143,6 @@ DRILLS = {
     "first": Drill("killed process 0", "sigkill@25:0", "opendeep train: process", "-9+-6, 0+0", EQUAL, processes=2),
     "stopped": Drill("stopped peer", "sigstop@25:1", "lost_peer", "75+-9, 0+0", EQUAL, processes=2),
     "sigterm": Drill("SIGTERM to one of two", "sigterm@25:1", "preempted", "75+75, 0+0", EQUAL, processes=2),
-    "clock": Drill("clock set back an hour", "clock_jump@25", "clock_jump", "0", EQUAL),
 }
 """Status -6 is how JAX ends a process whose coordinator is gone."""
 

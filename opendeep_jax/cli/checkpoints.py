@@ -6,9 +6,9 @@ from typing import Any
 
 from absl import flags
 
-from opendeep_jax.cli.flags import parse, run_flags
+from opendeep_jax.cli.flags import parse, run_action, run_flags
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import did_you_mean, load_run_config
+from opendeep_jax.config.load import load_run_config
 from opendeep_jax.display.progress import progress_bar
 from opendeep_jax.display.tables import text_table
 
@@ -27,13 +27,7 @@ usage: opendeep checkpoints list    --workdir=DIRECTORY               steps, siz
 def main(argv: Sequence[str]) -> int:
     """Runs one of the actions; returns the exit status. Raises ConfigError for input that cannot work."""
     actions = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune, "average": _average}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
-    if argv[0] not in actions:
-        hint = did_you_mean(argv[0], list(actions))
-        raise ConfigError(f"opendeep checkpoints {argv[0]}: no such command.{hint} Commands: {', '.join(actions)}.")
-    return actions[argv[0]](argv[1:]) or 0
+    return run_action(actions, ["checkpoints", *argv], HELP)
 
 
 def _parse(action: str, purpose: str, argv: Sequence[str], dry_run: bool = False, **more: Any) -> flags.FlagValues:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from opendeep_jax.cli.audit import diff, verify, when, where
+from opendeep_jax.cli.flags import run_action
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.load import did_you_mean, load_run_config
+from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -43,13 +44,7 @@ def main(argv: Sequence[str]) -> int:
         "verify": verify,
         "diff": diff,
     }
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
-    if argv[0] not in actions:
-        hint = did_you_mean(argv[0], list(actions))
-        raise ConfigError(f"opendeep data {argv[0]}: no such command.{hint} Commands: {', '.join(actions)}.")
-    return actions[argv[0]](argv[1:]) or 0
+    return run_action(actions, ["data", *argv], HELP)
 
 
 def _tokenizer(argv: Sequence[str]) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import check_misspelt, make_flags
+from opendeep_jax.cli.flags import make_flags, parse_own
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import load_run_config
 from opendeep_jax.config.schema import RunConfig
@@ -31,17 +30,8 @@ compiled or trained. `opendeep plan` compiles the step for a cluster, which is e
 
 def main(argv: Sequence[str]) -> None:
     """Print the description. Raises ConfigError for input that cannot work."""
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
-        sys.exit(0)
-    values = make_flags(config=("", ""), workdir=("", ""), devices=(0, ""))
-    flags.DEFINE_boolean("json", False, "", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(["opendeep describe", *argv], known_only=True)[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}. See opendeep describe --help.") from error
-    check_misspelt(values, rest)
+    values = make_flags(config=("", ""), workdir=("", ""), devices=(0, ""), json=(False, ""))
+    rest = parse_own(values, argv, "opendeep describe", HELP)
     if values.devices < 0 or (values["devices"].present and not values.devices):
         raise ConfigError(f"--devices={values.devices}: must be at least 1.")
     config = _config(values, rest)

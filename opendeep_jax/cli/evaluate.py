@@ -109,9 +109,8 @@ def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
     engine, codec, about = _open(values, choice)
     if values.prompts == "chat":
         codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
-    with _Bar() as bar:
-        model = HarnessModel(engine, codec, about["model"]["name"], values.prompts == "chat", values.seed, bar.show)
-        raw = run_tasks(model, known, names, values.limit, values.num_fewshot, values.max_tokens)
+    model = HarnessModel(engine, codec, about["model"]["name"], values.prompts == "chat", values.seed)
+    raw = run_tasks(model, known, names, values.limit, values.num_fewshot, values.max_tokens)
     tasks = task_results(raw)
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table(tasks))
     if model.cut_prompts:
@@ -126,9 +125,7 @@ def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
 
     documents = read_documents(values.text)
     engine, codec, about = _open(values, choice)
-    with _Bar() as bar:
-        found = perplexity(engine, codec, documents, values.stride, values.seed, lambda *at: bar.show("windows", *at))
-    return about | {"text": values.text} | found
+    return about | {"text": values.text} | perplexity(engine, codec, documents, values.stride, values.seed)
 
 
 def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
@@ -142,27 +139,3 @@ def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
     engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH)
     about = {"model": describe_model(engine.model, name, choice.source, choice.step), "versions": versions()}
     return engine, codec, about
-
-
-class _Bar:
-    """A progress bar on standard error, for as long as there is something to wait for."""
-
-    def __init__(self):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.progress = Progress(console=Console(stderr=True), transient=True)
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Bar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` pieces of some kind of work are finished."""
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what)
-        self.progress.update(self.tasks[what], completed=done, total=total)

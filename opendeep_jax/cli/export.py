@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opendeep_jax.cli.flags import make_flags, parse
+from opendeep_jax.cli.flags import make_flags, parse, run_action
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
-from opendeep_jax.config.load import did_you_mean
 
 if TYPE_CHECKING:
     from opendeep_jax.text.tokenizer import Tokenizer
@@ -29,17 +28,9 @@ SOURCE = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Exports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return
-    formats = {"hf": _hf, "gguf": _gguf}
-    if argv[0] not in formats:
-        raise ConfigError(
-            f"opendeep export {argv[0]}: no such format.{did_you_mean(argv[0], list(formats))} See --help."
-        )
-    formats[argv[0]](argv[1:])
+    return run_action({"hf": _hf, "gguf": _gguf}, ["export", *argv], HELP)
 
 
 def _hf(argv: Sequence[str]) -> None:

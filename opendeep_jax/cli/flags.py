@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
@@ -14,6 +14,23 @@ RECIPES_OWN = {"config", "workdir", "verbosity", "coordinator_address", "num_pro
 """Undotted settings that belong to the recipe and the process, however near to a command's own their names are."""
 
 
+def run_action(actions: Mapping[str, Callable[[Sequence[str]], int | None]], argv: Sequence[str], text: str) -> int:
+    """Run the action that `argv[1]` names of the command `argv[0]` on the rest, and return its exit status.
+
+    Print `text` where none or --help is given; raise ConfigError for an action that there is not.
+    """
+    command, *rest = argv
+    if not rest or rest[0] in ("-h", "--help"):
+        print(text, end="")
+        return 0
+    if rest[0] not in actions:
+        hint = did_you_mean(rest[0], list(actions))
+        raise ConfigError(
+            f"opendeep {command} {rest[0]}: there is no such action.{hint} Actions: {', '.join(actions)}."
+        )
+    return actions[rest[0]](rest[1:]) or 0
+
+
 def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
     """A registry with `--workdir` and the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = make_flags(**more)
@@ -21,10 +38,10 @@ def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
     return values
 
 
-def make_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
+def make_flags(**more: tuple[str | int | float | bool | None, str]) -> flags.FlagValues:
     """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = flags.FlagValues()
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for name, (default, text) in more.items():
         define[type(default)](name, default, text, flag_values=values)
     return values
@@ -55,6 +72,23 @@ def parse(
     if "workdir" in values and values["workdir"].default is None and not values.workdir:
         raise ConfigError("--workdir is missing: give the directory of a run, such as --workdir=runs/quickstart.")
     return values
+
+
+def parse_own(values: flags.FlagValues, argv: Sequence[str], program: str, text: str) -> list[str]:
+    """Parse a command's own flags into `values`, and return the other arguments, which belong to the recipe.
+
+    Print `text` and raise SystemExit(0) for --help; raise ConfigError for values that flags cannot have.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(text, end="")
+        sys.exit(0)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values([program, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}. See {program} --help.") from error
+    check_misspelt(values, rest)
+    return rest
 
 
 def check_misspelt(values: flags.FlagValues, rest: Sequence[str]) -> None:

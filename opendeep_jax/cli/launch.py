@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from opendeep_jax.cli.flags import check_misspelt, make_flags
+from opendeep_jax.cli.flags import make_flags, parse_own
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import CONFIG_FILE
 from opendeep_jax.config.schema import RunConfig
@@ -80,9 +80,6 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"OPENDEEP_LAUNCH={kept}: cannot be read as a shell would ({error}). Mend it there."
         ) from error
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
-        sys.exit(0)
     argv, lists = _take_lists(argv)
     values = make_flags(
         target=("local", ""),
@@ -90,15 +87,10 @@ def main(argv: Sequence[str]) -> int:
         processes=(0, ""),
         min_processes=(0, ""),
         topology=("", ""),
+        dry_run=(False, ""),
         **{name: ("", "") for name in SETTINGS},
     )
-    flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(["opendeep launch", *argv], known_only=True)[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}. See opendeep launch --help.") from error
-    check_misspelt(values, rest)
+    rest = parse_own(values, argv, "opendeep launch", HELP)
 
     from opendeep_jax.jobs.launch.render import LaunchJob, check_engine, check_target, render, submit
 

@@ -1,13 +1,12 @@
 """`opendeep plan --config=RECIPE --topology=NAME ...`: what a run would take on chips that are not here."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import check_misspelt, make_flags
+from opendeep_jax.cli.flags import make_flags, parse_own
 from opendeep_jax.config.checks import ConfigError, check_run, deferred
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig
@@ -40,9 +39,6 @@ def main(argv: Sequence[str]) -> None:
 
     Raises ConfigError for input that cannot work, and, after the files are written, for a run that does not fit.
     """
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
-        sys.exit(0)
     values = make_flags(
         topology=("", ""),
         slices=(0, ""),
@@ -52,16 +48,11 @@ def main(argv: Sequence[str]) -> None:
         json=("", ""),
         dump_hlo=("", ""),
         report=("", ""),
+        search=(False, ""),
         compile_best=(3, ""),
         save=("", ""),
     )
-    flags.DEFINE_boolean("search", False, "", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(["opendeep plan", *argv], known_only=True)[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}. See opendeep plan --help.") from error
-    check_misspelt(values, rest)
+    rest = parse_own(values, argv, "opendeep plan", HELP)
     if not values.topology:
         raise ConfigError("--topology is missing: say for which cluster, as in --topology=v5p:8x8x8.")
     _check_numbers(values)

@@ -1,12 +1,11 @@
 """`opendeep sweep --config=RECIPE --sweep.NAME=VALUES ...`: many variants of a recipe, trained and compared."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from opendeep_jax.cli.flags import check_misspelt, make_flags
+from opendeep_jax.cli.flags import make_flags, parse_own
 from opendeep_jax.config.checks import ConfigError
 
 HELP = """\
@@ -39,11 +38,19 @@ The same command goes on after whatever ended it; runs with a result are not run
 
 def main(argv: Sequence[str]) -> int:
     """Sweeps; returns the exit status. Raises ConfigError for input that cannot work, before anything is written."""
-    if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
-        sys.exit(0)
-    settings, rest = _take_settings(argv)
-    values, rest = _parse(rest)
+    values = make_flags(
+        trials=(0, ""),
+        seeds=(1, ""),
+        parallel=(1, ""),
+        target=("local", ""),
+        metric=("", ""),
+        draw_seed=(0, ""),
+        collect=(False, ""),
+    )
+    for name in ("config", "workdir", "from"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_enum("method", "grid", ["grid", "zip", "random", "optuna"], "", flag_values=values)
+    settings, rest = _take_settings(parse_own(values, argv, "opendeep sweep", HELP))
 
     from opendeep_jax.config.overrides import refuse_empty, resolve  # tyro takes a while
     from opendeep_jax.jobs.sweep.plan import one_checkpoint, plan_sweep, read_sweep
@@ -87,27 +94,3 @@ def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             raise ConfigError(f"{name} is given twice. Write all its values into one list.")
         settings[field] = text
     return settings, rest
-
-
-def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The sweep's own flags, and the arguments that belong to the recipe."""
-    values = make_flags(
-        trials=(0, ""),
-        seeds=(1, ""),
-        parallel=(1, ""),
-        target=("local", ""),
-        metric=("", ""),
-        draw_seed=(0, ""),
-    )
-    for name in ("config", "workdir", "from"):
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    methods = ["grid", "zip", "random", "optuna"]
-    flags.DEFINE_enum("method", "grid", methods, "", flag_values=values)
-    flags.DEFINE_boolean("collect", False, "", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(["opendeep sweep", *argv], known_only=True)[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}. See opendeep sweep --help.") from error
-    check_misspelt(values, rest)
-    return values, rest

@@ -54,7 +54,7 @@ def check_run(run: Any) -> None:
 
 def check_devices(run: Any, device_count: int) -> None:
     """Raises ConfigError unless the mesh takes exactly `device_count` devices and the batches divide over it."""
-    sizes = rules.axes(run)
+    sizes = rules.axis_sizes(run.parallel)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     described = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"

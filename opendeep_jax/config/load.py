@@ -53,11 +53,15 @@ IMPORTED_RECIPE = "recipe.py"
 """The file that `opendeep import` leaves in a work directory."""
 
 
-def recipe_directory() -> Path:
-    """Where the recipes are: inside the installed package, or `configs/` of a source tree."""
+def shipped_directory(installed: str, source: str) -> Path:
+    """Return a directory that ships with OpenDeep: inside the installed package, or beside it in a source tree."""
     package = Path(opendeep_jax.__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "configs"
+    return package / installed if (package / installed).is_dir() else package.parent / source
+
+
+def recipe_directory() -> Path:
+    """Return the directory of the recipes."""
+    return shipped_directory("recipes", "configs")
 
 
 def recipe_names() -> list[str]:

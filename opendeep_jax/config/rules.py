@@ -240,7 +240,7 @@ def _operations_problems(run: Any) -> Iterator[str]:
 
 
 def _parallel_problems(run: Any) -> Iterator[str]:
-    sizes = axes(run)
+    sizes = axis_sizes(run.parallel)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         yield problem(
@@ -340,6 +340,11 @@ def _batches(run: Any) -> list[tuple[str, int, int]]:
     return [(name, rows, micro_batches(run.train, rows)) for name, rows in batches]
 
 
-def axes(run: Any) -> dict[str, int]:
-    """Size of each mesh axis by name, -1 where the devices decide."""
-    return {axis: getattr(run.parallel, axis) for axis in MESH_AXES}
+def axis_sizes(parallel: Any, devices: int = 0) -> dict[str, int]:
+    """Return the size of each mesh axis; -1 is filled by the devices that the others leave, or stays without `devices`.
+
+    `config.checks.check_devices` has the rules.
+    """
+    sizes = {axis: getattr(parallel, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: devices // fixed if size == -1 and devices else size for axis, size in sizes.items()}

@@ -74,11 +74,6 @@ def _rounded_up(number: int, multiple: int) -> int:
     return math.ceil(number / multiple) * multiple
 
 
-def batch_size_at(config, step: int) -> int:
-    """Rows in the global batch of `step` (from 0)."""
-    return stage_at(config, step).batch_size
-
-
 def length_at(config, step: int) -> int:
     """Tokens in a row of `step` (from 0)."""
     return stage_at(config, step).length

@@ -311,19 +311,22 @@ def _page_svg(svg: str, prefix: str, label: str, values: dict) -> str:
     return f'{head} role="img"{focus} aria-label="{say}"{data}>{body}'
 
 
-def heat_map(values: np.ndarray, low: float = -2.0, high: float = 2.0, columns: int = 200) -> str:
+HEAT_MAP_COLUMNS = 200
+
+
+def heat_map(values: np.ndarray) -> str:
     """Return a heat map as a PNG data URL: one pixel for each value, the first row on top.
 
+    Colors go from -2 (the bluest) to 2. Loads over their mean are best shown as their log2: half and double the mean
+    are equally far from balance.
+
     Args:
-        values: [rows, columns]; of more than `columns`, stretches are averaged. NaN is gray.
-        low: value of the bluest color. Loads over their mean are best shown as their log2, from -2 to 2: half and
-            double the mean are equally far from balance.
-        high: value of the reddest color.
+        values: [rows, columns]; of more than HEAT_MAP_COLUMNS, stretches are averaged. NaN is gray.
     """
     values = values.T
-    if len(values) > columns:
-        values = np.stack([stretch.mean(axis=0) for stretch in np.array_split(values, columns)])
-    share = np.clip((values.T - low) / (high - low), 0, 1)
+    if len(values) > HEAT_MAP_COLUMNS:
+        values = np.stack([stretch.mean(axis=0) for stretch in np.array_split(values, HEAT_MAP_COLUMNS)])
+    share = np.clip((values.T + 2) / 4, 0, 1)
     share = np.round(share * 32) / 32  # few colors make a small file
     pixels = (LOAD_COLORS(np.nan_to_num(share)) * 255).astype(np.uint8)
     pixels[np.isnan(share)] = (128, 128, 128, 255)

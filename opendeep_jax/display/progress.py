@@ -49,11 +49,68 @@ def progress_bar(
             bar.stop()
 
 
-class ProgressLine:
+class LiveDisplay:
+    """Context of a display that redraws itself on a terminal, and writes lines elsewhere.
+
+    A terminal that misbehaves, a closed pipe or an odd encoding costs the display, never the run.
+
+    Args:
+        stream: where to write; standard output by default.
+        quiet: show nothing.
+    """
+
+    def __init__(self, stream=None, quiet: bool = False):
+        from rich.console import Console
+
+        self._stream = stream or sys.stdout
+        self._console = Console(file=self._stream, highlight=False)
+        self._live, self._broken = None, quiet
+        self._drawn_at = 0.0
+
+    def __enter__(self):
+        self._guard(self._start)
+        return self
+
+    def __exit__(self, *_):
+        self._guard(self._stop)
+
+    def message(self, text: str) -> None:
+        """Print a text of its own above what redraws itself: a sample, an evaluation, a checkpoint."""
+        self._guard(lambda: self._print(text))
+
+    def _start(self, transient: bool = False) -> None:
+        if self._console.is_interactive:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, auto_refresh=False, transient=transient)
+            self._live.start()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _print(self, text: str) -> None:
+        from rich.text import Text
+
+        if self._live is not None:
+            self._console.print(Text(_printable(text, self._console.encoding)))
+        else:  # rich would wrap lines at 80 columns
+            self._stream.write(_printable(text, getattr(self._stream, "encoding", None)) + "\n")
+            self._stream.flush()
+
+    def _guard(self, action) -> None:
+        if not self._broken:
+            try:
+                action()
+            except Exception:
+                self._broken = True
+
+
+class ProgressLine(LiveDisplay):
     """One live line: step, loss, held-out bits per byte, tokens/s, MFU, time left.
 
     On a terminal the line redraws itself, at most a few times a second; elsewhere (a log file, CI) about forty aligned
-    lines are printed over the whole run. A terminal that misbehaves costs the bar, never the run.
+    lines are printed over the whole run.
 
         with ProgressLine(total_steps=1000) as progress:
             progress.update(10, loss=8.1, tokens_per_second=2400.0, mfu=0.31)
@@ -70,24 +127,11 @@ class ProgressLine:
     PLAIN_LINES = 40
 
     def __init__(self, total_steps: int, start_step: int = 0, stream=None, quiet: bool = False):
-        from rich.console import Console
-
+        super().__init__(stream, quiet)
         self.total, self.step, self.numbers = max(total_steps, 1), start_step, {}
-        self._stream = stream or sys.stdout
-        self._console = Console(file=self._stream, highlight=False)
-        self._live = None
-        self._broken = quiet
         self._first = None  # (step, time) of the first finished step: later ones are free of compilation
-        self._drawn_at = 0.0
         self._stride = max(1, math.ceil((self.total - start_step) / (self.PLAIN_LINES - 2)))
         self._plain_due = start_step + 1
-
-    def __enter__(self):
-        self._guard(self._start)
-        return self
-
-    def __exit__(self, *_):
-        self._guard(self._stop)
 
     def update(self, step: int, **numbers: float) -> None:
         """Note that `step` is done. Numbers stay on the line until newer ones come: loss, held_out_bits_per_byte,
@@ -104,44 +148,20 @@ class ProgressLine:
             self._plain_due = (step // self._stride + 1) * self._stride
             self._guard(lambda: self._print(self._plain_line()))
 
-    def message(self, text: str) -> None:
-        """Print a text of its own above the line: a sample, an evaluation, a checkpoint."""
-        self._guard(lambda: self._print(text))
-
     def _start(self) -> None:
-        if self._console.is_interactive:
-            from rich.live import Live
-
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.start()
+        super()._start()
+        if self._live is not None:
             self._draw()
 
     def _stop(self) -> None:
         if self._live is not None:
             self._draw()
-            self._live.stop()
+        super()._stop()
 
     def _draw(self) -> None:
         from rich.text import Text
 
         self._live.update(Text(self._live_line(), no_wrap=True, overflow="crop"), refresh=True)
-
-    def _print(self, text: str) -> None:
-        from rich.text import Text
-
-        if self._live is not None:
-            self._console.print(Text(_printable(text, self._console.encoding)))
-        else:  # rich would wrap lines at 80 columns
-            self._stream.write(_printable(text, getattr(self._stream, "encoding", None)) + "\n")
-            self._stream.flush()
-
-    def _guard(self, action) -> None:
-        # A closed pipe or an odd encoding must not end a training run: stop showing, go on training.
-        if not self._broken:
-            try:
-                action()
-            except Exception:
-                self._broken = True
 
     def _seconds_left(self) -> float | None:
         if self._first is None or self.step <= self._first[0]:

@@ -8,12 +8,13 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.display.progress import progress_bar
 from opendeep_jax.evaluation.windows import windows
 from opendeep_jax.generation.answers import Answer, answer_all
 from opendeep_jax.generation.engine import Engine
@@ -48,21 +49,11 @@ class HarnessModel(LM):
         name: The model's, in results.
         chat: Prompts come out of the chat template, so that the names of special tokens in them are those tokens.
         seed: Of sampled answers; each has one of its own that depends on its prompt alone.
-        progress: Called with what is done and the numbers of requests that are done and of all.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        codec: Tokenizer,
-        name: str,
-        chat: bool = False,
-        seed: int = 0,
-        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    ):
+    def __init__(self, engine: Engine, codec: Tokenizer, name: str, chat: bool = False, seed: int = 0):
         super().__init__()
         self.engine, self.codec, self.name, self.chat, self.seed = engine, codec, name, chat, seed
-        self.progress = progress
         self.cut_prompts = 0
         """Prompts that were longer than the model's length and lost their beginning."""
 
@@ -110,14 +101,12 @@ class HarnessModel(LM):
             told = {"conversation": context} if self.chat else {"before": tokens}
             answers.append(Answer(self.codec, stop, **told))
             running.append(self.engine.submit(tokens[-room:], sampling))
-        texts, done, total = [""] * len(requests), 0, len(requests)
-        self.progress("answers", done, total)
-        for place, piece in answer_all(self.engine, running, answers):
-            # Of a tool call its arguments.
-            texts[place] += piece.text + "".join(call["function"]["arguments"] for call in piece.calls)
-            if piece.finish:
-                done += 1
-                self.progress("answers", done, total)
+        texts = [""] * len(requests)
+        with progress_bar("answers", len(requests), unit="pieces", transient=True) as advance:
+            for place, piece in answer_all(self.engine, running, answers):
+                # Of a tool call its arguments.
+                texts[place] += piece.text + "".join(call["function"]["arguments"] for call in piece.calls)
+                advance(bool(piece.finish))
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -170,12 +159,13 @@ class HarnessModel(LM):
         """`scoring.score`, each different text once, those of one length together."""
         distinct = sorted(set(texts), key=lambda one: (-len(one[0]), one))
         known: dict[tuple[tuple[int, ...], int], Scored] = {}
-        for begin in range(0, len(distinct), self.engine.shards):
-            batch = distinct[begin : begin + self.engine.shards]
-            scorable = [one for one in batch if one[1] < len(one[0])]  # an empty continuation is certain
-            found = score(self.engine, [text for text, _ in scorable], [first for _, first in scorable])
-            known |= dict.fromkeys(batch, Scored([], [])) | dict(zip(scorable, found, strict=True))
-            self.progress(what, begin + len(batch), len(distinct))
+        with progress_bar(what, len(distinct), unit="pieces", transient=True) as advance:
+            for begin in range(0, len(distinct), self.engine.shards):
+                batch = distinct[begin : begin + self.engine.shards]
+                scorable = [one for one in batch if one[1] < len(one[0])]  # an empty continuation is certain
+                found = score(self.engine, [text for text, _ in scorable], [first for _, first in scorable])
+                known |= dict.fromkeys(batch, Scored([], [])) | dict(zip(scorable, found, strict=True))
+                advance(len(batch))
         return [known[one] for one in texts]
 
 

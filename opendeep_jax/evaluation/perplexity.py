@@ -10,6 +10,7 @@ import numpy as np
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data.sources import list_files, list_parts, read_part
+from opendeep_jax.display.progress import progress_bar
 from opendeep_jax.evaluation.intervals import bootstrap
 from opendeep_jax.evaluation.windows import Window, windows
 from opendeep_jax.generation.engine import Engine
@@ -36,12 +37,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def perplexity(
-    engine: Engine,
-    codec: Tokenizer,
-    documents: Sequence[str],
-    stride: int = 0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    engine: Engine, codec: Tokenizer, documents: Sequence[str], stride: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """How well a model foretells texts.
 
@@ -54,7 +50,6 @@ def perplexity(
         stride: Tokens that a window scores; 0 takes half a window, so that all but a document's first tokens have half
             a window of context or more.
         seed: Of the bootstrap.
-        progress: Called with the number of windows that are done, and of all.
 
     Returns:
         perplexity (exp of nats per token) and bits_per_byte, each with its 95% interval (None for a single window);
@@ -76,12 +71,13 @@ def perplexity(
         raise ConfigError("The text has no token that another one foretells. Give a longer one.")
     together = max(engine.shards, 1)
     sums = []  # of each window: nats, tokens, bytes
-    for begin in range(0, len(pieces), together):
-        batch = pieces[begin : begin + together]
-        found = score(engine, [w.tokens for _, w, _ in batch], [w.first for _, w, _ in batch])
-        for (*_, size), scored in zip(batch, found, strict=True):
-            sums.append((-math.fsum(scored.logprobs), len(scored.logprobs), size))
-        progress(begin + len(batch), len(pieces))
+    with progress_bar("windows", len(pieces), unit="pieces", transient=True) as advance:
+        for begin in range(0, len(pieces), together):
+            batch = pieces[begin : begin + together]
+            found = score(engine, [w.tokens for _, w, _ in batch], [w.first for _, w, _ in batch])
+            for (*_, size), scored in zip(batch, found, strict=True):
+                sums.append((-math.fsum(scored.logprobs), len(scored.logprobs), size))
+            advance(len(batch))
     rows, drawn = np.array(sums, np.float64), "windows"
     if len(documents) >= ENOUGH_DOCUMENTS:
         of = np.array([index for index, *_ in pieces])

@@ -16,7 +16,6 @@ from opendeep_jax.models.accounting import count_parameters
 
 MARK = ","
 """Between a metric's name and its filter's, in the harness' results."""
-OF_NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 
 
 def describe_model(config: ModelConfig, name: str, source: str, step: int | None = None) -> dict[str, Any]:

@@ -4,21 +4,20 @@ Whether a model of ours is an architecture that llama.cpp knows is decided by tr
 that describes another computation, it is not.
 """
 
-import dataclasses
-import math
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ModelConfig, RopeConfig
 from opendeep_jax.interop.gguf_config import IMPLIED, SIGMOID, SLIDING_PERIOD, SOFTMAX, config_from_gguf
+from opendeep_jax.interop.hf_config import differences
 
 ONLY_EXPERTS = ("gpt-oss", "qwen3moe")
 HEADS_FILL_WIDTH = ("nemotron", "olmo2")
 """Architectures whose heads together are as wide as the model; llama.cpp refuses others."""
-# Settings of training and of the machine: no part of what a model computes.
-OUTSIDE = ("init_std", "dtype", "precision", "weight_dtype", "remat", "execution", "mtp", "tie_embeddings")
-OUTSIDE_MOE = ("bias_update_speed", "bias_update_until_tokens", "balance_loss_weight")
-MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+IGNORED = ("tie_embeddings", "mtp.", "attention.latent_norm_epsilon")
+"""Fields of which a file says nothing: llama.cpp has one epsilon for all norms, where DeepSeek's latents have 1e-6."""
+IGNORED_OF_LLAMA = ("attention.rope.llama3_", "attention.rope.interleaved")
+"""What `llama` says by rope_freqs.weight, and by the order of a tensor's rows."""
 
 
 def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
@@ -54,64 +53,14 @@ def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> lis
     if config.moe.use_router_bias:
         shapes["exp_probs_b.bias"] = ()
     try:
-        there = _essence(config_from_gguf(fields, shapes, complete=False), architecture)
+        there = config_from_gguf(fields, shapes, complete=False)
     except ConfigError as error:
         return [("attention", config.attention.kind, str(error))]
-    here = _essence(config, architecture)
-    lost = [(name, here.get(name), there.get(name)) for name in sorted({*here, *there})]
-    lost = [entry for entry in lost if not _equal(*entry[1:])]
+    lost = differences(config, there, IGNORED + (IGNORED_OF_LLAMA if architecture == "llama" else ()), tolerance=1e-6)
     size = config.hidden_size / config.attention.num_heads
     if architecture in HEADS_FILL_WIDTH and config.attention.head_dim != size:
         lost.append(("attention.head_dim", config.attention.head_dim, size))
     return lost
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return one == other
-
-
-def _essence(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """What decides the model's computation, by dotted name; equal computations have equal ones."""
-    model, attention, moe = (dataclasses.asdict(part) for part in (config, config.attention, config.moe))
-    rope = attention.pop("rope")
-    for name in OUTSIDE:
-        del model[name]
-    del model["attention"], model["moe"]
-    reach = max(config.max_length, config.attention.rope.yarn_reach)  # as a file with YaRN is read
-    model |= {"context_length": reach, "num_dense_layers": config.num_leading_dense_layers}
-    model["mlp_size"] = config.mlp_size if config.num_leading_dense_layers else 0
-    if config.activation != "clamped_swiglu":
-        del model["swiglu_alpha"], model["swiglu_limit"]
-    grouped = config.attention.kind == "gqa"
-    if grouped:
-        for name in MLA_FIELDS:
-            del attention[name]
-    else:
-        for name in ("num_kv_heads", "head_dim"):
-            del attention[name]
-    del attention["latent_norm_epsilon"]  # llama.cpp has one epsilon for all norms; DeepSeek's latents have 1e-6
-    attention["query_scale"] = config.attention.query_scale or config.attention.qk_head_dim**-0.5
-    attention["rotary_dim"] = (config.attention.rotary_dim or config.attention.head_dim) if grouped else 0
-    stretched = rope["yarn_factor"] > 1 or rope["linear_factor"] > 1
-    if not stretched and attention["sliding_rope_theta"] == rope["theta"]:
-        attention["sliding_rope_theta"] = 0.0
-    if not attention["sliding_layers"]:
-        attention["window"] = attention["sliding_rope_theta"] = 0
-    if rope["yarn_factor"] == 1:
-        rope = {name: value for name, value in rope.items() if not name.startswith("yarn_")}
-    if architecture == "llama" or rope["llama3_factor"] == 1:  # llama: rope_freqs.weight says it
-        rope = {name: value for name, value in rope.items() if not name.startswith("llama3_")}
-    if architecture == "llama":
-        del rope["interleaved"]  # the tensors are put into the file's order
-    for name in OUTSIDE_MOE:
-        del moe[name]
-    if config.moe.num_groups == 1:
-        del moe["group_score"], moe["groups_per_token"]
-    moe = moe if config.moe.num_experts else {}
-    parts = {"": model, "attention.": attention, "attention.rope.": rope, "moe.": moe}
-    return {f"{prefix}{name}": value for prefix, part in parts.items() for name, value in part.items()}
 
 
 def _fields(config: ModelConfig, architecture: str) -> dict[str, Any]:

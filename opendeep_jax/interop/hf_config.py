@@ -247,20 +247,24 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """The fields, with both values, in which two configurations describe different models."""
+def differences(
+    one: ModelConfig, other: ModelConfig, ignored: tuple[str, ...] = (), tolerance: float = 1e-9
+) -> list[tuple[str, Any, Any]]:
+    """Return the fields, with both values, in which two configurations describe different models.
+
+    Args:
+        ignored: what the names of fields that do not count begin with.
+        tolerance: how far numbers may be apart, relative to them.
+    """
+
+    def same(left: Any, right: Any) -> bool:
+        if isinstance(left, float) and isinstance(right, int | float):
+            return math.isclose(left, right, rel_tol=tolerance)
+        return left == right
+
     left, right = _described(one), _described(other)
-    return [
-        (name, left.get(name), right.get(name))
-        for name in sorted(left.keys() | right.keys())
-        if not _same(left.get(name), right.get(name))
-    ]
-
-
-def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, float) and isinstance(right, int | float):
-        return math.isclose(left, right, rel_tol=1e-9)
-    return left == right
+    names = sorted(name for name in left.keys() | right.keys() if not name.startswith(ignored))
+    return [(n, left.get(n), right.get(n)) for n in names if not same(left.get(n), right.get(n))]
 
 
 def _described(config: ModelConfig) -> dict[str, Any]:
@@ -284,7 +288,7 @@ def _described(config: ModelConfig) -> dict[str, Any]:
             # Where all of a head turns, a temperature in the softmax is one of the rotation.
             fields["attention.rope.yarn_mscale_all_dim"] = 0.0
     if not attention.sliding_layers:
-        unused += ["attention.window", "attention.sliding_rope_theta"]
+        fields |= {"attention.window": 0, "attention.sliding_rope_theta": 0.0}
     if not moe.num_experts:
         unused += [name for name in fields if name.startswith("moe.")]
     elif moe.num_groups == 1:

@@ -8,20 +8,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from opendeep_jax.config.rules import MESH_AXES
+from opendeep_jax.config.rules import MESH_AXES, axis_sizes
 from opendeep_jax.config.schedule import padded_rows
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.parallel.axes import BATCH_SPEC, row_shards
-
-
-def axis_sizes(parallel: ParallelConfig, device_count: int) -> tuple[int, ...]:
-    """Sizes of MESH_AXES with -1 filled by the devices that the others leave (config.checks.check_devices has the
-    rules).
-    """
-    sizes = [getattr(parallel, axis) for axis in MESH_AXES]
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = device_count // math.prod(size for size in sizes if size != -1)
-    return tuple(sizes)
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -32,7 +22,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
     sizes allow.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = axis_sizes(parallel, len(devices))
+    sizes = tuple(axis_sizes(parallel, len(devices)).values())
     # A GPU's process is its node, as far as the fast links go; a TPU's slice may have many hosts.
     by_process = devices[0].platform in ("gpu", "cuda")
     islands = {device.process_index if by_process else getattr(device, "slice_index", 0) for device in devices}

@@ -61,16 +61,6 @@ class BufferSlots(NamedTuple):
     arriving_gradient: np.ndarray
 
 
-class Simulation(NamedTuple):
-    """What a schedule costs, in the units of the given costs."""
-
-    time: float
-    bubble: float
-    """Part of the stages' time in which they do nothing, 0 to 1."""
-    kept_inputs: np.ndarray
-    """int [S]: most chunk inputs that each stage keeps at one time."""
-
-
 def make_schedule(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """1F1B (chunks = 1) or interleaved 1F1B: each stage takes its work in a fixed order, each piece at the first tick
     at which it has arrived. M takes any value: microbatches pass chunk after chunk in groups of at least S, which is
@@ -160,31 +150,6 @@ def _lowest_free(start: np.ndarray, end: np.ndarray, stages: int) -> tuple[np.nd
             slots[place] = slot
         most = max(most, len(held_until))
     return slots, most
-
-
-def simulate(schedule: Schedule, forward=1.0, backward=3.0) -> Simulation:
-    """Plays a schedule: a stage starts a tick when it and its two neighbors on the ring have ended the one before.
-
-    Args:
-        schedule: what `make_schedule` made.
-        forward: cost of a part's forward, one number or one for each part [S*v].
-        backward: the same of the backward, its recomputation included.
-    """
-    costs = [np.broadcast_to(cost, schedule.stages * schedule.chunks) for cost in (forward, backward)]
-    stage = np.arange(schedule.stages)
-    spent = np.zeros(schedule.forward.shape[:2])
-    for table, cost in zip((schedule.forward, schedule.backward), costs, strict=True):
-        chunk = table[:, :, 0]
-        spent += np.where(chunk != IDLE, cost[chunk * schedule.stages + stage], 0.0)
-    time = np.zeros(schedule.stages)
-    for tick in spent:
-        time = np.maximum(time, np.maximum(np.roll(time, 1), np.roll(time, -1))) + tick
-    first, last = ticks_of(schedule)
-    arrival = np.concatenate([first[:1], first[:-1] + 1])
-    tick = np.arange(len(spent))[:, None, None]
-    kept = ((arrival <= tick) & (tick <= last)).sum(axis=2)  # [T, S*v]
-    kept = kept.reshape(len(spent), schedule.chunks, schedule.stages).sum(axis=1).max(axis=0)
-    return Simulation(float(time.max()), float(1 - spent.sum() / (schedule.stages * time.max())), kept)
 
 
 class StageLayout(NamedTuple):

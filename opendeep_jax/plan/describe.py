@@ -7,14 +7,13 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from opendeep_jax.config.checks import check_devices
-from opendeep_jax.config.rules import MESH_AXES, axes
+from opendeep_jax.config.rules import MESH_AXES, axis_sizes
 from opendeep_jax.config.schedule import length_at, stages, tokens_before, total_steps
 from opendeep_jax.config.schema import ModelConfig, RunConfig
 from opendeep_jax.display.numbers import human_bytes, human_count
 from opendeep_jax.display.tables import key_value_table
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
 from opendeep_jax.models.parameters import Arrays
-from opendeep_jax.parallel.mesh import axis_sizes
 from opendeep_jax.train.setup import assemble
 from opendeep_jax.train.state import bytes_on_each_device
 from opendeep_jax.train.summary import memory_estimate, vocabulary
@@ -63,9 +62,9 @@ def describe(config: RunConfig, devices: int = 0, data: Mapping[str, Any] | None
     Raises:
         ConfigError: the mesh does not take so many devices, or the batches do not divide over them.
     """
-    devices = devices or math.prod(size for size in axes(config).values() if size != -1)
+    devices = devices or math.prod(size for size in axis_sizes(config.parallel).values() if size != -1)
     check_devices(config, devices)
-    mesh = AbstractMesh(axis_sizes(config.parallel, devices), MESH_AXES)
+    mesh = AbstractMesh(tuple(axis_sizes(config.parallel, devices).values()), MESH_AXES)
     state = assemble(config, mesh).template
     count, steps = count_parameters(config.model), total_steps(config)
     flops, batch = flops_per_token(config.model, length_at(config, 0)), stages(config)

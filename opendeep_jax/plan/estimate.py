@@ -11,7 +11,7 @@ from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.plan.batch import largest_stage
 from opendeep_jax.plan.compile import MemoryUse, OutOfResource, compile_step
 from opendeep_jax.plan.cost import Cost, cost_of
-from opendeep_jax.plan.memory import axis_sizes, memory_by_component, memory_fixes
+from opendeep_jax.plan.memory import memory_by_component, memory_fixes
 from opendeep_jax.plan.program import Program, analyze
 from opendeep_jax.plan.roofline import Roofline, Traffic, roofline, traffic
 from opendeep_jax.plan.shortage import MEMORY, Shortage
@@ -208,7 +208,7 @@ def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_t
         ConfigError: for a mesh that does not fit the topology.
     """
     check_mesh(config, topology)
-    stage, axes = largest_stage(config), axis_sizes(config, topology.device_count)
+    stage, axes = largest_stage(config), axis_sizes(config.parallel, topology.device_count)
     given = dict(
         config=config,
         topology=topology,

@@ -31,13 +31,6 @@ class LayerWeights(NamedTuple):
     """All routed experts."""
 
 
-def axis_sizes(config: RunConfig, devices: int) -> dict[str, int]:
-    """Size of each mesh axis, -1 filled by the devices."""
-    sizes = {axis: getattr(config.parallel, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-
-
 def layer_weights(model: ModelConfig, kind: str) -> LayerWeights:
     """Parameters of a layer of one of `layer_kinds`."""
     rest, whole = (

@@ -1,23 +1,19 @@
 """A plan as one page of HTML that needs nothing else: bars for memory and time, the messages, the layouts tried."""
 
 import math
-from collections.abc import Iterable
 
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_bytes, human_count, human_dollars, human_time
-from opendeep_jax.display.page import details, page, section, table, text, tiles
+from opendeep_jax.display.page import bars, details, header, page, section, table, text, tiles
 from opendeep_jax.plan.estimate import RunPlan
 from opendeep_jax.plan.search import Found
-
-LIMIT_STYLE = "position:absolute;top:-3px;bottom:-3px;border-left:2px solid var(--red)"
 
 
 def plan_page(plan: RunPlan, found: list[Found] = (), recipe: RunConfig | None = None) -> str:
     """The page of a plan, and of the layouts that a search tried beside it."""
     title = f"{plan.config.name} on {plan.topology.name}"
     parts = [
-        f"<header><span class=kicker>OpenDeep plan</span><h1>{text(title)}</h1>"
-        f"<p class=status>{text(_subtitle(plan))}</p></header>",
+        header("OpenDeep plan", title, _subtitle(plan)),
         f"<div class=hero><p>{text(_sentence(plan))}</p>{_headline(plan)}</div>",
         section(
             f"Memory of a device: {plan.verdict}",
@@ -69,19 +65,6 @@ def _headline(plan: RunPlan) -> str:
     )
 
 
-def _bars(rows: Iterable[tuple[str, float, str, bool]], limit: float = 0.0) -> str:
-    """Bars from zero: label, value, the value in words, whether it stands out; a line at `limit`."""
-    rows = list(rows)
-    longest = max([limit * 1.05, *(value for _, value, _, _ in rows)]) or 1.0
-    line = f'<em style="{LIMIT_STYLE};left:{limit / longest:.2%}"></em>' if limit else ""
-    items = (
-        f'<div class="bar{" model" * strong}" style="grid-template-columns:150px 1fr 96px"><span>{text(label)}</span>'
-        f'<i style="position:relative"><u style="width:{value / longest:.2%}"></u>{line}</i><b>{text(words)}</b></div>'
-        for label, value, words, strong in rows
-    )
-    return f"<figure>{''.join(items)}</figure>"
-
-
 def _memory_bars(plan: RunPlan) -> str:
     rows = [(name, size, human_bytes(size), False) for name, size in plan.components.items()]
     estimated = sum(plan.components.values())
@@ -91,32 +74,31 @@ def _memory_bars(plan: RunPlan) -> str:
         rows.append(("temporaries", plan.memory.temporaries, human_bytes(plan.memory.temporaries), False))
     if not math.isnan(plan.total_bytes):
         rows.append(("compiled total", plan.total_bytes, human_bytes(plan.total_bytes), True))
-    return _bars(rows, plan.limit_bytes)
+    return bars(rows, plan.limit_bytes)
 
 
 def _time_section(plan: RunPlan) -> str:
     times = plan.times
     if times is None:
         return ""
-    rows = [
-        ("compute", times.compute, False),
-        ("memory", times.memory, False),
-        ("network", times.collective, False),
-        ("kernels in turn", times.kernels, False),
-        ("waiting for messages", times.waiting, False),
-        ("fastest", times.fastest, False),
-        ("as scheduled", times.scheduled, True),
-        ("timeline", times.timeline, False),
-        ("slowest", times.slowest, False),
-    ]
+    terms = {
+        "compute": times.compute,
+        "memory": times.memory,
+        "network": times.collective,
+        "kernels in turn": times.kernels,
+        "waiting for messages": times.waiting,
+        "fastest": times.fastest,
+        "as scheduled": times.scheduled,
+        "timeline": times.timeline,
+        "slowest": times.slowest,
+    }
     introduction = "Estimates at data-sheet speeds: each term alone, then what the compiled program allows."
-    return section("Time of a step", introduction, _bars((name, s, human_time(s), strong) for name, s, strong in rows))
+    rows = [(name, seconds, human_time(seconds), name == "as scheduled") for name, seconds in terms.items()]
+    return section("Time of a step", introduction, bars(rows))
 
 
 def _messages(plan: RunPlan) -> str:
-    if not plan.traffic:
-        return ""
-    bars = _bars(
+    traffic = [
         (
             f"{row.kind}, {row.axes}{'' if row.is_async else ', waits'}",
             row.bytes,
@@ -124,8 +106,8 @@ def _messages(plan: RunPlan) -> str:
             not row.is_async,
         )
         for row in plan.traffic[:12]
-    )
-    return bars
+    ]
+    return bars(traffic)
 
 
 def _most(plan: RunPlan) -> str:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from opendeep_jax.config.checks import ConfigError, deferred
 from opendeep_jax.config.load import diff
-from opendeep_jax.config.rules import mesh_problems
+from opendeep_jax.config.rules import axis_sizes, mesh_problems
 from opendeep_jax.config.schema import ParallelConfig, RunConfig
 from opendeep_jax.plan.arithmetic import Estimate, estimate
 from opendeep_jax.plan.batch import largest_stage
 from opendeep_jax.plan.estimate import RunPlan, make_plan
-from opendeep_jax.plan.memory import axis_sizes
 from opendeep_jax.plan.topology import Topology
 
 LARGEST_TENSOR = 16
@@ -85,7 +84,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
             model = dataclasses.replace(config.model, remat=remat, execution=execution)
             train = dataclasses.replace(config.train, accumulation_steps=micros * parallel.stage)
             changed = dataclasses.replace(config, model=model, parallel=parallel, train=train)
-        axes = axis_sizes(changed, topology.device_count)
+        axes = axis_sizes(changed.parallel, topology.device_count)
         if next(mesh_problems(changed, axes), None) is None:
             guess = estimate(changed, stage, topology, axes)
             if guess.bytes <= limit:

@@ -120,6 +120,15 @@ def steps_done(workdir: str | Path) -> int:
     return int(step or 0)
 
 
+def dotted(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values in nested objects, each with its dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def number(value: object) -> float | None:
     """Return a finite number as it is, else None."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)

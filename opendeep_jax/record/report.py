@@ -35,6 +35,7 @@ from opendeep_jax.display.page import (
     text,
     tiles,
 )
+from opendeep_jax.record.files import dotted
 from opendeep_jax.record.goodput import Goodput
 from opendeep_jax.record.origin import lineage
 from opendeep_jax.record.report_curves import captioned, number_chart, over, run_points
@@ -339,25 +340,22 @@ def _configuration(run: RunView) -> str:
         "Configuration",
         "Nothing else decided what this run computed.",
         details("Difference from the recipe", f"<pre>{text(run.diff)}</pre>" if run.diff.strip() else "", is_open=True),
-        details("Run", table(_flat(rest))),
-        *(details(name.capitalize(), table(_flat(group))) for name, group in groups.items()),
+        details("Run", _table_of(rest)),
+        *(details(name.capitalize(), _table_of(group)) for name, group in groups.items()),
     ) + section(
         "Record",
         "",
-        details("Summary", table(_flat(summary))),
-        details("Environment", table(_flat(run.environment | _dict(run.summary, "environment")))),
-        details("Origin", table(_flat(run.origin))),
+        details("Summary", _table_of(summary)),
+        details("Environment", _table_of(run.environment | _dict(run.summary, "environment"))),
+        details("Origin", _table_of(run.origin)),
     )
 
 
-def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
-    rows = []
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
-    return rows
+def _table_of(tree: dict) -> str:
+    """Return a table of nested settings by their dotted names."""
+    shown = ((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+             for name, value in dotted(tree))  # fmt: skip
+    return table(shown)
 
 
 def _dict(tree: dict, name: str) -> dict:

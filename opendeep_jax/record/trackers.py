@@ -25,7 +25,7 @@ from typing import NamedTuple
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
-from opendeep_jax.record.files import number
+from opendeep_jax.record.files import dotted, number
 
 RUN_IDS = "trackers.json"
 """File of a work directory with the run's id at each service, so that a resumed run goes on there as the same."""
@@ -138,7 +138,7 @@ def open_mlflow(config: RunConfig, workdir: Path) -> Service:
         experiment = client.get_experiment_by_name(config.tracking.project)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.tracking.project)
         run_id = client.create_run(experiment_id, run_name=config.name).info.run_id
-        params = [Param(name, str(value)[:500]) for name, value in _leaves(to_dict(config))]
+        params = [Param(name, str(value)[:500]) for name, value in dotted(to_dict(config))]
         for first in range(0, len(params), 100):  # as many as a request may have
             client.log_batch(run_id, params=params[first : first + 100])
         return run_id
@@ -224,15 +224,6 @@ def _numbers(record: dict) -> Iterator[tuple[str, float]]:
         plain = value.item() if getattr(value, "size", 0) == 1 else value
         if number(plain) is not None:
             yield name, float(plain)
-
-
-def _leaves(values: dict, name: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        dotted = f"{name}.{key}".lstrip(".")
-        if isinstance(value, dict):
-            yield from _leaves(value, dotted)
-        else:
-            yield dotted, value
 
 
 _ids_lock = threading.Lock()

@@ -15,7 +15,6 @@ from opendeep_jax.config.schedule import tokens_before
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.faults.watchdog import Watchdog
 from opendeep_jax.models.accounting import count_parameters, flops_per_token
-from opendeep_jax.record.clocks import WallClock
 from opendeep_jax.record.files import EVALUATION, METRICS, SUMMARY, last_record, read_jsonl
 from opendeep_jax.record.goodput import GoodputClock, InputWatch, read_goodput
 from opendeep_jax.record.metrics import MetricsWriter
@@ -54,7 +53,7 @@ class Observer:
         self.clock, self.begun, self.watchdog = clock, begun, watchdog
         self.clock.default = "step"
         self.stalls: list[float] = []
-        self.wall_clock, self._noticed = WallClock(), []
+        self._noticed: list[tuple[str, str]] = []
         self.trackers = open_trackers(config, record.workdir) if record.writes else None
         self.first_step = step + 1
         self._begin(step)
@@ -128,8 +127,6 @@ class Observer:
                 self._noticed.append(change)
         else:
             record["first_step_seconds"] = time.perf_counter() - self.begun  # of the program, compilation and all
-        if jump := self.wall_clock.jumped():
-            self._noticed.append(("clock_jump", jump))
         self.writer.scalars(record)
         self.step, self.logged, self._skipped = step, (step, now, data), (0, 0)
         return {name: record[name] for name in ("loss", "tokens_per_second", "mfu") if record.get(name) is not None}

@@ -235,7 +235,7 @@ def test_before_its_first_step_an_imported_run_takes_another_text_and_schedule_b
         (import_, "gguf SMALL --out=a --train.stepps=3", "Did you mean --train.steps"),
         (import_, "gguf SMALL --out=a --config=nonsense", "neither a recipe file nor the name"),
         (import_, "gguf SMALL --out=taken", "holds a run or a model already"),
-        (export, "pt --workdir=a --out=b", "no such format"),
+        (export, "pt --workdir=a --out=b", "no such action"),
         (export, "hf --out=b", "--workdir of a run, or --model"),
         (export, "hf --workdir=a --model=b --out=c", "one of the two"),
         (export, "gguf --model=a", "--out is missing"),

@@ -9,7 +9,6 @@ from small_models import DENSE, run_config
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import (
     ENDLESS,
-    batch_size_at,
     borders,
     length_at,
     micro_batches,
@@ -57,7 +56,7 @@ def configs(draw):
 @settings(max_examples=100, deadline=None)
 @given(config=configs(), step=st.integers(0, 400))
 def test_tokens_rows_and_steps_follow_from_each_steps_shape(config, step):
-    shapes = [(stage_at(config, i).phase, batch_size_at(config, i), length_at(config, i)) for i in range(step)]
+    shapes = [(stage_at(config, i).phase, stage_at(config, i).batch_size, length_at(config, i)) for i in range(step)]
     assert tokens_before(config, step) == sum(rows * length for _, rows, length in shapes)
     assert step_at_tokens(config, tokens_before(config, step)) == pytest.approx(step)
     for phase in range(max(len(config.data.phases), 1)):
@@ -84,7 +83,7 @@ def test_a_row_behind_a_phases_end_has_no_step():
 def test_after_the_ramp_the_batch_is_the_recipes(ramp, length, final):
     config = config_of(ramp, length=length, batch_size=final)
     tokens = sum(math.ceil(stage.tokens / (stage.batch_size * length)) * stage.batch_size * length for stage in ramp)
-    assert batch_size_at(config, math.ceil(step_at_tokens(config, tokens))) == final
+    assert stage_at(config, math.ceil(step_at_tokens(config, tokens))).batch_size == final
 
 
 def test_phases_have_their_own_length_and_batch_and_the_ramp_lies_in_the_first():

@@ -38,12 +38,10 @@ def test_it_is_the_models_own_over_all_windows(tiny, engine):
 
 def test_many_documents_are_drawn_as_wholes_and_none_sees_another(tiny, engine):
     documents = [f"Document {n} of some." for n in range(12)] + [""]
-    done = []
-    found = perplexity(engine, tiny[1], documents, progress=lambda *at: done.append(at))
+    found = perplexity(engine, tiny[1], documents)
     apart = [perplexity(engine, tiny[1], [document])["nats"] for document in documents[:12]]
     assert found["nats"] == pytest.approx(sum(apart), rel=1e-5)
     assert (found["drawn"], found["documents"], found["windows"]) == ("documents", 13, 12)
-    assert done[-1] == (12, 12)
     low, high = found["bits_per_byte_interval"]
     assert low < found["bits_per_byte"] < high
 

@@ -20,7 +20,6 @@ from opendeep_jax.config import exits
 from opendeep_jax.config.exits import MEND, OK, RESUME, STOPPED
 from opendeep_jax.config.operations import DRILLS
 from opendeep_jax.config.schema import CheckpointConfig, FaultsConfig, ParallelConfig
-from opendeep_jax.record import clocks
 from opendeep_jax.record.events import read_events
 from opendeep_jax.record.files import SKIPPED_BATCHES, checkpoint_steps, read_jsonl
 from opendeep_jax.record.goodput import read_goodput
@@ -124,7 +123,6 @@ def test_each_fault_is_an_event_in_the_order_it_was_met(drilled):
         ("non_finite", 10),
         ("non_finite", 11),
         ("rollback", 12),
-        ("clock_jump", 16),
         ("rollback", 20),
         ("preempted", 22),
         ("corrupt_checkpoint", 20),
@@ -251,16 +249,6 @@ def test_a_run_whose_last_batches_are_passed_over_saves_its_last_step_all_the_sa
     assert [difference.name for difference in differences(before, after)] == [".step"]
     assert list(run.metrics())[-1] == STEPS - SAVED
     assert json.loads((run.workdir / "summary.json").read_text())["steps"] == STEPS
-
-
-@pytest.mark.parametrize("seconds, text", [(-3600.0, "back by 1 h"), (86400.0, "forward by 1 d")])
-def test_a_wall_clock_that_is_set_is_noticed_once(seconds, text, monkeypatch):
-    clock, time_of_day = clocks.WallClock(), time.time
-    assert clock.jumped() is None
-    monkeypatch.setattr(time, "time", lambda: time_of_day() + seconds)
-    assert text in clock.jumped() and clock.jumped() is None
-    monkeypatch.setattr(time, "time", lambda: time_of_day() + seconds + 20)  # as a time server corrects
-    assert clock.jumped() is None
 
 
 def test_the_page_about_faults_names_every_setting_drill_status_and_event(drilled):

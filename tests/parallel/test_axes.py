@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from opendeep_jax.config.rules import MESH_AXES
+from opendeep_jax.config.rules import MESH_AXES, axis_sizes
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.parallel.axes import balanced_order, divided_further, partition_spec, replica_axes
-from opendeep_jax.parallel.mesh import axis_sizes, make_mesh, put_batch
+from opendeep_jax.parallel.mesh import make_mesh, put_batch
 
 
 def mesh_of(**sizes):
@@ -27,7 +27,7 @@ def mesh_of(**sizes):
     ],
 )
 def test_the_free_axis_takes_the_devices_that_are_left(parallel, devices, sizes):
-    assert axis_sizes(ParallelConfig(**parallel), devices) == sizes
+    assert tuple(axis_sizes(ParallelConfig(**parallel), devices).values()) == sizes
 
 
 def test_the_mesh_covers_all_devices_under_its_names():

@@ -8,13 +8,14 @@ import pytest
 from small_models import FAMILIES, NEMOTRON_H, OPTIMIZERS, V3, run_config
 
 from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.rules import axis_sizes
 from opendeep_jax.config.schedule import ENDLESS
 from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, RematConfig
 from opendeep_jax.models.accounting import layer_kinds
 from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh
 from opendeep_jax.plan.batch import largest_stage, with_batch
-from opendeep_jax.plan.memory import axis_sizes, layer_weights, memory_by_component, memory_fixes, recomputed_share
+from opendeep_jax.plan.memory import layer_weights, memory_by_component, memory_fixes, recomputed_share
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.setup import assemble
 from opendeep_jax.train.state import bytes_on_each_device
@@ -23,7 +24,7 @@ ADAMW = OptimizerConfig(warmup_steps=1, first_moment_dtype="bfloat16")
 
 
 def estimate(config, devices: int) -> dict[str, float]:
-    return memory_by_component(config, largest_stage(config), axis_sizes(config, devices))
+    return memory_by_component(config, largest_stage(config), axis_sizes(config.parallel, devices))
 
 
 def state_of(config, devices: int):
@@ -108,7 +109,7 @@ def test_less_is_kept_the_more_is_recomputed():
 
 def test_cures_save_memory_and_the_best_comes_first():
     config = with_batch(load_recipe("moe_1b"), 64)
-    found = memory_fixes(config, largest_stage(config), axis_sizes(config, 8))
+    found = memory_fixes(config, largest_stage(config), axis_sizes(config.parallel, 8))
     assert len(found) > 3 and [fix.saves for fix in found] == sorted((fix.saves for fix in found), reverse=True)
     assert min(fix.saves for fix in found) > 0
     assert any(fix.setting.startswith("--train.accumulation_steps=") for fix in found)

@@ -11,11 +11,11 @@ from small_models import V3, run_config
 from opendeep_jax.config.checks import ConfigError, check_run
 from opendeep_jax.config.load import load_recipe
 from opendeep_jax.config.overrides import resolve
+from opendeep_jax.config.rules import axis_sizes
 from opendeep_jax.plan import search as module
 from opendeep_jax.plan.arithmetic import estimate
 from opendeep_jax.plan.batch import largest_stage, with_batch
 from opendeep_jax.plan.estimate import check_mesh
-from opendeep_jax.plan.memory import axis_sizes
 from opendeep_jax.plan.search import candidates, divisors, flag_file, search
 from opendeep_jax.plan.topology import parse_topology
 
@@ -85,7 +85,7 @@ def test_arithmetic_sees_recomputation_and_networks():
         parallel = dataclasses.replace(config.parallel, fsdp=fsdp, expert=expert)
         model = dataclasses.replace(config.model, remat=dataclasses.replace(config.model.remat, dense=remat, moe=remat))
         changed = dataclasses.replace(config, parallel=parallel, model=model)
-        return estimate(changed, largest_stage(changed), topology, axis_sizes(changed, 512))
+        return estimate(changed, largest_stage(changed), topology, axis_sizes(changed.parallel, 512))
 
     assert guess(64, 8, "full").compute > guess(64, 8, "none").compute
     assert guess(512, 1, "full").fsdp > 4 * guess(64, 8, "full").fsdp
@@ -93,7 +93,10 @@ def test_arithmetic_sees_recomputation_and_networks():
     assert (
         math.isfinite(guess(64, 8, "full").seconds)
         and estimate(
-            run_config(V3), largest_stage(run_config(V3)), parse_topology("h100:1x8"), axis_sizes(run_config(V3), 8)
+            run_config(V3),
+            largest_stage(run_config(V3)),
+            parse_topology("h100:1x8"),
+            axis_sizes(run_config(V3).parallel, 8),
         ).seconds
         > 0
     )

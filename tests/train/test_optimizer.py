@@ -13,7 +13,7 @@ from small_models import DENSE, OPTIMIZERS, compiled, packed_batch, random_array
 
 from opendeep_jax.checkpoint.files import to_items
 from opendeep_jax.config.load import load_recipe
-from opendeep_jax.config.schedule import batch_size_at, step_at_tokens, tokens_before, total_steps
+from opendeep_jax.config.schedule import stage_at, step_at_tokens, tokens_before, total_steps
 from opendeep_jax.config.schema import FaultsConfig, OptimizerConfig, ParallelConfig, Phase, TrainConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.faults.injection import gradient_faults
@@ -84,7 +84,7 @@ def test_v3_learning_rate_is_the_reports_at_every_stage(v3):
 
 def test_v3_batch_grows_from_3072_to_15360_rows_over_469_billion_tokens(v3):
     def rows(tokens):
-        return batch_size_at(v3, math.ceil(step_at_tokens(v3, tokens)))
+        return stage_at(v3, math.ceil(step_at_tokens(v3, tokens))).batch_size
 
     assert rows(0) == 3072
     assert 3072 < rows(300 * BILLION) < 15_360

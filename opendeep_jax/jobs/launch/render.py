@@ -17,9 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import opendeep_jax
 from opendeep_jax.config.checks import ConfigError, check_devices
-from opendeep_jax.config.load import did_you_mean
+from opendeep_jax.config.load import did_you_mean, shipped_directory
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.config.synonyms import TARGETS as OTHER_TARGETS
 from opendeep_jax.config.synonyms import known_synonym
@@ -123,10 +122,8 @@ COMMON = ("job_name", "shared", "grace_seconds")
 
 
 def template_directory() -> Path:
-    """Return the directory of the templates: inside the installed package, or `launch/` of a source tree."""
-    package = Path(opendeep_jax.__file__).parent
-    installed = package / "launch"
-    return installed if installed.is_dir() else package.parent / "launch"
+    """Return the directory of the templates."""
+    return shipped_directory("launch", "launch")
 
 
 def render(job: LaunchJob) -> str:

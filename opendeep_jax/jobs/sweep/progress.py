@@ -1,11 +1,11 @@
 """Progress of a sweep: a live table on a terminal, a line for each run elsewhere."""
 
-import sys
 import time
 from collections.abc import Sequence
 
 from opendeep_jax.config.schedule import total_steps
 from opendeep_jax.display.numbers import human_time
+from opendeep_jax.display.progress import LiveDisplay
 from opendeep_jax.jobs.sweep.plan import SweepRun
 from opendeep_jax.jobs.sweep.results import read_result
 from opendeep_jax.record.files import METRICS, last_record
@@ -13,48 +13,39 @@ from opendeep_jax.record.files import METRICS, last_record
 REDRAW_SECONDS = 0.5
 
 
-class SweepProgress:
-    """Display of the runs under way. A terminal that misbehaves costs the display, not the sweep.
+class SweepProgress(LiveDisplay):
+    """Display of the runs under way.
 
     Args:
         runs: all that this command takes care of, those with a result too.
     """
 
     def __init__(self, runs: Sequence[SweepRun], stream=None):
-        from rich.console import Console
-
+        super().__init__(stream)
         self.total = len(runs)
         self.done = sum(read_result(run).state == "finished" for run in runs)
-        self._stream = stream or sys.stdout
-        self._console = Console(file=self._stream, highlight=False)
-        self._live, self._broken, self._drawn_at = None, False, 0.0
         self._begun: dict[str, float] = {}
 
     def __enter__(self):
         if self.done:
-            self._print(f"{self.done} of {self.total} runs have their result already")
-        self._guard(self._start)
-        return self
-
-    def __exit__(self, *_):
-        if self._live is not None:
-            self._guard(self._live.stop)
+            self.message(f"{self.done} of {self.total} runs have their result already")
+        return super().__enter__()
 
     def began(self, run: SweepRun) -> None:
         """Note that a run was started."""
         self._begun[run.name] = time.monotonic()
         if self._live is None:
-            self._print(f"begun     {run.name}")
+            self.message(f"begun     {run.name}")
 
     def ended(self, run: SweepRun) -> None:
         """Note that a run has ended, well or not."""
         result = read_result(run)
         after = human_time(time.monotonic() - self._begun[run.name])
         if result.state != "finished":
-            self._print(f"{result.state:<9} {run.name} after {after}: {result.reason.partition(chr(10))[0]}")
+            self.message(f"{result.state:<9} {run.name} after {after}: {result.reason.partition(chr(10))[0]}")
             return
         self.done += 1
-        self._print(f"{self.done:>3}/{self.total:<5} {run.name} after {after}: {result.described()}")
+        self.message(f"{self.done:>3}/{self.total:<5} {run.name} after {after}: {result.described()}")
 
     def show(self, running: Sequence[SweepRun]) -> None:
         """Draw the table of the runs under way, at most twice a second."""
@@ -63,11 +54,8 @@ class SweepProgress:
             self._guard(lambda: self._live.update(self._table(running), refresh=True))
 
     def _start(self) -> None:
-        if self._console.is_interactive and self._stream.isatty():  # a notebook's pipe is told to be a terminal
-            from rich.live import Live
-
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
+        if self._stream.isatty():  # a notebook's pipe is told to be a terminal
+            super()._start(transient=True)
 
     def _table(self, running: Sequence[SweepRun]):
         from rich.table import Table
@@ -81,20 +69,3 @@ class SweepProgress:
             shown = "-" if loss is None else f"{loss:.3f}"
             table.add_row(run.name, f"{step:,}/{steps:,}", shown, human_time(time.monotonic() - self._begun[run.name]))
         return table
-
-    def _print(self, text: str) -> None:
-        def write():
-            if self._live is not None:
-                self._console.print(text, markup=False, soft_wrap=True)
-            else:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-
-        self._guard(write)
-
-    def _guard(self, action) -> None:
-        if not self._broken:
-            try:
-                action()
-            except Exception:
-                self._broken = True
