@@ -40,7 +40,7 @@ EXPERTS = MoEConfig(
 
 
 class Size(NamedTuple):
-    """What differs between the models."""
+    """Settings that differ between the models."""
 
     pattern: str
     hidden_size: int

@@ -26,7 +26,7 @@ LEAST = {"max_tokens": 0, "max_length": 0, "seed": -1}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Talks until /quit, or answers once. Raises ConfigError for a source that is none and settings that can't be."""
+    """Chat until /quit, or answer once. Raises ConfigError for an invalid source or setting."""
     values, choice = read_flags(FLAGS, argv, "opendeep chat", PURPOSE, USAGE, LEAST)
 
     from opendeep_jax.serving.terminal import answer, chat, piped_input

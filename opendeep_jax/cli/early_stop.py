@@ -20,7 +20,7 @@ STATUSES = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 
 class EarlyStop(KeyboardInterrupt):
-    """Unwinds the main thread after a signal, of which the line is already said."""
+    """Exception that unwinds the main thread after a signal whose message is already printed."""
 
     def __init__(self, status: int):
         super().__init__(status)
@@ -41,7 +41,7 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
     unsaid = threading.Lock()
 
     def say(number: int) -> None:
-        """Whichever thread is first says it."""
+        """Print the message once, from whichever thread is first."""
         if unsaid.acquire(blocking=False):
             name, status = signal.Signals(number).name, STATUSES[number]
             os.write(2, f"\nopendeep train: {note(name, status)}\n".encode())

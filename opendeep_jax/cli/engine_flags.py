@@ -1,4 +1,4 @@
-"""What `generate`, `chat`, `serve` and `eval` are told alike: the model, its precision, the devices it is divided over.
+"""Flags that `generate`, `chat`, `serve` and `eval` share: the model, its precision and its devices.
 
 The help of these flags stands here alone, and so do the rules of how they go together.
 """

@@ -46,7 +46,7 @@ LEAST = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints measures, and writes them with --out. Raises ConfigError for what is no model, no task or no text."""
+    """Print measures, and write them with --out. Raises ConfigError for an invalid model, task or text."""
     values, choice = read_flags(FLAGS, argv, "opendeep eval", PURPOSE, USAGE, LEAST)
     _check(values)
     if values.tasks:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(values: Any) -> None:
-    """Raises ConfigError where the settings cannot work together."""
+    """Raise ConfigError where the settings cannot work together."""
     if values.tasks and values.text:
         raise ConfigError("--tasks and --text are both given. Leave one out.")
     if values.seed >= 2**32:
@@ -93,7 +93,7 @@ def _held_out(choice: Choice) -> dict[str, Any]:
 
 
 def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
-    """Runs tasks, prints their table, and returns all results."""
+    """Run tasks, print their table, and return all results."""
     names = [name.strip() for name in values.tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--tasks={values.tasks}: names no task. Give one, such as --tasks=hellaswag.")

@@ -30,7 +30,7 @@ SOURCE = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    """Export a model. Raises ConfigError for invalid input, OSError where writing fails."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return

@@ -37,7 +37,7 @@ def parse(
     purpose: str,
     usage: str = "--workdir=DIRECTORY [--name=value ...]",
 ) -> flags.FlagValues:
-    """Parses `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
+    """Parse `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
     if {"-h", "--help"} & set(argv):
         width = max(14, *(len(name) + 2 for name in values))
         lines = "".join(f"  --{name:<{width}}{values[name].help}{_default(values[name])}\n" for name in values)

@@ -39,7 +39,7 @@ LEAST = {"max_length": 0, "speculate": 0, "slots": 1, "n": 1}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints prompts and their continuations. Raises ConfigError for what cannot be done, before a model is read."""
+    """Print prompts and their continuations. Raises ConfigError for invalid settings, before a model is read."""
     values, choice = read_flags(FLAGS, argv, "opendeep generate", PURPOSE, USAGE, LEAST)
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")

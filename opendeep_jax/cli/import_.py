@@ -30,7 +30,7 @@ NOT_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "original/*", "*.onnx", "*.h5"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Imports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    """Import a model. Raises ConfigError for invalid input, OSError where writing fails."""
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return
@@ -90,7 +90,7 @@ def _own_text(source: str) -> RunConfig:
 
 
 def _next(config: RunConfig, out: str, recipe: str) -> str:
-    """How to train the imported run, and on what."""
+    """Return instructions to train the imported run on text."""
     command = f"opendeep train --config={shlex.quote(f'{out}/recipe.py')} --workdir={shlex.quote(out)}"
     yours = f"{command} --data.sources.0.path='mine/*.jsonl'"
     embedded = [source.name for source in config.data.sources if not source.path]

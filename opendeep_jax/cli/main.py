@@ -66,7 +66,7 @@ A first run, in minutes on a laptop: opendeep train --config=quickstart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (without the program's name; `sys.argv` if None) and returns the exit status.
+    """Run one command line (without the program's name; `sys.argv` if None) and return the exit status.
 
     `config/exits.py` has the statuses. A failure that is none of the user's or the machine's is a bug and raises.
     """
@@ -107,7 +107,7 @@ def _no_command(word: str, rest: Sequence[str]) -> str:
 
 
 def explained(command: str, error: BaseException) -> int | None:
-    """Prints what ended a command, in one paragraph, and returns the exit status; None for a bug."""
+    """Print what ended a command, in one paragraph, and return the exit status; None for a bug."""
     status, text = explanation(command, error)
     if text:
         print(text, file=sys.stderr)

@@ -36,7 +36,7 @@ Nothing is measured: times are bounds from data sheets.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the plan that `argv` asks for and writes its files.
+    """Print the plan that `argv` asks for and write its files.
 
     Raises ConfigError for input that cannot work, and, after the files are written, for a run that does not fit.
     """

@@ -47,7 +47,7 @@ LEAST = {"slots": 1, "port": 0, "max_body": 1, "timeout": 1e-3, "drain_seconds":
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves until it is told to end; returns the exit status, 130 where a second signal cut answers off.
+    """Serve until it is told to end; return the exit status, 130 where a second signal cut answers off.
 
     Raises ConfigError for a source that is none and settings that can't be.
     """
@@ -123,7 +123,7 @@ def _origins(given: str) -> tuple[str, ...]:
 
 
 def compiling(engine: "Engine", longest: int) -> Iterator[str]:
-    """Compiles what requests of up to so many tokens need, a program with each step of this iterator, which says what
+    """Compile what requests of up to so many tokens need, a program with each step of this iterator, which says what
     comes next. Standard error says it too.
     """
     from opendeep_jax.generation.warm_up import warm_up

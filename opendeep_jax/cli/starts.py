@@ -49,7 +49,7 @@ def newest_step(workdir: Path) -> int:
 def counted(
     workdir: str | Path, process: str, environ: Mapping[str, str], is_bug: Callable[[BaseException], bool]
 ) -> Iterator[None]:
-    """Counts the start that the block is.
+    """Count the block as one start.
 
     Args:
         process: this process's name in the job, the same at each start.
@@ -103,7 +103,7 @@ def counted(
 
 
 def told_to_stop() -> None:
-    """Sees to it that the start under way does not count: it is to end because a signal asks for it."""
+    """Exclude the current start from the count: it ends because of a signal."""
     for excuse in _excuses:
         excuse()
 

@@ -38,7 +38,7 @@ The same command goes on after whatever ended it; runs with a result are not run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweeps; returns the exit status. Raises ConfigError for input that cannot work, before anything is written."""
+    """Run a sweep; return the exit status. Raises ConfigError for invalid input, before anything is written."""
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
         sys.exit(0)

@@ -19,7 +19,7 @@ from opendeep_jax.record.workdir import check_workdir
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains the run that `argv` describes, or resumes it, alone or as one process of a job.
+    """Train the run that `argv` describes, or resume it, alone or as one process of a job.
 
     Raises ConfigError for input that cannot work, and what `train.loop.train` raises.
     """
@@ -74,7 +74,7 @@ def _is_bug(error: BaseException) -> bool:
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
-    """Raises ConfigError unless the run can be begun, gone on with, or branched from another, in its work directory."""
+    """Raise ConfigError unless the run can start, resume, or branch from another run in its work directory."""
     if launch.parent:
         from opendeep_jax.train.branch import check_branch
 
@@ -84,7 +84,7 @@ def check_start(config: RunConfig, launch: Launch) -> None:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Ends this process of a job without the handlers at exit, which would wait for peers that may be gone."""
+    """End this process of a job without the handlers at exit, which would wait for peers that may be gone."""
     from opendeep_jax.cli.main import explained, explanation
     from opendeep_jax.parallel.distributed import leave_together
 

@@ -63,7 +63,7 @@ class ExactMixture:
     """For each source the nodes from the root to it: (weight of the left side, of both, whether it goes left)."""
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As Mixture.locate."""
+        """Implement Mixture.locate."""
         rows = np.asarray(indices, np.int64)
         sources, ranks = np.zeros(rows.shape, np.int32), np.zeros(rows.shape, np.int64)
         for source, path in enumerate(self.splits):
@@ -78,7 +78,7 @@ class ExactMixture:
         return sources, ranks
 
     def index_of(self, source: int, row: int) -> int:
-        """As Mixture.index_of."""
+        """Implement Mixture.index_of."""
         rows = int(row) + 1  # so many rows of the source are there with it
         for left, both, goes_left in reversed(self.splits[source]):
             if goes_left:  # the fewest n with (2 n left + both) // (2 both) = rows
@@ -88,7 +88,7 @@ class ExactMixture:
         return rows - 1
 
     def taken(self, rows: int) -> np.ndarray:
-        """As Mixture.taken."""
+        """Implement Mixture.taken."""
         found = np.zeros(len(self.splits), np.int64)
         for source, path in enumerate(self.splits):
             there = int(rows) if self.counts[source] else 0

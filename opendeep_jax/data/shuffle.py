@@ -1,4 +1,4 @@
-"""Shuffles written out in integers: the same with every version of every library, on every machine.
+"""Shuffling written out in integers: the same with every version of every library, on every machine.
 
 `permutation` orders a block of documents in memory; `shuffled` finds one place of a shuffle of any size at once, and
 `unshuffled` the way back, so that neither the rows of a trillion tokens nor a position in them are ever stored.

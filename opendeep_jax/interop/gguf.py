@@ -121,7 +121,7 @@ def _matched(file: GGUFFile, config: ModelConfig, definition: ModelDefinition) -
 
 
 def _fill(value: np.ndarray, tensor: FileTensor, file: GGUFFile) -> None:
-    """Puts one of the file's tensors into our array, the large ones in pieces: experts, embedding, head."""
+    """Put one of the file's tensors into our array, the large ones in pieces: experts, embedding, head."""
     place, stored = value[tensor.index], file.tensors[tensor.name]
     if tensor.how == "experts":
         for expert in range(len(place)):
@@ -142,7 +142,7 @@ def save_gguf(
     tokenizer: Mapping[str, Any] | None = None,
     name: str = "",
 ) -> None:
-    """Writes a model as one GGUF file, which appears under its name when it is whole. MTP modules are left out.
+    """Write a model as one GGUF file, which appears under its name when it is whole. MTP modules are left out.
 
     Norms, biases and routers stay float32, as llama.cpp's own converter has them, and so `f32` loses nothing.
 

@@ -185,7 +185,7 @@ def _rope(keys: _Keys, architecture: str) -> RopeConfig:
 
 
 def rope_factors(rope: RopeConfig, size: int) -> np.ndarray:
-    """How many times slower each pair turns under Llama 3's stretch, float32 [size / 2]: `rope_freqs.weight`."""
+    """Return the factor by which Llama 3's scaling slows each pair, float32 [size / 2]: `rope_freqs.weight`."""
     turns = rope.llama3_original_length * rope.theta ** (-np.arange(0, size, 2) / size) / (2 * math.pi)
     low, high = rope.llama3_low_frequency, rope.llama3_high_frequency
     kept = np.clip((turns - low) / (high - low), 0, 1)

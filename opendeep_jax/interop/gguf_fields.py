@@ -47,7 +47,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> list[tuple[str, Any, Any]]:
-    """What the metadata does not say of a model: (field, value here, value there)."""
+    """Return what the metadata does not describe of a model: (field, value here, value there)."""
     shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
     if config.attention.q_lora_rank:
         shapes["blk.0.attn_q_a.weight"] = ()
@@ -73,7 +73,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _essence(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """What decides the model's computation, by dotted name; equal computations have equal ones."""
+    """Return the settings that decide the model's computation, by dotted name."""
     model, attention, moe = (dataclasses.asdict(part) for part in (config, config.attention, config.moe))
     rope = attention.pop("rope")
     for name in OUTSIDE:

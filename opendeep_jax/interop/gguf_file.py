@@ -57,7 +57,7 @@ class GGUFTensor:
 
     @property
     def rows(self) -> int:
-        """Of the last axis of shape."""
+        """Number of rows along the last axis of shape."""
         return math.prod(self.shape[:-1])
 
     @property
@@ -91,7 +91,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a file says: `fields["llama.block_count"] == 30`, `tensors["token_embd.weight"]`."""
+    """Header of a file: `fields["llama.block_count"] == 30`, `tensors["token_embd.weight"]`."""
 
     path: Path
     fields: Mapping[str, Any]
@@ -143,7 +143,7 @@ def _read_file(path: Path) -> GGUFFile:
 
 
 def require_gguf() -> None:
-    """Raises ConfigError where the `gguf` package is not installed."""
+    """Raise ConfigError where the `gguf` package is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -157,7 +157,7 @@ class _Malformed(ValueError):
 
 
 class _Cursor:
-    """Reads forward through the header, never past the end."""
+    """Reader that moves forward through the header, never past the end."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place = data, 0

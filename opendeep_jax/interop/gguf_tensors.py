@@ -1,4 +1,4 @@
-"""Which of our arrays each tensor of a GGUF file is, and how the two layouts turn into each other.
+"""Mapping between the tensors of a GGUF file and our arrays, and conversion between the two layouts.
 
 One table serves both ways. GGUF matrices are [out, in], as Hugging Face has them; heads of `llama` are stored with the
 two halves that are rotated together interleaved; the experts of a layer are one tensor; DeepSeek's up-projection of
@@ -93,7 +93,7 @@ class FileTensor:
 
     @property
     def section(self) -> slice:
-        """Of our last axis."""
+        """Section of our last axis."""
         return slice(self.begin, self.end)
 
     @property

@@ -101,7 +101,7 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _check_size(directory: Path, stored: Stored, config: ModelConfig) -> None:
-    """Raises ConfigError for a config.json that describes a far larger model than the files could be.
+    """Raise ConfigError for a config.json that describes a far larger model than the files could be.
 
     Such a model's layers are not even counted out: a few bytes could otherwise ask for more than any machine has.
     """
@@ -195,7 +195,7 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     provenance: Provenance | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face directory, parameters in their own dtype; `load_hf` gives it back to the bit.
+    """Write the model as a Hugging Face directory, parameters in their own dtype; `load_hf` gives it back to the bit.
 
     Args:
         model: The model, its parameters in this process' reach.

@@ -39,7 +39,7 @@ With OpenDeep: `opendeep_jax.interop.load_hf(".")`
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from, as far as it is known, for its card."""
+    """Provenance of a model, as far as it is known, for its card."""
 
     name: str = "Model"
     """Title of the card."""

@@ -153,7 +153,7 @@ def _is_known(key: str, value: Any, family: Family) -> bool:
 
 
 def _check_quantization(raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the weights are plain, DeepSeek's float8 blocks or MXFP4."""
+    """Raise ConfigError unless the weights are plain, DeepSeek's float8 blocks or MXFP4."""
     found = raw.get("quantization_config", {})
     if not isinstance(found, Mapping):
         raise ConfigError(
@@ -264,7 +264,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _described(config: ModelConfig) -> dict[str, Any]:
-    """What a model is, by fields: without settings of training, and those that its other settings switch off."""
+    """Return a model's fields without settings of training and those that other settings switch off."""
     attention, moe, rope = config.attention, config.moe, config.attention.rope
     fields = {name: value for name, value in flat(config).items() if not name.startswith(NOT_WRITTEN)}
     fields |= {

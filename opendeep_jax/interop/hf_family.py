@@ -1,4 +1,4 @@
-"""What a model family of the hub is: tables that pair its names with ours, and two functions for what tables can't say.
+"""Model families of the hub: tables that pair their names with ours, and two functions for what tables can't express.
 
 A family lists the keys of config.json that are fields of ours (`fields`), what they mean when they are absent
 (`defaults`), the keys that may only have one value (`fixed`), the fields that all its models share (`implied`), and
@@ -110,7 +110,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def require(raw: Raw, key: str, value: Any) -> None:
-    """Raises ConfigError if the key is there with another value."""
+    """Raise ConfigError if the key is there with another value."""
     if key in raw and raw[key] != value:
         raise ConfigError(f"{key} = {raw[key]!r}: only {value!r} can be read. This variant is not implemented here.")
 
@@ -132,7 +132,7 @@ def number(raw: Raw, key: str, default: float | None = None) -> float:
 
 
 def truth(raw: Raw, key: str) -> bool:
-    """Whether a key is there and true. Raises ConfigError for anything but true and false."""
+    """Return whether a key is there and true. Raises ConfigError for anything but true and false."""
     value = raw.get(key, False)
     if type(value) is not bool:
         raise ConfigError(f"{key} = {value!r}: must be true or false. Correct the key.")
@@ -176,7 +176,7 @@ def write_biases(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, Any]:
-    """Which layers slide, and how far they see.
+    """Return which layers have sliding windows, and their size.
 
     Args:
         is_sliding: By a layer's index, where config.json doesn't list layer_types.

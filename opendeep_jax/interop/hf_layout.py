@@ -1,4 +1,4 @@
-"""Where each tensor of the hub's files lives in a model, and how the two layouts differ.
+"""Mapping between the tensors of the hub's files and a model's arrays, and how the two layouts differ.
 
 A hub matrix is [out, in], ours [in, out...] with heads apart, so each is the other transposed and reshaped: no
 arithmetic, and a round trip is exact to the bit. Some files hold several arrays of ours in one tensor (`Fused`).
@@ -59,7 +59,7 @@ class HubTensor:
 
     @property
     def flattened(self) -> bool:
-        """Whether the file has a vector where ours has heads apart."""
+        """Return whether the file has a vector where our array has an axis of heads."""
         return self.path.endswith(("query_bias", "key_bias", "value_bias"))
 
     def to_hub(self, ours: np.ndarray) -> np.ndarray:

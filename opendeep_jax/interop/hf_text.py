@@ -1,4 +1,4 @@
-"""What surrounds the weights in a Hugging Face directory: tokenizer, chat template, generation config, license."""
+"""Files beside the weights in a Hugging Face directory: tokenizer, chat template, generation config, license."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ USUAL_NAMES = (
 
 
 class TextFiles(NamedTuple):
-    """What to put beside a model's weights."""
+    """Files to write beside a model's weights."""
 
     copied: dict[str, Path]
     """Files to copy, by their names in the model's directory."""
@@ -50,7 +50,7 @@ class TextFiles(NamedTuple):
 
 
 def text_files(source: str | Path | None) -> TextFiles:
-    """What to put beside a model's weights.
+    """Return the files to write beside a model's weights.
 
     Args:
         source: A directory with a tokenizer, or a tokenizer.json, which gets a tokenizer_config.json; or None.
@@ -132,7 +132,7 @@ def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def put_beside(files: TextFiles, directory: Path) -> None:
-    """Copies and writes the files, each in one step."""
+    """Copy and write the files, each in one step."""
     for name, path in files.copied.items():
         with replacing(directory / name) as temporary:
             shutil.copyfile(path, temporary)

@@ -1,4 +1,4 @@
-"""What the readers of every format share: the dtype to compute in, arrays that JAX takes uncopied and where they go."""
+"""Parts shared by all readers: the dtype to compute in, arrays that JAX takes uncopied, and their placement."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def empty(shape: Sequence[int], dtype) -> np.ndarray:
 
 
 def weight_sharding(definition: ModelDefinition, name: str, mesh: Mesh | None) -> NamedSharding | None:
-    """How training lays one of a model's arrays on a mesh; None, the default device, without one."""
+    """Return the training sharding of one of a model's arrays; None, the default device, without a mesh."""
     if mesh is None:
         return None
     return NamedSharding(

@@ -44,7 +44,7 @@ _CURE = "Download or write the file again."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies on disk."""
+    """Location of one tensor on disk."""
 
     path: Path
     dtype: np.dtype
@@ -110,7 +110,7 @@ def _stored(path: Path, start: int, entry: dict) -> StoredTensor:
 
 
 def _check_places(tensors: Mapping[str, StoredTensor], start: int) -> None:
-    """Raises ValueError unless the tensors lie one after the other: one that lies over another was not written so."""
+    """Raise ValueError unless the tensors lie one after the other: one that lies over another was not written so."""
     place = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != place:
@@ -164,7 +164,7 @@ def _read_files(paths: Sequence[Path]) -> dict[str, StoredTensor]:
 
 
 def _no_weights(directory: Path) -> str:
-    """What to do about a directory without safetensors; a pickle is never opened, for it can run any code."""
+    """Return the fix for a directory without safetensors; a pickle is never opened, for it can run any code."""
     pickles = sorted(path.name for suffix in PICKLES for path in directory.glob(f"*{suffix}"))
     if not pickles:
         return f"{directory} has no *.safetensors file. Convert the weights to safetensors first."
@@ -192,7 +192,7 @@ class TensorSpec:
 def write_directory(
     directory: Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray], max_shard_bytes: int
 ) -> None:
-    """Writes tensors as one file, or as shards of at most max_shard_bytes (one tensor at least) with their index.
+    """Write tensors as one file, or as shards of at most max_shard_bytes (one tensor at least) with their index.
 
     Args:
         directory: An existing directory.
@@ -223,7 +223,7 @@ def write_directory(
 
 
 def _write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray]) -> None:
-    """Writes the next len(specs) arrays; the file appears under its name only when it is whole."""
+    """Write the next len(specs) arrays; the file appears under its name only when it is whole."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What the card of an exported model says of where it comes from, read from the files of its run or of its source."""
+"""Provenance of an exported model for its card, read from the files of its run or of its source."""
 
 import re
 from pathlib import Path

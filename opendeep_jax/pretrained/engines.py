@@ -25,7 +25,7 @@ ONE_DEVICE = ParallelConfig(fsdp=1)
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model, in what precision, and on which devices."""
+    """Choice of a model, its precision and its devices."""
 
     source: str
     """A run's work directory, a Hugging Face directory, or a .gguf file."""

@@ -1,4 +1,4 @@
-"""Where a model to generate with comes from: a run, a Hugging Face directory, or a GGUF file.
+"""Sources of a model to generate with: a run, a Hugging Face directory, or a GGUF file.
 
 JAX is loaded with the weights only, so that a source that is none is refused at once.
 """
@@ -30,7 +30,7 @@ CURE = (
 
 
 def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
-    """What kind of source this is. Raises ConfigError where it is none."""
+    """Return the kind of a source. Raises ConfigError where it is none."""
     path = Path(source)
     if not str(source):
         raise ConfigError(f"--model is missing. {CURE}")
@@ -83,7 +83,7 @@ def sampling_defaults(codec: "Tokenizer") -> dict[str, float]:
 
 
 def _makes_sense(name: str, value: float) -> bool:
-    """Whether a setting of a file can be met; others are left at what changes nothing, with a warning."""
+    """Return whether a sampling setting of a file can be honored; warn about the others, which are ignored."""
     from opendeep_jax.generation.requests import SamplingParams
 
     try:
@@ -127,7 +127,7 @@ def open_weights(source: str | Path, dtype: str = "", step: int | None = None, m
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache directory, so that a second start compiles nothing; where JAX was
+    """Keep compiled programs in the user's cache directory, so that a second start compiles nothing; where JAX was
     told another place already, there."""
     import jax
 
@@ -145,7 +145,7 @@ def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> 
 
 
 def check_choice(kind: str, source: str | Path, dtype: str, step: int | None) -> None:
-    """Raises ConfigError for a dtype that is none, and for a step of what has no steps."""
+    """Raise ConfigError for an unknown dtype, and for a step of a source without steps."""
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"--dtype={dtype}: must be float32 or bfloat16. Leave it out to have what suits the machine.")
     if step is not None and kind != "run":

@@ -1,4 +1,4 @@
-"""Notices that the wall clock was set. No duration of a run depends on it; the times in its logs do."""
+"""Detection of changes to the wall clock. No duration of a run depends on it; the times in its logs do."""
 
 import time
 
@@ -9,7 +9,7 @@ SMALLEST = 30.0
 
 
 class WallClock:
-    """Compares the wall clock with the one that nothing sets."""
+    """Comparison of the wall clock with the monotonic clock."""
 
     def __init__(self):
         self._ahead = _ahead()

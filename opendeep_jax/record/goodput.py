@@ -1,4 +1,4 @@
-"""Where a run's time goes: goodput.jsonl, which only grows, and what its lines add up to.
+"""Accounting of a run's time: goodput.jsonl, which only grows, and its totals.
 
     {"start": "5f0c…", "time": "2026-11-22T12:00:00+00:00", "wall": 1795262400.0, "step": 120, "first_step": 100,
      "skipped": 0, "seconds": {"start": 3.1, "compile": 20.0, "step": 61.2, …}}
@@ -197,7 +197,7 @@ class Account:
         return Goodput(dict(self._seconds), len(self._starts)) if self._starts else None
 
     def _throw_away(self, step: int) -> None:
-        """Turns the work after `step` into waste: the run has gone back there."""
+        """Count the work after `step` as waste: the run was rolled back there."""
         while self._kept and self._kept[-1][1] > step:
             first, last, computing, waiting = self._kept.pop()
             lost = (last - step) / (last - first) if first < step else 1.0

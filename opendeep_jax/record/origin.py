@@ -1,4 +1,4 @@
-"""What a run began from: WORKDIR/origin.json, by which "no checkpoint" is never taken for "start anew".
+"""Origin of a run: WORKDIR/origin.json, so that a missing checkpoint is never taken for a new run.
 
     {"kind": "import", "step": 0, "format": 1, …}
 

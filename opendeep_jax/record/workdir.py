@@ -1,4 +1,4 @@
-"""Who may write in a run directory: one process, and only a run of the same configuration."""
+"""Lock of a run directory: one process writes in it, and only a run of the same configuration."""
 
 import contextlib
 import os

@@ -19,7 +19,7 @@ def joined_calls(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class TextOffsets:
-    """Where tokens begin in a text, in characters, as they come; a part of a character begins where that does.
+    """Offsets of tokens in a streamed text, in characters; part of a character has that character's offset.
 
     Args:
         start: Characters before the first token; below 0 where the text lacks so many of the tokens' first characters.

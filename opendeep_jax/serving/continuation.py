@@ -1,4 +1,4 @@
-"""Texts that a model goes on with: many at a time, each piece as it comes."""
+"""Streamed completions of many prompts at a time."""
 
 import dataclasses
 import json

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Conversation:
-    """What was said so far, and with what settings the model goes on."""
+    """Messages so far, and the settings of the next answer."""
 
     engine: "Engine"
     codec: Tokenizer
@@ -28,7 +28,7 @@ class Conversation:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def ask(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
-        """Asks, and yields the answer piece by piece; both belong to the conversation when it ends.
+        """Ask, and yield the answer piece by piece; both belong to the conversation when it ends.
 
         Each answer has the seed after that of the one before it.
 

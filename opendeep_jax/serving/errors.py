@@ -40,7 +40,7 @@ FORESEEN = (ApiError, ValidationError, ConfigError, Unavailable, Failed, Timeout
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of any error; what nobody foresaw is told without its inside."""
+    """Return any error as one for the client; unexpected errors show no internals."""
     match error:
         case ApiError():
             return error

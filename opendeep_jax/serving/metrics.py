@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus: requests and latencies from the server, the rest from the engine's own counts."""
+"""Prometheus metrics: requests and latencies from the server, the rest from the engine's own counts."""
 
 from collections.abc import Iterator
 
@@ -58,7 +58,7 @@ class Metrics:
         )
 
     def answered(self, submitted: float, first: float, last: float, tokens: int) -> None:
-        """Counts one complete answer by its times, in seconds on one clock."""
+        """Count one complete answer by its times, in seconds on one clock."""
         self.first_token.observe(first - submitted)
         self.answer_time.observe(last - submitted)
         if tokens > 1:

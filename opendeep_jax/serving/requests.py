@@ -1,4 +1,4 @@
-"""From the body of a request to prompts and parameters, and back from answers to OpenAI's JSON."""
+"""Conversion of request bodies to prompts and parameters, and of answers to OpenAI's JSON."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclasses.dataclass
 class Asked:
-    """What one request asks of the engine, and how its answer is spelled."""
+    """One request to the engine, and the format of its answer."""
 
     head: dict[str, Any]
     """Id, time and model: the same in every chunk of a stream."""
@@ -84,7 +84,7 @@ class Asked:
 def completion(
     body: CompletionRequest, codec: Tokenizer, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
 ) -> Asked:
-    """Reads a completion request. Raises ApiError for prompts and lengths that cannot be.
+    """Read a completion request. Raises ApiError for invalid prompts and lengths.
 
     Args:
         defaults: The model's own sampling, for what the body leaves open.
@@ -146,7 +146,7 @@ def chat(
     defaults: Mapping[str, float] = NONE,
     seconds: float = math.inf,
 ) -> Asked:
-    """Reads a chat request. Raises ApiError for what cannot be, ConfigError where the template refuses it.
+    """Read a chat request. Raises ApiError for invalid fields, ConfigError where the template refuses it.
 
     Args:
         defaults: as for `completion`.

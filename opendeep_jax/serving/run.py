@@ -19,7 +19,7 @@ MAX_CONNECTIONS = 2048
 
 
 class DrainingServer(uvicorn.Server):
-    """At the first SIGTERM or Ctrl-C: no new work, /ready says so, running answers finish. At the second: the end."""
+    """Server that drains at the first SIGTERM or Ctrl-C (no new work, /ready fails) and ends at the second."""
 
     def __init__(self, config: uvicorn.Config, service: EngineService, drain_seconds: float):
         super().__init__(config)
@@ -28,7 +28,7 @@ class DrainingServer(uvicorn.Server):
         self._draining: asyncio.Task | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; remembers the event loop, which signals are handed to."""
+        """Start as uvicorn does; keep the event loop, which signals are handed to."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
@@ -70,7 +70,7 @@ def run(
     drain_seconds: float,
     started: Callable[[DrainingServer], None],
 ) -> bool:
-    """Serves until SIGTERM or Ctrl-C and then drains; returns when all is said, and whether it came to that.
+    """Serve until SIGTERM or Ctrl-C and then drains; return whether every answer was completed.
 
     Args:
         service: The application's.

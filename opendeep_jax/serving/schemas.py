@@ -63,7 +63,7 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """What else a stream says."""
+    """Options of a stream."""
 
     include_usage: bool = False
     """A last chunk with the token counts."""
@@ -73,7 +73,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """What completions and chat share."""
+    """Fields that completions and chat share."""
 
     model: str | None = None
     """Name of the model; the served one if left out."""
@@ -117,7 +117,7 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_effect(cls, data: Any) -> Any:
-        """Leaves out what changes nothing; refuses by name, with a fix, what would change the answer."""
+        """Drop fields that change nothing; refuse those that would change the answer by name, with a fix."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -200,7 +200,7 @@ class TextPart(Strict):
 
 
 class Function(Strict):
-    """What a tool call calls."""
+    """Function that a tool call calls."""
 
     name: str
     arguments: str = ""
@@ -323,7 +323,7 @@ class ChatRequest(Sampling):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        """What the chat template gets beside the messages."""
+        """Return the chat template's arguments besides the messages."""
         given = dict(self.chat_template_kwargs or {})
         return given | ({"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {})
 
@@ -340,7 +340,7 @@ class ChatRequest(Sampling):
 
 
 def first_problem(error: ValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, as one sentence and the name of the field (None for the body as a whole)."""
+    """Return the first error of a body, as one sentence and the field's name (None for the body as a whole)."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     field = _field(found[0]["loc"])
     said = list(dict.fromkeys(_words(each) for each in found if _field(each["loc"]) == field))

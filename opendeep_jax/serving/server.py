@@ -51,7 +51,7 @@ TEMPLATE_THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """What the server allows."""
+    """Settings of the server."""
 
     api_key: str = ""
     """What /v1 asks for as `Authorization: Bearer KEY`; none if empty."""
@@ -134,8 +134,8 @@ def make_app(
 
 
 def _cors(config: ServerConfig) -> list[Middleware]:
-    """What answers browsers that ask whether a page of another origin may call, before they bring the key; around all
-    else, so that errors can be read by the page too.
+    """Return the middleware for pages of other origins. It answers preflight requests before the key is checked, and is
+    outermost, so that such pages can read errors, too.
     """
     if not config.origins:
         return []
@@ -144,15 +144,15 @@ def _cors(config: ServerConfig) -> list[Middleware]:
 
 
 async def _health(request: Request) -> Response:
-    """Whether the process lives and its engine works; whoever supervises it restarts it if not."""
+    """Report whether the process and its engine work; a supervisor restarts the process if not."""
     failure = _served(request).service.failure
     body = {"status": "failed", "reason": failure} if failure else {"status": "ok"}
     return JSONResponse(body, 503 if failure else 200)
 
 
 async def _ready(request: Request) -> Response:
-    """Whether it is time to send requests: not while the model is read or programs are compiled, though requests are
-    taken between those already; and not once the server is told to end.
+    """Report whether to send requests: not while the model is read or programs are compiled, though requests between
+    these are accepted, and not once the server drains.
     """
     service = _served(request).service
     ready = service.ready and not service.preparing
@@ -251,7 +251,7 @@ async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -
 
 
 async def _pieces(served: Served, asked: Asked, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
-    """What is new, and of which choice."""
+    """Yield each new piece with the index of its choice."""
     async for index, progress in job:
         answer = asked.answers[index]
         piece = answer.push(progress)
@@ -344,7 +344,7 @@ def _check_model(served: Served, name: str) -> None:
 
 
 class _Guard:
-    """Lets a request through that asks for a host of ours, and brings the key, if there is one to bring."""
+    """Middleware that admits requests for one of our hosts with the API key, if a key is set."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig):
         self._app, self._key, self._hosts = app, config.api_key.encode(), config.hosts
@@ -368,7 +368,7 @@ class _Guard:
 
 
 class _Counted:
-    """Counts answered requests by route and status."""
+    """Middleware that counts answered requests by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics

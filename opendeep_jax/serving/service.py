@@ -29,7 +29,7 @@ class Unavailable(Exception):
 
 
 class Full(Unavailable):
-    """As many requests run and wait as the service takes."""
+    """Error of a service whose limit of running and waiting requests is reached."""
 
     retry_seconds = 1
 
@@ -39,7 +39,7 @@ class Failed(Exception):
 
 
 class Limits(NamedTuple):
-    """What an engine takes."""
+    """Limits of an engine."""
 
     slots: int
     max_length: int
@@ -89,14 +89,14 @@ class ServiceJob:
             yield ticket.index, event
 
     def give(self, ticket: Ticket, event: "Progress | Exception") -> None:
-        """Takes one piece of progress. The event loop's alone to call."""
+        """Take one piece of progress. The event loop's alone to call."""
         if ticket in self.open:
             self._events.put_nowait((ticket, event))
             if isinstance(event, Exception) or event.finish:
                 self.open.discard(ticket)
 
     def abort(self, index: int) -> None:
-        """Stops one prompt, whose answer is complete already: nothing more of it comes."""
+        """Stop one prompt, whose answer is complete already: nothing more of it comes."""
         for ticket in [ticket for ticket in self.open if ticket.index == index]:
             self._service.abort(ticket)
 
@@ -107,7 +107,7 @@ def no_warm_up(engine: "Engine") -> Iterable[str]:
 
 
 class EngineService:
-    """Owns an engine in one thread.
+    """Owner of an engine, in one thread.
 
     Args:
         make_engine: Makes the engine; called in the thread, and again after the engine failed.
@@ -146,23 +146,23 @@ class EngineService:
         self._made, self._idle = asyncio.Event(), asyncio.Event()
 
     def start(self) -> None:
-        """Starts the thread, which makes the engine. Called once, inside the event loop that the jobs belong to."""
+        """Start the thread, which makes the engine. Called once, inside the event loop that the jobs belong to."""
         self._loop = asyncio.get_running_loop()
         self._idle.set()
         self._thread.start()
 
     async def made(self) -> None:
-        """Waits until the engine is there or could not be made."""
+        """Wait until the engine is there or could not be made."""
         await self._made.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether work is taken."""
+        """Return whether work is accepted."""
         return self.engine is not None and not self.draining
 
     @property
     def at_work(self) -> bool:
-        """Whether the thread has not ended: after `drain`, it is in the middle of a long program."""
+        """Return whether the thread still runs: after `drain`, it is in the middle of a long program."""
         return self._thread.is_alive()
 
     @property
@@ -171,7 +171,7 @@ class EngineService:
         return len(self._tickets)
 
     def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> ServiceJob:
-        """Queues prompts (token ids) with their parameters, all or none.
+        """Queue prompts (token ids) with their parameters, all or none.
 
         Raises:
             Full: too many wait already.
@@ -191,7 +191,7 @@ class EngineService:
         return job
 
     def abort(self, ticket: Ticket) -> None:
-        """Gives a prompt up; its pages are free after the engine's next step, and nothing more of it comes."""
+        """Abort a prompt; its pages are free after the engine's next step, and nothing more of it comes."""
         ticket.job.open.discard(ticket)
         if ticket in self._tickets:
             self._post(lambda: self._abort(ticket))
@@ -242,7 +242,7 @@ class EngineService:
         return await answer
 
     async def drain(self, seconds: float) -> None:
-        """Takes no more work, lets what runs and waits finish for so many seconds, aborts the rest, ends the thread."""
+        """Take no more work, let open prompts finish for so many seconds, abort the rest, and end the thread."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -260,7 +260,7 @@ class EngineService:
             self._wake.notify()
 
     def _finish(self, ticket: Ticket, event: "Progress | Exception") -> None:
-        """Hands an event over and, if it is the last, forgets the ticket. In the event loop."""
+        """Hand an event over and, if it is the last, drop the ticket. Runs in the event loop."""
         ticket.job.give(ticket, event)
         if isinstance(event, Exception) or event.finish:
             self._tickets.discard(ticket)
@@ -363,7 +363,7 @@ class EngineService:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, events: "Sequence[tuple[Ticket | None, Progress | Exception]]") -> None:
-        """In the event loop: one call for all that a step brought."""
+        """Deliver all that a step brought in one call. Runs in the event loop."""
         for ticket, event in events:
             if ticket is not None:
                 self._finish(ticket, event)

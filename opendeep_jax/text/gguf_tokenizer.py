@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF files have them, and back: tokens, merges or scores, and the name of a way to split text.
+"""Tokenizers from GGUF files and into them: tokens, merges or scores, and the name of a pre-tokenizer.
 
 `gpt2` is byte-level BPE, whose splits llama.cpp knows by name; `llama` is SentencePiece's BPE with scores.
 """

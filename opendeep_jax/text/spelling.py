@@ -83,7 +83,7 @@ class Spelling:
 
 
 class Speech:
-    """Tokens written as text while they come: nothing is given out that a later token could change."""
+    """Incremental decoder of tokens: no text is given out that a later token could change."""
 
     def __init__(self, spelling: Spelling, hidden: Collection[int] = (), begun: bool = False):
         """

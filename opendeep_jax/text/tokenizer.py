@@ -84,7 +84,7 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """Begins a document."""
+        """Id of the token that begins a document."""
         return self.begin_id
 
     @property
@@ -132,7 +132,7 @@ class Tokenizer:
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
-        """Stands for what it has no token for."""
+        """Id of the token for text that has no token."""
         model = self.description["model"]
         return model["unk_id"] if "unk_id" in model else self.library.token_to_id(model.get("unk_token") or "")
 

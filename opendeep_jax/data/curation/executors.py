@@ -1,4 +1,4 @@
-"""Who runs the stages: processes of this machine, or datatrove's executors for Slurm and Ray.
+"""Executors of the stages: processes of this machine, or datatrove's executors for Slurm and Ray.
 
 A stage is a number of ranks that know nothing of each other; the stages follow each other. Whatever is done already is
 not done again. On Slurm and Ray data.directory must be on a disk that all machines share.

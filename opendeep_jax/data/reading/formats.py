@@ -49,7 +49,7 @@ TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "
 
 
 class Malformed(str):
-    """Stands for a record that cannot be parsed, and says why."""
+    """Record that cannot be parsed, and the reason."""
 
 
 class SourceFile(NamedTuple):

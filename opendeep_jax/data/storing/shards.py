@@ -59,7 +59,7 @@ def write_shard(
     known_hash: str | None,
     advance: Callable[[int], None],
 ) -> None:
-    """Tokenizes `parts` into the shard `name` of the store at `store`, calling `advance` with bytes of the parts.
+    """Tokenize `parts` into the shard `name` of the store at `store`, calling `advance` with bytes of the parts.
 
     The shard appears whole or not at all, and is made of the parts and the tokenizer alone.
 

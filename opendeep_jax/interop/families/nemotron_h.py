@@ -103,7 +103,7 @@ def _time_steps_from(raw: Raw) -> dict[str, Any]:
 
 
 def _experts_from(raw: Raw) -> dict[str, Any]:
-    """How many experts there are, and how they are chosen: as in DeepSeek-V3."""
+    """Return the number of experts and their routing, as in DeepSeek-V3."""
     if "moe_latent_size" in raw:
         raise ConfigError(
             f"moe_latent_size = {raw['moe_latent_size']!r}: experts of a latent (Nemotron 3 Super and Ultra) can't be "

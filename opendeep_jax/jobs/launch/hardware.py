@@ -1,4 +1,4 @@
-"""What places call the chips that we know (`parallel/chips.py`), and how many of a slice's chips one machine has."""
+"""Names that clouds give to the chips of `parallel/chips.py`, and the number of a slice's chips per machine."""
 
 from opendeep_jax.plan.topology import Topology
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: the values of each axis, their combinations, and names that tell runs apart.
+"""Axes of a sweep: their values, the combinations of these, and names that tell runs apart.
 
     --sweep.optimizer.learning_rate=1e-4,3e-4        a list: for every method
     --sweep.optimizer.learning_rate=1e-4:1e-2:log    a range: for random and optuna
