@@ -89,7 +89,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """End a document."""
+        """Id of the token that ends a document."""
         return self.end_ids[0]
 
     @functools.cached_property
