@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from opendeep_jax.cli.starts import told_to_stop
+from opendeep_jax.cli.starts import exclude_from_count
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 
 UNWIND_SECONDS = 5.0
@@ -55,7 +55,7 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
             pass
         if heard:
             say(heard[0])
-            told_to_stop()
+            exclude_from_count()
             time.sleep(UNWIND_SECONDS)
             exit(STATUSES[heard[0]])
         os.close(reader)

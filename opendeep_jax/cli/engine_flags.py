@@ -72,7 +72,7 @@ def read_flags(
     return values, Choice(source, values.dtype, step, parallel)
 
 
-def sampling(values: flags.FlagValues, codec: "Tokenizer", **given: int) -> SamplingParams:
+def sampling(values: flags.FlagValues, tokenizer: "Tokenizer", **given: int) -> SamplingParams:
     """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
 
     What is not on the command line is as the model's own generation_config.json has it, if that says something.
@@ -82,7 +82,7 @@ def sampling(values: flags.FlagValues, codec: "Tokenizer", **given: int) -> Samp
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     try:
         asked = {name: values[name].value for name in names}
-        own = sampling_defaults(codec)
+        own = sampling_defaults(tokenizer)
         own = {name: value for name, value in own.items() if name not in names or not values[name].present}
         return SamplingParams(**asked | own | given)
     except ConfigError as error:

@@ -106,11 +106,11 @@ def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
 
     from opendeep_jax.evaluation.results import table, task_results
 
-    engine, codec, about = _open(values, choice)
+    engine, tokenizer, about = _open(values, choice)
     if values.prompts == "chat":
-        codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
+        tokenizer.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
     with _Bar() as bar:
-        model = HarnessModel(engine, codec, about["model"]["name"], values.prompts == "chat", values.seed, bar.show)
+        model = HarnessModel(engine, tokenizer, about["model"]["name"], values.prompts == "chat", values.seed, bar.show)
         raw = run_tasks(model, known, names, values.limit, values.num_fewshot, values.max_tokens)
     tasks = task_results(raw)
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table(tasks))
@@ -125,23 +125,27 @@ def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
     from opendeep_jax.evaluation.perplexity import perplexity, read_documents
 
     documents = read_documents(values.text)
-    engine, codec, about = _open(values, choice)
+    engine, tokenizer, about = _open(values, choice)
     with _Bar() as bar:
-        found = perplexity(engine, codec, documents, values.stride, values.seed, lambda *at: bar.show("windows", *at))
+        found = perplexity(
+            engine, tokenizer, documents, values.stride, values.seed, lambda *at: bar.show("windows", *at)
+        )
     return about | {"text": values.text} | found
 
 
 def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
-    """The engine and the codec of a source, and what they are."""
+    """The engine and the tokenizer of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
     from opendeep_jax.generation.requests import DEFAULT_LENGTH, EngineConfig
     from opendeep_jax.pretrained.engines import open_engine
-    from opendeep_jax.pretrained.sources import open_codec
+    from opendeep_jax.pretrained.sources import open_tokenizer
 
-    codec, name = open_codec(choice.source)
-    engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH)
+    tokenizer, name = open_tokenizer(choice.source)
+    engine = open_engine(
+        choice, tokenizer, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH
+    )
     about = {"model": describe_model(engine.model, name, choice.source, choice.step), "versions": versions()}
-    return engine, codec, about
+    return engine, tokenizer, about
 
 
 class _Bar:

@@ -44,11 +44,11 @@ def main(argv: Sequence[str]) -> None:
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")
 
-    from opendeep_jax.pretrained.sources import open_codec
+    from opendeep_jax.pretrained.sources import open_tokenizer
     from opendeep_jax.serving.continuation import continued, read_prompts
 
-    codec, _ = open_codec(choice.source)
-    params = sampling(values, codec, max_tokens=values.max_tokens)
+    tokenizer, _ = open_tokenizer(choice.source)
+    params = sampling(values, tokenizer, max_tokens=values.max_tokens)
     prompts = read_prompts(Path(values.prompts)) if values.prompts else [values.prompt]
     texts = [prompt for prompt in prompts for _ in range(values.n)]
     each = [dataclasses.replace(params, seed=(params.seed + i % values.n) % 2**32) for i in range(len(texts))]
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
 
     slots = min(values.slots, len(texts))
     config = EngineConfig(slots=slots, max_length=values.max_length, speculate=values.speculate)
-    engine = open_engine(choice, codec, config)
-    pieces = continued(engine, codec, texts, each, [values.stop])
+    engine = open_engine(choice, tokenizer, config)
+    pieces = continued(engine, tokenizer, texts, each, [values.stop])
     if len(texts) == 1:
         _print_one(texts[0], pieces)
     else:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
         file = read_gguf(source)
         facts = facts_of_gguf(source, file.fields)
-        model_config, codec = config_of(file), tokenizer_from_gguf_fields(file.fields)
+        model_config, tokenizer = config_of(file), tokenizer_from_gguf_fields(file.fields)
         beside = licenses_of_gguf(file.fields)
     else:
         from opendeep_jax.interop import config_from_hf, load_hf
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)
-        model_config, codec = config_from_hf(source), tokenizer_from_hf(source)
+        model_config, tokenizer = config_from_hf(source), tokenizer_from_hf(source)
         beside = licenses(source)
     if not flags.config and model_config.context_length:  # rows are asked for by nobody: no longer than the model reads
         length = min(recipe.data.sequence_length, model_config.context_length)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)
     found = {"mtp": mtp, "tie_embeddings": model.config.tie_embeddings}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
-    import_run(model, codec, config, flags.out, beside)
+    import_run(model, tokenizer, config, flags.out, beside)
     write_imported_from(flags.out, facts)
     print(f"imported: {flags.out}\n{_next(config, flags.out, flags.config)}")
 

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
             return module.main(rest) or 0
     except (Exception, KeyboardInterrupt) as error:
-        status = explained(command, error)
+        status = report_error(command, error)
         if status is None:
             raise
         return status
@@ -106,7 +106,7 @@ def _no_command(word: str, rest: Sequence[str]) -> str:
     return f"there is no command {word}.{hint}{commands}"
 
 
-def explained(command: str, error: BaseException) -> int | None:
+def report_error(command: str, error: BaseException) -> int | None:
     """Print what ended a command, in one paragraph, and return the exit status; None for a bug."""
     status, text = explanation(command, error)
     if text:
@@ -145,7 +145,7 @@ def script() -> int:
     try:
         _prepare()
     except KeyboardInterrupt as error:  # before the command has begun
-        return explained(sys.argv[1] if len(sys.argv) > 1 else "", error) or INTERRUPTED
+        return report_error(sys.argv[1] if len(sys.argv) > 1 else "", error) or INTERRUPTED
     return main()
 
 

@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'opendeep-jax[serve]'")
 
     from opendeep_jax.pretrained.engines import open_engine
-    from opendeep_jax.pretrained.sources import open_codec, sampling_defaults
+    from opendeep_jax.pretrained.sources import open_tokenizer, sampling_defaults
     from opendeep_jax.serving.run import listen, run
     from opendeep_jax.serving.server import ServerConfig, make_app
     from opendeep_jax.serving.service import EngineService, no_warm_up
 
     listening = listen(values.host, values.port)  # a port that is taken is said before the model is read
-    codec, name = open_codec(choice.source)
+    tokenizer, name = open_tokenizer(choice.source)
     name, key = values.name or name, values.api_key or os.environ.get("OPENDEEP_API_KEY", "")
 
     def make_engine() -> "Engine":
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         from opendeep_jax.generation.requests import EngineConfig
 
         settings = {name: values[name].value for name in ("slots", "max_length", "cache_tokens", "speculate")}
-        return open_engine(choice, codec, EngineConfig(**settings))
+        return open_engine(choice, tokenizer, EngineConfig(**settings))
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     warm_up = partial(compiling, longest=values.warm_up) if values.warm_up else no_warm_up
@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
         request_seconds=values.timeout,
         origins=_origins(values.cors_origins),
     )
-    defaults = sampling_defaults(codec)
-    app = make_app(name, service, codec, config, defaults)
+    defaults = sampling_defaults(tokenizer)
+    app = make_app(name, service, tokenizer, config, defaults)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if values.host not in LOCAL and not key:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
 
     status = OK if run(app, service, listening, values.drain_seconds, started) else INTERRUPTED
-    if service.at_work:  # the interpreter's own end would tear the thread out of a running program, and abort
+    if service.alive:  # the interpreter's own end would tear the thread out of a running program, and abort
         sys.stdout.flush()
         os._exit(status)
     return status

@@ -99,7 +99,7 @@ def _prepare(config: RunConfig, progress: bool, exact_mixture: bool, for_run: bo
     """Open everything, made first where it is not there. `exact_mixture` is False for a run that began when weights
     with long patterns were rounded."""
     data = config.data
-    left_out = warn_of_unread_files(config)
+    left_out = skipped_files(config)
     sources = curate(data, progress=progress)
     for source in sources:
         _check_can_hold_out(source, data.held_out_fraction)
@@ -139,7 +139,7 @@ def _check_plans(data: Data) -> None:
             raise ConfigError(wrong[0])
 
 
-def warn_of_unread_files(config: RunConfig) -> list[dict[str, int]]:
+def skipped_files(config: RunConfig) -> list[dict[str, int]]:
     """Files of each source that hold no document, by reason. Warns of them, and of licenses that nobody knows."""
     found = []
     for number, source in enumerate(config.data.sources):

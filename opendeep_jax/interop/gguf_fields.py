@@ -34,7 +34,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
         if architecture in ONLY_EXPERTS and not config.moe.num_experts:
             continue
         fields = _fields(config, architecture)
-        lost = _lost(config, fields, architecture)
+        lost = _not_described(config, fields, architecture)
         if not lost:
             return fields
         tried.append((len(lost), architecture, lost))
@@ -46,7 +46,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> list[tuple[str, Any, Any]]:
+def _not_described(config: ModelConfig, fields: dict[str, Any], architecture: str) -> list[tuple[str, Any, Any]]:
     """Return what the metadata does not describe of a model: (field, value here, value there)."""
     shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
     if config.attention.q_lora_rank:
@@ -54,10 +54,10 @@ def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> lis
     if config.moe.use_router_bias:
         shapes["exp_probs_b.bias"] = ()
     try:
-        there = _essence(config_from_gguf(fields, shapes, complete=False), architecture)
+        there = _computation(config_from_gguf(fields, shapes, complete=False), architecture)
     except ConfigError as error:
         return [("attention", config.attention.kind, str(error))]
-    here = _essence(config, architecture)
+    here = _computation(config, architecture)
     lost = [(name, here.get(name), there.get(name)) for name in sorted({*here, *there})]
     lost = [entry for entry in lost if not _equal(*entry[1:])]
     size = config.hidden_size / config.attention.num_heads
@@ -72,7 +72,7 @@ def _equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _essence(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def _computation(config: ModelConfig, architecture: str) -> dict[str, Any]:
     """Return the settings that decide the model's computation, by dotted name."""
     model, attention, moe = (dataclasses.asdict(part) for part in (config, config.attention, config.moe))
     rope = attention.pop("rope")

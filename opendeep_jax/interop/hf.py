@@ -25,7 +25,7 @@ from opendeep_jax.interop.hf_card import Provenance, model_card
 from opendeep_jax.interop.hf_config import config_from_hf, config_to_hf, family_of, family_of_directory
 from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
-from opendeep_jax.interop.hf_text import put_beside, text_files
+from opendeep_jax.interop.hf_text import text_files, write_text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
 from opendeep_jax.interop.reading import compute_dtype, describe_mismatch, empty, weight_sharding
 from opendeep_jax.interop.safetensors import StoredTensor, TensorSpec, read_directory, write_directory
@@ -234,7 +234,7 @@ def save_hf(
     raw["torch_dtype"] = arrays["embedding.embedding"].dtype.name
     directory.mkdir(parents=True, exist_ok=True)
     write_directory(directory, specs, _hub_values(arrays, (tensors[name] for name in names)), max_shard_bytes)
-    put_beside(texts, directory)
+    write_text_files(texts, directory)
     card = directory / "README.md"
     if not card.exists():
         write_atomically(card, model_card(config, family.architecture, count_parameters(config), provenance))

@@ -14,7 +14,7 @@ from typing import Any
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
 from opendeep_jax.interop.families import BY_MODEL_TYPE, FAMILIES
-from opendeep_jax.interop.hf_family import Family, require, whole
+from opendeep_jax.interop.hf_family import Family, integer, require
 
 MAX_BYTES = 16 * 2**20
 """Largest config.json that is read; published ones have a few kilobytes."""
@@ -137,7 +137,7 @@ def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"{family.model_type} needs the keys {', '.join(missing)}, which are missing. Add them.")
     for key, value in family.fixed.items():
         require(raw, key, value)
-    whole(raw, "max_position_embeddings")  # of which 0 would mean something else in our configuration
+    integer(raw, "max_position_embeddings")  # of which 0 would mean something else in our configuration
     return _build(
         dict(family.implied)
         | {field: raw[key] for key, field in family.fields.items()}

@@ -115,7 +115,7 @@ def require(raw: Raw, key: str, value: Any) -> None:
         raise ConfigError(f"{key} = {raw[key]!r}: only {value!r} can be read. This variant is not implemented here.")
 
 
-def whole(raw: Raw, key: str) -> int:
+def integer(raw: Raw, key: str) -> int:
     """The whole number of at least 1 under a key. Raises ConfigError for anything else."""
     value = raw.get(key)
     if type(value) is not int or value < 1:
@@ -131,7 +131,7 @@ def number(raw: Raw, key: str, default: float | None = None) -> float:
     return value
 
 
-def truth(raw: Raw, key: str) -> bool:
+def boolean(raw: Raw, key: str) -> bool:
     """Return whether a key is there and true. Raises ConfigError for anything but true and false."""
     value = raw.get(key, False)
     if type(value) is not bool:
@@ -145,17 +145,17 @@ def read_heads(raw: Raw, head_dim: int = 0) -> dict[str, Any]:
     Args:
         head_dim: What the family takes where the key is absent; 0 divides hidden_size among the heads.
     """
-    heads = whole(raw, "num_attention_heads")
+    heads = integer(raw, "num_attention_heads")
     if "head_dim" in raw:
-        head_dim = whole(raw, "head_dim")
+        head_dim = integer(raw, "head_dim")
     elif not head_dim:
-        head_dim, rest = divmod(whole(raw, "hidden_size"), heads)
+        head_dim, rest = divmod(integer(raw, "hidden_size"), heads)
         if rest:
             raise ConfigError(
                 f"hidden_size = {raw['hidden_size']}: must be a multiple of num_attention_heads = {heads} where "
                 "head_dim is absent. Add head_dim."
             )
-    kv_heads = whole(raw, "num_key_value_heads") if "num_key_value_heads" in raw else heads
+    kv_heads = integer(raw, "num_key_value_heads") if "num_key_value_heads" in raw else heads
     return {"attention.num_kv_heads": kv_heads, "attention.head_dim": head_dim}
 
 
@@ -166,7 +166,7 @@ def write_heads(config: ModelConfig) -> dict[str, Any]:
 
 def read_biases(raw: Raw) -> dict[str, Any]:
     """attention_bias, which stands for all four projections."""
-    bias = truth(raw, "attention_bias")
+    bias = boolean(raw, "attention_bias")
     return {"attention.qkv_bias": bias, "attention.out_bias": bias}
 
 
@@ -184,7 +184,7 @@ def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, A
     Raises:
         ConfigError: another number of layer types than layers, an unknown type, or no window for those that slide.
     """
-    layers = whole(raw, "num_hidden_layers")
+    layers = integer(raw, "num_hidden_layers")
     types = raw.get("layer_types")
     if types is None:
         # A config.json may claim any number of layers; no list of them is made before the files are looked at.
@@ -198,7 +198,7 @@ def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, A
         sliding = tuple(layer for layer, kind in enumerate(types) if kind == SLIDING)
     if not sliding:
         return {}
-    return {"attention.sliding_layers": sliding, "attention.window": whole(raw, "sliding_window")}
+    return {"attention.sliding_layers": sliding, "attention.window": integer(raw, "sliding_window")}
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:

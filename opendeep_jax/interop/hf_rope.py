@@ -9,7 +9,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RopeConfig
-from opendeep_jax.interop.hf_family import FULL, SLIDING, Raw, number, require, whole
+from opendeep_jax.interop.hf_family import FULL, SLIDING, Raw, integer, number, require
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Keys that this module reads."""
@@ -112,12 +112,12 @@ def _by_layer_type(raw: Raw) -> bool:
 
 def _original_length(raw: Raw, found: Raw) -> int:
     key = "original_max_position_embeddings"
-    return whole(found, key) if key in found else whole(raw, "max_position_embeddings")
+    return integer(found, key) if key in found else integer(raw, "max_position_embeddings")
 
 
 def _read_yarn(raw: Raw, found: Raw) -> dict[str, Any]:
     length = _original_length(raw, found)
-    factor = number(found, "factor") if "factor" in found else whole(raw, "max_position_embeddings") / length
+    factor = number(found, "factor") if "factor" in found else integer(raw, "max_position_embeddings") / length
     fields = {
         "yarn_factor": factor,
         "yarn_original_length": length,

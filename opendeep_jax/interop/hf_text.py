@@ -86,7 +86,7 @@ def text_files(source: str | Path | None) -> TextFiles:
     return TextFiles(copied, written, ids)
 
 
-def carried(directory: Path) -> list[Path]:
+def text_paths(directory: Path) -> list[Path]:
     """The files of a model's directory that say something about its text, config.json among them."""
     return [directory / name for name in ("config.json", *FILES) if (directory / name).is_file()]
 
@@ -131,7 +131,7 @@ def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, ids
 
 
-def put_beside(files: TextFiles, directory: Path) -> None:
+def write_text_files(files: TextFiles, directory: Path) -> None:
     """Copy and write the files, each in one step."""
     for name, path in files.copied.items():
         with replacing(directory / name) as temporary:

@@ -36,11 +36,11 @@ class Choice:
     parallel: ParallelConfig = ONE_DEVICE
 
 
-def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
-    """An engine of the model, which chooses among the tokens of its codec.
+def open_engine(choice: Choice, tokenizer: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
+    """An engine of the model, which chooses among the tokens of its tokenizer.
 
     Args:
-        codec: The model's.
+        tokenizer: The model's.
         config: Its `vocab_size` is filled in, and its `slots` are raised to what the mesh divides.
         default_length: Longest prompt and output where `config` has no `max_length` and the model allows more; 0
             takes what memory holds in every slot, 4,096 at least.
@@ -59,7 +59,7 @@ def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", defa
         config,
         slots=-(-config.slots // together) * together,
         max_length=config.max_length or (min(default_length, model_config.max_length) if default_length else 0),
-        vocab_size=min(codec.vocab_size, model_config.vocab_size),
+        vocab_size=min(tokenizer.vocab_size, model_config.vocab_size),
     )
     check_settings(config, model_config, sizes)
     mesh = None

@@ -56,8 +56,8 @@ def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
     raise ConfigError(f"--model={source}: holds no model. {CURE}")
 
 
-def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
-    """The text codec of a source, and the name of its model. Raises ConfigError where its files are not sound."""
+def open_tokenizer(source: str | Path) -> tuple["Tokenizer", str]:
+    """The text tokenizer of a source, and the name of its model. Raises ConfigError where its files are not sound."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":
@@ -75,14 +75,14 @@ def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
             return model_tokenizer(path), load_run_config(path).name or path.name
 
 
-def sampling_defaults(codec: "Tokenizer") -> dict[str, float]:
+def sampling_defaults(tokenizer: "Tokenizer") -> dict[str, float]:
     """Return how a model's own generation_config.json samples, as far as it says, wherever the model came from."""
-    found = {name: codec.generation.get(name) for name in SAMPLING}
+    found = {name: tokenizer.generation.get(name) for name in SAMPLING}
     given = {name: value for name, value in found.items() if isinstance(value, int | float) and type(value) is not bool}
-    return {name: value for name, value in given.items() if _makes_sense(name, value)}
+    return {name: value for name, value in given.items() if _is_honored(name, value)}
 
 
-def _makes_sense(name: str, value: float) -> bool:
+def _is_honored(name: str, value: float) -> bool:
     """Return whether a sampling setting of a file can be honored; warn about the others, which are ignored."""
     from opendeep_jax.generation.requests import SamplingParams
 
@@ -138,10 +138,10 @@ def keep_programs() -> None:
 
 
 def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> tuple["Decoder", "Tokenizer", str]:
-    """`open_weights` and `open_codec`: the model, its codec, its name. Raises ConfigError as they do."""
+    """`open_weights` and `open_tokenizer`: the model, its tokenizer, its name. Raises ConfigError as they do."""
     check_choice(source_kind(source), source, dtype, step)
-    codec, name = open_codec(source)
-    return open_weights(source, dtype, step), codec, name
+    tokenizer, name = open_tokenizer(source)
+    return open_weights(source, dtype, step), tokenizer, name
 
 
 def check_choice(kind: str, source: str | Path, dtype: str, step: int | None) -> None:

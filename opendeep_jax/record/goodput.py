@@ -173,7 +173,7 @@ class Account:
             return
         seconds, before = record["seconds"], self._starts.get(record["start"])
         if before is None:
-            self._throw_away(record["first_step"])
+            self._roll_back(record["first_step"])
             if self._last is not None:  # a wall clock that was set back gives a gap of nothing
                 gap = record["wall"] - sum(seconds.values()) - self._last["wall"]
                 self._seconds["restart"] += max(gap, 0.0)
@@ -185,7 +185,7 @@ class Account:
         first, last = before["step"], record["step"]
         if last < first:
             self._waste(spent["step"], spent["data"])
-            self._throw_away(last)
+            self._roll_back(last)
             return
         skipped = record.get("skipped", 0) - before.get("skipped", 0)
         share = min(max(skipped / (last - first), 0.0), 1.0) if last > first else 0.0
@@ -196,7 +196,7 @@ class Account:
         """Return the sums so far; None before the first sound line."""
         return Goodput(dict(self._seconds), len(self._starts)) if self._starts else None
 
-    def _throw_away(self, step: int) -> None:
+    def _roll_back(self, step: int) -> None:
         """Count the work after `step` as waste: the run was rolled back there."""
         while self._kept and self._kept[-1][1] > step:
             first, last, computing, waiting = self._kept.pop()
@@ -237,7 +237,7 @@ class InputWatch:
         self._state = self._seen = "good"
         self._speeds: deque[float] = deque(maxlen=WINDOWS)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Learn the speed anew, as steps have another size from here on."""
         self._speeds.clear()
 

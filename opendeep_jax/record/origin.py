@@ -113,7 +113,7 @@ def write_imported_from(workdir: str | Path, facts: Mapping[str, Any]) -> None:
     Record(workdir).write(IMPORTED_FROM, dict(facts))
 
 
-def lost(
+def lost_state_error(
     workdir: Path, origin: dict[str, Any], before: int | None, notes: list[str], elsewhere: Path | None
 ) -> str | None:
     """Return a diagnosis with a fix where a run that has no state to go on from must not begin from its seed.

@@ -127,15 +127,15 @@ class RunView:
         self._tails = {name: Tail(self.workdir / name, drawn.get(name, 0)) for name in files}
         self._seen: dict[str, tuple] = {}
         for name in self._tails:
-            self._forget(name)
+            self._reset(name)
 
-    def look(self) -> "RunView":
+    def refresh(self) -> "RunView":
         """Read what is new, and return the view. Nothing that the files hold, or lack, makes it fail."""
         for name, tail in self._tails.items():
             if tail.restarted():
-                self._forget(name)
+                self._reset(name)
             for record in tail.read():
-                self._take(name, record)
+                self._add(name, record)
         self.goodput = self._account.goodput()
         if self._changed(CONFIG_FILE):
             self._read_config()
@@ -240,7 +240,7 @@ class RunView:
 
     # How it gets known
 
-    def _forget(self, name: str) -> None:
+    def _reset(self, name: str) -> None:
         """Void what was read of a file."""
         if name == METRICS:
             self.curves: dict[str, Curve] = defaultdict(Curve)
@@ -264,10 +264,10 @@ class RunView:
         else:
             self._account = Account()
 
-    def _take(self, name: str, record: dict) -> None:
+    def _add(self, name: str, record: dict) -> None:
         match name:
             case "metrics.jsonl":
-                self._take_step(record)
+                self._add_step(record)
             case "evaluation.jsonl":
                 x = number(record.get("tokens", record.get("step")))
                 self.held_out_now = number(record.get(HELD_OUT))
@@ -289,7 +289,7 @@ class RunView:
             case _:
                 self._account.add(record)
 
-    def _take_step(self, record: dict) -> None:
+    def _add_step(self, record: dict) -> None:
         step = number(record.get("step"))
         if step is None:
             return

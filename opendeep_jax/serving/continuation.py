@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def continued(
     engine: "Engine",
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),
@@ -27,17 +27,17 @@ def continued(
 
     Args:
         engine: idle.
-        params: each prompt's; the codec's end tokens are added.
+        params: each prompt's; the tokenizer's end tokens are added.
         stop: texts that end an output, and are no part of it.
     Raises:
         ConfigError: a prompt is too long; said at once, before the first piece is asked for.
     """
     requests = []
     for prompt, one in zip(prompts, params, strict=True):
-        ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
-        requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids)))
+        ids = tokenizer.encode_prompt(prompt) or list(tokenizer.end_ids[:1])  # no begin token: the end token
+        requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=tokenizer.end_ids)))
     stop = [text for text in stop if text]
-    return answer_all(engine, requests, [Answer(codec, stop, before=request.prompt) for request in requests])
+    return answer_all(engine, requests, [Answer(tokenizer, stop, before=request.prompt) for request in requests])
 
 
 def read_prompts(path: Path) -> list[str]:

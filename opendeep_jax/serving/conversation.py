@@ -18,7 +18,7 @@ class Conversation:
     """Messages so far, and the settings of the next answer."""
 
     engine: "Engine"
-    codec: Tokenizer
+    tokenizer: Tokenizer
     params: SamplingParams
     """How tokens are chosen; the rest of it is set for each answer."""
     max_tokens: int = 0
@@ -42,8 +42,8 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self.codec.apply_chat([*system, *asked])
-        prompt = self.codec.encode(rendered, special=True)
+        rendered = self.tokenizer.apply_chat([*system, *asked])
+        prompt = self.tokenizer.encode(rendered, special=True)
         room = self.engine.max_length - len(prompt)
         if room < 1:
             raise ConfigError(
@@ -52,8 +52,8 @@ class Conversation:
             )
         most = min(self.max_tokens or room, room)
         self.params = dataclasses.replace(self.params, seed=(self.params.seed + 1) % 2**32)
-        settings = dataclasses.replace(self.params, max_tokens=most, end_ids=self.codec.end_ids)
-        answer = Answer(self.codec, [], rendered)
+        settings = dataclasses.replace(self.params, max_tokens=most, end_ids=self.tokenizer.end_ids)
+        answer = Answer(self.tokenizer, [], rendered)
         request = self.engine.submit(prompt, settings)
         try:
             for _, piece in answer_all(self.engine, [request], [answer], stopped):

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from opendeep_jax.generation.answers import Piece
 from opendeep_jax.serving.answers import joined_calls
 from opendeep_jax.serving.errors import ApiError
-from opendeep_jax.serving.requests import Asked, chat
+from opendeep_jax.serving.requests import ApiRequest, chat
 from opendeep_jax.serving.schemas import ChatRequest, Strict
 
 INSTEAD = {
@@ -121,7 +121,7 @@ def response(body: ResponseRequest, *given: Any, seconds: float) -> "Response":
 
 
 class Response:
-    """One response as it grows: as `requests.Asked`, with the events and the spelling of this API.
+    """One response as it grows: as `requests.ApiRequest`, with the events and the spelling of this API.
 
     Args:
         body: What was asked.
@@ -130,7 +130,7 @@ class Response:
 
     scores_prompts = -1
 
-    def __init__(self, body: ResponseRequest, asked: Asked):
+    def __init__(self, body: ResponseRequest, asked: ApiRequest):
         self._asked, self._sequence = asked, 0
         self.prompts, self.requests, self.answers, self.stream = (
             asked.prompts, asked.requests, asked.answers, asked.stream
@@ -162,7 +162,7 @@ class Response:
             "user": body.more.get("user"),
         }
 
-    def whole(self, scores: None) -> dict[str, Any]:
+    def complete(self, scores: None) -> dict[str, Any]:
         """Return the response, once the answer is complete."""
         for _ in itertools.chain(self.add(0, self.answers[0].whole), self.end()):
             pass

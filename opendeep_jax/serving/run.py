@@ -92,7 +92,7 @@ def run(
 
     async def serve() -> None:
         serving = asyncio.ensure_future(server.serve([listening]))
-        waiting = asyncio.ensure_future(service.made())
+        waiting = asyncio.ensure_future(service.wait_started())
         await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if service.ready:

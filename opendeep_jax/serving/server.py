@@ -27,7 +27,7 @@ from opendeep_jax.serving import requests, responses
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
 from opendeep_jax.serving.metrics import Metrics
 from opendeep_jax.serving.page import page_response
-from opendeep_jax.serving.requests import Asked
+from opendeep_jax.serving.requests import ApiRequest
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
 from opendeep_jax.serving.service import EngineService, ServiceJob, Unavailable
 from opendeep_jax.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Served:
 
     name: str
     service: EngineService
-    codec: Tokenizer
+    tokenizer: Tokenizer
     config: ServerConfig
     metrics: Metrics
     since: int
@@ -87,7 +87,7 @@ class Served:
 def make_app(
     name: str,
     service: EngineService,
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     config: ServerConfig | None = None,
     defaults: Mapping[str, float] = requests.NONE,
 ) -> Starlette:
@@ -96,12 +96,12 @@ def make_app(
     Args:
         name: What clients call the model; only ever compared.
         service: The engine's service, not started.
-        codec: Text to the model's tokens and back.
+        tokenizer: Text to the model's tokens and back.
         defaults: The model's own sampling, for what a request leaves open.
     """
     templates = ThreadPoolExecutor(TEMPLATE_THREADS, "template")
     config = config or ServerConfig()
-    served = Served(name, service, codec, config, Metrics(service), int(time.time()), defaults, templates)
+    served = Served(name, service, tokenizer, config, Metrics(service), int(time.time()), defaults, templates)
 
     @contextlib.asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
@@ -125,7 +125,7 @@ def make_app(
             Route("/metrics", _metrics),
             Mount("/v1", routes=v1, middleware=[Middleware(_Guard, config=config)]),
         ],
-        middleware=[Middleware(_Counted, metrics=served.metrics), *_cors(config)],
+        middleware=[Middleware(_RequestCounter, metrics=served.metrics), *_cors(config)],
         exception_handlers={kind: error_response for kind in (*FORESEEN, Exception)},
         lifespan=lifespan,
     )
@@ -194,17 +194,17 @@ async def _respond(request: Request) -> Response:
     return await _answer(request, partial(_read, responses.read, read), served.templates)
 
 
-def _read(parse: Callable[[bytes], Any], prepare: Callable[..., Asked], served: Served, body: bytes) -> Asked:
+def _read(parse: Callable[[bytes], Any], prepare: Callable[..., ApiRequest], served: Served, body: bytes) -> ApiRequest:
     """Return what a body asks of the engine."""
     if served.service.limits is None:
         raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
     found = parse(body)
     _check_model(served, found.model or served.name)
-    return prepare(found, served.codec, served.service.limits, served.name, served.defaults)
+    return prepare(found, served.tokenizer, served.service.limits, served.name, served.defaults)
 
 
 async def _answer(
-    request: Request, read: Callable[[Served, bytes], Asked], pool: ThreadPoolExecutor | None = None
+    request: Request, read: Callable[[Served, bytes], ApiRequest], pool: ThreadPoolExecutor | None = None
 ) -> Response:
     """Answer a request, whole or as a stream; the time that it may take begins as its body is there.
 
@@ -220,20 +220,20 @@ async def _answer(
     job = served.service.submit(asked.requests)
     if asked.stream:
         return _EventStream(job, _events(served, asked, job, until))
-    return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
+    return JSONResponse(await _while_connected(request, _complete(served, asked, job, until)))
 
 
-async def _whole(served: Served, asked: Asked, job: ServiceJob, until: float) -> dict[str, Any]:
+async def _complete(served: Served, asked: ApiRequest, job: ServiceJob, until: float) -> dict[str, Any]:
     async with job, asyncio.timeout_at(until):
         scores = None
         if asked.scores_prompts >= 0:
             scores = await served.service.score(asked.prompts, [1] * len(asked.prompts), asked.scores_prompts)
         async for _ in _pieces(served, asked, job):
             pass
-    return asked.whole(scores)
+    return asked.complete(scores)
 
 
-async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -> AsyncIterator[str]:
+async def _events(served: Served, asked: ApiRequest, job: ServiceJob, until: float) -> AsyncIterator[str]:
     """The server-sent events of a stream. An error that comes late is the last one."""
     try:
         async with asyncio.timeout_at(until):
@@ -250,7 +250,7 @@ async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -
         yield _event(asked.failed(as_api_error(error).body))
 
 
-async def _pieces(served: Served, asked: Asked, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
+async def _pieces(served: Served, asked: ApiRequest, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
     """Yield each new piece with the index of its choice."""
     async for index, progress in job:
         answer = asked.answers[index]
@@ -285,7 +285,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     """The result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
 
     async def gone() -> None:
@@ -367,7 +367,7 @@ class _Guard:
         await self._app(scope, receive, send)
 
 
-class _Counted:
+class _RequestCounter:
     """Middleware that counts answered requests by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):

@@ -88,7 +88,7 @@ class ServiceJob:
                 raise event
             yield ticket.index, event
 
-    def give(self, ticket: Ticket, event: "Progress | Exception") -> None:
+    def put(self, ticket: Ticket, event: "Progress | Exception") -> None:
         """Take one piece of progress. The event loop's alone to call."""
         if ticket in self.open:
             self._events.put_nowait((ticket, event))
@@ -151,7 +151,7 @@ class EngineService:
         self._idle.set()
         self._thread.start()
 
-    async def made(self) -> None:
+    async def wait_started(self) -> None:
         """Wait until the engine is there or could not be made."""
         await self._made.wait()
 
@@ -161,7 +161,7 @@ class EngineService:
         return self.engine is not None and not self.draining
 
     @property
-    def at_work(self) -> bool:
+    def alive(self) -> bool:
         """Return whether the thread still runs: after `drain`, it is in the middle of a long program."""
         return self._thread.is_alive()
 
@@ -236,7 +236,7 @@ class EngineService:
                 result = work(self.engine)
             except Exception as raised:
                 error = raised
-            self._tell(settle, result, error)
+            self._call_in_loop(settle, result, error)
 
         self._post(run)
         return await answer
@@ -261,7 +261,7 @@ class EngineService:
 
     def _finish(self, ticket: Ticket, event: "Progress | Exception") -> None:
         """Hand an event over and, if it is the last, drop the ticket. Runs in the event loop."""
-        ticket.job.give(ticket, event)
+        ticket.job.put(ticket, event)
         if isinstance(event, Exception) or event.finish:
             self._tickets.discard(ticket)
             if not self._tickets:
@@ -295,12 +295,12 @@ class EngineService:
             self.limits = Limits(engine.slots, engine.capacity, engine.vocab_size)
             self.engine = engine
         except Exception as error:
-            self.failure = _said(error)
+            self.failure = _short_message(error)
             if self._made.is_set():
                 log.exception("the engine could not be made again")
             else:
                 self.refusal = error
-        self._tell(self._made.set)
+        self._call_in_loop(self._made.set)
 
     def _step(self) -> None:
         progress = []
@@ -311,11 +311,11 @@ class EngineService:
                 progress = self.engine.step()
         except Exception as error:
             log.exception("the engine failed; its requests fail, and it is made again")
-            self._give_up(_said(error))
+            self._fail_all(_short_message(error))
         else:
             if progress:
                 self.failure = ""
-                self._tell(self._deliver, [(self._ticket(each), each) for each in progress])
+                self._call_in_loop(self._deliver, [(self._ticket(each), each) for each in progress])
         if self.engine is None:  # made again only here, where nothing holds on to the memory of the one that failed
             self._make()
 
@@ -327,12 +327,12 @@ class EngineService:
             self._warm_up = no_warm_up
             raise
 
-    def _give_up(self, reason: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         """All that runs fails, and the engine goes: what a failed step leaves behind is not to be trusted."""
         self.failure, self.engine, self.preparing = reason, None, ""
         failed = [(ticket, Failed(f"The engine failed: {reason}")) for ticket in self._running.values()]
         self._running.clear()
-        self._tell(self._deliver, failed)
+        self._call_in_loop(self._deliver, failed)
 
     def _ticket(self, progress: "Progress") -> Ticket | None:
         key = id(progress.request)
@@ -340,7 +340,7 @@ class EngineService:
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket not in ticket.job.open:  # its client went while it was on the way
-            self._tell(self._finish, ticket, Failed("The request was given up."))
+            self._call_in_loop(self._finish, ticket, Failed("The request was given up."))
             return
         try:
             if self.engine is None:
@@ -349,8 +349,8 @@ class EngineService:
         except Exception as error:
             if not isinstance(error, ConfigError | Failed):
                 log.exception("the engine did not take a request")
-                error = Failed(f"The engine did not take the request: {_said(error)}")
-            self._tell(self._finish, ticket, error)
+                error = Failed(f"The engine did not take the request: {_short_message(error)}")
+            self._call_in_loop(self._finish, ticket, error)
         else:
             self._running[id(ticket.request)] = ticket
 
@@ -358,7 +358,7 @@ class EngineService:
         if ticket.request is not None and id(ticket.request) in self._running:
             self.engine.abort(ticket.request)
 
-    def _tell(self, function: Callable, *arguments) -> None:
+    def _call_in_loop(self, function: Callable, *arguments) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
             self._loop.call_soon_threadsafe(function, *arguments)
 
@@ -369,7 +369,7 @@ class EngineService:
                 self._finish(ticket, event)
 
 
-def _said(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
     """An error in one short line; what jaxlib says of a failed program can be pages."""
     first = str(error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

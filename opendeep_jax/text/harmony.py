@@ -23,7 +23,7 @@ HEADER = re.compile(r"\s*(?:assistant\b)?\s*(?:to=\S*)?\s*(?:\bjson\b)?\s*\Z")
 WORDS = ("assistant", "to=", "json")
 
 
-class Call(NamedTuple):
+class CallDelta(NamedTuple):
     """The new part of a tool call."""
 
     index: int
@@ -33,12 +33,12 @@ class Call(NamedTuple):
     arguments: str
 
 
-class Spoken(NamedTuple):
+class TextDelta(NamedTuple):
     """The new part of a text."""
 
     thinking: str = ""
     answer: str = ""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
 
 
 class HarmonyStream:
@@ -72,40 +72,40 @@ class HarmonyStream:
             if self._header == "assistant":
                 self._header, self._marked = "", False
 
-    def push(self, text: str) -> Spoken:
+    def push(self, text: str) -> TextDelta:
         """Take the next text; returns what of it is certain now."""
         return self._read(self._held + text, final=False)
 
-    def finish(self) -> Spoken:
+    def finish(self) -> TextDelta:
         """The rest, when no more text comes. The rest of a header is nothing."""
         return self._read(self._held, final=True)
 
-    def _read(self, text: str, final: bool) -> Spoken:
-        out = _Pieces()
+    def _read(self, text: str, final: bool) -> TextDelta:
+        out = _Deltas()
         at = 0
         for found in CONTROL.finditer(text):
-            self._words(text[at : found.start()], out, final=True)
+            self._read_text(text[at : found.start()], out, final=True)
             self._control(found[1], out)
             at = found.end()
         rest, self._held = text[at:], ""
         if not final and (begun := BEGUN.search(rest)):
             rest, self._held = rest[: begun.start()], rest[begun.start() :]
-        self._words(rest, out, final=False)
+        self._read_text(rest, out, final=False)
         if final:
-            self._plain(out, final=True)
-            self._tell_preamble(out, "answer")
-        return Spoken(out.text["thinking"], out.text["answer"], tuple(out.calls))
+            self._check_header(out, final=True)
+            self._append_preamble(out, "answer")
+        return TextDelta(out.text["thinking"], out.text["answer"], tuple(out.calls))
 
-    def _words(self, text: str, out: "_Pieces", final: bool) -> None:
+    def _read_text(self, text: str, out: "_Pieces", final: bool) -> None:
         """Text between control tokens."""
         if self._header is None:
-            self._give(text, out)
+            self._append_open(text, out)
         else:
             self._header += text
             if not final:
-                self._plain(out, final=False)
+                self._check_header(out, final=False)
 
-    def _plain(self, out: "_Pieces", final: bool) -> None:
+    def _check_header(self, out: "_Pieces", final: bool) -> None:
         """A header that no header can be is an answer without one."""
         header = self._header
         if header is None or self._marked or not header.strip():
@@ -115,7 +115,7 @@ class HarmonyStream:
         may = HEADER.match(header) or (begun and HEADER.match(header[: len(header) - len(words[-1])]))
         if not may or (final and not (self._controlled and HEADER.match(header))):
             self._open("answer")
-            self._give(header, out)
+            self._append_open(header, out)
 
     def _control(self, name: str, out: "_Pieces") -> None:
         self._controlled = True
@@ -129,7 +129,7 @@ class HarmonyStream:
             self._marked = True
         elif name in ("start", "end", "return", "call"):
             if self._header is not None and not self._marked and name != "start":
-                self._plain(out, final=True)
+                self._check_header(out, final=True)
             self._close()
             self._marked = name == "start"
 
@@ -148,44 +148,44 @@ class HarmonyStream:
 
     def _open(self, kind: str, out: "_Pieces | None" = None, header: str = "") -> None:
         if out is not None:
-            self._tell_preamble(out, "thinking" if kind == "answer" else "answer" if kind == "call" else "")
+            self._append_preamble(out, "thinking" if kind == "answer" else "answer" if kind == "call" else "")
         self._kind, self._header, self._fresh, self._marked = kind, None, True, False
         if kind == "call" and out is not None:
             name = RECIPIENT.search(header)[1].partition("<|")[0].removeprefix("functions.")
-            out.calls.append(Call(self._calls, name, ""))
+            out.calls.append(CallDelta(self._calls, name, ""))
 
     def _close(self) -> None:
         if self._header is None and self._kind == "call":
             self._calls += 1
         self._header, self._kind = "", ""
 
-    def _give(self, text: str, out: "_Pieces") -> None:
+    def _append_open(self, text: str, out: "_Pieces") -> None:
         """Text of the open message."""
         if not text:
             return
         if self._kind == "call":
-            out.calls.append(Call(self._calls, "", text))
+            out.calls.append(CallDelta(self._calls, "", text))
         elif self._kind == "preamble":
             self._preamble += "\n" * (self._fresh and bool(self._preamble)) + text
             self._fresh = False
         else:
-            self._say(self._kind, text, out)
+            self._append(self._kind, text, out)
 
-    def _say(self, kind: str, text: str, out: "_Pieces") -> None:
+    def _append(self, kind: str, text: str, out: "_Pieces") -> None:
         apart = "\n" * (self._fresh and self._begun[kind])
         out.text[kind] += apart + text
         self._begun[kind], self._fresh = True, False
 
-    def _tell_preamble(self, out: "_Pieces", kind: str) -> None:
+    def _append_preamble(self, out: "_Pieces", kind: str) -> None:
         if self._preamble and kind:
             self._fresh = True
-            self._say(kind, self._preamble, out)
+            self._append(kind, self._preamble, out)
             self._preamble = ""
 
 
-class _Pieces:
+class _Deltas:
     """The result of one push, as it is put together."""
 
     def __init__(self):
         self.text = {"thinking": "", "answer": ""}
-        self.calls: list[Call] = []
+        self.calls: list[CallDelta] = []

@@ -93,7 +93,7 @@ def in_pieces(encode_batch: EncodeBatch) -> EncodeBatch:
     return encode_all
 
 
-def remember_words(encode_batch: EncodeBatch) -> EncodeBatch:
+def cache_words(encode_batch: EncodeBatch) -> EncodeBatch:
     """An `encode_batch` with the same results that encodes each word of ASCII text once, which is much faster."""
     remembered: dict[str, bytes] = {}
 

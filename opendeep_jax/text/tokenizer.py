@@ -17,8 +17,8 @@ import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.text.chat_template import check_text, render_chat
-from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, in_pieces, remember_words
-from opendeep_jax.text.spelling import Spelling, spell
+from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, cache_words, in_pieces
+from opendeep_jax.text.spelling import ByteDecoder, read_byte_decoder
 
 SPECIAL_TOKENS = (
     "<｜▁pad▁｜>",
@@ -93,14 +93,14 @@ class Tokenizer:
         return self.end_ids[0]
 
     @functools.cached_property
-    def spelling(self) -> Spelling:
+    def byte_decoder(self) -> ByteDecoder:
         """The bytes that each id says, by the library's decoder. Raises ConfigError for decoders that say none."""
-        return spell(self.library)
+        return read_byte_decoder(self.library)
 
     @property
     def pieces(self) -> list[bytes]:
         """UTF-8 that each id stands for, special tokens' names included; incomplete characters are possible."""
-        return self.spelling.pieces
+        return self.byte_decoder.pieces
 
     @property
     def vocab_size(self) -> int:
@@ -154,7 +154,7 @@ class Tokenizer:
 
         if self.encoder:
             return self.encoder
-        encode = remember_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
+        encode = cache_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
         return (in_pieces if begins_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
 
     def _splits_into_our_words(self) -> bool:
@@ -182,9 +182,9 @@ class Tokenizer:
         """Ids of a plain text that the model shall go on with, begun as its tokenizer begins a text."""
         ids = self.encode(text)
         self._warn(text, ids)
-        return self.begun(ids)
+        return self.with_prefix(ids)
 
-    def begun(self, ids: Sequence[int]) -> list[int]:
+    def with_prefix(self, ids: Sequence[int]) -> list[int]:
         """Ids behind what a text begins with, where the model expects that and they do not begin so already."""
         begin = list(self.prefix)
         return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)
@@ -208,7 +208,7 @@ class Tokenizer:
 
     def _warn(self, text: str, ids: Sequence[int]) -> None:
         """Say which letters of a prompt the tokenizer has no token for."""
-        if sum(self.spelling.lengths(ids)) == len(text.encode("utf-8")):
+        if sum(self.byte_decoder.lengths(ids)) == len(text.encode("utf-8")):
             return
         lost = set(text) - set(self.decode(ids, special=True))
         normalize = self.library.normalizer.normalize_str if self.library.normalizer else str
@@ -225,7 +225,7 @@ class Tokenizer:
             special: Write special tokens' names; else they give nothing.
         """
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return self.spelling.text(ids, () if special else self.special_ids)
+        return self.byte_decoder.text(ids, () if special else self.special_ids)
 
     def piece(self, i: int, special: bool = False) -> bytes:
         """UTF-8 of one id, as `decode` writes it behind others."""
@@ -251,9 +251,9 @@ class Tokenizer:
     @functools.cached_property
     def first_bytes(self) -> np.ndarray:
         """int32 [V]: those of a document's first token, whose leading space SentencePiece's decoders cut off."""
-        if not self.spelling.first and not self.spelling.strip[1]:
+        if not self.byte_decoder.first and not self.byte_decoder.strip[1]:
             return self.token_bytes
-        return self._sizes(lambda i, piece: self.spelling.lengths([i])[0])
+        return self._sizes(lambda i, piece: self.byte_decoder.lengths([i])[0])
 
     @functools.cached_property
     def solid_bytes(self) -> np.ndarray:

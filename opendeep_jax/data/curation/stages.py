@@ -80,7 +80,7 @@ class _Counts:
                 return
             yield item
 
-    def judge(self, steps: dict[str, Step], document) -> str | None:
+    def drop_reason(self, steps: dict[str, Step], document) -> str | None:
         for name, step in steps.items():
             with self.timed(name):
                 reason = step(document)
@@ -137,7 +137,7 @@ def _filtered(plan: CurationPlan, task: Task, counts: _Counts, dropped: Dropped)
             counts.totals.update(documents_in=1, bytes_in=size)
             counts.advance(size)
             document = Document(record.text, record.id, metadata={"url": record.url, "license": record.license})
-            reason = counts.judge(steps, document)
+            reason = counts.drop_reason(steps, document)
             if document.text is not record.text:
                 new_size = _size(document.text)
                 counts.totals["bytes_trimmed"] += size - new_size
@@ -201,7 +201,7 @@ def _finish(plan: CurationPlan, rank: int, advance: Advance) -> dict:
             size = _size(text)
             counts.advance(size)
             document = Document(text, id)
-            reason = REASONS.get(decision) or counts.judge(steps, document)
+            reason = REASONS.get(decision) or counts.drop_reason(steps, document)
             if reason:
                 counts.drop(reason, size)
                 why = {}

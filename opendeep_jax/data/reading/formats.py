@@ -335,7 +335,7 @@ def _read_array_record(part: Part, fields: Fields) -> Iterator[tuple[int, dict |
     batch = max(1, min(1024, (part.end - part.begin) * 2**23 // max(1, part.size)))
     try:
         first = reader.read(0, 1)[0]
-        parse = _parse_json if _is_object(first) else _parse_example if parse_example(first) else _as_it_is
+        parse = _parse_json if _is_object(first) else _parse_example if parse_example(first) else _raw
         for begin in range(part.begin, part.end, batch):
             records = reader.read(begin, min(begin + batch, part.end))
             yield from ((number, parse(record, fields)) for number, record in enumerate(records, start=begin + 1))
@@ -350,7 +350,7 @@ def _parse_json(record: bytes, fields: Fields) -> dict | bytes | Malformed:
         return record
 
 
-def _as_it_is(record: bytes, fields: Fields) -> bytes:
+def _raw(record: bytes, fields: Fields) -> bytes:
     return record
 
 

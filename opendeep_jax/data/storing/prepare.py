@@ -73,7 +73,7 @@ def prepare_store(
         (directory / "shards").mkdir(parents=True, exist_ok=True)
     with alone_in(directory, "preparing") as lock:
         _sweep(directory)
-        before, known = _what_was(directory, tokenizer)
+        before, known = _previous_store(directory, tokenizer)
         jobs = []
         for name, group in groups.items():
             shard, expected = directory / "shards" / name, shard_facts(source, tokenizer, facts, name, group)
@@ -115,7 +115,7 @@ def _sweep(directory: Path) -> None:
                 path.unlink()
 
 
-def _what_was(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, dict]]:
+def _previous_store(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, dict]]:
     """Return what store.json says, and the rows of shards.arrow by shard, if the store was whole once; else nothing."""
     try:
         before = read_manifest(directory)

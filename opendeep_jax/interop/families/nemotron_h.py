@@ -10,7 +10,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, read_heads, truth, whole, write_heads
+from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, boolean, integer, read_heads, write_heads
 
 HEAD_DIM = 128
 LETTERS = {
@@ -82,7 +82,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
         )
     if "head_dim" not in raw and "attention_head_dim" in raw:
         raw = {**raw, "head_dim": raw["attention_head_dim"]}
-    fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": truth(raw, "mlp_bias")}
+    fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": boolean(raw, "mlp_bias")}
     fields |= read_heads(raw, HEAD_DIM)
     fields |= {field: raw[key] for key, field in OLDER_NAMES.items() if key in raw} | _time_steps_from(raw)
     return fields | (_experts_from(raw) if "E" in pattern else {})
@@ -116,7 +116,7 @@ def _experts_from(raw: Raw) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"nemotron_h needs the keys {', '.join(missing)}, which are missing. Add them.")
     for key in ("n_routed_experts", "moe_shared_expert_intermediate_size"):
-        whole(raw, key)
+        integer(raw, key)
     # The shared experts are as wide together as their key says, however many n_shared_experts counts.
     return {field: raw[key] for key, field in MOE_FIELDS.items()} | {"moe.num_shared_experts": 1}
 

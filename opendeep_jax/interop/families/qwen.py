@@ -15,11 +15,11 @@ from opendeep_jax.interop.hf_family import (
     SLIDING,
     Family,
     Raw,
+    boolean,
+    integer,
     read_biases,
     read_heads,
     read_layer_types,
-    truth,
-    whole,
     write_biases,
     write_heads,
     write_layer_types,
@@ -31,7 +31,7 @@ HEAD_DIM_OF_QWEN3 = 128
 
 def _read_window(raw: Raw) -> dict[str, Any]:
     """Layers from max_window_layers on slide, if any do at all."""
-    if not truth(raw, "use_sliding_window"):
+    if not boolean(raw, "use_sliding_window"):
         types = raw.get("layer_types")
         if isinstance(types, list) and SLIDING in types:
             raise ConfigError(
@@ -74,7 +74,7 @@ def qwen3_to(config: ModelConfig) -> dict[str, Any]:
 
 def moe_from(raw: Raw) -> dict[str, Any]:
     """Heads, biases, window and rotation, and which layers have experts."""
-    layers, dense = whole(raw, "num_hidden_layers"), raw.get("mlp_only_layers", [])
+    layers, dense = integer(raw, "num_hidden_layers"), raw.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ConfigError(f"mlp_only_layers = {dense!r}: must be a list of layer numbers. Correct the key.")
     leading = sorted({layer for layer in dense if layer < layers})
@@ -88,7 +88,7 @@ def moe_from(raw: Raw) -> dict[str, Any]:
         | read_biases(raw)
         | window
         | read_rope(raw)
-        | {"num_dense_layers": len(leading), "moe.num_experts": whole(raw, _experts_key(raw))}
+        | {"num_dense_layers": len(leading), "moe.num_experts": integer(raw, _experts_key(raw))}
     )
 
 

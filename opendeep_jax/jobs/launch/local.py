@@ -37,24 +37,24 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
     environments = [_own_part(index, processes) for index in range(processes)]
     for attempt in range(restarts + 1):
         statuses, told = _run_once(command, environments, patience)
-        status = verdict(statuses)
+        status = job_status(statuses)
         if told or status != RESUME or attempt == restarts:
             break
         reasons = ", ".join(f"process {index} {_ended(code)}" for index, code in enumerate(statuses) if code)
         left = [part for part, code in zip(environments, statuses, strict=True) if code >= 0]
         if fewest and fewest <= len(left) < len(environments):
             environments = left
-        _say(f"{reasons}; starting {len(environments)} again ({attempt + 1} of {restarts})")
+        _log(f"{reasons}; starting {len(environments)} again ({attempt + 1} of {restarts})")
         time.sleep(PAUSE_SECONDS)
     if status == RESUME and told == signal.SIGINT:
         return INTERRUPTED
     if status not in (OK, RESUME):
         reasons = ", ".join(f"process {index} {_ended(code)}" for index, code in enumerate(statuses) if code)
-        _say(reasons)
+        _log(reasons)
     return status
 
 
-def verdict(statuses: Sequence[int]) -> int:
+def job_status(statuses: Sequence[int]) -> int:
     """The job's status from those of its processes (negative: killed by that signal).
 
     What starting again does not fix comes first. A process that was killed is a lost peer, and explains a Python error
@@ -182,5 +182,5 @@ def _ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"opendeep launch: {text}", file=sys.stderr, flush=True)

@@ -119,7 +119,7 @@ def ranked(table: Sequence[Row]) -> list[Row]:
     return sorted(table, key=lambda row: (not row.complete, row.mean if row.complete else 0.0))
 
 
-def verdict(table: Sequence[Row], sweep: Sweep) -> str:
+def best_summary(table: Sequence[Row], sweep: Sweep) -> str:
     """Say which combination is best, and whether the seeds allow to say so."""
     order = [row for row in ranked(table) if row.complete]
     if not order:
@@ -193,7 +193,7 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
     write_atomically(sweep.directory / "results.csv", stream.getvalue())
     lines = table_lines(table, sweep)
     write_atomically(sweep.directory / "results.tex", latex_table(lines, f"Sweep of {sweep.base.name}"))
-    parts = [f"# Sweep of {sweep.base.name}\n", verdict(table, sweep) + "\n", markdown_table(lines)]
+    parts = [f"# Sweep of {sweep.base.name}\n", best_summary(table, sweep) + "\n", markdown_table(lines)]
     parts += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
     failed = [result for row in table for result in row.results if result.state == "failed"]
     if failed:
