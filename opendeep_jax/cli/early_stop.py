@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C where the training loop does not look after them: while a run starts, compiles, or ends.
+"""SIGTERM and Ctrl-C outside the training loop: while a run starts, compiles, or ends.
 
 Python's own handlers run between two lines of the main thread, which a compilation may not reach for half an hour. So
 a thread hears of the signal through a pipe, says a line, and ends the process if it does not end by itself.
@@ -29,8 +29,8 @@ class EarlyStop(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
-    """Inside, SIGTERM ends the process with status RESUME and Ctrl-C with INTERRUPTED, within a few seconds and with a
-    line that says so. `faults/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
+    """End the process with status RESUME at SIGTERM and INTERRUPTED at Ctrl-C, within a few seconds and with a message.
+    `faults/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,5 +93,5 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
 
 
 def note(name: str, status: int) -> str:
-    """The line for a signal that came when no step was under way."""
+    """Return the message for a signal that arrives between steps."""
     return f"stopped by {name} between steps. Nothing is lost: give the same command to go on (exit status {status})."

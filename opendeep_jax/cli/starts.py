@@ -14,9 +14,9 @@ from pathlib import Path
 
 from opendeep_jax.config.exits import Resume, Stopped, ToldToStop
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.record.files import CHECKPOINTS
 
 DIRECTORY = "starts"
-CHECKPOINTS = "checkpoints"  # as checkpoint/files.py, which loads JAX
 MOST_CRASHES = 2
 """Python errors in a row, without progress, that end a job."""
 MOST_LOSSES = 5

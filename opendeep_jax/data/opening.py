@@ -140,7 +140,7 @@ def _check_plans(data: Data) -> None:
 
 
 def skipped_files(config: RunConfig) -> list[dict[str, int]]:
-    """Files of each source that hold no document, by reason. Warns of them, and of licenses that nobody knows."""
+    """Count each source's files without documents, by reason. Warns of these, and of unknown licenses."""
     found = []
     for number, source in enumerate(config.data.sources):
         left_out = {} if is_store(source) else list_source(source).left_out

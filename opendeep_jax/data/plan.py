@@ -174,7 +174,7 @@ def _pack_block(
     writers: list["_Column"],
     before: np.ndarray,
 ) -> np.ndarray:
-    """Pack one block of documents into the files; gives what it adds to the counts."""
+    """Pack one block of documents into the files; return what it adds to the counts."""
     hashes = store.id_hashes(documents.start, documents.stop)
     chosen = np.flatnonzero(held_out(hashes, fraction) == (kind.split == "held_out"))
     lengths = store.lengths(documents.start, documents.stop)[chosen]

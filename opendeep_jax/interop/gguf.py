@@ -41,7 +41,7 @@ ELEMENTS_AT_ONCE = 1 << 24
 
 
 def load_gguf(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """The model of a GGUF file, of any type that the `gguf` package can multiply out (Q4_K, Q8_0, MXFP4, BF16, ...).
+    """The model of a GGUF file, of any type that the `gguf` package can dequantize (Q4_K, Q8_0, MXFP4, BF16, ...).
 
     Its layout is that of Hugging Face's files: heads that `llama` interleaves are put back in halves. MTP modules are
     left out. The file's tokenizer is in its fields: text/gguf_tokenizer.py.
@@ -243,7 +243,7 @@ def _kind(tensor: FileTensor, storage: StorageType) -> int:
 
 
 def _pieces(array: jax.Array | np.ndarray, tensor: FileTensor) -> Iterator[np.ndarray]:
-    """A file's tensor in float32, in pieces of rows: of a layer's experts one at a time is fetched and turned."""
+    """A file's tensor in float32, in pieces of rows; a layer's experts are fetched and transposed one at a time."""
     if tensor.how == "experts":
         wholes = (np.asarray(array[(*tensor.index, expert)]).T for expert in range(tensor.shape[0]))
     else:

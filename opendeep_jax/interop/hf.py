@@ -82,7 +82,7 @@ def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) 
 
 
 def _has_own_head(stored: Stored, family: Family) -> bool:
-    """Say whether the files hold a head with other values than the embedding's.
+    """Return whether the files hold a head with other values than the embedding's.
 
     Such a head is used, whatever tie_word_embeddings says: as transformers does.
     """
@@ -224,7 +224,7 @@ def save_hf(
         tensors[tensor.name].append(tensor)
 
     def order(name: str) -> tuple[int, int]:
-        """Wider types first keeps every tensor at a multiple of its own width; then by layer."""
+        """Return the sort key: wider types first, which aligns every tensor to its width; then by layer."""
         path = tensors[name][0].path
         layer = name.removeprefix("model.layers.").partition(".")[0]
         return -arrays[path].dtype.itemsize, int(layer) if layer.isdigit() else -1

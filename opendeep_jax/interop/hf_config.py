@@ -77,7 +77,7 @@ def family_of_directory(directory: Path) -> Family:
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object of a JSON file. Raises ConfigError where there is none, or one that cannot be a model's."""
+    """The object of a JSON file. Raises ConfigError where it is missing or cannot be a model's."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
@@ -176,7 +176,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _build(fields: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of dotted fields; the others have their defaults. Raises ConfigError where they cannot be."""
+    """Return the ModelConfig of dotted fields and defaults. Raises ConfigError for invalid fields."""
     if not fields.get("attention.sliding_layers"):  # a family names its sliding layers' rotation even for none
         fields = {name: value for name, value in fields.items() if name != "attention.sliding_rope_theta"}
 

@@ -72,7 +72,7 @@ def _read_fp8(
 def _read_mxfp4(
     out: np.ndarray, blocks: np.ndarray, scales: np.ndarray, tensor: HubTensor, part: tuple[slice, ...]
 ) -> None:
-    """Dequantize blocks [E, columns, rows / 32, 16] with scales [E, columns, rows / 32]into [E, rows, columns]."""
+    """Dequantize blocks [E, columns, rows / 32, 16] with scales [E, columns, rows / 32] into [E, rows, columns]."""
     experts, rows, columns = part
     chosen = range(blocks.shape[1])[tensor.columns][columns]
     chosen = slice(chosen.start, chosen.stop, chosen.step)

@@ -96,7 +96,7 @@ class Stretch(NamedTuple):
 
 
 def _stretches(workdir: Path, step: int) -> tuple[list[Stretch], str]:
-    """A run's training up to a step, those of the runs that it branched from first; a parent that is not there."""
+    """Return a run's training up to a step, beginning with the runs it branched from, and a missing parent."""
     found: list[Stretch] = []
     while True:
         origin, config = read_origin(workdir), load_run_config(workdir)

@@ -37,7 +37,7 @@ class Choice:
 
 
 def open_engine(choice: Choice, tokenizer: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
-    """An engine of the model, which chooses among the tokens of its tokenizer.
+    """Return an engine of the model that samples from its tokenizer's tokens.
 
     Args:
         tokenizer: The model's.
@@ -106,7 +106,7 @@ def free_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this machine, or the container around this process, has left; 0 where nothing tells."""
+    """Memory that this machine, or the container around this process, has left; 0 if unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
@@ -119,7 +119,7 @@ def available_bytes() -> int:
 
 
 def read_model_config(source: str | Path) -> ModelConfig:
-    """The configuration of a source's model, without its weights. Raises ConfigError where its files are not sound."""
+    """The configuration of a source's model, without its weights. Raises ConfigError for damaged files."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":

@@ -57,7 +57,7 @@ def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
 
 
 def open_tokenizer(source: str | Path) -> tuple["Tokenizer", str]:
-    """The text tokenizer of a source, and the name of its model. Raises ConfigError where its files are not sound."""
+    """Return a source's tokenizer and the name of its model. Raises ConfigError for damaged files."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":

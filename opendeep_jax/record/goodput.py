@@ -83,7 +83,7 @@ class GoodputClock:
         self.skipped_updates += updates
 
     def rollback(self, from_step: int, to_step: int) -> None:
-        """Note a rollback after `from_step`: the run goes on from `to_step`, and what lies between is waste."""
+        """Note a rollback after `from_step`: the run resumes from `to_step`, and the work between is waste."""
         self.write(from_step)
         self.first_step = to_step
         self.write(to_step)
@@ -226,7 +226,7 @@ FEWEST_WINDOWS, WINDOWS = 5, 64
 
 
 class InputWatch:
-    """Judge that tells input that comes too late from steps that take too long, window by window of the log.
+    """Detector of steps that wait for input, one logging window at a time.
 
     A device computes while the loop waits for a batch, so waiting alone is no harm. What the device still has to do is
     seen at the log, where the loop waits for it: for one step at least, the one just begun. So a device was busy for no
@@ -238,11 +238,11 @@ class InputWatch:
         self._speeds: deque[float] = deque(maxlen=WINDOWS)
 
     def reset(self) -> None:
-        """Learn the speed anew, as steps have another size from here on."""
+        """Forget the measured speed, because the size of steps changes."""
         self._speeds.clear()
 
     def window(self, steps: int, seconds: float, data_seconds: float, device_seconds: float) -> tuple[str, str] | None:
-        """Judge a window of the log; returns (kind, text) for `record_event` where the state has changed, else None.
+        """Check a logging window; return (kind, text) for `record_event` where the state has changed, else None.
 
         Two windows in a row have to agree. Kinds: `starved`, `slow`, `recovered_speed`.
 

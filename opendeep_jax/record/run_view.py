@@ -100,7 +100,7 @@ def _merge(into: list[float], other: list[float]) -> None:
 
 
 class RunView:
-    """A run as its files have it; `look()` takes in what is new since the last time.
+    """View of a run from its files; `refresh()` reads what was appended since the last call.
 
     Args:
         workdir: the run directory. Files that are missing or broken count as empty.
@@ -241,7 +241,7 @@ class RunView:
     # How it gets known
 
     def _reset(self, name: str) -> None:
-        """Void what was read of a file."""
+        """Discard what was read of a file."""
         if name == METRICS:
             self.curves: dict[str, Curve] = defaultdict(Curve)
             """A curve for each number of metrics.jsonl, over tokens, or steps where tokens are not logged."""

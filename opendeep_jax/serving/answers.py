@@ -97,5 +97,5 @@ def _by_name(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, float]:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no -inf; OpenAI's API says -9999 for it."""
+    """Replace -inf, which JSON lacks, by -9999 as OpenAI's API does."""
     return max(float(logprob), -9999.0)

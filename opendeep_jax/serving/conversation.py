@@ -28,7 +28,7 @@ class Conversation:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def ask(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
-        """Ask, and yield the answer piece by piece; both belong to the conversation when it ends.
+        """Ask, and yield the answer piece by piece; then add both to the conversation.
 
         Each answer has the seed after that of the one before it.
 

@@ -65,7 +65,7 @@ class Metrics:
             self.token_time.observe((last - first) / (tokens - 1))
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's counts as they are now; prometheus_client asks for them."""
+        """Yield the engine's current counts when prometheus_client asks for them."""
         service = self._service
         yield GaugeMetricFamily("opendeep_ready", "1 while requests are taken.", value=float(service.ready))
         yield GaugeMetricFamily("opendeep_failed", "1 after the engine failed.", value=float(bool(service.failure)))

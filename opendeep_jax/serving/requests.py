@@ -189,7 +189,7 @@ def chat(
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A prompt's ids, begun as the model's own tokenizer would begin a text."""
+    """Return a prompt's ids, with the tokenizer's prefix."""
     return tokenizer.with_prefix(tokenizer.encode(text, special=True))
 
 
@@ -216,7 +216,7 @@ def rendered(body: ChatRequest, tokenizer: Tokenizer, seconds: float = math.inf)
 
 
 def _room(prompt: list[int], tokens: int, field: str, limits: Limits) -> int:
-    """Tokens that an answer may have: as many as are asked for, cut to what the context leaves. Raises ApiError."""
+    """Return the most tokens of an answer: the requested number, cut to what the context leaves. Raises ApiError."""
     if not prompt:
         raise ApiError(400, f"{field}: is empty; the model needs at least one token to go on from.", field)
     if max(prompt) >= limits.vocab_size:

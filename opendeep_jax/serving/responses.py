@@ -1,4 +1,4 @@
-"""OpenAI's newer API for answers, `/v1/responses`, for text: a conversation by other names, and a stream of events."""
+"""OpenAI's Responses API, `/v1/responses`, for text: conversations and streams of events."""
 
 import itertools
 import secrets
@@ -121,7 +121,7 @@ def response(body: ResponseRequest, *given: Any, seconds: float) -> "Response":
 
 
 class Response:
-    """One response as it grows: as `requests.ApiRequest`, with the events and the spelling of this API.
+    """One response as it grows: as `requests.ApiRequest`, with the events and names of this API.
 
     Args:
         body: What was asked.

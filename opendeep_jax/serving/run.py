@@ -1,4 +1,4 @@
-"""A server until it is told to end: uvicorn around the application, and what SIGTERM means to it."""
+"""Server process: uvicorn around the application, with draining at SIGTERM."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's own would raise the signal again after a good end, and the exit status would not be 0."""
+        """Replace uvicorn's handler, which raises the signal again after a clean end, so the exit status is not 0."""
         if self._service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no failure

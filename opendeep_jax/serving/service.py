@@ -89,7 +89,7 @@ class ServiceJob:
             yield ticket.index, event
 
     def put(self, ticket: Ticket, event: "Progress | Exception") -> None:
-        """Take one piece of progress. The event loop's alone to call."""
+        """Add one piece of progress. Called in the event loop only."""
         if ticket in self.open:
             self._events.put_nowait((ticket, event))
             if isinstance(event, Exception) or event.finish:
@@ -328,7 +328,7 @@ class EngineService:
             raise
 
     def _fail_all(self, reason: str) -> None:
-        """All that runs fails, and the engine goes: what a failed step leaves behind is not to be trusted."""
+        """Fail all running prompts and drop the engine: its state after a failed step is not trusted."""
         self.failure, self.engine, self.preparing = reason, None, ""
         failed = [(ticket, Failed(f"The engine failed: {reason}")) for ticket in self._running.values()]
         self._running.clear()
@@ -370,6 +370,6 @@ class EngineService:
 
 
 def _short_message(error: Exception) -> str:
-    """An error in one short line; what jaxlib says of a failed program can be pages."""
+    """Return an error in one short line; jaxlib's messages on failed programs can be pages."""
     first = str(error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -73,11 +73,11 @@ class HarmonyStream:
                 self._header, self._marked = "", False
 
     def push(self, text: str) -> TextDelta:
-        """Take the next text; returns what of it is certain now."""
+        """Take the next text; return what of it is certain now."""
         return self._read(self._held + text, final=False)
 
     def finish(self) -> TextDelta:
-        """The rest, when no more text comes. The rest of a header is nothing."""
+        """Return the rest at the end of the text. An incomplete header gives nothing."""
         return self._read(self._held, final=True)
 
     def _read(self, text: str, final: bool) -> TextDelta:
@@ -97,7 +97,7 @@ class HarmonyStream:
         return TextDelta(out.text["thinking"], out.text["answer"], tuple(out.calls))
 
     def _read_text(self, text: str, out: "_Pieces", final: bool) -> None:
-        """Text between control tokens."""
+        """Read text between control tokens."""
         if self._header is None:
             self._append_open(text, out)
         else:
@@ -106,7 +106,7 @@ class HarmonyStream:
                 self._check_header(out, final=False)
 
     def _check_header(self, out: "_Pieces", final: bool) -> None:
-        """A header that no header can be is an answer without one."""
+        """Treat a malformed header as text of an answer without a header."""
         header = self._header
         if header is None or self._marked or not header.strip():
             return
@@ -160,7 +160,7 @@ class HarmonyStream:
         self._header, self._kind = "", ""
 
     def _append_open(self, text: str, out: "_Pieces") -> None:
-        """Text of the open message."""
+        """Append text to the open message."""
         if not text:
             return
         if self._kind == "call":
@@ -184,7 +184,7 @@ class HarmonyStream:
 
 
 class _Deltas:
-    """The result of one push, as it is put together."""
+    """Accumulator of the result of one push."""
 
     def __init__(self):
         self.text = {"thinking": "", "answer": ""}

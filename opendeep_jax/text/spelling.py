@@ -37,7 +37,7 @@ REMEDY = "Use a byte-level, SentencePiece, Unigram or WordPiece tokenizer."
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ByteDecoder:
-    """The bytes that tokens say.
+    """Table of the bytes that each token decodes to.
 
     Instance: of Llama 2, `pieces` of `▁the` is " the", and one leading space is cut off a text's beginning.
     """

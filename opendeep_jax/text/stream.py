@@ -30,7 +30,7 @@ class StopStrings:
         return self.matched is not None
 
     def cut(self, new: str) -> str:
-        """Take the next text; returns what is certain now."""
+        """Take the next text; return what is certain now."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -82,7 +82,7 @@ class TextStream(StopStrings):
         self._stop_ids = {} if self.special else self.tokenizer.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take the next tokens; returns the text that is certain now."""
+        """Take the next tokens; return the text that is certain now."""
         if not self._stop_ids:
             return self.cut(self._decoder.push(ids))
         text = ""
@@ -95,12 +95,12 @@ class TextStream(StopStrings):
         return text
 
     def finish(self) -> str:
-        """The rest, when no more tokens come; a half character is U+FFFD, as in `Tokenizer.decode`."""
+        """Return the rest at the end of the tokens; a half character is U+FFFD, as in `Tokenizer.decode`."""
         return self.cut(self._decoder.finish()) + self.rest()
 
 
 def _partial_match(text: str, mark: str) -> int:
-    """Characters at the text's end that are a beginning of the mark, the most there are."""
+    """Return the length of the longest suffix of the text that is a prefix of the mark."""
     last = text[-1:]
     for size in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark[size - 1] == last and text.endswith(mark[:size]):
@@ -109,7 +109,7 @@ def _partial_match(text: str, mark: str) -> int:
 
 
 class ThinkingMarks(NamedTuple):
-    """The marks with which a family writes that it thinks, and that it has thought."""
+    """Marks that begin and end a family's thinking."""
 
     opening: str
     closing: str
@@ -148,7 +148,7 @@ class ThinkingStream:
         self._held, self._begun = "", False
 
     def push(self, text: str) -> TextDelta:
-        """Take the next text; returns what of it is certain now."""
+        """Take the next text; return what of it is certain now."""
         self._held += text
         thinking, answer = "", ""
         if self._state == "before":
@@ -160,7 +160,7 @@ class ThinkingStream:
         return TextDelta(thinking, answer)
 
     def finish(self) -> TextDelta:
-        """The rest, when no more text comes."""
+        """Return the rest at the end of the text."""
         if self._state == "before":
             self._decide(final=True)
         rest, self._held = self._held, ""
@@ -169,7 +169,7 @@ class ThinkingStream:
         return TextDelta("", rest if self._begun else rest.lstrip())
 
     def _decide(self, final: bool) -> None:
-        """Find out with what the text begins, once there is enough of it."""
+        """Decide whether the text begins with thinking, once there is enough of it."""
         text = self._held.lstrip()
         for mark, state in ((self.marks.opening, "thinking"), (self.marks.answering, "answer")):
             if mark and text.startswith(mark):
@@ -232,7 +232,7 @@ class AnswerStream:
         return self._text.stopped or self._answer.stopped
 
     def push(self, ids: Iterable[int]) -> TextDelta:
-        """Take the next tokens; returns what is certain now."""
+        """Take the next tokens; return what is certain now."""
         ids = list(ids)
         spoken = self._deltas(self._text.push(ids), final=False)
         self._tokens += len(ids)
@@ -242,7 +242,7 @@ class AnswerStream:
         return spoken
 
     def finish(self) -> TextDelta:
-        """The rest, when no more tokens come."""
+        """Return the rest at the end of the tokens."""
         return self._deltas(self._text.finish(), final=True)
 
     def _deltas(self, text: str, final: bool) -> TextDelta:

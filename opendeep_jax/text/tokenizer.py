@@ -1,4 +1,4 @@
-"""Text to token ids and back, for training data and for models that talk: one class, whatever a tokenizer came with.
+"""Tokenizer, from text to ids and back, for training and serving: one class for every file format.
 
 A special token's name in a text is plain text, and a special token is placed by its id; only chat templates write
 names that are read as special tokens (`special=True`).
@@ -43,7 +43,7 @@ FEW_CORES = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer and a chat template. To another process it travels as its path, and is read anew there.
+    """A tokenizer and a chat template. It is pickled as its path and read again in the other process.
 
     Instance: of SmolLM2, `tokenizer.decode(tokenizer.encode("Hello"))` is "Hello", and `tokenizer.apply_chat([{"role":
     "user", "content": "Hi"}])` is the text that `tokenizer.encode(..., special=True)` turns into the prompt.
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_decoder(self) -> ByteDecoder:
-        """The bytes that each id says, by the library's decoder. Raises ConfigError for decoders that say none."""
+        """The bytes of each id by the library's decoder. Raises ConfigError for decoders without bytes of their own."""
         return read_byte_decoder(self.library)
 
     @property
@@ -137,7 +137,7 @@ class Tokenizer:
         return model["unk_id"] if "unk_id" in model else self.library.token_to_id(model.get("unk_token") or "")
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Texts to int32 arrays of ids, special tokens' names being plain text; for training data."""
+        """Encode training texts as int32 arrays of ids; special tokens' names are plain text."""
         return self._encode_batch(texts)
 
     @functools.cached_property
@@ -170,7 +170,7 @@ class Tokenizer:
         return library
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; begin_id is not added. Raises ConfigError for half surrogate pairs.
+        """Return the ids of a text, without begin_id. Raises ConfigError for half surrogate pairs.
 
         Args:
             special: Read special tokens' names as those tokens, as a template writes them; else they are plain text.
@@ -179,35 +179,35 @@ class Tokenizer:
         return (self._reading_special if special else self.library).encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a plain text that the model shall go on with, begun as its tokenizer begins a text."""
+        """Return the ids of a plain-text prompt, with the tokenizer's prefix."""
         ids = self.encode(text)
         self._warn(text, ids)
         return self.with_prefix(ids)
 
     def with_prefix(self, ids: Sequence[int]) -> list[int]:
-        """Ids behind what a text begins with, where the model expects that and they do not begin so already."""
+        """Return the ids after the prefix that the model expects, which is not added twice."""
         begin = list(self.prefix)
         return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """Ids that the model expects before a prompt that is no chat."""
+        """Ids that the model expects before a plain prompt."""
         return (self.begin_id, *self.after_begin) if self.add_begin and self.begin_id is not None else ()
 
     def stop_ids(self, stop: Iterable[str]) -> dict[int, str]:
-        """Special tokens among stop strings, by their ids: they are never seen in the text, and end it all the same."""
+        """Return the ids of special tokens among stop strings: they end a text without appearing in it."""
         found = ((self.library.token_to_id(text), text) for text in stop)
         return {i: text for i, text in found if i in self.special_ids}
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Ids of a conversation, up to where the answer begins. Raises ConfigError as `apply_chat` does."""
+        """Return the ids of a conversation, up to where the answer begins. Raises ConfigError as `apply_chat` does."""
         text = self.apply_chat(messages, **variables)
         ids = self.encode(text, special=True)
         self._warn(text, ids)
         return ids
 
     def _warn(self, text: str, ids: Sequence[int]) -> None:
-        """Say which letters of a prompt the tokenizer has no token for."""
+        """Warn of characters of a prompt that the tokenizer has no token for."""
         if sum(self.byte_decoder.lengths(ids)) == len(text.encode("utf-8")):
             return
         lost = set(text) - set(self.decode(ids, special=True))

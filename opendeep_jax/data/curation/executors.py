@@ -146,7 +146,7 @@ def _failed(executor: str, plan: CurationPlan, stage: str) -> ConfigError:
 
 
 def _run_slurm(plan: CurationPlan, options: dict, workers: int, progress: bool) -> None:
-    """Submit all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
+    """Submit all stages, each after the one before it, and wait; after an interruption, the same call waits again."""
     note = plan.work("slurm.json")
     jobs = json.loads(note.read_text("utf-8")) if note.exists() else {}
     if not any(state for state, _ in _queue(jobs).values()):
@@ -163,7 +163,7 @@ def _run_slurm(plan: CurationPlan, options: dict, workers: int, progress: bool) 
 
 
 def _submit(plan: CurationPlan, options: dict, workers: int) -> dict[str, str]:
-    """Submit the stages that are not done; returns their job ids by stage."""
+    """Submit the stages that are not done; return their job ids by stage."""
     from datatrove.executor import SlurmPipelineExecutor
 
     quiet_datatrove()

@@ -27,14 +27,14 @@ QUOTED = re.compile(r'"[^"\n]{1,64}"\Z')
 
 
 def quiet_datatrove() -> None:
-    """Leave datatrove's log lines out: what it has to say arrives as counts, or as an exception."""
+    """Silence datatrove's log: its results arrive as counts, its errors as exceptions."""
     from loguru import logger
 
     logger.disable("datatrove")
 
 
 def filter_steps(curation: CurationConfig) -> dict[str, Step]:
-    """The steps that judge each document alone, by name, in their order: quality filters, then language."""
+    """Return the steps that filter each document alone, by name, in their order: quality filters, then language."""
     steps = {name: _quality_step(name) for name in curation.quality}
     return steps | ({"language": _language_step(curation)} if curation.language_model else {})
 
@@ -75,7 +75,7 @@ def _beginning(document):
 
 
 def _language_step(curation: CurationConfig) -> Step:
-    """Note the language in `metadata`, and drops what is surely in none of curation.languages."""
+    """Note the language in `metadata`, and drop text that is surely in none of curation.languages."""
     from datatrove.pipeline.filters import LanguageFilter
     from fasttext.FastText import _FastText
 

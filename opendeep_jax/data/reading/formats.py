@@ -211,7 +211,7 @@ def _lines(part: Part, fields: Fields) -> Iterator[tuple[int, bytes]]:
 
 
 def _as_text(content: BinaryIO, file: SourceFile, encoding: str) -> Iterator[str]:
-    """Lines, decoded; bytes that are none of the encoding's become surrogates, which are found later."""
+    """Lines, decoded; bytes outside the encoding become surrogates, which are found later."""
     try:
         with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="\n") as lines:
             yield from lines

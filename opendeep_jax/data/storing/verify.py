@@ -1,4 +1,4 @@
-"""`opendeep data verify`: recomputes every hash of a token store, and says exactly which files are damaged."""
+"""`opendeep data verify`: recompute every hash of a token store and name the damaged files."""
 
 import hashlib
 from collections.abc import Iterator

@@ -72,7 +72,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def names_in_files(name: str) -> str | None:
-    """A tensor's name without what the models that see images put before it; None for a part of their eyes."""
+    """A tensor's name without what the models that see images put before it; None for a tensor of the image encoder."""
     if name.startswith(IMAGE_PARTS):
         return None
     for prefix, replacement in NAMES.items():

@@ -138,7 +138,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def names_in_files(name: str) -> str | None:
-    """Transformers calls in its memory `model` what files call `backbone`; its MTP layers nobody reads."""
+    """Return a tensor's name in files: transformers' `model` is `backbone` there. MTP layers are not read."""
     if name.startswith("mtp."):
         return None
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name

@@ -30,7 +30,7 @@ HEAD_DIM_OF_QWEN3 = 128
 
 
 def _read_window(raw: Raw) -> dict[str, Any]:
-    """Layers from max_window_layers on slide, if any do at all."""
+    """Return the sliding window, which layers from max_window_layers on have, if any."""
     if not boolean(raw, "use_sliding_window"):
         types = raw.get("layer_types")
         if isinstance(types, list) and SLIDING in types:
@@ -93,7 +93,7 @@ def moe_from(raw: Raw) -> dict[str, Any]:
 
 
 def _experts_key(raw: Raw) -> str:
-    """The hub says num_experts, transformers 5 num_local_experts."""
+    """Return the key of the number of experts: num_experts on the hub, num_local_experts in transformers 5."""
     return "num_experts" if "num_experts" in raw else "num_local_experts"
 
 

@@ -28,7 +28,7 @@ Combination = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, which belong to it."""
+    """Closed interval of numbers."""
 
     low: float
     high: float

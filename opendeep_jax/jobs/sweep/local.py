@@ -173,7 +173,7 @@ def _ending(status: int) -> str:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM are only noted, in the list given."""
+    """Record Ctrl-C and SIGTERM in the yielded list instead of stopping."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}

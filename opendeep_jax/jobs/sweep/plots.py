@@ -194,7 +194,7 @@ def _bar(panel, x: float, row: Row, color: str, marker: str | None = "o") -> Non
 
 
 def _seeds(table: Sequence[Row], bars: str = "bars: standard deviation") -> str:
-    """Say over how many seeds, and what is drawn of their spread; of the runs left out too."""
+    """Return the caption on seeds, their spread, and runs without results."""
     counts = sorted({len(row.numbers) for row in table})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     words = "one seed" if counts == [1] else f"mean of {number} seeds, {bars}"

@@ -120,7 +120,7 @@ def ranked(table: Sequence[Row]) -> list[Row]:
 
 
 def best_summary(table: Sequence[Row], sweep: Sweep) -> str:
-    """Say which combination is best, and whether the seeds allow to say so."""
+    """Return a sentence on the best combination and whether the spread over seeds supports it."""
     order = [row for row in ranked(table) if row.complete]
     if not order:
         return "No combination has all its results yet."

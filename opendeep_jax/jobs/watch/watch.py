@@ -71,7 +71,7 @@ def labels(runs: Sequence[RunView]) -> list[str]:
 
 
 class Watch:
-    """The runs at `places`, and what is known of each; new ones are found at every look.
+    """The runs at `places`, and what is known of each; new ones are found at every refresh.
 
     Args:
         places: as `find_runs` takes them.
