@@ -38,26 +38,26 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    unsaid = threading.Lock()
+    printed = threading.Lock()
 
-    def say(number: int) -> None:
+    def announce(number: int) -> None:
         """Print the message once, from whichever thread is first."""
-        if unsaid.acquire(blocking=False):
+        if printed.acquire(blocking=False):
             name, status = signal.Signals(number).name, STATUSES[number]
             os.write(2, f"\nopendeep train: {note(name, status)}\n".encode())
 
     def unwind(number, frame):
-        say(number)
+        announce(number)
         raise EarlyStop(STATUSES[number])
 
     def listen() -> None:
-        while (heard := os.read(reader, 1)) and heard[0] not in STATUSES:
+        while (received := os.read(reader, 1)) and received[0] not in STATUSES:
             pass
-        if heard:
-            say(heard[0])
+        if received:
+            announce(received[0])
             exclude_from_count()
             time.sleep(UNWIND_SECONDS)
-            exit(STATUSES[heard[0]])
+            exit(STATUSES[received[0]])
         os.close(reader)
 
     armed = [True]

@@ -1,4 +1,4 @@
-"""`opendeep COMMAND ...`: finds the command, and turns every failure a user can mend into one paragraph."""
+"""`opendeep COMMAND ...`: find the command, and turn every failure a user can fix into one paragraph."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something
 _SPACE = "What was saved before is intact: free some space, then give the same command to go on from it."
 _DISK = "The disk, or the network to it, failed. What was saved before is intact: mend it, then give the same command."
 _ACCESS = "Choose a place that you may read and write, or change its permissions."
-MENDABLE = {
+FIXABLE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: "No file may be so large here. What was saved before is intact: raise the limit (`ulimit -f`), then "
@@ -51,7 +51,7 @@ MENDABLE = {
     errno.EPERM: _ACCESS,
     errno.EROFS: _ACCESS,
 }
-"""Failures of the file system that the user can mend, and how."""
+"""Failures of the file system that the user can fix, and how."""
 
 HELP = f"""\
 opendeep: train, look into and release DeepSeek-class models, fully in the open.
@@ -59,7 +59,7 @@ opendeep: train, look into and release DeepSeek-class models, fully in the open.
 usage: opendeep COMMAND [--name=value ...]
 
 {"".join(f"  {name:<13}{text}" + chr(10) for name, text in COMMANDS.items())}
-`opendeep help COMMAND` shows what a command can be told (as does `opendeep COMMAND --help`), `opendeep --version` the
+`opendeep help COMMAND` shows the settings of a command (as does `opendeep COMMAND --help`), `opendeep --version` the
 version.
 A first run, in minutes on a laptop: opendeep train --config=quickstart
 """
@@ -134,9 +134,9 @@ def explanation(command: str, error: BaseException) -> tuple[int | None, str]:
         return error.status, f"\nopendeep {command}: {error}"
     if isinstance(error, BrokenPipeError):  # `opendeep train --help | head`: the reader has seen enough
         return OK, ""
-    if isinstance(error, OSError) and error.errno in MENDABLE:
+    if isinstance(error, OSError) and error.errno in FIXABLE:
         where = f" ({error.filename})" if error.filename else ""
-        return MEND, f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}"
+        return MEND, f"opendeep: {error.strerror}{where}. {FIXABLE[error.errno]}"
     return None, ""
 
 

@@ -47,7 +47,7 @@ LEAST = {"slots": 1, "port": 0, "max_body": 1, "timeout": 1e-3, "drain_seconds":
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until it is told to end; return the exit status, 130 where a second signal cut answers off.
+    """Serve until SIGTERM or Ctrl-C; return the exit status, 130 where a second signal cut answers off.
 
     Raises ConfigError for a source that is none and settings that can't be.
     """

@@ -94,7 +94,7 @@ def counted_start(
                 raise Stopped(_diagnosis(starts, f"{starts.crashes} starts", name)) from error
         elif isinstance(error, ToldToStop | KeyboardInterrupt):
             excuse()
-        elif not isinstance(error, Resume):  # final: whoever starts it again has mended something
+        elif not isinstance(error, Resume):  # final: the user has fixed something before a restart
             _remove(file)
         raise
     finally:

@@ -83,7 +83,7 @@ class Level(NamedTuple):
 
 
 class Ticks(Formatter):
-    """Labels of an axis, all with the digits that it takes to tell them apart; a share of one as percent if told so."""
+    """Labels of an axis, with as many digits as it takes to tell them apart; shares as percent if asked."""
 
     def __init__(self, percent: bool = False):
         self.percent = percent

@@ -54,7 +54,7 @@ class _Keys:
         self.fields, self.architecture, self.read = fields, architecture, set()
 
     def check_all_read(self) -> None:
-        """Raise ConfigError for keys of the architecture that nobody has read: they may change what it computes."""
+        """Raise ConfigError for keys of the architecture that were not read: they may change what it computes."""
         prefix = self.architecture + "."
         names = [key.removeprefix(prefix) for key in self.fields if key.startswith(prefix)]
         unread = [name for name in names if name not in self.read | HARMLESS and self.fields[prefix + name]]

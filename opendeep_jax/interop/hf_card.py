@@ -44,7 +44,7 @@ class Provenance:
     name: str = "Model"
     """Title of the card."""
     license: str = ""
-    """As the Hub names it, `apache-2.0`, or otherwise; empty where nobody has said."""
+    """As the Hub names it, `apache-2.0`, or otherwise; empty if unknown."""
     base_model: str = ""
     """The model that its training began with; ORGANIZATION/NAME where it is the Hub's."""
     lineage: tuple[str, ...] = ()

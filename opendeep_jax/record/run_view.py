@@ -213,7 +213,7 @@ class RunView:
             return None
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """Return what the steps left take at the present speed; None where that is not known, or nobody does them."""
+        """Return what the steps left take at the present speed; None where it is unknown or the run has stopped."""
         if self.config is None or not self._speeds or self.state(now)[0] != "running":
             return None
         speed = sorted(self._speeds)[len(self._speeds) // 2]

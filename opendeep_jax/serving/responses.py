@@ -131,7 +131,7 @@ class Response:
     scores_prompts = -1
 
     def __init__(self, body: ResponseRequest, asked: ApiRequest):
-        self._asked, self._sequence = asked, 0
+        self._request, self._sequence = asked, 0
         self.prompts, self.requests, self.answers, self.stream = (
             asked.prompts, asked.requests, asked.answers, asked.stream
         )  # fmt: skip
@@ -192,25 +192,25 @@ class Response:
     def end(self) -> Iterator[dict[str, Any]]:
         """Yield the last events."""
         yield from self._close()
-        for number, call in enumerate(joined_calls(self._asked.answers[0].whole.calls)):
+        for number, call in enumerate(joined_calls(self._request.answers[0].whole.calls)):
             item = {"type": "function_call", "id": f"{self._ids['fc']}{number}", "call_id": call["id"]}
             item |= call["function"] | {"status": "completed"}
             place = {"output_index": len(self._done)}
             opened = item | {"arguments": "", "status": "in_progress"}
             yield self._event("response.output_item.added", **place, item=opened)
-            told = {"item_id": item["id"], **place}
+            where = {"item_id": item["id"], **place}
             arguments = item["arguments"]
-            yield self._event("response.function_call_arguments.delta", **told, delta=arguments)
-            yield self._event("response.function_call_arguments.done", **told, name=item["name"], arguments=arguments)
+            yield self._event("response.function_call_arguments.delta", **where, delta=arguments)
+            yield self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=arguments)
             yield self._event("response.output_item.done", **place, item=item)
             self._done.append(item)
         response = self._described()
         yield self._event(f"response.{response['status']}", response=response)
 
     def _described(self, status: str = "") -> dict[str, Any]:
-        cut = self._asked.answers[0].whole.finish == "length"
+        cut = self._request.answers[0].whole.finish == "length"
         status = status or ("incomplete" if cut else "completed")
-        counts = self._asked.usage()
+        counts = self._request.usage()
         usage = {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

@@ -136,9 +136,9 @@ class Sampling(Strict):
     @field_validator("logit_bias")
     @classmethod
     def _by_id(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        odd = next((token for token in bias or {} if not (token.isascii() and token.isdecimal())), None)
-        if odd is not None:
-            raise ValueError(f"{odd[:40]!r} is no token's id; give ids, such as {{'42': -100}}")
+        unknown = next((token for token in bias or {} if not (token.isascii() and token.isdecimal())), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown[:40]!r} is no token's id; give ids, such as {{'42': -100}}")
         return bias
 
     @model_validator(mode="after")
@@ -261,9 +261,9 @@ class Message(Strict):
     @classmethod
     def _text_alone(cls, content: Any) -> Any:
         kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-        odd = next((kind for kind in kinds if isinstance(kind, str) and not kind.endswith("text")), None)
-        if odd:
-            raise ValueError(f"{odd[:40]} parts: this model reads text alone; leave them out, or describe them")
+        unknown = next((kind for kind in kinds if isinstance(kind, str) and not kind.endswith("text")), None)
+        if unknown:
+            raise ValueError(f"{unknown[:40]} parts: this model reads text alone; leave them out, or describe them")
         return content
 
     def for_template(self) -> dict[str, Any]:

@@ -359,7 +359,7 @@ class EngineService:
             self.engine.abort(ticket.request)
 
     def _call_in_loop(self, function: Callable, *arguments) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, events: "Sequence[tuple[Ticket | None, Progress | Exception]]") -> None:

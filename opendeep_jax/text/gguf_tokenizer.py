@@ -269,7 +269,7 @@ def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _name_of_splits(tokenizer: Tokenizer, merges: Sequence) -> str:
-    """llama.cpp's name for how a tokenizer splits text, told by what it does to a probe."""
+    """llama.cpp's name for how a tokenizer splits text, found by encoding a probe."""
     if not merges:
         return "gpt-2"  # nothing is merged, however the text is split
     own = tokenizer.library.pre_tokenizer

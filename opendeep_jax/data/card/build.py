@@ -72,7 +72,7 @@ def _source(source: SourceConfig, share: float, account: dict, store: Store) -> 
     manifest = store.manifest
     left_out = dict(manifest["left_out"])
     if not is_store(source):
-        left_out |= {reason: len(names) for reason, names in list_source(source).left_out.items()}
+        left_out |= {reason: len(names) for reason, names in list_source(source).skipped.items()}
     dropped = {reason: {"documents": number, "bytes": 0} for reason, number in left_out.items()}
     return {
         "name": source.name,

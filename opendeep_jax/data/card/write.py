@@ -50,7 +50,7 @@ def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
 
 def markdown(card: dict) -> str:
     """The whole card, for a README or a page of a hub."""
-    documents, text, tokens = tables.count_cells(card["totals"])
+    documents, text, tokens = tables.amounts(card["totals"])
     parts = [f"# Data card: {_plain(card['name'])}\n", f"{documents} documents, {text} of text, {tokens} tokens.\n"]
     for title, table in SECTIONS.items():
         body = _markdown_table(table(card)) if table else "\n".join(_markdown_samples(card))
@@ -112,7 +112,7 @@ def _tiles(card: dict) -> list[tuple[str, str, str]]:
     totals, sources, number = card["totals"], card["sources"], len(card["licenses"])
     tiles = [("Sources", f"{len(sources)}", f"{number} license{'s' * (number > 1)}" if number else "")]
     per_token = f"{totals['bytes'] / totals['tokens']:.2f} bytes each" if totals["tokens"] else ""
-    tiles += zip(("Documents", "Text", "Tokens"), tables.count_cells(totals), ("", "", per_token), strict=True)
+    tiles += zip(("Documents", "Text", "Tokens"), tables.amounts(totals), ("", "", per_token), strict=True)
     if given := sum(source.get("documents_in", 0) for source in sources):
         left = sum(source["documents"] for source in sources)
         tiles.append(("Dropped", f"{1 - left / given:.1%}", f"of {human_count(given)} documents"))

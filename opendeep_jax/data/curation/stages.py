@@ -127,12 +127,12 @@ def _filtered(plan: CurationPlan, task: Task, counts: _Counts, dropped: Dropped)
 
     source, steps = plan.sources[task.source], filter_steps(plan.curation)
 
-    def left_out(reason: str, id: str) -> None:
+    def skip(reason: str, id: str) -> None:
         counts.totals["documents_in"] += 1
         counts.drop(reason, 0)
 
     for part in task.parts:
-        for record in counts.timed_items("read", read_part(source, part, left_out)):
+        for record in counts.timed_items("read", read_part(source, part, skip)):
             size = _size(record.text)
             counts.totals.update(documents_in=1, bytes_in=size)
             counts.advance(size)
@@ -280,8 +280,8 @@ def refuse_nothing_left(accounting: dict) -> None:
             )
         if not source["documents_out"]:
             reasons = sorted(source["dropped"].items(), key=lambda item: -item[1]["documents"])
-            told = ", ".join(f"{reason} ({counts['documents']})" for reason, counts in reasons[:3])
+            summary = ", ".join(f"{reason} ({counts['documents']})" for reason, counts in reasons[:3])
             raise ConfigError(
-                f"Curation left none of the {source['documents_in']} documents of source {name!r}: {told}. Loosen "
+                f"Curation left none of the {source['documents_in']} documents of source {name!r}: {summary}. Loosen "
                 "data.curation, or take the source out of data.sources."
             )

@@ -89,7 +89,7 @@ def _batch_rows(rows: int, size: int) -> int:
 
 @contextlib.contextmanager
 def _parquet(file: SourceFile) -> Iterator[Any]:
-    """An open Parquet file. Its damage, met here or while it is read, becomes a ConfigError that names it."""
+    """An open Parquet file. Damage found here or while it is read becomes a ConfigError that names it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

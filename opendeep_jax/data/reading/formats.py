@@ -119,7 +119,7 @@ def cut(file: SourceFile, fields: Fields) -> list[Part]:
 
 
 def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | bytes | Malformed]]:
-    """(number in the file, from 1; values by field) of each record in a part; text may be bytes that nobody decoded.
+    """(number in the file, from 1; values by field) of each record in a part; text may be undecoded bytes.
 
     A record that is not UTF-8, so that no field can be told, and one that is only text, are given as bytes; one that
     cannot be parsed as Malformed. Raises ConfigError for a damaged file, naming it.
