@@ -368,9 +368,13 @@ def quarantine(path: Path, directory: Path) -> Path | None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
+    """Delete what a killed process or a failed save left half-written; Orbax never reads it, but it takes space."""
     for path in directory.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(100):  # beside a write that failed, others still make files for a moment
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
+            time.sleep(0.02)
 
 
 def quieten_orbax() -> None:
