@@ -15,7 +15,7 @@ from opendeep_jax.cli.starts import exclude_from_count
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 
 UNWIND_SECONDS = 5.0
-"""From the line to the end, for what the main thread may still put away."""
+"""Seconds from the message to the end, for the main thread to clean up."""
 STATUSES = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 

@@ -32,7 +32,7 @@ class Starts:
 
     job: str = ""
     step: int = 0
-    """Of the newest checkpoint, when the last start began."""
+    """Step of the newest checkpoint when the last start began."""
     crashes: int = 0
     losses: int = 0
     """The start under way counts as lost until it ends otherwise."""

@@ -60,7 +60,7 @@ class ExactMixture:
     counts: np.ndarray
     """float64 [sources]: the weights, as shares of their sum."""
     splits: tuple[tuple[tuple[int, int, bool], ...], ...]
-    """For each source the nodes from the root to it: (weight of the left side, of both, whether it goes left)."""
+    """Nodes of each source from the root to it: (weight of the left side, of both, whether it goes left)."""
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Implement Mixture.locate."""

@@ -41,7 +41,7 @@ class Data:
     config: RunConfig
     tokenizer: Tokenizer
     stores: list[Store]
-    """In the order of data.sources."""
+    """Stores in the order of data.sources."""
     plans: dict[PlanKey, PackingPlan]
     """The training split's."""
     held_out_plans: list[PackingPlan]

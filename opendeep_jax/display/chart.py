@@ -61,7 +61,7 @@ class Line(NamedTuple):
 
     name: str
     points: Sequence[Point]
-    """In order of x; the space from least to largest is shaded. A tuple, where the line goes to `line_chart`."""
+    """Points in order of x; the space from least to largest is shaded. A tuple, where the line goes to `line_chart`."""
     color: str = BLUE
     smooth: bool = False
     """Draw the means faintly and their moving average over them."""
@@ -69,7 +69,7 @@ class Line(NamedTuple):
     dots: bool = False
     """Mark each value; for curves with few of them."""
     dashes: tuple[float, ...] = ()
-    """On and off lengths in points; none for a solid line."""
+    """Lengths of dashes and gaps in points; none for a solid line."""
     run: int = 0
     """Place of its run in the page's legend, which hides it."""
 

@@ -89,7 +89,7 @@ class FileTensor:
     pairs: int = 0
     """Half the size of a rotated head whose halves the file interleaves; 0 where it does not."""
     shift: float = 0.0
-    """What the file adds: it holds 1 + weight where ours is centered on zero."""
+    """Offset that the file adds: it holds 1 + weight where ours is centered on zero."""
 
     @property
     def section(self) -> slice:

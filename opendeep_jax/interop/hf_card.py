@@ -44,11 +44,11 @@ class Provenance:
     name: str = "Model"
     """Title of the card."""
     license: str = ""
-    """As the Hub names it, `apache-2.0`, or otherwise; empty if unknown."""
+    """License by the Hub's name, `apache-2.0`, or otherwise; empty if unknown."""
     base_model: str = ""
     """The model that its training began with; ORGANIZATION/NAME where it is the Hub's."""
     lineage: tuple[str, ...] = ()
-    """How it came to be, one step a line, the oldest first."""
+    """Steps that made the model, one per line, the oldest first."""
     sources: tuple[dict[str, str], ...] = ()
     """The text it was trained on: `name`, `share`, `license`, and `dataset` where the Hub has it."""
     languages: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ class Fused(NamedTuple):
     first: int = 0
     """The first of its columns (its last dimension) that are this array's."""
     step: int = 1
-    """From one of them to the next."""
+    """Distance from one of them to the next."""
 
 
 TOP = {
@@ -32,7 +32,7 @@ TOP = {
     "final_norm.bias": "model.norm.bias",
     "head.kernel": "lm_head.weight",
 }
-"""What most families call the arrays outside the blocks."""
+"""Names of the arrays outside the blocks in most families."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Family:
     harmless: tuple[str, ...] = ()
     """Keys that change nothing, whatever their value: settings of training, or what transformers passes over, too."""
     top: Mapping[str, str] = field(default_factory=lambda: TOP)
-    """Where the files hold the arrays outside the blocks."""
+    """Names of the arrays outside the blocks in the files."""
     layers: str = "model.layers."
-    """What a block's tensors begin with, before its number."""
+    """Prefix of a block's tensors, before its number."""
     names_in_files: Callable[[str], str | None] = lambda name: name
     """A tensor's name in the files as the tables have it; None for one that is no part of the language model."""
 

@@ -21,7 +21,7 @@ MTP = {
     "norm.scale": "shared_head.norm.weight",
 }
 COPIES = {"embedding": "embed_tokens.weight", "head": "shared_head.head.weight"}
-"""What an MTP layer of the hub repeats of the main model; ours shares them."""
+"""Tensors of the main model that an MTP layer of the hub repeats; ours shares them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class HubTensor:
     index: tuple[int, ...]
     our_shape: tuple[int, ...]
     inputs: int = 0
-    """How many of our dimensions are a transposed matrix's inputs; 0 where the file has our order."""
+    """Number of our dimensions that are a transposed matrix's inputs; 0 where the file has our order."""
     first: int = 0
     """The first of the columns (the file's last dimension) that are ours."""
     step: int = 1
-    """From one of them to the next; 1 where the tensor is one array of ours."""
+    """Distance from one of them to the next; 1 where the tensor is one array of ours."""
 
     @property
     def columns(self) -> slice:

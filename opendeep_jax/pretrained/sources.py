@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opendeep_jax.text.tokenizer import Tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a generation_config.json says of sampling, under the names that `SamplingParams` has too."""
+"""Sampling settings of a generation_config.json, under the names that `SamplingParams` has too."""
 DTYPES = ("float32", "bfloat16")
 CURE = (
     "Give a run's work directory, a directory with a Hugging Face model (config.json and *.safetensors), or a .gguf "

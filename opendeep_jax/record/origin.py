@@ -32,9 +32,9 @@ from opendeep_jax.record.record import Record
 FORMAT = 1
 """Version of a run directory. 0: before versions were written; `events` and `files` have the names that it used."""
 IMPORTED = "The recipe of this imported run"
-"""How `opendeep import` begins the directory's recipe.py."""
+"""First text of recipe.py as `opendeep import` writes it."""
 IMPORTED_FROM = "imported.json"
-"""Whose weights an imported run began with (`pretrained.imported_from`)."""
+"""Source of an imported run's weights (`pretrained.imported_from`)."""
 KINDS = ("random", "import", "branch")
 
 

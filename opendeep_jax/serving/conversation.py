@@ -20,7 +20,7 @@ class Conversation:
     engine: "Engine"
     tokenizer: Tokenizer
     params: SamplingParams
-    """How tokens are chosen; the rest of it is set for each answer."""
+    """Sampling parameters; the other fields are set for each answer."""
     max_tokens: int = 0
     """Longest answer; 0 takes all that the context leaves."""
     system: str = ""

@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 
 FORESEEN = (ApiError, ValidationError, ConfigError, Unavailable, Failed, TimeoutError, ClientDisconnect, HTTPException)
-"""What a request may fail with in the normal course of things; anything else is a bug."""
+"""Expected failures of a request; anything else is a bug."""
 
 
 def as_api_error(error: BaseException) -> ApiError:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NONE: Mapping[str, float] = MappingProxyType({})
 DEFAULT_COMPLETION_TOKENS = 16
-"""As OpenAI's API has it."""
+"""Default of OpenAI's API."""
 
 
 @dataclasses.dataclass

@@ -48,7 +48,7 @@ CURES = {
     "guided_grammar": "this server cannot bind an answer to a grammar; ask for the form in words",
     "use_beam_search": "this server samples; leave it out",
 }
-"""What to do instead of a setting that would change the answer and that this server lacks."""
+"""Fixes for settings that would change the answer and that this server lacks."""
 
 
 class Strict(BaseModel):
@@ -101,7 +101,7 @@ class Sampling(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     """Divides positive logits of tokens that prompt or answer have, and multiplies others. Not in OpenAI's API."""
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    """On the logits of tokens, by their ids."""
+    """Bias added to the logits of tokens, by their ids."""
     ignore_eos: bool | None = None
     """Write on after the end-of-text token, up to max_tokens: for measurements. Not in OpenAI's API."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
@@ -238,7 +238,7 @@ class Message(Strict):
     content: str | list[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    """What an earlier answer thought, for templates that want to see it."""
+    """Thinking of an earlier answer, for templates that use it."""
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
@@ -295,7 +295,7 @@ class ChatRequest(Sampling):
     """Such as {"enable_thinking": false}. Not in OpenAI's API."""
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    """For models whose template and answers know tools (gpt-oss); others refuse them."""
+    """Tools, for models whose template and answers know tools (gpt-oss); others refuse them."""
     tool_choice: Literal["none", "auto"] | None = None
 
     @field_validator("response_format")

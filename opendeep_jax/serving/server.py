@@ -54,7 +54,7 @@ class ServerConfig:
     """Settings of the server."""
 
     api_key: str = ""
-    """What /v1 asks for as `Authorization: Bearer KEY`; none if empty."""
+    """Key that /v1 requires as `Authorization: Bearer KEY`; none if empty."""
     hosts: tuple[str, ...] = ()
     """Names by which /v1 may be called, without ports; any if empty. A web page whose own name was made to point at
     this machine still calls the server by that name."""
@@ -81,7 +81,7 @@ class Served:
     defaults: Mapping[str, float]
     """The model's own sampling."""
     templates: ThreadPoolExecutor
-    """Where chat templates run: however long they take, other requests are read elsewhere."""
+    """Threads that chat templates run in: however long they take, other requests are read elsewhere."""
 
 
 def make_app(

@@ -128,13 +128,13 @@ class EngineService:
         self.engine: Engine | None = None
         """None until it is made, and after a failure until it is made again."""
         self.limits: Limits | None = None
-        """Of the engine, or of the last one there was."""
+        """Limits of the engine, or of the last one."""
         self.failure = ""
-        """What the engine failed with; empty once it works again."""
+        """Error that the engine failed with; empty once it works again."""
         self.refusal: Exception | None = None
-        """Why the engine could not be made in the first place."""
+        """Reason that the engine could not be made."""
         self.preparing = ""
-        """What `warm_up` is at; empty before, and when all is done."""
+        """Progress of `warm_up`; empty before, and when all is done."""
         self.draining = False
         self._tickets: set[Ticket] = set()
         self._scoring = 0

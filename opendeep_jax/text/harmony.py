@@ -56,13 +56,13 @@ class HarmonyStream:
         """Text of the header so far; None inside of a message."""
         self._kind = ""
         self._marked = False
-        """Whether the header has had a control token: from there on it is no plain text."""
+        """True once the header has had a control token: from there on it is no plain text."""
         self._controlled = False
-        """Whether there was a control token at all."""
+        """True once there was a control token."""
         self._begun = {"thinking": False, "answer": False}
-        """Whether anything of a kind was given already."""
+        """Kinds of which text was given already."""
         self._fresh = True
-        """Whether nothing of the message was given yet."""
+        """True until text of the message was given."""
         self._preamble = ""
         self._calls = 0
         start = prompt.rfind("<|start|>assistant")

@@ -54,7 +54,7 @@ class Tokenizer:
     begin_id: int | None = None
     """Begins a text."""
     add_begin: bool = False
-    """Whether the model expects begin_id before a prompt that is no chat."""
+    """True if the model expects begin_id before a plain prompt."""
     end_ids: tuple[int, ...] = ()
     """Each of them ends the model's text; the first ends a document."""
     chat_template: str | None = None

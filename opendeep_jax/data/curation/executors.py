@@ -33,7 +33,7 @@ TITLES = {
     "account": "Adding up",
 }
 POLL_SECONDS = 10.0
-"""Between looks at what Slurm has done."""
+"""Interval between polls of Slurm."""
 SLURM_DEFAULTS: dict[str, Any] = {"time": "24:00:00", "mem_per_cpu_gb": 4, "qos": "", "job_name": "opendeep_curate"}
 RAY_DEFAULTS: dict[str, Any] = {"mem_per_cpu_gb": 4}
 

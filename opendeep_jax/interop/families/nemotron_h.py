@@ -21,7 +21,7 @@ LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-"""What layers_block_type calls the layers, by transformers 5 and before it."""
+"""Names of the layers in layers_block_type, by transformers 5 and before it."""
 
 MAMBA_FIELDS = {
     "mamba_num_heads": "mamba.num_heads",

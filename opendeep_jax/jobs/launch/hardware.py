@@ -19,7 +19,7 @@ TPU_VM_TYPES = {
     "v5p": ("v5p", "v2-alpha-tpuv5", 2),
     "v6e": ("v6e", "v2-alpha-tpuv6e", 1),
 }
-"""For --accelerator-type of `gcloud compute tpus`: its first word, the --runtime-version that goes with it, and what it
+"""Parts of --accelerator-type for `gcloud compute tpus`: first word, matching --runtime-version, and what it
 counts for a chip (v5p: both cores). The shape of so many is Google's choice. v7x is had through GKE alone."""
 
 SKYPILOT_ACCELERATORS = {

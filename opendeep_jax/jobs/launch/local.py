@@ -16,10 +16,10 @@ from opendeep_jax.jobs.child import child_command, cores_of, gpus_here, gpus_of
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 30.0
-"""From SIGTERM to SIGKILL, for processes that outstay the others."""
+"""Seconds from SIGTERM to SIGKILL, for processes that outstay the others."""
 BEGAN = int(time.time())
 PAUSE_SECONDS = 1.0
-"""Before all are started again."""
+"""Pause before all are started again."""
 
 
 def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:

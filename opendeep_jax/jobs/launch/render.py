@@ -37,7 +37,7 @@ from opendeep_jax.plan.topology import Topology, parse_topology
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 """A job's name: what Kubernetes, Google Cloud and SkyPilot all take, with room for what they append."""
 SAFE = r"[\w@%+=:,./-]+"
-"""What a value in a file may be made of: nothing that a shell, YAML or Slurm reads as more than itself."""
+"""Characters of a value in a file: nothing that a shell, YAML or Slurm reads as more than itself."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LaunchJob:
     config: RunConfig
     """The run's configuration."""
     command: tuple[str, ...]
-    """What each process executes: ("opendeep", "train", "--config=...", "--workdir=...", ...)."""
+    """Command of each process: ("opendeep", "train", "--config=...", "--workdir=...", ...)."""
     workdir: str
     """The run's directory."""
     topology: str = ""
@@ -79,7 +79,7 @@ class Target:
     takes: tuple[str, ...]
     """Settings that may be given."""
     accelerators: dict[str, str] | None = None
-    """What chips are called there; None where any will do."""
+    """Names of chips there; None where any will do."""
 
 
 TARGETS = {

@@ -21,7 +21,7 @@ from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import RunConfig
 
 MOST_CHARACTERS = 180
-"""Of a run's name: file systems take 255 bytes, and suffixes come behind it."""
+"""Longest name of a run: file systems take 255 bytes, and suffixes come behind it."""
 Combination = dict[str, str]
 """A value, as it is written on the command line, for the field of every axis."""
 
@@ -49,7 +49,7 @@ class Axis:
     field: str
     """Its dotted name."""
     alias: str
-    """As many of the name's last parts as tell it from the other axes."""
+    """Shortest suffix of the name that differs from the other axes."""
     text: str
     """Its values as they were given."""
     annotation: Any

@@ -28,7 +28,7 @@ LOCK_SECONDS = 30.0
 """A killed process keeps its locks until it is wholly gone."""
 POLL_SECONDS = 0.1
 LAST_LINES = 12
-"""Of a failed run's output that are kept as its reason."""
+"""Lines of a failed run's output that are kept as its reason."""
 
 Command = Callable[[SweepRun], list[str]]
 

@@ -25,7 +25,7 @@ SPEC_FIELDS = {
     "method": str, "axes": dict, "trials": int, "seeds": int, "metric": str, "draw_seed": int, "combinations": list,
     "runs": list,
 }  # fmt: skip
-"""What sweep.json holds, and the type of each."""
+"""Fields of sweep.json and their types."""
 METRICS = ("held_out_bits_per_byte", "final_loss", "seconds")
 """Fields of summary.json that runs can be compared by; less is better in each."""
 
@@ -58,12 +58,12 @@ class Sweep:
     axes: tuple[Axis, ...]
     method: str
     trials: int
-    """How many combinations a random search or optuna tries."""
+    """Number of combinations that a random search or optuna tries."""
     seeds: int
     """Runs of each combination; their seeds are the recipe's and those after it."""
     metric: str
     draw_seed: int = 0
-    """Of what a random search draws."""
+    """Seed of a random search."""
     parent: str = ""
     """RUN@STEP where all runs are branches of one checkpoint."""
     resolved: dict[tuple[str, ...], RunConfig] = dataclasses.field(default_factory=dict, compare=False, repr=False)

@@ -36,7 +36,7 @@ class RunResult:
     summary: dict
     """summary.json of a finished run, {} of any other."""
     reason: str = ""
-    """Why a failed run has no result: how it ended, and the last lines of its output."""
+    """Reason that a failed run has no result: its ending, and the last lines of its output."""
 
     def number(self, name: str) -> float:
         """A field of the summary; NaN where there is none, or the run has diverged."""
@@ -63,7 +63,7 @@ class Row:
     spread: float
     """Sample standard deviation; NaN for fewer than two."""
     flops: float
-    """Of one run's training."""
+    """FLOPs of one run's training."""
 
     @property
     def config(self) -> RunConfig:
