@@ -116,7 +116,7 @@ def _resolve(argv: Sequence[str], action: str) -> "tuple[RunConfig, Launch]":
 
 
 def _take(argv: Sequence[str], name: str, default: str) -> tuple[list[str], str]:
-    """The arguments without the flag `--name=value` (or `--name value`), and its value."""
+    """Return the arguments without the flag `--name=value` (or `--name value`), and its value."""
     rest, value, arguments = [], default, iter(argv)
     for argument in arguments:
         if argument == f"--{name}":

@@ -42,7 +42,7 @@ def read_flags(
     usage: str,
     least: Mapping[str, float],
 ) -> tuple[flags.FlagValues, Choice]:
-    """The values of a command's own flags and of the shared ones, and the choice of a model that is there.
+    """Return the values of a command's own flags and of the shared ones, and the choice of a model that is there.
 
     Prints help and raises SystemExit(0) for --help. JAX is not loaded.
 
@@ -73,7 +73,7 @@ def read_flags(
 
 
 def sampling(values: flags.FlagValues, tokenizer: "Tokenizer", **given: int) -> SamplingParams:
-    """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
+    """Return the parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
 
     What is not on the command line is as the model's own generation_config.json has it, if that says something.
 

@@ -80,7 +80,7 @@ def _check(values: Any) -> None:
 
 
 def _held_out(choice: Choice) -> dict[str, Any]:
-    """A run's own measure, on the text that it held out."""
+    """Return a run's own measure, on the text that it held out."""
     source = choice.source
     if source_kind(source) != "run":
         raise ConfigError(f"{source} is no run, so it held out no text. Say what to measure: --tasks=... or --text=...")
@@ -134,7 +134,7 @@ def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
 
 
 def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
-    """The engine and the tokenizer of a source, and what they are."""
+    """Return the engine and the tokenizer of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
     from opendeep_jax.generation.requests import DEFAULT_LENGTH, EngineConfig
     from opendeep_jax.pretrained.engines import open_engine

@@ -145,7 +145,7 @@ def _step(values) -> int:
 
 
 def _open(values, dtype: str):
-    """The model in a dtype, and its tokenizer."""
+    """Return the model in a dtype, and its tokenizer."""
     from opendeep_jax.pretrained.sources import open_model
 
     model, tokenizer, _ = open_model(values.workdir or values.model, dtype, None if values.step < 0 else values.step)

@@ -22,7 +22,7 @@ def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
 
 
 def make_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
-    """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
+    """Return a registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = flags.FlagValues()
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for name, (default, text) in more.items():

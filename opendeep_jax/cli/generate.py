@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _print_one(prompt: str, pieces: "Iterator[tuple[int, Piece]]") -> None:
-    """The prompt with its continuation, as it comes."""
+    """Print the prompt with its continuation, as it comes."""
     print(prompt, end="", flush=True)
     for _, piece in pieces:
         print(piece.text, end="", flush=True)
@@ -78,7 +78,7 @@ def _print_one(prompt: str, pieces: "Iterator[tuple[int, Piece]]") -> None:
 def _print_lines(
     prompts: Sequence[str], params: Sequence[SamplingParams], pieces: "Iterator[tuple[int, Piece]]"
 ) -> None:
-    """A JSON line for each prompt, in their order, each as soon as those before it are written."""
+    """Print a JSON line for each prompt in order, as soon as it and those before it are done."""
     texts, finished, shown = [""] * len(prompts), {}, 0
     for place, piece in pieces:
         texts[place] += piece.text

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _own_text(source: str) -> RunConfig:
-    """The run where no recipe is named: on its user's text, titled as the source is."""
+    """Return the run where no recipe is named: on its user's text, titled as the source is."""
     return RunConfig(name=Path(source).name.removesuffix(".gguf") or "imported", data=DataConfig(sources=(OWN_TEXT,)))
 
 
@@ -105,7 +105,7 @@ def _next(config: RunConfig, out: str, recipe: str) -> str:
 
 
 def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:
-    """The recipe with a model's sizes; how it is computed stays the recipe's."""
+    """Return the recipe with a model's sizes; how it is computed stays the recipe's."""
     own = {name: getattr(recipe.model, name) for name in ("dtype", "precision", "remat", "execution")}
     with deferred():  # the overrides may bring length and vocabulary together
         data = dataclasses.replace(recipe.data, tokenizer="tokenizer.json")
@@ -113,7 +113,7 @@ def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:
 
 
 def _local(source: str) -> Path:
-    """The directory of a model; one of the Hub's is fetched first."""
+    """Return the directory of a model; one of the Hub's is fetched first."""
     path = Path(source)
     if path.is_dir():
         return path

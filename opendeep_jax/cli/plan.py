@@ -130,7 +130,7 @@ def _check_numbers(values: flags.FlagValues) -> None:
 
 
 def _with_rows(config: RunConfig, values: flags.FlagValues, chips: int) -> RunConfig:
-    """The configuration with the batch that the flags ask for."""
+    """Return the configuration with the batch that the flags ask for."""
     length = largest_stage(config).length
     rows = values.rows_per_chip
     if values.tokens_per_chip:

@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _origins(given: str) -> tuple[str, ...]:
-    """The origins that --cors_origins names. Raises ConfigError for one that no browser would send."""
+    """Return the origins that --cors_origins names. Raises ConfigError for one that no browser would send."""
     origins = tuple(filter(None, (origin.strip() for origin in given.split(","))))
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The fields to sweep with their values as text, and the other arguments."""
+    """Return the fields to sweep with their values as text, and the other arguments."""
     settings: dict[str, str] = {}
     rest = []
     for argument in argv:
@@ -90,7 +90,7 @@ def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The sweep's own flags, and the arguments that belong to the recipe."""
+    """Return the sweep's own flags, and the arguments that belong to the recipe."""
     values = make_flags(
         trials=(0, ""),
         seeds=(1, ""),

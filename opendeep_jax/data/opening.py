@@ -234,7 +234,7 @@ def _make_store(
 def _plans(
     config: RunConfig, stores: list[Store], order: Order, fim: FimRule, progress: bool
 ) -> tuple[dict[PlanKey, PackingPlan], list[PackingPlan]]:
-    """The plans of the training split by what `order` demands, and those of the held-out split by source."""
+    """Return the plans of the training split by what `order` demands, and those of the held-out split by source."""
 
     def plan(root: Path, store: Store, kind: PlanKind, *arguments) -> PackingPlan:
         show = progress and store.documents > SHOWN_DOCUMENTS

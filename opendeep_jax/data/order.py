@@ -179,7 +179,7 @@ def _shares(rows: dict[tuple, int]) -> dict[tuple, tuple[float, float]]:
 
 
 def describe_phases(order: Order) -> list[dict]:
-    """The phases of a run for people and data.json: name, steps, tokens, batch, length, weights."""
+    """Return the phases of a run for people and data.json: name, steps, tokens, batch, length, weights."""
     config = order.config
     described = []
     for index, phase in enumerate(order.phases):

@@ -25,7 +25,7 @@ PIECES_AT_ONCE = 1024
 
 
 def where(data: Data, step: int, row: int | None = None, text: bool = False) -> Iterator[dict]:
-    """The documents of the batch of `step` (from 0), or of one row of it, in order, for example
+    """Yield the documents of the batch of `step` (from 0), or of one row of it, in order, for example
 
         {"row": 0, "phase": "main", "source": "web", "id": "<urn:uuid:…>", "url": "https://…", "license": "ODC-By-1.0",
          "shard": "00000012", "first_token": 512, "end_token": 1025, "fim": False}

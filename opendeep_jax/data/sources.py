@@ -58,7 +58,7 @@ class Document(NamedTuple):
 
 
 def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
-    """The parts of the files, in order of file and position.
+    """Return the parts of the files, in order of file and position.
 
     Raises ConfigError if all files are empty, and for a file that is damaged or lacks a column.
     """
@@ -75,14 +75,14 @@ def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
 
 
 def read_in_order(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
-    """The documents of the files, one after the other; a file is not looked into before its turn."""
+    """Yield the documents of the files, one after the other; a file is not looked into before its turn."""
     for file in files:
         for part in cut(file, _fields(source)):
             yield from read_part(source, part, lambda reason, id: None)
 
 
 def read_part(source: SourceConfig, part: Part, skip: Callable[[str, str], None]) -> Iterator[Document]:
-    """The documents of a part, in order, streamed; `skip(reason, id)` is called for each record that is not one.
+    """Yield the documents of a part, in order, streamed; `skip(reason, id)` is called for each record that is not one.
 
     An id is the value of source.id_field, or else `file#number` with the line or row in the file, from 1; a text
     file's is its name. Raises ConfigError for damage, fields that are missing or hold no text, and for texts that are
@@ -236,7 +236,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """A field's value as text that UTF-8 can write; nothing for null, a list joined with AND."""
+    """Return a field's value as text that UTF-8 can write; nothing for null, a list joined with AND."""
     if value is None or value is MISSING:
         return ""
     if isinstance(value, list):

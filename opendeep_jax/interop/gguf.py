@@ -233,7 +233,7 @@ def _write(
 
 
 def _kind(tensor: FileTensor, storage: StorageType) -> int:
-    """The type that a tensor is stored in, a gguf.GGMLQuantizationType."""
+    """Return the type that a tensor is stored in, a gguf.GGMLQuantizationType."""
     from gguf import GGMLQuantizationType as Kind
 
     small = len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or "ffn_gate_inp" in tensor.name

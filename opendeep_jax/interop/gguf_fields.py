@@ -22,7 +22,7 @@ MLA_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_d
 
 
 def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
-    """The metadata of a model of ours, `general.architecture` first: the first of `IMPLIED` that it is.
+    """Return the metadata of a model of ours, `general.architecture` first: the first of `IMPLIED` that it is.
 
     Raises:
         ConfigError: it is none of them; the message says what keeps it from the likeliest.

@@ -69,7 +69,7 @@ class GGUFTensor:
         return self.shape[-1] // block * size
 
     def read(self) -> np.ndarray:
-        """The tensor as float32, or in its own dtype where that is float32, float16 or bfloat16.
+        """Return the tensor as float32, or in its own dtype where that is float32, float16 or bfloat16.
 
         A plain one is the file's own memory, loaded page by page, and given up with the array.
         """
@@ -84,7 +84,7 @@ class GGUFTensor:
         return gguf.dequantize(data, kinds(self.kind)).reshape(self.shape)
 
     def part(self, start: int, stop: int) -> "GGUFTensor":
-        """The tensor's entries from start to stop on its first axis, of which it has two or more."""
+        """Return the tensor's entries from start to stop on its first axis, of which it has two or more."""
         offset = self.offset + start * math.prod(self.shape[1:-1]) * self.row_bytes
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
@@ -100,7 +100,7 @@ class GGUFFile:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """The metadata and tensors of a GGUF file, or of all the parts that a model is split into.
+    """Return the metadata and tensors of a GGUF file, or of all the parts that a model is split into.
 
     Tensors are read when they are asked for.
 
@@ -243,7 +243,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _tensor(
     path: Path, length: int, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
 ) -> GGUFTensor:
-    """A tensor of a file of this length, whose tensors begin at `start`."""
+    """Return a tensor of a file of this length, whose tensors begin at `start`."""
     import gguf
 
     try:

@@ -113,7 +113,7 @@ class FileTensor:
         }[self.how]
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
-        """The file's tensor out of the layer's array, of our_shape."""
+        """Return the file's tensor out of the layer's array, of our_shape."""
         part = ours[..., self.section]
         stored = {
             "same": lambda: part,
@@ -128,7 +128,7 @@ class FileTensor:
         return _interleave(stored, self.pairs, back=False) if self.pairs else stored
 
     def from_file(self, stored: np.ndarray) -> np.ndarray:
-        """The file's tensor in our layout: of our_shape, with the last axis' section only."""
+        """Return the file's tensor in our layout: of our_shape, with the last axis' section only."""
         stored = _interleave(stored, self.pairs, back=True) if self.pairs else stored
         stored = stored - np.asarray(self.shift, stored.dtype) if self.shift else stored
         ours = (*self.our_shape[:-1], len(range(self.our_shape[-1])[self.section]))

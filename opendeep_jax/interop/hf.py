@@ -174,7 +174,7 @@ def _read_array(
 
 
 def _read_part(tensors: list[HubTensor], stored: Stored, ranges, dtype) -> np.ndarray:
-    """The elements of an array whose indices lie in these ranges, one for each dimension."""
+    """Return the elements of an array whose indices lie in these ranges, one for each dimension."""
     value = empty([len(r) for r in ranges], dtype)
 
     def read(tensor: HubTensor) -> None:
@@ -243,7 +243,7 @@ def save_hf(
 
 
 def _zero_biases(arrays: Arrays, config: ModelConfig, family: Family) -> Arrays:
-    """The router biases that V3's files spell out where the model has none."""
+    """Return the router biases that V3's files spell out where the model has none."""
     if config.moe.scoring != "sigmoid" or config.moe.use_router_bias or "moe.router_bias" not in family.block:
         return {}
     shapes = {path: array.shape for path, array in arrays.items() if path.endswith("moe.router")}
@@ -256,7 +256,7 @@ def _layer(array: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _hub_values(arrays: Arrays, files: Iterator[list[HubTensor]]) -> Iterator[np.ndarray]:
-    """The tensors' values in the hub's layout; one layer's array at a time is fetched from its devices."""
+    """Yield the tensors' values in the hub's layout; one layer's array at a time is fetched from its devices."""
     place, fetched = None, None
 
     def ours(tensor: HubTensor) -> np.ndarray:

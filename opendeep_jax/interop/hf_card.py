@@ -93,7 +93,7 @@ def model_card(
     parameters: ParameterCount,
     provenance: Provenance | None = None,
 ) -> str:
-    """A model card in Markdown: what the model is, how it was trained, how to load it.
+    """Return a model card in Markdown: what the model is, how it was trained, how to load it.
 
     Args:
         architecture: The class of transformers that it loads into, such as "LlamaForCausalLM".

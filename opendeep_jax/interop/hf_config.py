@@ -52,7 +52,7 @@ NOT_WRITTEN = (
 
 
 def config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig that a config.json describes, in the dtype it names (bfloat16 if none).
+    """Return the ModelConfig that a config.json describes, in the dtype it names (bfloat16 if none).
 
     Args:
         source: A directory with a config.json, or its contents as a mapping.
@@ -72,12 +72,12 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
 
 
 def family_of_directory(directory: Path) -> Family:
-    """The family that a directory's config.json names."""
+    """Return the family that a directory's config.json names."""
     return _family(read_json(directory / "config.json"))
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object of a JSON file. Raises ConfigError where it is missing or cannot be a model's."""
+    """Return the object of a JSON file. Raises ConfigError where it is missing or cannot be a model's."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
@@ -191,7 +191,7 @@ def _build(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A configuration's fields by their dotted names."""
+    """Return a configuration's fields by their dotted names."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -201,7 +201,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The hub's config.json for a model: that of the first family which can say all of it.
+    """Return the hub's config.json for a model: that of the first family which can say all of it.
 
     Raises:
         ConfigError: no family describes the model; says what the nearest one would lose.
@@ -210,7 +210,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model is written as. Raises ConfigError as `config_to_hf` does."""
+    """Return the family that a model is written as. Raises ConfigError as `config_to_hf` does."""
     return _written(config)[0]
 
 
@@ -248,7 +248,7 @@ def _write(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """The fields, with both values, in which two configurations describe different models."""
+    """Return the fields, with both values, in which two configurations describe different models."""
     left, right = _described(one), _described(other)
     return [
         (name, left.get(name), right.get(name))

@@ -116,7 +116,7 @@ def require(raw: Raw, key: str, value: Any) -> None:
 
 
 def integer(raw: Raw, key: str) -> int:
-    """The whole number of at least 1 under a key. Raises ConfigError for anything else."""
+    """Return the whole number of at least 1 under a key. Raises ConfigError for anything else."""
     value = raw.get(key)
     if type(value) is not int or value < 1:
         raise ConfigError(f"{key} = {value!r}: must be a whole number of at least 1. Correct the key.")
@@ -124,7 +124,7 @@ def integer(raw: Raw, key: str) -> int:
 
 
 def number(raw: Raw, key: str, default: float | None = None) -> float:
-    """The number under a key. Raises ConfigError for anything else."""
+    """Return the number under a key. Raises ConfigError for anything else."""
     value = raw.get(key, default)
     if type(value) not in (int, float):
         raise ConfigError(f"{key} = {value!r}: must be a number. Correct the key.")
@@ -160,7 +160,7 @@ def read_heads(raw: Raw, head_dim: int = 0) -> dict[str, Any]:
 
 
 def write_heads(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_heads` reads."""
+    """Return the keys that `read_heads` reads."""
     return {"num_key_value_heads": config.attention.num_kv_heads, "head_dim": config.attention.head_dim}
 
 
@@ -171,7 +171,7 @@ def read_biases(raw: Raw) -> dict[str, Any]:
 
 
 def write_biases(config: ModelConfig) -> dict[str, Any]:
-    """The key that `read_biases` reads."""
+    """Return the key that `read_biases` reads."""
     return {"attention_bias": config.attention.qkv_bias}
 
 

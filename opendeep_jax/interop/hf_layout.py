@@ -69,7 +69,7 @@ class HubTensor:
         return ours.reshape(-1) if self.flattened else ours
 
     def from_hub(self, stored: np.ndarray) -> np.ndarray:
-        """The file's tensor in our layout, of our_shape. A view."""
+        """Return the file's tensor in our layout, of our_shape. A view."""
         if self.inputs:
             return stored.T.reshape(self.our_shape)
         return stored.reshape(self.our_shape) if self.flattened else stored[..., self.columns]
@@ -119,7 +119,7 @@ def _inputs(path: str, shape: tuple[int, ...]) -> int:
 
 
 def copies(config: ModelConfig) -> Iterator[HubTensor]:
-    """The tensors that the hub's MTP layers repeat of the main model."""
+    """Yield the tensors that the hub's MTP layers repeat of the main model."""
     V, D = config.vocab_size, config.hidden_size
     embedding = HubTensor("", "embedding.embedding", (), (V, D))
     head = embedding if config.tie_embeddings else HubTensor("", "head.kernel", (), (D, V), inputs=1)

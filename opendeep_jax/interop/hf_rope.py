@@ -22,7 +22,7 @@ SETTINGS = frozenset(
 
 
 def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
-    """The settings of rotation, with their kind as "rope_type"; empty where there are none.
+    """Return the settings of rotation, with their kind as "rope_type"; empty where there are none.
 
     Args:
         layer_type: whose, where rope_parameters has a set for each type.
@@ -49,7 +49,7 @@ def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
 
 
 def read_rope(raw: Raw, theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
-    """The fields of the rotation of grouped-query attention, as transformers computes it.
+    """Return the fields of the rotation of grouped-query attention, as transformers computes it.
 
     Args:
         theta: The family's base where config.json has none.
@@ -139,12 +139,12 @@ def _read_yarn(raw: Raw, found: Raw) -> dict[str, Any]:
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """The hub's keys for a rotation of grouped-query attention."""
+    """Return the hub's keys for a rotation of grouped-query attention."""
     return {"rope_theta": rope.theta, "rope_scaling": write_scaling(rope)}
 
 
 def write_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    """The hub's rope_scaling of grouped-query attention; None for plain rotation."""
+    """Return the hub's rope_scaling of grouped-query attention; None for plain rotation."""
     if rope.linear_factor > 1:
         return {"rope_type": "linear", "factor": rope.linear_factor}
     if rope.llama3_factor > 1:

@@ -87,18 +87,18 @@ def text_files(source: str | Path | None) -> TextFiles:
 
 
 def text_paths(directory: Path) -> list[Path]:
-    """The files of a model's directory that say something about its text, config.json among them."""
+    """Return the files of a model's directory that say something about its text, config.json among them."""
     return [directory / name for name in ("config.json", *FILES) if (directory / name).is_file()]
 
 
 def licenses(directory: Path) -> dict[str, str]:
-    """The texts of the license files in a model's directory."""
+    """Return the texts of the license files in a model's directory."""
     paths = [directory / name for name in LICENSES if (directory / name).is_file()]
     return {path.name: path.read_text("utf-8", "replace") for path in paths}
 
 
 def licenses_of_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The license file whose text a GGUF of ours carries."""
+    """Return the license file whose text a GGUF of ours carries."""
     text = fields.get(GGUF_LICENSE)
     return {"LICENSE": text} if isinstance(text, str) and text else {}
 

@@ -17,7 +17,7 @@ ALIGNMENT = 64
 
 
 def compute_dtype(dtype) -> np.dtype:
-    """The dtype as such. Raises ConfigError for any but float32 and bfloat16."""
+    """Return the named dtype. Raises ConfigError for any but float32 and bfloat16."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -28,7 +28,7 @@ def compute_dtype(dtype) -> np.dtype:
 
 
 def empty(shape: Sequence[int], dtype) -> np.ndarray:
-    """An uninitialized array that begins where JAX can take it as it is."""
+    """Return an uninitialized array that begins where JAX can take it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT

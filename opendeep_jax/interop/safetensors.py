@@ -57,14 +57,14 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, as a read-only view that the system loads page by page."""
+        """Return the tensor, as a read-only view that the system loads page by page."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name; reads its header only.
+    """Return the tensors of one file by name; reads its header only.
 
     Raises:
         ConfigError: the file is not in the format, or shorter than its header says.
@@ -92,7 +92,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ: of two tensors of one name, readers would take different ones."""
+    """Return a JSON object, whose names must differ: of two tensors of one name, readers would take different ones."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -100,7 +100,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(path: Path, start: int, entry: dict) -> StoredTensor:
-    """A header's entry, checked; any ValueError, KeyError or TypeError means that it is malformed."""
+    """Return a header's entry, checked; any ValueError, KeyError or TypeError means that it is malformed."""
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(size) is int and size >= 0 for size in (begin, end, *shape)) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"sizes {shape} at {begin}")
@@ -119,7 +119,7 @@ def _check_places(tensors: Mapping[str, StoredTensor], start: int) -> None:
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model directory by name: of the shards its index lists, or of its *.safetensors files.
+    """Return the tensors of a model directory by name: of the shards its index lists, or of its *.safetensors files.
 
     Raises:
         ConfigError: no such files, a listed shard or tensor is missing, a tensor is in two files, or a file is

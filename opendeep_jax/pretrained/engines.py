@@ -74,7 +74,7 @@ def open_engine(choice: Choice, tokenizer: "Tokenizer", config: "EngineConfig", 
 
 
 def fitting_length(config: "EngineConfig", model: ModelConfig, sizes: Mapping[str, int], free: int) -> int:
-    """The model's context, or what of it the cache can hold in every slot; 4,096 tokens at least.
+    """Return the model's context, or what of it the cache can hold in every slot; 4,096 tokens at least.
 
     Args:
         config: its `cache_tokens` go before.
@@ -119,7 +119,7 @@ def available_bytes() -> int:
 
 
 def read_model_config(source: str | Path) -> ModelConfig:
-    """The configuration of a source's model, without its weights. Raises ConfigError for damaged files."""
+    """Return the configuration of a source's model, without its weights. Raises ConfigError for damaged files."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":

@@ -95,7 +95,7 @@ def _is_honored(name: str, value: float) -> bool:
 
 
 def open_weights(source: str | Path, dtype: str = "", step: int | None = None, mesh: "Mesh | None" = None) -> "Decoder":
-    """The model of a source.
+    """Return the model of a source.
 
     Args:
         source: A run's work directory, a Hugging Face directory, or a .gguf file.

@@ -15,7 +15,7 @@ class WallClock:
         self._ahead = _ahead()
 
     def jumped(self) -> str | None:
-        """A sentence where the wall clock has jumped since the last call, or since this was made; else None."""
+        """Return a sentence where the wall clock has jumped since the last call, or since this was made; else None."""
         before, self._ahead = self._ahead, _ahead()
         seconds = self._ahead - before
         if abs(seconds) < SMALLEST:

@@ -96,7 +96,7 @@ def open_trackers(config: RunConfig, workdir: str | Path) -> Trackers:
 
 
 def open_wandb(config: RunConfig, workdir: Path) -> Service:
-    """A run at Weights & Biases; kept in the work directory, for `wandb sync`, where nobody is logged in."""
+    """Return a run at Weights & Biases; kept in the work directory, for `wandb sync`, where nobody is logged in."""
     import wandb
 
     def start(mode: str):
@@ -128,7 +128,7 @@ def open_wandb(config: RunConfig, workdir: Path) -> Service:
 
 
 def open_mlflow(config: RunConfig, workdir: Path) -> Service:
-    """A run at the MLflow server, or in the file or database, that MLFLOW_TRACKING_URI names."""
+    """Return a run at the MLflow server, or in the file or database, that MLFLOW_TRACKING_URI names."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
@@ -154,7 +154,7 @@ def open_mlflow(config: RunConfig, workdir: Path) -> Service:
 
 
 def open_trackio(config: RunConfig, workdir: Path) -> Service:
-    """A run in trackio's local database, or the Space or server that its environment variables name."""
+    """Return a run in trackio's local database, or the Space or server that its environment variables name."""
     import trackio
 
     # trackio knows runs by their names, and two work directories may hold runs of one name.

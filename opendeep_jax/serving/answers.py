@@ -38,7 +38,7 @@ class TextOffsets:
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
+    """Return a token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
     piece = tokenizer.piece(token, special=True)
     try:
         return piece.decode() or f"token_id:{token}"
@@ -47,7 +47,7 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 
 def alternatives(entry: TokenLogprob, asked: int) -> list[tuple[int, float]]:
-    """The most likely tokens and theirs; the chosen one is among them, as one more if it must be."""
+    """Return the most likely tokens and theirs; the chosen one is among them, as one more if it must be."""
     found = list(entry.top[:asked])
     return found if any(token == entry.token for token, _ in found) else [*found, (entry.token, entry.logprob)]
 

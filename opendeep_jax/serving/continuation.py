@@ -41,7 +41,7 @@ def continued(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: of its lines, or in a .jsonl file of their `prompt` fields.
+    """Return the prompts of a file: of its lines, or in a .jsonl file of their `prompt` fields.
 
     Raises:
         ConfigError: there is no such file, it holds none, or a line is not such an object.

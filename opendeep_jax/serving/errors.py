@@ -67,7 +67,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The response for any error that a route raises."""
+    """Return the response for any error that a route raises."""
     found = as_api_error(error)
     if found.status == 404 and found.code is None:
         found = dataclasses.replace(found, code="not_found")

@@ -91,7 +91,7 @@ def _read(body: Any) -> ResponseRequest:
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items of a conversation as messages; an answer's reasoning belongs to the message behind it."""
+    """Return the items of a conversation as messages; an answer's reasoning belongs to the message behind it."""
     messages, thought = [], None
     for item in items:
         match item.get("type") or "message":
@@ -173,7 +173,7 @@ class Response:
         return {"type": "error", **body["error"]}
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """The events before the first text."""
+        """Yield the events before the first text."""
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._described("in_progress"))
 

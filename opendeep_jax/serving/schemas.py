@@ -215,7 +215,7 @@ class ToolCall(Strict):
     index: int | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The call as chat templates read it."""
+        """Return the call as chat templates read it."""
         try:
             arguments = json.loads(self.function.arguments or "{}")
         except (ValueError, RecursionError):
@@ -267,7 +267,7 @@ class Message(Strict):
         return content
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it; arguments of tool calls are values, as templates write them."""
+        """Return the message as chat templates read it; arguments of tool calls are values, as templates write them."""
         content = self.content or self.refusal or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)

@@ -91,7 +91,7 @@ def make_app(
     config: ServerConfig | None = None,
     defaults: Mapping[str, float] = requests.NONE,
 ) -> Starlette:
-    """The ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
+    """Return the ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
 
     Args:
         name: What clients call the model; only ever compared.
@@ -234,7 +234,7 @@ async def _complete(served: Served, asked: ApiRequest, job: ServiceJob, until: f
 
 
 async def _events(served: Served, asked: ApiRequest, job: ServiceJob, until: float) -> AsyncIterator[str]:
-    """The server-sent events of a stream. An error that comes late is the last one."""
+    """Yield the server-sent events of a stream. An error that comes late is the last one."""
     try:
         async with asyncio.timeout_at(until):
             for event in asked.begin():
@@ -263,7 +263,7 @@ async def _pieces(served: Served, asked: ApiRequest, job: ServiceJob) -> AsyncIt
 
 
 def _event(data: dict[str, Any] | str) -> str:
-    """A server-sent event; of a response's, which have types, by its name too."""
+    """Return a server-sent event; of a response's, which have types, by its name too."""
     if isinstance(data, str):
         return f"data: {data}\n\n"
     name = f"event: {data['type']}\n" if "type" in data else ""
@@ -286,7 +286,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
+    """Return the result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -221,7 +221,7 @@ class EngineService:
             )
 
     async def _in_thread(self, work: Callable[["Engine"], Any]) -> Any:
-        """The result of work on the engine, done in its thread between two steps."""
+        """Return the result of work on the engine, done in its thread between two steps."""
         answer = self._loop.create_future()
 
         def settle(result, error) -> None:

@@ -37,7 +37,7 @@ def render_chat(
     seconds: float = math.inf,
     **variables: Any,
 ) -> str:
-    """The text of a conversation.
+    """Return the text of a conversation.
 
     Args:
         template: A Jinja program.
@@ -201,7 +201,7 @@ def _check_size(name: str, values: Sequence[Any]) -> None:
 
 
 def _checked(name: str, plain: Callable) -> Callable:
-    """A filter behind `_check_size`."""
+    """Return a filter behind `_check_size`."""
 
     @functools.wraps(plain)
     def checked(*given, **named):

@@ -39,7 +39,7 @@ GGUF_SAMPLING = {
 
 
 def tokenizer_from_gguf_fields(fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describes.
+    """Return the tokenizer that a GGUF file's metadata describes.
 
     Raises:
         ConfigError: the file has no tokenizer, one of another kind, or one that is damaged.
@@ -181,7 +181,7 @@ def _merges_of_scores(vocabulary: Mapping[str, int], scores: Sequence[float]) ->
 
 
 def gguf_fields_of(tokenizer: Tokenizer, vocab_size: int, pre: str = "") -> dict[str, Any]:
-    """The metadata that describes a tokenizer to llama.cpp; `tokenizer_from_gguf_fields` gives an equal one.
+    """Return the metadata that describes a tokenizer to llama.cpp; `tokenizer_from_gguf_fields` gives an equal one.
 
     Args:
         tokenizer: A byte-level or SentencePiece BPE.

@@ -68,7 +68,7 @@ def build_card(
 
 
 def _source(source: SourceConfig, share: float, account: dict, store: Store) -> dict[str, Any]:
-    """A source's entry, by its store and its account of the curation, which may be empty."""
+    """Return a source's entry, by its store and its account of the curation, which may be empty."""
     manifest = store.manifest
     left_out = dict(manifest["left_out"])
     if not is_store(source):

@@ -148,7 +148,7 @@ def identity_table(card: dict) -> CardTable:
 
 
 def recipe_table(card: dict) -> CardTable:
-    """The settings of the curation, and the versions of what computed it."""
+    """Return the settings of the curation, and the versions of what computed it."""
     curation = card["curation"]
     rows = [(name, str(", ".join(value) if isinstance(value, list) else value) or "–")
             for name, value in curation.get("recipe", {}).items()]  # fmt: skip

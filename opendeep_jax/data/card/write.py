@@ -49,7 +49,7 @@ def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
 
 
 def markdown(card: dict) -> str:
-    """The whole card, for a README or a page of a hub."""
+    """Return the whole card, for a README or a page of a hub."""
     documents, text, tokens = tables.amounts(card["totals"])
     parts = [f"# Data card: {_plain(card['name'])}\n", f"{documents} documents, {text} of text, {tokens} tokens.\n"]
     for title, table in SECTIONS.items():
@@ -79,7 +79,7 @@ def _plain(value: str) -> str:
 
 
 def html_body(card: dict) -> str:
-    """The card as HTML, without the page around it."""
+    """Return the card as HTML, without the page around it."""
     environment = jinja2.Environment(autoescape=True, finalize=_printable)
     found = {name.removesuffix("_table"): make(card) for name, make in vars(tables).items() if name.endswith("_table")}
     clusters = found["clusters"].rows
@@ -100,7 +100,7 @@ def html_body(card: dict) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """A value for HTML: control characters, and what UTF-8 cannot hold, replaced."""
+    """Return a value for HTML: control characters, and what UTF-8 cannot hold, replaced."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     clean = "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "�" for c in value)

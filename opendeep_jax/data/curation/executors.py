@@ -39,7 +39,7 @@ RAY_DEFAULTS: dict[str, Any] = {"mem_per_cpu_gb": 4}
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """An executor's options as a command line gives them: `partition=cpu,time=8:00:00`. Raises ConfigError."""
+    """Return an executor's options as a command line gives them: `partition=cpu,time=8:00:00`. Raises ConfigError."""
     options = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
@@ -105,7 +105,7 @@ def _run_local(plan: CurationPlan, options: dict, workers: int, progress: bool) 
 
 
 def _step(directory: str, stage: str, data: Any, rank: int, world_size: int) -> None:
-    """A rank of a stage as a step of a datatrove pipeline."""
+    """Run a rank of a stage as a step of a datatrove pipeline."""
     run_rank(directory, stage, rank, lambda size: None)
 
 

@@ -131,7 +131,7 @@ def _masking_step(masked: Counter) -> Step:
 
 
 def mask_emails(text: str, replacement: str = "email@example.com") -> tuple[str, int]:
-    """The text with each e-mail address replaced, and how many there were.
+    """Return the text with each e-mail address replaced, and how many there were.
 
     An address is the longest run of what RFC 5322 allows before an @ (of any length; or a quoted name), from its first
     letter or digit on, and a domain with a dot (or an address in brackets) behind it.

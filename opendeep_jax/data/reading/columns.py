@@ -162,7 +162,7 @@ def _rows(batch: Any, fields: Fields) -> Iterator[dict[str, Any]]:
 
 
 def _values(batch: Any, path: tuple[str, ...]) -> list:
-    """A column's values, texts as bytes; MISSING in every row where there is no such column."""
+    """Return a column's values, texts as bytes; MISSING in every row where there is no such column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

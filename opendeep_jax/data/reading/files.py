@@ -30,7 +30,7 @@ def is_remote(path: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises ConfigError where its driver is missing."""
+    """Return the fsspec file system of a URL, and the path in it. Raises ConfigError where its driver is missing."""
     import fsspec
 
     try:

@@ -91,14 +91,14 @@ class Part(NamedTuple):
 
 
 def format_of(file: SourceFile) -> str:
-    """A key of SUFFIXES, `datasets`, or nothing for a file that holds no documents."""
+    """Return a key of SUFFIXES, `datasets`, or nothing for a file that holds no documents."""
     if file.path.startswith(DATASETS):
         return "datasets"
     return next((kind for kind, ending in SUFFIXES.items() if re.search(ending + "$", file.name, re.IGNORECASE)), "")
 
 
 def cut(file: SourceFile, fields: Fields) -> list[Part]:
-    """The parts of a file, in order; none for an empty one.
+    """Return the parts of a file, in order; none for an empty one.
 
     Raises ConfigError for a file that is damaged, and one whose columns do not fit `fields`.
     """

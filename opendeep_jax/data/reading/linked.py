@@ -27,7 +27,7 @@ Record = tuple[str, str, dict[str, Any]]
 
 
 def fetch_texts(text_url: str, text_field: str, records: Iterator[Record]) -> Iterator[Record]:
-    """The (place, id, values) of `records`, in order, each with the bytes at its text_url under `text_field`.
+    """Yield the (place, id, values) of `records`, in order, each with the bytes at its text_url under `text_field`.
 
     MISSING stands for a URL where there is nothing, None for one that a null field leaves unknown. Raises ConfigError
     for a host that is out of reach, a damaged text, and a record without the fields that text_url names.

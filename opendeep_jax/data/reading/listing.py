@@ -56,7 +56,7 @@ def is_store(source: SourceConfig) -> bool:
 
 
 def list_files(source: SourceConfig) -> list[SourceFile]:
-    """The source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
+    """Return the source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
     return list_source(source).files
 
 
@@ -117,7 +117,7 @@ def _check_effects(source: SourceConfig, files: list[SourceFile]) -> None:
 
 
 def _readable(files: Iterable[SourceFile], skipped: dict[str, list[str]]) -> list[SourceFile]:
-    """The files that have a format and are not hidden; the others are noted in `skipped`."""
+    """Return the files that have a format and are not hidden; the others are noted in `skipped`."""
     readable = []
     for file in files:
         if any(map(HIDDEN.fullmatch, file.name.split("/"))):
@@ -140,7 +140,7 @@ def _why_unread(name: str) -> str:
 
 
 def _one_kind(source: SourceConfig, files: list[SourceFile], skipped: dict[str, list[str]]) -> list[SourceFile]:
-    """The files, all of text or all of records. What is plainly beside the point is noted in `skipped`.
+    """Return the files, all of text or all of records. What is plainly beside the point is noted in `skipped`.
 
     Raises ConfigError where both may be meant.
     """
@@ -253,5 +253,5 @@ def _local_files(found: Iterable[_Found], skipped: dict[str, list[str]]) -> list
 
 
 def valid_text(text: str) -> str:
-    """The text with what UTF-8 cannot write, as bytes of a file's name that are none, spelled out."""
+    """Return the text with what UTF-8 cannot write, as bytes of a file's name that are none, spelled out."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -47,7 +47,7 @@ def prepare_store(
     advance: Callable[[int], None] = lambda size: None,
     shard_bytes: int = 0,
 ) -> Store:
-    """The store at `directory`, made of `parts` first, or what is missing of it.
+    """Return the store at `directory`, made of `parts` first, or what is missing of it.
 
     Whole shards are kept, missing and cut off ones are made (again). Another process that makes the same store is
     waited for.

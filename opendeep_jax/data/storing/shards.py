@@ -187,7 +187,7 @@ def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter
 
 
 def _lost_characters(text: str, said: str) -> str:
-    """The first letters of a text that are not in what its tokens say."""
+    """Return the first letters of a text that are not in what its tokens say."""
     said_letters = set(said)
     return "".join(dict.fromkeys(letter for letter in text if letter not in said_letters))[:8]
 

@@ -85,7 +85,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def _read_routing(raw: Raw) -> dict[str, Any]:
-    """The experts and how they are chosen, after checking that it is the version's own way."""
+    """Return the experts and how they are chosen, after checking that it is the version's own way."""
     model_type = raw["model_type"]
     routing = ROUTING[model_type]
     method = raw.get("topk_method", routing["topk_methods"][0])
@@ -152,7 +152,7 @@ def _read_yarn(raw: Raw, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The keys that `config_from` reads, for one version."""
+    """Return the keys that `config_from` reads, for one version."""
     moe = config.moe
     raw = {
         "num_key_value_heads": config.attention.num_heads,

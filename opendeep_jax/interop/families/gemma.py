@@ -56,7 +56,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     attention = config.attention
     return (
         write_heads(config)

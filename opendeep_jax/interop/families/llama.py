@@ -27,7 +27,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     rope = write_rope(config.attention.rope)
     return write_heads(config) | write_biases(config) | rope | {"mlp_bias": config.mlp_bias}
 

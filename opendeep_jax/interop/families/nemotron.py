@@ -33,7 +33,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     attention = config.attention
     part = (attention.rotary_dim or attention.head_dim) / attention.head_dim
     own = {"partial_rotary_factor": part, "mlp_bias": config.mlp_bias}

@@ -55,7 +55,7 @@ MOE_DEFAULTS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_s
 
 
 def _pattern(raw: Raw) -> str:
-    """The layers' letters, which three keys may hold."""
+    """Return the layers' letters, which three keys may hold."""
     kinds = raw.get("layers_block_type", raw.get("layer_types"))
     if kinds is None:
         pattern = raw.get("hybrid_override_pattern")
@@ -122,7 +122,7 @@ def _experts_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     raw = {
         "hybrid_override_pattern": config.layer_pattern or "*" * config.num_layers,  # not what other models are
         "num_hidden_layers": config.num_layers,

@@ -58,7 +58,7 @@ def qwen2_from(raw: Raw) -> dict[str, Any]:
 
 
 def qwen2_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `qwen2_from` reads."""
+    """Return the keys that `qwen2_from` reads."""
     return write_heads(config) | _write_window(config) | write_rope(config.attention.rope)
 
 
@@ -68,7 +68,7 @@ def qwen3_from(raw: Raw) -> dict[str, Any]:
 
 
 def qwen3_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `qwen3_from` reads."""
+    """Return the keys that `qwen3_from` reads."""
     return write_heads(config) | write_biases(config) | _write_window(config) | write_rope(config.attention.rope)
 
 
@@ -98,7 +98,7 @@ def _experts_key(raw: Raw) -> str:
 
 
 def moe_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `moe_from` reads."""
+    """Return the keys that `moe_from` reads."""
     attention = config.attention
     window = {"use_sliding_window": bool(attention.sliding_layers), "sliding_window": attention.window or None}
     experts = {

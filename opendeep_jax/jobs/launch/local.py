@@ -55,7 +55,7 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
 
 
 def job_status(statuses: Sequence[int]) -> int:
-    """The job's status from those of its processes (negative: killed by that signal).
+    """Return the job's status from those of its processes (negative: killed by that signal).
 
     What starting again does not fix comes first. A process that was killed is a lost peer, and explains a Python error
     in another; without one an error is a bug.

@@ -130,7 +130,7 @@ def template_directory() -> Path:
 
 
 def render(job: LaunchJob) -> str:
-    """The job's file, complete.
+    """Return the job's file, complete.
 
     Raises:
         ConfigError: for settings that are missing, unknown to the target or of the wrong form, for a cluster that
@@ -213,7 +213,7 @@ def check_engine(name: str) -> None:
 
 
 def job_name(workdir: str) -> str:
-    """A name for the job of a run, from the end of its directory: `runs/Wide_1` gives `opendeep-wide-1`.
+    """Return a name for the job of a run, from the end of its directory: `runs/Wide_1` gives `opendeep-wide-1`.
 
     Where more than that is lost, or cut off, some digits of the end's SHA-256 tell it from others: engines take a job
     of the same name for the same job.

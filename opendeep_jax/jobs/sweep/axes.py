@@ -36,7 +36,7 @@ class Range:
     whole: bool
 
     def text(self, number: float) -> str:
-        """A number of the range as it is given to a run: whole, or with four digits that count."""
+        """Return a number of the range as it is given to a run: whole, or with four digits that count."""
         if self.whole:
             return str(round(number))
         return str(min(max(float(f"{number:.4g}"), self.low), self.high))
@@ -64,7 +64,7 @@ class Axis:
 
 
 def parse_axes(base: RunConfig, settings: Mapping[str, str], method: str) -> tuple[Axis, ...]:
-    """The axes of `settings`, {dotted name of a field: its values as text}.
+    """Return the axes of `settings`, {dotted name of a field: its values as text}.
 
     Raises ConfigError for fields that there are not, empty lists, ranges that are none, and ranges in a grid or zip.
     """
@@ -116,7 +116,7 @@ def run_name(config: RunConfig, axes: Sequence[Axis]) -> str:
 
 
 def value_of(config: RunConfig, field: str) -> Any:
-    """The value of a field by its dotted name."""
+    """Return the value of a field by its dotted name."""
     value: Any = config
     for part in field.split("."):
         value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
@@ -124,7 +124,7 @@ def value_of(config: RunConfig, field: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A field's value as people write it."""
+    """Return a field's value as people write it."""
     return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
@@ -150,7 +150,7 @@ def _aliases(fields: list[str]) -> dict[str, str]:
 
 
 def _annotation(config: RunConfig, field: str) -> Any:
-    """The type of a field that can be set; None if there is no such field."""
+    """Return the type of a field that can be set; None if there is no such field."""
     *path, last = field.split(".")
     try:
         parent = value_of(config, ".".join(path)) if path else config

@@ -66,7 +66,7 @@ def write_pictures(sweep: Sweep, table: Sequence[Row]) -> list[str]:
 
 
 def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """A panel for each axis: means with bars over seeds, joined where combinations differ in that axis alone."""
+    """Return a figure with a panel per axis: means with bars over seeds, joined where only that axis differs."""
     table = [row for row in table if row.numbers]
     with style():
         columns = min(len(sweep.axes), 3)
@@ -82,7 +82,7 @@ def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 
 
 def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """The metric against training FLOPs: a dot for each run, and the best for each amount by their ranks."""
+    """Return a figure of the metric against FLOPs: a dot for each run, and the best for each amount by their ranks."""
     table = [row for row in table if row.numbers]
     with style():
         figure = _figure(1.5, 1.25)
@@ -115,7 +115,7 @@ def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 
 
 def curves_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """A combination's mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
+    """Return a figure of each mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
     order = ranked([row for row in table if row.numbers])
     with style():
         rows = math.ceil(min(len(order), MOST_NAMES) / 3)

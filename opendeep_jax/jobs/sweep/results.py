@@ -39,12 +39,12 @@ class RunResult:
     """Reason that a failed run has no result: its ending, and the last lines of its output."""
 
     def number(self, name: str) -> float:
-        """A field of the summary; NaN where there is none, or the run has diverged."""
+        """Return a field of the summary; NaN where there is none, or the run has diverged."""
         value, loss = number(self.summary.get(name)), number(self.summary.get("final_loss"))
         return math.nan if value is None or loss is None else float(value)
 
     def described(self) -> str:
-        """The result in a few words."""
+        """Return the result in a few words."""
         bits, loss = self.number("held_out_bits_per_byte"), self.number("final_loss")
         if math.isnan(loss):
             return "diverged"
@@ -115,7 +115,7 @@ def _row(results: list[RunResult], metric: str) -> Row:
 
 
 def ranked(table: Sequence[Row]) -> list[Row]:
-    """The rows, the best first; those without a mean at the end, in the order of the sweep."""
+    """Return the rows, the best first; those without a mean at the end, in the order of the sweep."""
     return sorted(table, key=lambda row: (not row.complete, row.mean if row.complete else 0.0))
 
 
@@ -156,7 +156,7 @@ def mean_text(row: Row) -> str:
 
 
 def table_lines(table: Sequence[Row], sweep: Sweep) -> list[list[str]]:
-    """The table as texts, headings first, the best combination first."""
+    """Return the table as texts, headings first, the best combination first."""
     lines = [["rank", *(axis.alias for axis in sweep.axes), TITLES[sweep.metric], "FLOPs", "parameters", "runs"]]
     for rank, row in enumerate(ranked(table), 1):
         values = [shown(value_of(row.config, axis.field)) for axis in sweep.axes]
