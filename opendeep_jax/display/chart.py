@@ -29,7 +29,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, coincident, look, spread, tick_labels, turns
+from opendeep_jax.display.chart_style import (
+    LOG_SCALE,
+    SERIES,
+    alternating_dashes,
+    coincident,
+    look,
+    spread,
+    tick_labels,
+)
 
 INK, MUTED, GRID = "#20242a", "#6a7280", "#e4e6ea"
 BLUE, ORANGE, GREEN, VIOLET = SERIES[:4]
@@ -164,7 +172,7 @@ def draw_lines(
     several = [line for line in drawn if not line.get_label().startswith("_")]
     # Before the turns, whose dashes it need not show.
     legend(axes.figure, several if named and len(several) > 1 else [])
-    take_turns(axes, drawn)
+    separate_coincident(axes, drawn)
     _name_levels(axes, levels)
 
 
@@ -199,7 +207,7 @@ def _shares(axes, values) -> np.ndarray:
     return (scale(np.asarray(values, float)) - low) / (high - low)
 
 
-def take_turns(axes, drawn: Sequence) -> None:
+def separate_coincident(axes, drawn: Sequence) -> None:
     """Give curves that would hide each other alternating dashes, and points that would rings around each other."""
     curves = []
     for line in drawn:
@@ -207,7 +215,7 @@ def take_turns(axes, drawn: Sequence) -> None:
         curves.append([point for point in zip(line.get_xdata(), shares.tolist(), strict=True) if np.isfinite(point[1])])
     for group in coincident(curves, tolerance=0.006):
         for member, index in enumerate(group):
-            dashes, offset = turns(member, len(group), 7)
+            dashes, offset = alternating_dashes(member, len(group), 7)
             drawn[index].set_linestyle(dash_style(dashes, drawn[index].get_linewidth(), offset))
             drawn[index].set_dash_capstyle("butt")
             drawn[index].set_markersize(3.2 + 2 * (len(group) - 1 - member))

@@ -68,7 +68,7 @@ def _hide(first: Curve, second: Curve, tolerance: float) -> bool:
     return longest > 0 and longest >= min(max(common / 6, 2), common)
 
 
-def turns(member: int, size: int, length: float = 9.0) -> tuple[tuple[float, float], float]:
+def alternating_dashes(member: int, size: int, length: float = 9.0) -> tuple[tuple[float, float], float]:
     """Return the dashes and their offset with which a group of coinciding curves take turns: all of them show."""
     length = max(min(length, 240 / size), 2.0)
     return (length, length * (size - 1)), length * (size - member) % (length * size)

@@ -169,7 +169,7 @@ class Account:
 
     def add(self, record: dict) -> None:
         """Add one line. One that is broken is skipped."""
-        if not _is_sound(record):
+        if not _is_valid(record):
             return
         seconds, before = record["seconds"], self._starts.get(record["start"])
         if before is None:
@@ -212,7 +212,7 @@ class Account:
             self._seconds["waste"] += seconds
 
 
-def _is_sound(record: dict) -> bool:
+def _is_valid(record: dict) -> bool:
     seconds = record.get("seconds")
     numbers = [record.get("wall"), record.get("step"), record.get("first_step"), record.get("skipped", 0)]
     if not isinstance(seconds, dict) or not isinstance(record.get("start"), str):

@@ -100,7 +100,7 @@ def completion(
     if not tokens:
         for answer in answers:
             answer.whole.finish = "length"
-    echoed = [(_shown(tokenizer, prompt) if body.echo else "") for prompt in body.prompts]
+    echoed = [(_echo_text(tokenizer, prompt) if body.echo else "") for prompt in body.prompts]
     places = [TextOffsets(tokenizer, len(text), special=False) for text in echoed for _ in range(many)]
 
     def spelled(index: int, text: str, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.with_prefix(tokenizer.encode(text, special=True))
 
 
-def _shown(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
+def _echo_text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
     """A prompt as it is echoed: a text as it was given, without the begin token that goes before it."""
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, special=True)
 

@@ -295,12 +295,12 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def begins_as_written(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer's own post-processor begins texts as `Tokenizer.begun` does."""
+    """Return whether the tokenizer's own post-processor begins texts as `Tokenizer.with_prefix` does."""
     return leading_ids(tokenizer.library) == tokenizer.prefix
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json whose post-processor begins a text as `Tokenizer.begun` does: transformers, vLLM and the
+    """Return a tokenizer.json whose post-processor adds the prefix of `Tokenizer.with_prefix`: transformers, vLLM and the
     harness go by that alone."""
     if begins_as_written(tokenizer):
         return tokenizer.library.to_str(pretty=True)

@@ -43,7 +43,7 @@ REMEMBERED_WORDS = 1 << 20
 EncodeBatch = Callable[[list[str]], list[np.ndarray]]
 
 
-def begins_words_at_cuts(library: tokenizers.Tokenizer) -> bool:
+def splits_words_at_cuts(library: tokenizers.Tokenizer) -> bool:
     """Return whether the two sides of a cut are normalized and divided into words as the whole is.
 
     True for byte-level tokenizers; false for those that see a text's beginning (SentencePiece) or have no words.

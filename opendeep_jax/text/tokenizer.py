@@ -17,7 +17,7 @@ import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.text.chat_template import check_text, render_chat
-from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, cache_words, in_pieces
+from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, cache_words, in_pieces, splits_words_at_cuts
 from opendeep_jax.text.spelling import ByteDecoder, read_byte_decoder
 
 SPECIAL_TOKENS = (
@@ -155,7 +155,7 @@ class Tokenizer:
         if self.encoder:
             return self.encoder
         encode = cache_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
-        return (in_pieces if begins_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
+        return (in_pieces if splits_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
 
     def _splits_into_our_words(self) -> bool:
         pre = self.library.pre_tokenizer

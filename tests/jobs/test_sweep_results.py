@@ -90,7 +90,7 @@ def test_a_diverged_or_failed_run_is_shown_and_its_combination_never_best(tmp_pa
         _finish(run, bits=1.0 + index)
     _finish(runs[0], bits=0.1, final_loss=None)  # what a NaN becomes in JSON
     (runs[2].workdir / "summary.json").unlink()
-    runs[2].beside(".failed").write_text("exit status 3\nThe replica on host a|b deviates.")
+    runs[2].sibling_file(".failed").write_text("exit status 3\nThe replica on host a|b deviates.")
     table = report(sweep, runs)
     assert ranked(table)[0].config.optimizer.learning_rate == 1e-3
     page = (tmp_path / "results.md").read_text()

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.reading.files import read_whole
+from opendeep_jax.data.reading.files import read_all
 from opendeep_jax.data.reading.formats import MISSING
 
 LINK = re.compile(r"\{([^{}]+)\}")
@@ -66,7 +66,7 @@ def _address(text_url: str, where: str, id: str, values: dict[str, Any]) -> str 
 
 
 def _fetch(url: str) -> Any:
-    content = read_whole(url)
+    content = read_all(url)
     if content is None:
         return MISSING
     if not content.startswith(GZIP_MAGIC):

@@ -77,7 +77,7 @@ def prepare_store(
         jobs = []
         for name, group in groups.items():
             shard, expected = directory / "shards" / name, shard_facts(source, tokenizer, facts, name, group)
-            if _is_whole(shard, expected, known.get(name)):
+            if _is_complete(shard, expected, known.get(name)):
                 advance(sum(part.size for part in group))
             else:
                 _remove(shard)
@@ -133,7 +133,7 @@ def _previous_store(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[s
     return before, {row["name"]: row for row in index.to_pylist()}
 
 
-def _is_whole(shard: Path, facts: dict, known: dict | None) -> bool:
+def _is_complete(shard: Path, facts: dict, known: dict | None) -> bool:
     """Return whether a shard is there, all its files in their sizes, as it was known or as it would be made now."""
     try:
         manifest = json.loads((shard / "shard.json").read_text("utf-8"))

@@ -109,7 +109,7 @@ def combinations(axes: Sequence[Axis], method: str) -> list[Combination]:
 
 def run_name(config: RunConfig, axes: Sequence[Axis]) -> str:
     """`learning_rate=0.0003,experts_per_token=2,seed=0`: what this run has that others do not, safe as a file name."""
-    name = ",".join(f"{axis.alias}={_safe(shown(value_of(config, axis.field)))}" for axis in axes)
+    name = ",".join(f"{axis.alias}={_safe(format_value(value_of(config, axis.field)))}" for axis in axes)
     if len(name) > MOST_CHARACTERS:
         name = f"{name[: MOST_CHARACTERS - 8]}-{_digest(name)}"
     return f"{name},seed={config.seed}"
@@ -123,7 +123,7 @@ def value_of(config: RunConfig, field: str) -> Any:
     return value
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a field's value as people write it."""
     return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 

@@ -43,7 +43,7 @@ class SweepRun:
     arguments: tuple[str, ...]
     """Its own settings, as its command line gives them."""
 
-    def beside(self, suffix: str) -> Path:
+    def sibling_file(self, suffix: str) -> Path:
         """Return the file of that suffix beside its work directory, such as NAME.log."""
         return self.workdir.with_name(self.workdir.name + suffix)
 

@@ -27,7 +27,7 @@ from opendeep_jax.display.chart import (
     style,
 )
 from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, look, spread
-from opendeep_jax.jobs.sweep.axes import Axis, shown, value_of
+from opendeep_jax.jobs.sweep.axes import Axis, format_value, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep
 from opendeep_jax.jobs.sweep.results import TITLES, Row, ranked, settings
 from opendeep_jax.record.files import EVALUATION, METRICS, number, read_jsonl
@@ -214,11 +214,11 @@ def _draw_axis(panel, sweep: Sweep, table: Sequence[Row], axis: Axis) -> list[Li
             panel.xaxis.set_minor_locator(NullLocator())
     else:
         places = {value: float(place) for place, value in enumerate(sorted(set(values), key=str))}
-        panel.set_xticks(list(places.values()), [shown(value) for value in places])
+        panel.set_xticks(list(places.values()), [format_value(value) for value in places])
     groups: dict[str, list[Row]] = {}
     for row in table:
         others = [other for other in sweep.axes if other is not axis]
-        key = ", ".join(f"{other.alias}={shown(value_of(row.config, other.field))}" for other in others)
+        key = ", ".join(f"{other.alias}={format_value(value_of(row.config, other.field))}" for other in others)
         groups.setdefault(key, []).append(row)
     joined = any(len(group) > 1 for group in groups.values())
     shift = _shift(panel, sorted(places.values()), len(groups))

@@ -40,13 +40,13 @@ class SweepProgress:
         if self._live is not None:
             self._guard(self._live.stop)
 
-    def began(self, run: SweepRun) -> None:
+    def run_started(self, run: SweepRun) -> None:
         """Note that a run was started."""
         self._begun[run.name] = time.monotonic()
         if self._live is None:
             self._print(f"begun     {run.name}")
 
-    def ended(self, run: SweepRun) -> None:
+    def run_ended(self, run: SweepRun) -> None:
         """Note that a run has ended, well or not."""
         result = read_result(run)
         after = human_time(time.monotonic() - self._begun[run.name])

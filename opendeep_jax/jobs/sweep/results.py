@@ -14,7 +14,7 @@ from opendeep_jax.config.schedule import stages, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_count
 from opendeep_jax.display.tables import latex_table, markdown_table
-from opendeep_jax.jobs.sweep.axes import shown, value_of
+from opendeep_jax.jobs.sweep.axes import format_value, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep, SweepRun
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.record.files import finished_summary, number
@@ -80,10 +80,10 @@ def read_result(run: SweepRun) -> RunResult:
     """Return what the files of a run say of it."""
     if summary := finished_summary(run.workdir, total_steps(run.config)):
         return RunResult(run, "finished", summary)
-    failed = run.beside(".failed")
+    failed = run.sibling_file(".failed")
     if failed.exists():
         return RunResult(run, "failed", {}, failed.read_text(encoding="utf-8", errors="replace").strip())
-    if run.beside(".job").exists():
+    if run.sibling_file(".job").exists():
         return RunResult(run, "handed over", {})
     return RunResult(run, "begun" if (run.workdir / "config.json").exists() else "waiting", {})
 
@@ -142,7 +142,7 @@ def best_summary(table: Sequence[Row], sweep: Sweep) -> str:
 
 def settings(row: Row, sweep: Sweep) -> str:
     """`learning_rate=0.0003, experts_per_token=2`."""
-    return ", ".join(f"{axis.alias}={shown(value_of(row.config, axis.field))}" for axis in sweep.axes)
+    return ", ".join(f"{axis.alias}={format_value(value_of(row.config, axis.field))}" for axis in sweep.axes)
 
 
 def mean_text(row: Row) -> str:
@@ -159,7 +159,7 @@ def table_lines(table: Sequence[Row], sweep: Sweep) -> list[list[str]]:
     """Return the table as texts, headings first, the best combination first."""
     lines = [["rank", *(axis.alias for axis in sweep.axes), TITLES[sweep.metric], "FLOPs", "parameters", "runs"]]
     for rank, row in enumerate(ranked(table), 1):
-        values = [shown(value_of(row.config, axis.field)) for axis in sweep.axes]
+        values = [format_value(value_of(row.config, axis.field)) for axis in sweep.axes]
         parameters = next((r.summary["parameters"] for r in row.results if "parameters" in r.summary), None)
         count = "-" if parameters is None else human_count(parameters)
         place = str(rank) if row.complete else "-"
@@ -187,7 +187,7 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
     for row in table:
         for result in row.results:
             config = result.run.config
-            values = [shown(value_of(config, axis.field)) for axis in sweep.axes]
+            values = [format_value(value_of(config, axis.field)) for axis in sweep.axes]
             cells = ["" if (cell := result.summary.get(name)) is None else cell for name in numbers]
             writer.writerow([result.run.name, *values, config.seed, result.state, *cells, f"{row.flops:.6g}"])
     write_atomically(sweep.directory / "results.csv", stream.getvalue())

@@ -101,8 +101,8 @@ def submit_runs(sweep: Sweep, runs: Sequence[SweepRun], target: str) -> None:
         if done.returncode:
             lines = "\n".join(said.splitlines()[-LAST_LINES:])
             raise ConfigError(f"--target={target}: {run.name} could not be handed over:\n{lines}")
-        run.beside(".failed").unlink(missing_ok=True)
-        write_atomically(run.beside(".job"), said + "\n")
+        run.sibling_file(".failed").unlink(missing_ok=True)
+        write_atomically(run.sibling_file(".job"), said + "\n")
         print(f"handed over {run.name}")
 
 
