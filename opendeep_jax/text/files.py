@@ -300,8 +300,8 @@ def begins_as_written(tokenizer: Tokenizer) -> bool:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json whose post-processor adds the prefix of `Tokenizer.with_prefix`: transformers, vLLM and the
-    harness go by that alone."""
+    """Return a tokenizer.json whose post-processor adds `Tokenizer.prefix`, which transformers, vLLM and the
+    harness take from there alone."""
     if begins_as_written(tokenizer):
         return tokenizer.library.to_str(pretty=True)
     description = dict(tokenizer.description)
