@@ -54,7 +54,7 @@ FIXABLE = {
 """Failures of the file system that the user can fix, and how."""
 
 HELP = f"""\
-opendeep: train, look into and release DeepSeek-class models, fully in the open.
+opendeep: train, inspect and release DeepSeek-class models, fully in the open.
 
 usage: opendeep COMMAND [--name=value ...]
 

@@ -131,7 +131,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
             due = time.monotonic() + 9 * (time.monotonic() - begin)
         return runs
 
-    runs = look()
+    runs = refresh()
     if once or not (console.is_terminal or page):
         console.print(frame(runs, labels(runs), console))
     elif not console.is_terminal:
@@ -139,7 +139,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
         with contextlib.suppress(KeyboardInterrupt):
             while not all(run.is_finished for run in runs):
                 time.sleep(every)
-                runs = look()
+                runs = refresh()
     else:
         with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as pressed:
             with contextlib.suppress(KeyboardInterrupt):
@@ -147,7 +147,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
                     live.update(frame(runs, labels(runs), console), refresh=True)
                     if pressed(every):
                         break
-                    runs = look()
+                    runs = refresh()
         console.print(frame(runs, labels(runs), console))  # stays to be read when the screen is gone
 
 
