@@ -96,7 +96,7 @@ class HarmonyStream:
             self._append_preamble(out, "answer")
         return TextDelta(out.text["thinking"], out.text["answer"], tuple(out.calls))
 
-    def _read_text(self, text: str, out: "_Pieces", final: bool) -> None:
+    def _read_text(self, text: str, out: "_Deltas", final: bool) -> None:
         """Read text between control tokens."""
         if self._header is None:
             self._append_open(text, out)
@@ -105,7 +105,7 @@ class HarmonyStream:
             if not final:
                 self._check_header(out, final=False)
 
-    def _check_header(self, out: "_Pieces", final: bool) -> None:
+    def _check_header(self, out: "_Deltas", final: bool) -> None:
         """Treat a malformed header as text of an answer without a header."""
         header = self._header
         if header is None or self._marked or not header.strip():
@@ -117,7 +117,7 @@ class HarmonyStream:
             self._open("answer")
             self._append_open(header, out)
 
-    def _control(self, name: str, out: "_Pieces") -> None:
+    def _control(self, name: str, out: "_Deltas") -> None:
         self._controlled = True
         if name == "message":
             if self._header is not None:
@@ -146,7 +146,7 @@ class HarmonyStream:
             return "thinking"
         return {"analysis": "thinking", "commentary": "preamble"}.get(channel[1] if channel else "", "answer")
 
-    def _open(self, kind: str, out: "_Pieces | None" = None, header: str = "") -> None:
+    def _open(self, kind: str, out: "_Deltas | None" = None, header: str = "") -> None:
         if out is not None:
             self._append_preamble(out, "thinking" if kind == "answer" else "answer" if kind == "call" else "")
         self._kind, self._header, self._fresh, self._marked = kind, None, True, False
@@ -159,7 +159,7 @@ class HarmonyStream:
             self._calls += 1
         self._header, self._kind = "", ""
 
-    def _append_open(self, text: str, out: "_Pieces") -> None:
+    def _append_open(self, text: str, out: "_Deltas") -> None:
         """Append text to the open message."""
         if not text:
             return
@@ -171,12 +171,12 @@ class HarmonyStream:
         else:
             self._append(self._kind, text, out)
 
-    def _append(self, kind: str, text: str, out: "_Pieces") -> None:
+    def _append(self, kind: str, text: str, out: "_Deltas") -> None:
         apart = "\n" * (self._fresh and self._begun[kind])
         out.text[kind] += apart + text
         self._begun[kind], self._fresh = True, False
 
-    def _append_preamble(self, out: "_Pieces", kind: str) -> None:
+    def _append_preamble(self, out: "_Deltas", kind: str) -> None:
         if self._preamble and kind:
             self._fresh = True
             self._append(kind, self._preamble, out)
