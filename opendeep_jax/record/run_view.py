@@ -1,6 +1,6 @@
 """A run as it is now, from the files in its directory: state, curves, events, goodput, phase. No NumPy.
 
-`refresh()` reads what is new since the last time, and what is kept is of bounded size: so one view serves a report that is
+`refresh()` reads what is new since the last call, and keeps state of bounded size: so one view serves a report that is
 written once, a page that is written again every few seconds, and a terminal.
 """
 
