@@ -25,9 +25,9 @@ def main() -> None:
     from opendeep_jax.generation.requests import SamplingParams
     from opendeep_jax.pretrained.sources import open_model
 
-    model, codec, _ = open_model(options.model, options.dtype)
+    model, tokenizer, _ = open_model(options.model, options.dtype)
     order = random.Random(0)
-    vocab = min(codec.vocab_size, model.config.vocab_size)
+    vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     requests = [
         (
             [order.randrange(100, vocab) for _ in range(order.randint(1, 120))],
@@ -36,7 +36,7 @@ def main() -> None:
                 temperature=order.choice([0.0, 0.7, 1.0]),
                 top_p=order.choice([1.0, 0.9]),
                 seed=order.randrange(2**32),
-                end_ids=codec.end_ids,
+                end_ids=tokenizer.end_ids,
             ),
         )
         for _ in range(options.requests)

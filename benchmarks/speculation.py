@@ -35,10 +35,10 @@ def main() -> None:
     from opendeep_jax.generation.requests import SamplingParams
     from opendeep_jax.pretrained.sources import open_model
 
-    model, codec, _ = open_model(options.workdir)
-    prompts = [codec.encode_prompt(prompt) for prompt in PROMPTS]
+    model, tokenizer, _ = open_model(options.workdir)
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     counts = [0, *map(int, options.drafts.split(","))]
-    vocab = min(codec.vocab_size, model.config.vocab_size)
+    vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     sizes = {"slots": options.slots, "max_length": min(512, model.config.max_length), "vocab_size": vocab}
     engines = {count: Engine(model, EngineConfig(**sizes, speculate=count)) for count in counts}
     results = []

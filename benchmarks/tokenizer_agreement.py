@@ -127,55 +127,56 @@ def compare(path: Path, texts: list[str], directory: Path, reference: str, llama
     again = tokenizer_from_hf(save_tokenizer(back, directory / "again").parent)
     ways = {"as it is": first, "run": run, "hf": exported, "gguf": back, "gguf, run, hf": again}
     wanted = said(first, texts)
-    lengths = [sum(first.spelling.lengths(ids)) for ids in wanted[0]]
+    lengths = [sum(first.byte_decoder.lengths(ids)) for ids in wanted[0]]
     lost = count(lengths, [len(text.encode()) for text in texts])
-    for way, codec in ways.items():
-        found = said(codec, texts)
+    for way, tokenizer in ways.items():
+        found = said(tokenizer, texts)
         differ = map(count, found, wanted)
-        begins, ends = codec.begun([]), sorted(codec.end_ids)
-        same = "same" if begins == first.begun([]) else str(begins)
+        begins, ends = tokenizer.with_prefix([]), sorted(tokenizer.end_ids)
+        same = "same" if begins == first.with_prefix([]) else str(begins)
         yield name, way, *differ, same, "same" if ends == sorted(first.end_ids) else str(ends), lost
     if reference:
         directories = {"as it is": path} if path.is_dir() else {}
         directories |= {"run": directory / "run", "hf": directory / "hf", "gguf, run, hf": directory / "again"}
         asked = {"texts": texts, "directories": {way: str(one.resolve()) for way, one in directories.items()}}
         for way, found in ask(reference, TRANSFORMERS, asked, directory).items():
-            codec = ways[way]
-            ids = [[*codec.begun([]), *codec.encode(text, special=True)] for text in texts]
-            begin = begin_of(found["ids"][0], codec)
+            tokenizer = ways[way]
+            ids = [[*tokenizer.with_prefix([]), *tokenizer.encode(text, special=True)] for text in texts]
+            begin = begin_of(found["ids"][0], tokenizer)
             yield (
                 name, f"transformers, {way}",
-                count(behind(found["ids"], begin), behind(ids, codec.begun([]))),
-                count(found["texts"], [codec.decode(codec.encode(text, special=True)) for text in texts]), "",
-                "same" if begin == codec.begun([]) else f"{begin} for {codec.begun([])}",
-                "same" if set(found["ends"]) <= set(codec.end_ids) else str(found["ends"]), "",
+                count(behind(found["ids"], begin), behind(ids, tokenizer.with_prefix([]))),
+                count(found["texts"], [tokenizer.decode(tokenizer.encode(text, special=True)) for text in texts]), "",
+                "same" if begin == tokenizer.with_prefix([]) else f"{begin} for {tokenizer.with_prefix([])}",
+                "same" if set(found["ends"]) <= set(tokenizer.end_ids) else str(found["ends"]), "",
             )  # fmt: skip
     if llama:
         file = directory / "tiny.gguf"
         write_tiny(run, fields, file)
         found = ask(llama, LLAMA, {"texts": texts, "gguf": str(file)}, directory)
-        ids = [[*back.begun([]), *back.encode(text, special=True)] for text in texts]
+        ids = [[*back.with_prefix([]), *back.encode(text, special=True)] for text in texts]
         begin = begin_of(found["ids"][0], back)
         plain = [back.encode(text) for text in texts]
         spoken = [b"".join(map(back.piece, one)).decode("utf-8", "replace") for one in plain]
         matching = [i for i in range(len(texts)) if plain[i] == found["plain"][i]]
         yield (
             name, "llama.cpp, gguf",
-            f"{count(behind(found['ids'], begin), behind(ids, back.begun([])))}, {count(found['plain'], plain)} plain",
+            f"{count(behind(found['ids'], begin), behind(ids, back.with_prefix([])))}, "
+            f"{count(found['plain'], plain)} plain",
             count([found["texts"][i] for i in matching], [spoken[i] for i in matching]), "",
-            "same" if begin == back.begun([]) else f"{begin} for {back.begun([])}", "", "",
+            "same" if begin == back.with_prefix([]) else f"{begin} for {back.with_prefix([])}", "", "",
         )  # fmt: skip
 
 
-def said(codec: Tokenizer, texts: list[str]) -> tuple[list, list, list]:
+def said(tokenizer: Tokenizer, texts: list[str]) -> tuple[list, list, list]:
     """Ids, decoded and streamed texts; what the library decodes stands in for a decoded text that is another."""
-    ids = [codec.encode(text) for text in texts]
-    library = [codec.library.decode(one, skip_special_tokens=True) for one in ids]
+    ids = [tokenizer.encode(text) for text in texts]
+    library = [tokenizer.library.decode(one, skip_special_tokens=True) for one in ids]
     streamed = []
     for one in ids:
-        stream = TextStream(codec)
+        stream = TextStream(tokenizer)
         streamed.append("".join(stream.push([i]) for i in one) + stream.finish())
-    decoded = [codec.decode(one) for one in ids]
+    decoded = [tokenizer.decode(one) for one in ids]
     bad = [i for i in range(len(ids)) if not decoded[i] == library[i] == streamed[i]]
     for i in bad:
         streamed[i] = f"differs: {streamed[i]}"
@@ -187,9 +188,9 @@ def count(one: list, other: list) -> str:
     return str(sum(a != b for a, b in zip(one, other, strict=True)))
 
 
-def begin_of(ids: list[int], codec: Tokenizer) -> list[int]:
+def begin_of(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """What an empty text begins with, for a program that adds no end."""
-    return [i for i in ids if i in codec.special_ids]
+    return [i for i in ids if i in tokenizer.special_ids]
 
 
 def behind(ids: list[list[int]], begin: list[int]) -> list[list[int]]:
@@ -207,7 +208,7 @@ def ask(python: str, program: str, asked: dict, directory: Path):
     return json.loads((directory / "found.json").read_text())
 
 
-def write_tiny(codec: Tokenizer, fields: dict, path: Path) -> None:
+def write_tiny(tokenizer: Tokenizer, fields: dict, path: Path) -> None:
     """A GGUF with a tokenizer and the smallest model that llama.cpp starts with."""
     import gguf
 
@@ -216,7 +217,7 @@ def write_tiny(codec: Tokenizer, fields: dict, path: Path) -> None:
     for add, value in (
         (writer.add_context_length, 64), (writer.add_embedding_length, 32), (writer.add_feed_forward_length, 32),
         (writer.add_head_count, 1), (writer.add_head_count_kv, 1), (writer.add_layer_norm_rms_eps, 1e-5),
-        (writer.add_rope_dimension_count, 32), (writer.add_vocab_size, codec.vocab_size),
+        (writer.add_rope_dimension_count, 32), (writer.add_vocab_size, tokenizer.vocab_size),
     ):  # fmt: skip
         add(value)
     for key, value in fields.items():
@@ -232,7 +233,7 @@ def write_tiny(codec: Tokenizer, fields: dict, path: Path) -> None:
     shapes = {f"blk.0.{part}.weight": (32, 32) for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up")}
     shapes |= {f"blk.0.{part}.weight": (32, 32) for part in ("ffn_down", "ffn_gate")}
     shapes |= {f"{part}.weight": (32,) for part in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm")}
-    shapes |= {"token_embd.weight": (codec.vocab_size, 32)}
+    shapes |= {"token_embd.weight": (tokenizer.vocab_size, 32)}
     for name, shape in shapes.items():
         kind = np.float16 if len(shape) == 2 else np.float32
         writer.add_tensor(name, np.full(shape, 0.01, kind))

@@ -32,7 +32,7 @@ from opendeep_jax.config.schema import (
 
 
 class Size(NamedTuple):
-    """What differs between the models."""
+    """Settings that differ between the models."""
 
     vocab_size: int
     hidden_size: int

@@ -23,7 +23,7 @@ from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig
 
 
 class Size(NamedTuple):
-    """What differs between the models; query_scalar ** -0.5 is the factor on the scores."""
+    """Settings that differ between the models; query_scalar ** -0.5 is the factor on the scores."""
 
     hidden_size: int
     num_layers: int

@@ -30,7 +30,7 @@ from opendeep_jax.config.schema import (
 
 
 class Size(NamedTuple):
-    """What differs between the models."""
+    """Settings that differ between the models."""
 
     num_layers: int
     num_experts: int

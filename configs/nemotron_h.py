@@ -36,11 +36,11 @@ EXPERTS = MoEConfig(
     expert_size=1856,
     routed_scaling_factor=2.5,
 )
-"""Of Nemotron 3 Nano; chosen as in DeepSeek-V3."""
+"""Experts of Nemotron 3 Nano; routed as in DeepSeek-V3."""
 
 
 class Size(NamedTuple):
-    """What differs between the models."""
+    """Settings that differ between the models."""
 
     pattern: str
     hidden_size: int

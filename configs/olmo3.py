@@ -23,7 +23,7 @@ from opendeep_jax.config.schema import AttentionConfig, ModelConfig, RematConfig
 
 
 class Size(NamedTuple):
-    """What differs between the models."""
+    """Settings that differ between the models."""
 
     hidden_size: int
     num_layers: int

@@ -32,7 +32,7 @@ from opendeep_jax.config.schema import (
 
 
 class Size(NamedTuple):
-    """What differs between the models; mlp_size is an expert's where there are experts."""
+    """Settings that differ between the models; mlp_size is an expert's where there are experts."""
 
     hidden_size: int
     num_layers: int

@@ -62,7 +62,7 @@ from opendeep_jax.models.moe import RouterBias
 from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.axes import partition_spec
 from opendeep_jax.record.files import CHECKPOINTS, ORIGIN, QUARANTINE, checkpoint_steps
-from opendeep_jax.record.origin import lost, read_origin, write_origin
+from opendeep_jax.record.origin import lost_state_error, read_origin, write_origin
 
 
 class SaveReport(NamedTuple):
@@ -283,7 +283,7 @@ class Checkpoints:
                 notes.append(f"The checkpoint of step {step:,} in {directory} was not taken: {error}.")
             except CorruptCheckpoint as error:
                 notes.append(self._quarantine(step, directory, error))
-        if text := lost(self.workdir, self.origin, before, notes, elsewhere):
+        if text := lost_state_error(self.workdir, self.origin, before, notes, elsewhere):
             raise NoSoundCheckpoint(text)
         self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is

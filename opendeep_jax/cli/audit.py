@@ -85,7 +85,7 @@ def _piece_text(piece: dict) -> str:
 
 
 def _harmless(line: str) -> str:
-    """A line without the control characters with which a document could write over the terminal."""
+    """Return a line without the control characters with which a document could write over the terminal."""
     return "".join(sign if sign.isprintable() or sign == "\t" else "\ufffd" for sign in line)
 
 

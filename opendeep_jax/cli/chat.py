@@ -26,7 +26,7 @@ LEAST = {"max_tokens": 0, "max_length": 0, "seed": -1}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Talks until /quit, or answers once. Raises ConfigError for a source that is none and settings that can't be."""
+    """Chat until /quit, or answer once. Raises ConfigError for an invalid source or setting."""
     values, choice = read_flags(FLAGS, argv, "opendeep chat", PURPOSE, USAGE, LEAST)
 
     from opendeep_jax.serving.terminal import answer, chat, piped_input
@@ -42,15 +42,15 @@ def main(argv: Sequence[str]) -> None:
 
     from opendeep_jax.generation.requests import EngineConfig
     from opendeep_jax.pretrained.engines import open_engine
-    from opendeep_jax.pretrained.sources import open_codec
+    from opendeep_jax.pretrained.sources import open_tokenizer
     from opendeep_jax.serving.conversation import Conversation
 
-    codec, name = open_codec(choice.source)
-    params = sampling(values, codec, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
-    codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
+    tokenizer, name = open_tokenizer(choice.source)
+    params = sampling(values, tokenizer, seed=secrets.randbits(32) if values.seed < 0 else values.seed)
+    tokenizer.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
     config = EngineConfig(slots=1, max_length=values.max_length)
-    engine = open_engine(choice, codec, config)
-    conversation = Conversation(engine, codec, params, values.max_tokens, values.system)
+    engine = open_engine(choice, tokenizer, config)
+    conversation = Conversation(engine, tokenizer, params, values.max_tokens, values.system)
     if question:
         answer(conversation, question, Console(highlight=False))
     else:

@@ -25,7 +25,7 @@ usage: opendeep checkpoints list    --workdir=DIRECTORY               steps, siz
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one of the actions; returns the exit status. Raises ConfigError for input that cannot work."""
+    """Run one of the actions; return the exit status. Raises ConfigError for invalid input."""
     actions = {"list": _list, "verify": _verify, "diff": _diff, "prune": _prune, "average": _average}
     return run_action(actions, ["checkpoints", *argv], HELP)
 

@@ -68,9 +68,9 @@ def _curate(argv: Sequence[str]) -> None:
             "gopher_quality c4 --data.curation.minhash_deduplication=True."
         )
     from opendeep_jax.data.curation import curate, parse_options, read_accounting
-    from opendeep_jax.data.opening import warn_of_unread_files
+    from opendeep_jax.data.opening import skipped_files
 
-    unread = warn_of_unread_files(config)
+    unread = skipped_files(config)
     sources = curate(config.data, executor, options=parse_options(options))
     accounting = read_accounting(sources)
     for source, files in zip(config.data.sources, unread, strict=True):
@@ -111,7 +111,7 @@ def _resolve(argv: Sequence[str], action: str) -> "tuple[RunConfig, Launch]":
 
 
 def _take(argv: Sequence[str], name: str, default: str) -> tuple[list[str], str]:
-    """The arguments without the flag `--name=value` (or `--name value`), and its value."""
+    """Return the arguments without the flag `--name=value` (or `--name value`), and its value."""
     rest, value, arguments = [], default, iter(argv)
     for argument in arguments:
         if argument == f"--{name}":

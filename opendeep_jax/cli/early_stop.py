@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C where the training loop does not look after them: while a run starts, compiles, or ends.
+"""SIGTERM and Ctrl-C outside the training loop: while a run starts, compiles, or ends.
 
 Python's own handlers run between two lines of the main thread, which a compilation may not reach for half an hour. So
 a thread hears of the signal through a pipe, says a line, and ends the process if it does not end by itself.
@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from opendeep_jax.cli.starts import told_to_stop
+from opendeep_jax.cli.starts import exclude_from_count
 from opendeep_jax.config.exits import INTERRUPTED, RESUME
 
 UNWIND_SECONDS = 5.0
-"""From the line to the end, for what the main thread may still put away."""
+"""Seconds from the message to the end, for the main thread to clean up."""
 STATUSES = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 
 class EarlyStop(KeyboardInterrupt):
-    """Unwinds the main thread after a signal, of which the line is already said."""
+    """Exception that unwinds the main thread after a signal whose message is already printed."""
 
     def __init__(self, status: int):
         super().__init__(status)
@@ -29,8 +29,8 @@ class EarlyStop(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
-    """Inside, SIGTERM ends the process with status RESUME and Ctrl-C with INTERRUPTED, within a few seconds and with a
-    line that says so. `faults/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
+    """End the process with status RESUME at SIGTERM and INTERRUPTED at Ctrl-C, within a few seconds and with a message.
+    `faults/interrupt.py` takes over while there are steps. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -38,26 +38,26 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    unsaid = threading.Lock()
+    printed = threading.Lock()
 
-    def say(number: int) -> None:
-        """Whichever thread is first says it."""
-        if unsaid.acquire(blocking=False):
+    def announce(number: int) -> None:
+        """Print the message once, from whichever thread is first."""
+        if printed.acquire(blocking=False):
             name, status = signal.Signals(number).name, STATUSES[number]
             os.write(2, f"\nopendeep train: {note(name, status)}\n".encode())
 
     def unwind(number, frame):
-        say(number)
+        announce(number)
         raise EarlyStop(STATUSES[number])
 
     def listen() -> None:
-        while (heard := os.read(reader, 1)) and heard[0] not in STATUSES:
+        while (received := os.read(reader, 1)) and received[0] not in STATUSES:
             pass
-        if heard:
-            say(heard[0])
-            told_to_stop()
+        if received:
+            announce(received[0])
+            exclude_from_count()
             time.sleep(UNWIND_SECONDS)
-            exit(STATUSES[heard[0]])
+            exit(STATUSES[received[0]])
         os.close(reader)
 
     armed = [True]
@@ -93,5 +93,5 @@ def early_stops(exit: Callable[[int], None] = os._exit) -> Iterator[None]:
 
 
 def note(name: str, status: int) -> str:
-    """The line for a signal that came when no step was under way."""
+    """Return the message for a signal that arrives between steps."""
     return f"stopped by {name} between steps. Nothing is lost: give the same command to go on (exit status {status})."

@@ -1,4 +1,4 @@
-"""What `generate`, `chat`, `serve` and `eval` are told alike: the model, its precision, the devices it is divided over.
+"""Flags that `generate`, `chat`, `serve` and `eval` share: the model, its precision and its devices.
 
 The help of these flags stands here alone, and so do the rules of how they go together.
 """
@@ -42,7 +42,7 @@ def read_flags(
     usage: str,
     least: Mapping[str, float],
 ) -> tuple[flags.FlagValues, Choice]:
-    """The values of a command's own flags and of the shared ones, and the choice of a model that is there.
+    """Return the values of a command's own flags and of the shared ones, and the choice of a model that is there.
 
     Prints help and raises SystemExit(0) for --help. JAX is not loaded.
 
@@ -72,8 +72,8 @@ def read_flags(
     return values, Choice(source, values.dtype, step, parallel)
 
 
-def sampling(values: flags.FlagValues, codec: "Tokenizer", **given: int) -> SamplingParams:
-    """The parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
+def sampling(values: flags.FlagValues, tokenizer: "Tokenizer", **given: int) -> SamplingParams:
+    """Return the parameters that --temperature, --top_k, --top_p, --min_p and --seed ask for; `given` goes before.
 
     What is not on the command line is as the model's own generation_config.json has it, if that says something.
 
@@ -82,7 +82,7 @@ def sampling(values: flags.FlagValues, codec: "Tokenizer", **given: int) -> Samp
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     try:
         asked = {name: values[name].value for name in names}
-        own = sampling_defaults(codec)
+        own = sampling_defaults(tokenizer)
         own = {name: value for name, value in own.items() if name not in names or not values[name].present}
         return SamplingParams(**asked | own | given)
     except ConfigError as error:

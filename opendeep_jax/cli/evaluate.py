@@ -46,7 +46,7 @@ LEAST = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints measures, and writes them with --out. Raises ConfigError for what is no model, no task or no text."""
+    """Print measures, and write them with --out. Raises ConfigError for an invalid model, task or text."""
     values, choice = read_flags(FLAGS, argv, "opendeep eval", PURPOSE, USAGE, LEAST)
     _check(values)
     if values.tasks:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(values: Any) -> None:
-    """Raises ConfigError where the settings cannot work together."""
+    """Raise ConfigError where the settings cannot work together."""
     if values.tasks and values.text:
         raise ConfigError("--tasks and --text are both given. Leave one out.")
     if values.seed >= 2**32:
@@ -80,7 +80,7 @@ def _check(values: Any) -> None:
 
 
 def _held_out(choice: Choice) -> dict[str, Any]:
-    """A run's own measure, on the text that it held out."""
+    """Return a run's own measure, on the text that it held out."""
     source = choice.source
     if source_kind(source) != "run":
         raise ConfigError(f"{source} is no run, so it held out no text. Say what to measure: --tasks=... or --text=...")
@@ -93,7 +93,7 @@ def _held_out(choice: Choice) -> dict[str, Any]:
 
 
 def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
-    """Runs tasks, prints their table, and returns all results."""
+    """Run tasks, print their table, and return all results."""
     names = [name.strip() for name in values.tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--tasks={values.tasks}: names no task. Give one, such as --tasks=hellaswag.")
@@ -106,10 +106,10 @@ def _on_tasks(values: Any, choice: Choice) -> dict[str, Any]:
 
     from opendeep_jax.evaluation.results import table, task_results
 
-    engine, codec, about = _open(values, choice)
+    engine, tokenizer, about = _open(values, choice)
     if values.prompts == "chat":
-        codec.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
-    model = HarnessModel(engine, codec, about["model"]["name"], values.prompts == "chat", values.seed)
+        tokenizer.apply_chat([{"role": "user", "content": "."}])  # a model without a template cannot chat at all
+    model = HarnessModel(engine, tokenizer, about["model"]["name"], values.prompts == "chat", values.seed)
     raw = run_tasks(model, known, names, values.limit, values.num_fewshot, values.max_tokens)
     tasks = task_results(raw)
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table(tasks))
@@ -124,18 +124,20 @@ def _on_text(values: Any, choice: Choice) -> dict[str, Any]:
     from opendeep_jax.evaluation.perplexity import perplexity, read_documents
 
     documents = read_documents(values.text)
-    engine, codec, about = _open(values, choice)
-    return about | {"text": values.text} | perplexity(engine, codec, documents, values.stride, values.seed)
+    engine, tokenizer, about = _open(values, choice)
+    return about | {"text": values.text} | perplexity(engine, tokenizer, documents, values.stride, values.seed)
 
 
 def _open(values: Any, choice: Choice) -> tuple[Any, Any, dict[str, Any]]:
-    """The engine and the codec of a source, and what they are."""
+    """Return the engine and the tokenizer of a source, and what they are."""
     from opendeep_jax.evaluation.results import describe_model, versions
     from opendeep_jax.generation.requests import DEFAULT_LENGTH, EngineConfig
     from opendeep_jax.pretrained.engines import open_engine
-    from opendeep_jax.pretrained.sources import open_codec
+    from opendeep_jax.pretrained.sources import open_tokenizer
 
-    codec, name = open_codec(choice.source)
-    engine = open_engine(choice, codec, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH)
+    tokenizer, name = open_tokenizer(choice.source)
+    engine = open_engine(
+        choice, tokenizer, EngineConfig(slots=values.slots, max_length=values.max_length), DEFAULT_LENGTH
+    )
     about = {"model": describe_model(engine.model, name, choice.source, choice.step), "versions": versions()}
-    return engine, codec, about
+    return engine, tokenizer, about

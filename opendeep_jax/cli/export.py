@@ -29,7 +29,7 @@ SOURCE = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    """Export a model. Raises ConfigError for invalid input, OSError where writing fails."""
     return run_action({"hf": _hf, "gguf": _gguf}, ["export", *argv], HELP)
 
 
@@ -42,7 +42,7 @@ def _hf(argv: Sequence[str]) -> None:
         name=("", "Title of its card; the run's name if not given."),
     )
     values = _parse(argv, flags, "hf", "Writes config.json, safetensors, tokenizer and a model card.")
-    model, codec = _open(values, values.dtype)
+    model, tokenizer = _open(values, values.dtype)
 
     from opendeep_jax.interop import save_hf
     from opendeep_jax.pretrained.card_facts import provenance
@@ -50,27 +50,27 @@ def _hf(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         source = values.workdir or values.model
         facts = provenance(source, _step(values), values.license, values.name)
-        save_hf(model, values.out, tokenizer=_texts(source, codec, Path(directory)), provenance=facts)
+        save_hf(model, values.out, tokenizer=_texts(source, tokenizer, Path(directory)), provenance=facts)
     print(f"exported: {values.out}")
     if not facts.license:
         print("Its card states no license. Say it with --license=..., or in README.md, before you pass the model on.")
 
 
-def _texts(source: str, codec: "Tokenizer", directory: Path) -> Path:
+def _texts(source: str, tokenizer: "Tokenizer", directory: Path) -> Path:
     """The directory of what shall surround the weights: the source's own, or `directory`, where it is written."""
-    from opendeep_jax.interop.hf_text import carried
+    from opendeep_jax.interop.hf_text import text_paths
     from opendeep_jax.pretrained.sources import source_kind
     from opendeep_jax.text.files import begins_as_written, save_tokenizer, tokenizer_json
 
     kind = source_kind(source)
-    if kind == "hf" and begins_as_written(codec):
+    if kind == "hf" and begins_as_written(tokenizer):
         return Path(source)  # its files are carried along as they are
     if kind == "hf":  # what begins a text is said elsewhere than where transformers looks for it
-        for path in carried(Path(source)):
+        for path in text_paths(Path(source)):
             shutil.copyfile(path, directory / path.name)
-        write_atomically(directory / "tokenizer.json", tokenizer_json(codec))
+        write_atomically(directory / "tokenizer.json", tokenizer_json(tokenizer))
         return directory
-    save_tokenizer(codec, directory)
+    save_tokenizer(tokenizer, directory)
     for name, text in _licenses(source).items():
         write_atomically(directory / name, text)
     return directory
@@ -95,21 +95,21 @@ def _gguf(argv: Sequence[str]) -> None:
     from opendeep_jax.interop.gguf_file import require_gguf
 
     require_gguf()
-    model, codec = _open(values, "float32")
+    model, tokenizer = _open(values, "float32")
 
     from opendeep_jax.interop.gguf import save_gguf
     from opendeep_jax.interop.hf_text import GGUF_LICENSE
     from opendeep_jax.pretrained.card_facts import provenance
     from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
-    tokenizer = gguf_fields_of(codec, model.config.vocab_size, values.pre)
+    fields = gguf_fields_of(tokenizer, model.config.vocab_size, values.pre)
     source = values.workdir or values.model
     known = {
         GGUF_LICENSE: next(iter(_licenses(source).values()), ""),
         "general.license": provenance(source, _step(values)).license,
     }
-    tokenizer |= {key: text for key, text in known.items() if text}
-    save_gguf(model, values.out, values.type, tokenizer, values.name)
+    fields |= {key: text for key, text in known.items() if text}
+    save_gguf(model, values.out, values.type, fields, values.name)
     print(f"exported: {values.out}")
 
 
@@ -136,8 +136,8 @@ def _step(values) -> int:
 
 
 def _open(values, dtype: str):
-    """The model in a dtype, and its codec."""
+    """Return the model in a dtype, and its tokenizer."""
     from opendeep_jax.pretrained.sources import open_model
 
-    model, codec, _ = open_model(values.workdir or values.model, dtype, None if values.step < 0 else values.step)
-    return model, codec
+    model, tokenizer, _ = open_model(values.workdir or values.model, dtype, None if values.step < 0 else values.step)
+    return model, tokenizer

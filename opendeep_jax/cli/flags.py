@@ -39,7 +39,7 @@ def run_flags(**more: tuple[str | int | float | None, str]) -> flags.FlagValues:
 
 
 def make_flags(**more: tuple[str | int | float | bool | None, str]) -> flags.FlagValues:
-    """A registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
+    """Return a registry with the flags in `more`, each `name=(default, help)`, of its default's type."""
     values = flags.FlagValues()
     define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
     for name, (default, text) in more.items():
@@ -54,7 +54,7 @@ def parse(
     purpose: str,
     usage: str = "--workdir=DIRECTORY [--name=value ...]",
 ) -> flags.FlagValues:
-    """Parses `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
+    """Parse `argv` into `values`. Prints help and raises SystemExit(0) for --help; ConfigError for wrong arguments."""
     if {"-h", "--help"} & set(argv):
         width = max(14, *(len(name) + 2 for name in values))
         lines = "".join(f"  --{name:<{width}}{values[name].help}{_default(values[name])}\n" for name in values)

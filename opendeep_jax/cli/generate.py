@@ -39,16 +39,16 @@ LEAST = {"max_length": 0, "speculate": 0, "slots": 1, "n": 1}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints prompts and their continuations. Raises ConfigError for what cannot be done, before a model is read."""
+    """Print prompts and their continuations. Raises ConfigError for invalid settings, before a model is read."""
     values, choice = read_flags(FLAGS, argv, "opendeep generate", PURPOSE, USAGE, LEAST)
     if values.prompt and values.prompts:
         raise ConfigError("--prompt and --prompts are both given. Leave one out.")
 
-    from opendeep_jax.pretrained.sources import open_codec
+    from opendeep_jax.pretrained.sources import open_tokenizer
     from opendeep_jax.serving.continuation import continued, read_prompts
 
-    codec, _ = open_codec(choice.source)
-    params = sampling(values, codec, max_tokens=values.max_tokens)
+    tokenizer, _ = open_tokenizer(choice.source)
+    params = sampling(values, tokenizer, max_tokens=values.max_tokens)
     prompts = read_prompts(Path(values.prompts)) if values.prompts else [values.prompt]
     texts = [prompt for prompt in prompts for _ in range(values.n)]
     each = [dataclasses.replace(params, seed=(params.seed + i % values.n) % 2**32) for i in range(len(texts))]
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
 
     slots = min(values.slots, len(texts))
     config = EngineConfig(slots=slots, max_length=values.max_length, speculate=values.speculate)
-    engine = open_engine(choice, codec, config)
-    pieces = continued(engine, codec, texts, each, [values.stop])
+    engine = open_engine(choice, tokenizer, config)
+    pieces = continued(engine, tokenizer, texts, each, [values.stop])
     if len(texts) == 1:
         _print_one(texts[0], pieces)
     else:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _print_one(prompt: str, pieces: "Iterator[tuple[int, Piece]]") -> None:
-    """The prompt with its continuation, as it comes."""
+    """Print the prompt with its continuation, as it comes."""
     print(prompt, end="", flush=True)
     for _, piece in pieces:
         print(piece.text, end="", flush=True)
@@ -78,7 +78,7 @@ def _print_one(prompt: str, pieces: "Iterator[tuple[int, Piece]]") -> None:
 def _print_lines(
     prompts: Sequence[str], params: Sequence[SamplingParams], pieces: "Iterator[tuple[int, Piece]]"
 ) -> None:
-    """A JSON line for each prompt, in their order, each as soon as those before it are written."""
+    """Print a JSON line for each prompt in order, as soon as it and those before it are done."""
     texts, finished, shown = [""] * len(prompts), {}, 0
     for place, piece in pieces:
         texts[place] += piece.text

@@ -30,7 +30,7 @@ NOT_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "original/*", "*.onnx", "*.h5"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Imports a model. Raises ConfigError for input that cannot work, OSError where the disk does not take it."""
+    """Import a model. Raises ConfigError for invalid input, OSError where writing fails."""
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
         file = read_gguf(source)
         facts = facts_of_gguf(source, file.fields)
-        model_config, codec = config_of(file), tokenizer_from_gguf_fields(file.fields)
+        model_config, tokenizer = config_of(file), tokenizer_from_gguf_fields(file.fields)
         beside = licenses_of_gguf(file.fields)
     else:
         from opendeep_jax.interop import config_from_hf, load_hf
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
         named, source = source, _local(source)
         facts = facts_of_hf(source, named)
-        model_config, codec = config_from_hf(source), tokenizer_from_hf(source)
+        model_config, tokenizer = config_from_hf(source), tokenizer_from_hf(source)
         beside = licenses(source)
     if not flags.config and model_config.context_length:  # rows are asked for by nobody: no longer than the model reads
         length = min(recipe.data.sequence_length, model_config.context_length)
@@ -79,18 +79,18 @@ def main(argv: Sequence[str]) -> None:
     mtp = dataclasses.replace(config.model.mtp, depth=model.config.mtp.depth)
     found = {"mtp": mtp, "tie_embeddings": model.config.tie_embeddings}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
-    import_run(model, codec, config, flags.out, beside)
+    import_run(model, tokenizer, config, flags.out, beside)
     write_imported_from(flags.out, facts)
     print(f"imported: {flags.out}\n{_next(config, flags.out, flags.config)}")
 
 
 def _own_text(source: str) -> RunConfig:
-    """The run where no recipe is named: on its user's text, titled as the source is."""
+    """Return the run where no recipe is named: on its user's text, titled as the source is."""
     return RunConfig(name=Path(source).name.removesuffix(".gguf") or "imported", data=DataConfig(sources=(OWN_TEXT,)))
 
 
 def _next(config: RunConfig, out: str, recipe: str) -> str:
-    """How to train the imported run, and on what."""
+    """Return instructions to train the imported run on text."""
     command = f"opendeep train --config={shlex.quote(f'{out}/recipe.py')} --workdir={shlex.quote(out)}"
     yours = f"{command} --data.sources.0.path='mine/*.jsonl'"
     embedded = [source.name for source in config.data.sources if not source.path]
@@ -105,7 +105,7 @@ def _next(config: RunConfig, out: str, recipe: str) -> str:
 
 
 def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:
-    """The recipe with a model's sizes; how it is computed stays the recipe's."""
+    """Return the recipe with a model's sizes; how it is computed stays the recipe's."""
     own = {name: getattr(recipe.model, name) for name in ("dtype", "precision", "remat", "execution")}
     with deferred():  # the overrides may bring length and vocabulary together
         data = dataclasses.replace(recipe.data, tokenizer="tokenizer.json")
@@ -113,7 +113,7 @@ def _with_model(recipe: RunConfig, model: ModelConfig) -> RunConfig:
 
 
 def _local(source: str) -> Path:
-    """The directory of a model; one of the Hub's is fetched first."""
+    """Return the directory of a model; one of the Hub's is fetched first."""
     path = Path(source)
     if path.is_dir():
         return path

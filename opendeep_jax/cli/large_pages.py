@@ -7,7 +7,7 @@ SETTING = "GLIBC_TUNABLES"
 
 
 def restart_with_large_pages() -> None:
-    """Starts this very command again, once, with glibc asking the kernel for large pages; elsewhere it does nothing.
+    """Start this very command again, once, with glibc asking the kernel for large pages; elsewhere it does nothing.
 
     JAX on a CPU allocates the buffers of a step anew each time, and the kernel clears them page by page: with pages of
     4 KiB that took 13% of the benchmark's processor time (benchmarks/train_cpu.py). glibc reads this setting only when

@@ -72,7 +72,7 @@ LISTS = ("env", "sbatch")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Starts the job that `argv` describes, or prints its file. Raises ConfigError for what cannot work."""
+    """Start the job that `argv` describes, or print its file. Raises ConfigError for invalid settings."""
     kept = os.environ.get("OPENDEEP_LAUNCH", "")
     try:
         argv = [*shlex.split(kept), *argv]

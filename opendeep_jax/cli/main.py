@@ -1,4 +1,4 @@
-"""`opendeep COMMAND ...`: finds the command, and turns every failure a user can mend into one paragraph."""
+"""`opendeep COMMAND ...`: find the command, and turn every failure a user can fix into one paragraph."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ MODULES = {"eval": "evaluate", "import": "import_"}  # names that mean something
 _SPACE = "What was saved before is intact: free some space, then give the same command to go on from it."
 _DISK = "The disk, or the network to it, failed. What was saved before is intact: mend it, then give the same command."
 _ACCESS = "Choose a place that you may read and write, or change its permissions."
-MENDABLE = {
+FIXABLE = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: "No file may be so large here. What was saved before is intact: raise the limit (`ulimit -f`), then "
@@ -51,22 +51,22 @@ MENDABLE = {
     errno.EPERM: _ACCESS,
     errno.EROFS: _ACCESS,
 }
-"""Failures of the file system that the user can mend, and how."""
+"""Failures of the file system that the user can fix, and how."""
 
 HELP = f"""\
-opendeep: train, look into and release DeepSeek-class models, fully in the open.
+opendeep: train, inspect and release DeepSeek-class models, fully in the open.
 
 usage: opendeep COMMAND [--name=value ...]
 
 {"".join(f"  {name:<13}{text}" + chr(10) for name, text in COMMANDS.items())}
-`opendeep help COMMAND` shows what a command can be told (as does `opendeep COMMAND --help`), `opendeep --version` the
+`opendeep help COMMAND` shows the settings of a command (as does `opendeep COMMAND --help`), `opendeep --version` the
 version.
 A first run, in minutes on a laptop: opendeep train --config=quickstart
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (without the program's name; `sys.argv` if None) and returns the exit status.
+    """Run one command line (without the program's name; `sys.argv` if None) and return the exit status.
 
     `config/exits.py` has the statuses. A failure that is none of the user's or the machine's is a bug and raises.
     """
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"opendeep_jax.cli.{MODULES.get(command, command)}")
             return module.main(rest) or 0
     except (Exception, KeyboardInterrupt) as error:
-        status = explained(command, error)
+        status = report_error(command, error)
         if status is None:
             raise
         return status
@@ -106,8 +106,8 @@ def _no_command(word: str, rest: Sequence[str]) -> str:
     return f"there is no command {word}.{hint}{commands}"
 
 
-def explained(command: str, error: BaseException) -> int | None:
-    """Prints what ended a command, in one paragraph, and returns the exit status; None for a bug."""
+def report_error(command: str, error: BaseException) -> int | None:
+    """Print what ended a command, in one paragraph, and return the exit status; None for a bug."""
     status, text = explanation(command, error)
     if text:
         print(text, file=sys.stderr)
@@ -134,9 +134,9 @@ def explanation(command: str, error: BaseException) -> tuple[int | None, str]:
         return error.status, f"\nopendeep {command}: {error}"
     if isinstance(error, BrokenPipeError):  # `opendeep train --help | head`: the reader has seen enough
         return OK, ""
-    if isinstance(error, OSError) and error.errno in MENDABLE:
+    if isinstance(error, OSError) and error.errno in FIXABLE:
         where = f" ({error.filename})" if error.filename else ""
-        return MEND, f"opendeep: {error.strerror}{where}. {MENDABLE[error.errno]}"
+        return MEND, f"opendeep: {error.strerror}{where}. {FIXABLE[error.errno]}"
     return None, ""
 
 
@@ -145,7 +145,7 @@ def script() -> int:
     try:
         _prepare()
     except KeyboardInterrupt as error:  # before the command has begun
-        return explained(sys.argv[1] if len(sys.argv) > 1 else "", error) or INTERRUPTED
+        return report_error(sys.argv[1] if len(sys.argv) > 1 else "", error) or INTERRUPTED
     return main()
 
 

@@ -35,7 +35,7 @@ Nothing is measured: times are bounds from data sheets.
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the plan that `argv` asks for and writes its files.
+    """Print the plan that `argv` asks for and write its files.
 
     Raises ConfigError for input that cannot work, and, after the files are written, for a run that does not fit.
     """
@@ -121,7 +121,7 @@ def _check_numbers(values: flags.FlagValues) -> None:
 
 
 def _with_rows(config: RunConfig, values: flags.FlagValues, chips: int) -> RunConfig:
-    """The configuration with the batch that the flags ask for."""
+    """Return the configuration with the batch that the flags ask for."""
     length = largest_stage(config).length
     rows = values.rows_per_chip
     if values.tokens_per_chip:

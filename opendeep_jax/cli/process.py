@@ -62,7 +62,7 @@ def _foreign_plugins() -> bool:
 
 
 def process_start() -> float:
-    """When this process began, on the clock of `time.perf_counter`: before the interpreter and its imports.
+    """Return this process's start time on the clock of `time.perf_counter`: before the interpreter and its imports.
 
     Linux says so; elsewhere the processor time used so far, which an import mostly is, stands in for what has passed.
     """

@@ -7,7 +7,7 @@ from opendeep_jax.config.load import load_run_config
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes report.html and its picture from a run's metrics again, also while the run goes on."""
+    """Write report.html and its picture from a run's metrics again, also while the run goes on."""
     values = parse(run_flags(), argv, "opendeep report", "Writes a run's report again from its metrics.")
     load_run_config(values.workdir)
 

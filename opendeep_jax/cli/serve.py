@@ -47,7 +47,7 @@ LEAST = {"slots": 1, "port": 0, "max_body": 1, "timeout": 1e-3, "drain_seconds":
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves until it is told to end; returns the exit status, 130 where a second signal cut answers off.
+    """Serve until SIGTERM or Ctrl-C; return the exit status, 130 where a second signal cut answers off.
 
     Raises ConfigError for a source that is none and settings that can't be.
     """
@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'opendeep-jax[serve]'")
 
     from opendeep_jax.pretrained.engines import open_engine
-    from opendeep_jax.pretrained.sources import open_codec, sampling_defaults
+    from opendeep_jax.pretrained.sources import open_tokenizer, sampling_defaults
     from opendeep_jax.serving.run import listen, run
     from opendeep_jax.serving.server import ServerConfig, make_app
     from opendeep_jax.serving.service import EngineService, no_warm_up
 
     listening = listen(values.host, values.port)  # a port that is taken is said before the model is read
-    codec, name = open_codec(choice.source)
+    tokenizer, name = open_tokenizer(choice.source)
     name, key = values.name or name, values.api_key or os.environ.get("OPENDEEP_API_KEY", "")
 
     def make_engine() -> "Engine":
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         from opendeep_jax.generation.requests import EngineConfig
 
         settings = {name: values[name].value for name in ("slots", "max_length", "cache_tokens", "speculate")}
-        return open_engine(choice, codec, EngineConfig(**settings))
+        return open_engine(choice, tokenizer, EngineConfig(**settings))
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     warm_up = partial(compiling, longest=values.warm_up) if values.warm_up else no_warm_up
@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
         request_seconds=values.timeout,
         origins=_origins(values.cors_origins),
     )
-    defaults = sampling_defaults(codec)
-    app = make_app(name, service, codec, config, defaults)
+    defaults = sampling_defaults(tokenizer)
+    app = make_app(name, service, tokenizer, config, defaults)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if values.host not in LOCAL and not key:
@@ -104,14 +104,14 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
 
     status = OK if run(app, service, listening, values.drain_seconds, started) else INTERRUPTED
-    if service.at_work:  # the interpreter's own end would tear the thread out of a running program, and abort
+    if service.alive:  # the interpreter's own end would tear the thread out of a running program, and abort
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
 def _origins(given: str) -> tuple[str, ...]:
-    """The origins that --cors_origins names. Raises ConfigError for one that no browser would send."""
+    """Return the origins that --cors_origins names. Raises ConfigError for one that no browser would send."""
     origins = tuple(filter(None, (origin.strip() for origin in given.split(","))))
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
@@ -123,7 +123,7 @@ def _origins(given: str) -> tuple[str, ...]:
 
 
 def compiling(engine: "Engine", longest: int) -> Iterator[str]:
-    """Compiles what requests of up to so many tokens need, a program with each step of this iterator, which says what
+    """Compile what requests of up to so many tokens need, a program with each step of this iterator, which says what
     comes next. Standard error says it too.
     """
     from opendeep_jax.generation.warm_up import warm_up

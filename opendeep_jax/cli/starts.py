@@ -32,7 +32,7 @@ class Starts:
 
     job: str = ""
     step: int = 0
-    """Of the newest checkpoint, when the last start began."""
+    """Step of the newest checkpoint when the last start began."""
     crashes: int = 0
     losses: int = 0
     """The start under way counts as lost until it ends otherwise."""
@@ -46,10 +46,10 @@ def newest_step(workdir: Path) -> int:
 
 
 @contextlib.contextmanager
-def counted(
+def counted_start(
     workdir: str | Path, process: str, environ: Mapping[str, str], is_bug: Callable[[BaseException], bool]
 ) -> Iterator[None]:
-    """Counts the start that the block is.
+    """Count the block as one start.
 
     Args:
         process: this process's name in the job, the same at each start.
@@ -68,7 +68,7 @@ def counted(
     if (step := newest_step(workdir)) != starts.step or starts.job != job:
         starts = Starts(job, step)
     if starts.losses >= MOST_LOSSES:
-        _forget(file)
+        _remove(file)
         raise Stopped(_diagnosis(starts, f"{starts.losses} starts", "a kill, an abort, a hang or a lost peer"))
     lost_before = starts.losses
 
@@ -88,22 +88,22 @@ def counted(
             starts.crashes += 1
             excuse()
             if starts.crashes >= MOST_CRASHES:
-                _forget(file)
+                _remove(file)
                 traceback.print_exception(error)
                 name = f"a Python error ({type(error).__name__})"
                 raise Stopped(_diagnosis(starts, f"{starts.crashes} starts", name)) from error
         elif isinstance(error, ToldToStop | KeyboardInterrupt):
             excuse()
-        elif not isinstance(error, Resume):  # final: whoever starts it again has mended something
-            _forget(file)
+        elif not isinstance(error, Resume):  # final: the user has fixed something before a restart
+            _remove(file)
         raise
     finally:
         _excuses.remove(excuse)
-    _forget(file)
+    _remove(file)
 
 
-def told_to_stop() -> None:
-    """Sees to it that the start under way does not count: it is to end because a signal asks for it."""
+def exclude_from_count() -> None:
+    """Exclude the current start from the count: it ends because of a signal."""
     for excuse in _excuses:
         excuse()
 
@@ -115,7 +115,7 @@ def _diagnosis(starts: Starts, times: str, cause: str) -> str:
     )
 
 
-def _forget(file: Path) -> None:
+def _remove(file: Path) -> None:
     with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
         file.parent.rmdir()  # if it is empty

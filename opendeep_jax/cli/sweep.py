@@ -37,7 +37,7 @@ The same command goes on after whatever ended it; runs with a result are not run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sweeps; returns the exit status. Raises ConfigError for input that cannot work, before anything is written."""
+    """Run a sweep; return the exit status. Raises ConfigError for invalid input, before anything is written."""
     values = make_flags(
         trials=(0, ""),
         seeds=(1, ""),
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _take_settings(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The fields to sweep with their values as text, and the other arguments."""
+    """Return the fields to sweep with their values as text, and the other arguments."""
     settings: dict[str, str] = {}
     rest = []
     for argument in argv:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from opendeep_jax.cli.process import process_start, set_verbosity
-from opendeep_jax.cli.starts import counted
+from opendeep_jax.cli.starts import counted_start
 from opendeep_jax.config.checks import check_devices
 from opendeep_jax.config.exits import BUG
 from opendeep_jax.config.overrides import Launch, resolve
@@ -19,7 +19,7 @@ from opendeep_jax.record.workdir import check_workdir
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains the run that `argv` describes, or resumes it, alone or as one process of a job.
+    """Train the run that `argv` describes, or resume it, alone or as one process of a job.
 
     Raises ConfigError for input that cannot work, and what `train.loop.train` raises.
     """
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         else str(cluster.process_id)
     )
     try:
-        with counted(launch.workdir, process, os.environ, _is_bug):
+        with counted_start(launch.workdir, process, os.environ, _is_bug):
             _train(config, launch, cluster)
     except BaseException as error:
         job = sys.modules.get("opendeep_jax.parallel.distributed")
@@ -74,7 +74,7 @@ def _is_bug(error: BaseException) -> bool:
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
-    """Raises ConfigError unless the run can be begun, gone on with, or branched from another, in its work directory."""
+    """Raise ConfigError unless the run can start, resume, or branch from another run in its work directory."""
     if launch.parent:
         from opendeep_jax.train.branch import check_branch
 
@@ -84,11 +84,11 @@ def check_start(config: RunConfig, launch: Launch) -> None:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Ends this process of a job without the handlers at exit, which would wait for peers that may be gone."""
-    from opendeep_jax.cli.main import explained, explanation
+    """End this process of a job without the handlers at exit, which would wait for peers that may be gone."""
+    from opendeep_jax.cli.main import explanation, report_error
     from opendeep_jax.parallel.distributed import leave_together
 
-    status = explained("train", error)
+    status = report_error("train", error)
     if status is None:
         traceback.print_exception(error)
         status = BUG

@@ -15,7 +15,7 @@ PURPOSE = """Shows runs while they go: curves, events, where the time went. q or
 
 
 def main(argv: Sequence[str]) -> None:
-    """Shows the runs until q or Ctrl-C. Raises ConfigError for a place that is not there and settings that can't be."""
+    """Show the runs until q or Ctrl-C. Raises ConfigError for a missing directory or invalid settings."""
     values = make_flags(
         every=(2.0, "Seconds between looks."),
         html=("", "Also write a page there that reloads itself, for a browser."),

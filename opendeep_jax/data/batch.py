@@ -35,6 +35,6 @@ class Batch:
     segment_ids: Int[Array, "B L"]
     positions: Int[Array, "B L"]
     weights: Float[Array, "B L"] | None = None
-    """What each target counts for in the loss; None counts all alike."""
+    """Weight of each target in the loss; None weighs all alike."""
     extras: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     """Arrays [B, L, ...] by name: what the objective reads besides."""

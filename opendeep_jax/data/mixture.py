@@ -38,7 +38,7 @@ class Mixture:
         return sources, periods * self.counts[sources] + self.ranks[n]
 
     def index_of(self, source: int, row: int) -> int:
-        """The place of a source's `row`: the inverse of `locate`. The source's weight must not be 0."""
+        """Return the place of a source's `row`: the inverse of `locate`. The source's weight must not be 0."""
         period, rank = divmod(row, int(self.counts[source]))
         return period * len(self.sources) + int(np.flatnonzero(self.sources == source)[rank])
 
@@ -60,10 +60,10 @@ class ExactMixture:
     counts: np.ndarray
     """float64 [sources]: the weights, as shares of their sum."""
     splits: tuple[tuple[tuple[int, int, bool], ...], ...]
-    """For each source the nodes from the root to it: (weight of the left side, of both, whether it goes left)."""
+    """Nodes of each source from the root to it: (weight of the left side, of both, whether it goes left)."""
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As Mixture.locate."""
+        """Implement Mixture.locate."""
         rows = np.asarray(indices, np.int64)
         sources, ranks = np.zeros(rows.shape, np.int32), np.zeros(rows.shape, np.int64)
         for source, path in enumerate(self.splits):
@@ -78,7 +78,7 @@ class ExactMixture:
         return sources, ranks
 
     def index_of(self, source: int, row: int) -> int:
-        """As Mixture.index_of."""
+        """Implement Mixture.index_of."""
         rows = int(row) + 1  # so many rows of the source are there with it
         for left, both, goes_left in reversed(self.splits[source]):
             if goes_left:  # the fewest n with (2 n left + both) // (2 both) = rows
@@ -88,7 +88,7 @@ class ExactMixture:
         return rows - 1
 
     def taken(self, rows: int) -> np.ndarray:
-        """As Mixture.taken."""
+        """Implement Mixture.taken."""
         found = np.zeros(len(self.splits), np.int64)
         for source, path in enumerate(self.splits):
             there = int(rows) if self.counts[source] else 0
@@ -139,7 +139,7 @@ def _flat_tree(weights: Sequence[int]):
 
 
 def _insertions(tree, source: int) -> Iterator[tuple]:
-    """The trees with one more leaf."""
+    """Yield the trees with one more leaf."""
     yield (source, tree)
     if not isinstance(tree, int):
         left, right = tree
@@ -157,7 +157,7 @@ def _errors(tree, weights: Sequence[int], root: bool = False) -> tuple[int, dict
 
 
 def make_mixture(weights: Sequence[float], exact: bool = True) -> Mixture | ExactMixture:
-    """The mixture of sources with these weights, which need not add up to 1; one of weight 0 gives no row.
+    """Return the mixture of sources with these weights, which need not add up to 1; one of weight 0 gives no row.
 
     Without `exact`, weights whose pattern is long are rounded to a shorter one, as runs that began before there was
     ExactMixture have it. Raises ConfigError for weights below 0, and unless one is above.
@@ -191,7 +191,7 @@ def make_mixture(weights: Sequence[float], exact: bool = True) -> Mixture | Exac
 
 
 def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the proportion of the weights, as their decimals read."""
+    """Return the smallest whole numbers in the proportion of the weights, as their decimals read."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))
     counts = [int(weight * scale) for weight in exact]
@@ -200,7 +200,7 @@ def _whole_numbers(weights: Sequence[float]) -> list[int]:
 
 
 def _rounded(counts: list[int]) -> list[int]:
-    """The numbers, or near ones in about their proportion whose sum is LONGEST_PERIOD, about."""
+    """Return the numbers, or near ones in about their proportion whose sum is LONGEST_PERIOD, about."""
     total = sum(counts)
     if total <= LONGEST_PERIOD:
         return counts

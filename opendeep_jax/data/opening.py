@@ -99,7 +99,7 @@ def _prepare(config: RunConfig, progress: bool, exact_mixture: bool, for_run: bo
     """Open everything, made first where it is not there. `exact_mixture` is False for a run that began when weights
     with long patterns were rounded."""
     data = config.data
-    left_out = warn_of_unread_files(config)
+    skipped = skipped_files(config)
     sources = curate(data, progress=progress)
     for source in sources:
         _check_can_hold_out(source, data.held_out_fraction)
@@ -113,7 +113,7 @@ def _prepare(config: RunConfig, progress: bool, exact_mixture: bool, for_run: bo
     for store, plan in zip(stores, held_out_plans, strict=True):
         _check_splits(store, plan, config)
     order.supply({key: plan.rows for key, plan in plans.items()})
-    opened = Data(config, tokenizer, stores, plans, held_out_plans, order, fim, left_out)
+    opened = Data(config, tokenizer, stores, plans, held_out_plans, order, fim, skipped)
     _check_plans(opened)
     if for_run and not held_out_there:  # while the run compiles and trains
         threading.Thread(target=opened.compression, daemon=True).start()
@@ -139,15 +139,15 @@ def _check_plans(data: Data) -> None:
             raise ConfigError(wrong[0])
 
 
-def warn_of_unread_files(config: RunConfig) -> list[dict[str, int]]:
-    """Files of each source that hold no document, by reason. Warns of them, and of licenses that nobody knows."""
+def skipped_files(config: RunConfig) -> list[dict[str, int]]:
+    """Count each source's files without documents, by reason. Warns of these, and of unknown licenses."""
     found = []
     for number, source in enumerate(config.data.sources):
-        left_out = {} if is_store(source) else list_source(source).left_out
-        found.append({reason: len(names) for reason, names in left_out.items()})
-        if left_out:
-            told = "; ".join(f"{len(names)} × {reason}, as {names[0]}" for reason, names in left_out.items())
-            logger.warning("Source %r (%s): not all that is there is read: %s.", source.name, source.path, told)
+        skipped = {} if is_store(source) else list_source(source).skipped
+        found.append({reason: len(names) for reason, names in skipped.items()})
+        if skipped:
+            summary = "; ".join(f"{len(names)} × {reason}, as {names[0]}" for reason, names in skipped.items())
+            logger.warning("Source %r (%s): not all that is there is read: %s.", source.name, source.path, summary)
         known = source.license or source.license_field
         if is_store(source):
             known = known or "" not in read_manifest(Path(source.path))["licenses"]
@@ -234,7 +234,7 @@ def _make_store(
 def _plans(
     config: RunConfig, stores: list[Store], order: Order, fim: FimRule, progress: bool
 ) -> tuple[dict[PlanKey, PackingPlan], list[PackingPlan]]:
-    """The plans of the training split by what `order` demands, and those of the held-out split by source."""
+    """Return the plans of the training split by what `order` demands, and those of the held-out split by source."""
 
     def plan(root: Path, store: Store, kind: PlanKind, *arguments) -> PackingPlan:
         show = progress and store.documents > SHOWN_DOCUMENTS

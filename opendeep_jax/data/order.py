@@ -36,9 +36,9 @@ class PhaseOrder:
     rows: int
     """Rows that the run trains on in this phase."""
     first: dict[int, int]
-    """For each source with weight: rows that earlier phases have taken from the same plan."""
+    """Rows that earlier phases have taken from the same plan, for each source with weight."""
     kinds: dict[int, PlanKind]
-    """For each source with weight: its plan."""
+    """Plan of each source with weight."""
 
 
 class Located(NamedTuple):
@@ -179,7 +179,7 @@ def _shares(rows: dict[tuple, int]) -> dict[tuple, tuple[float, float]]:
 
 
 def describe_phases(order: Order) -> list[dict]:
-    """The phases of a run for people and data.json: name, steps, tokens, batch, length, weights."""
+    """Return the phases of a run for people and data.json: name, steps, tokens, batch, length, weights."""
     config = order.config
     described = []
     for index, phase in enumerate(order.phases):

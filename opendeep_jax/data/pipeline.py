@@ -41,7 +41,7 @@ class Data:
     config: RunConfig
     tokenizer: Tokenizer
     stores: list[Store]
-    """In the order of data.sources."""
+    """Stores in the order of data.sources."""
     plans: dict[PlanKey, PackingPlan]
     """The training split's."""
     held_out_plans: list[PackingPlan]
@@ -65,7 +65,7 @@ class Data:
     def iterate(
         self, start_step: int = 0, rows_of: Callable[[int], Rows | None] = lambda batch_size: None
     ) -> "Iterator[Batch]":
-        """The batches of `start_step` and all later steps, without end, prepared ahead in a background thread.
+        """Return the batches of `start_step` and all later steps, without end, prepared ahead in a background thread.
 
         Args:
             rows_of: from the rows in a global batch to those that are wanted of it.
@@ -130,7 +130,7 @@ class HeldOut(Sequence["Batch"]):
 
 
 def empty_batch(rows: int, length: int) -> "Batch":
-    """A Batch of `rows` rows that are padding throughout."""
+    """Return a Batch of `rows` rows that are padding throughout."""
     from opendeep_jax.data.batch import Batch  # with JAX, which looking into data does without
 
     tokens, targets, segment_ids, positions = (np.zeros((rows, length), np.int32) for _ in range(4))

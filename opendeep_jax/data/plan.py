@@ -121,7 +121,7 @@ def make_plan(
     advance: Callable[[int], None] = lambda documents: None,
     block: int = BLOCK,
 ) -> PackingPlan:
-    """The plan for one split of a store, opened, or computed first if it is not there.
+    """Return the plan for one split of a store, opened, or computed first if it is not there.
 
     Args:
         key: decides the shuffling of the training split.
@@ -174,7 +174,7 @@ def _pack_block(
     writers: list["_Column"],
     before: np.ndarray,
 ) -> np.ndarray:
-    """Pack one block of documents into the files; gives what it adds to the counts."""
+    """Pack one block of documents into the files; return what it adds to the counts."""
     hashes = store.id_hashes(documents.start, documents.stop)
     chosen = np.flatnonzero(held_out(hashes, fraction) == (kind.split == "held_out"))
     lengths = store.lengths(documents.start, documents.stop)[chosen]
@@ -257,7 +257,7 @@ def verify_plan(directory: Path) -> list[str]:
 
 
 def _wrong_files(directory: Path, manifest: dict, contents: bool) -> Iterator[ConfigError]:
-    """An error for each file that is missing, of another size, or, where `contents` are read, altered."""
+    """Yield an error for each file that is missing, of another size, or, where `contents` are read, altered."""
     for name in FILES:
         path = directory / f"{name}.bin"
         facts = manifest["files"][path.name]

@@ -25,7 +25,7 @@ PIECES_AT_ONCE = 1024
 
 
 def where(data: Data, step: int, row: int | None = None, text: bool = False) -> Iterator[dict]:
-    """The documents of the batch of `step` (from 0), or of one row of it, in order, for example
+    """Yield the documents of the batch of `step` (from 0), or of one row of it, in order, for example
 
         {"row": 0, "phase": "main", "source": "web", "id": "<urn:uuid:…>", "url": "https://…", "license": "ODC-By-1.0",
          "shard": "00000012", "first_token": 512, "end_token": 1025, "fim": False}
@@ -103,7 +103,7 @@ def _text(plain: np.ndarray, spans: list[tuple[int, int]], tokenizer: Tokenizer)
 
 
 def when(data: Data, document_id: str) -> list[dict]:
-    """At which steps the run trains on a document: one entry for each document with this id, for example
+    """Return the steps at which the run trains on a document: one entry for each document with this id, for example
 
         {"source": "web", "id": "…", "url": "…", "license": "…", "shard": "00000012", "tokens": 1311, "bytes": 5120,
          "held_out": False, "seen": [{"step": 812, "row": 5, "first_token": 0, "end_token": 1311}, …]}

@@ -83,12 +83,12 @@ def reopen(config: RunConfig, record: dict, tokenizer: Tokenizer) -> Data:
 
 
 def fim_rule(record: dict) -> FimRule:
-    """The rule of fill-in-the-middle that a run has recorded."""
+    """Return the rule of fill-in-the-middle that a run has recorded."""
     return FimRule(**record["fim"] | {"ids": tuple(record["fim"]["ids"])})
 
 
 def run_tokenizer(workdir: str | Path, name: str = "", wanted: str = "") -> Tokenizer:
-    """The tokenizer of the run in `workdir`: its copy there, called `name`, or bytes.
+    """Return the tokenizer of the run in `workdir`: its copy there, called `name`, or bytes.
 
     Raises ConfigError where it is gone or altered: where its content hash is not `wanted`, that of data.json.
     """

@@ -1,4 +1,4 @@
-"""Shuffles written out in integers: the same with every version of every library, on every machine.
+"""Shuffling written out in integers: the same with every version of every library, on every machine.
 
 `permutation` orders a block of documents in memory; `shuffled` finds one place of a shuffle of any size at once, and
 `unshuffled` the way back, so that neither the rows of a trillion tokens nor a position in them are ever stored.
@@ -40,7 +40,7 @@ def unshuffled(places: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 
 def _walk(places: np.ndarray, size: int, key: tuple[int, ...], network) -> np.ndarray:
-    """A Feistel network over the next power of four, walked until it is back inside (Black and Rogaway 2002)."""
+    """Return a Feistel network over the next power of four, walked until it is back inside (Black and Rogaway 2002)."""
     half = np.uint64(max(((size - 1).bit_length() + 1) // 2, 1))
     state = _state(key)
     rounds = [scramble(state + np.uint64(number)) for number in range(ROUNDS)]

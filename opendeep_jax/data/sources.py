@@ -58,7 +58,7 @@ class Document(NamedTuple):
 
 
 def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
-    """The parts of the files, in order of file and position.
+    """Return the parts of the files, in order of file and position.
 
     Raises ConfigError if all files are empty, and for a file that is damaged or lacks a column.
     """
@@ -75,33 +75,33 @@ def list_parts(source: SourceConfig, files: list[SourceFile]) -> list[Part]:
 
 
 def read_in_order(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
-    """The documents of the files, one after the other; a file is not looked into before its turn."""
+    """Yield the documents of the files, one after the other; a file is not looked into before its turn."""
     for file in files:
         for part in cut(file, _fields(source)):
             yield from read_part(source, part, lambda reason, id: None)
 
 
-def read_part(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
-    """The documents of a part, in order, streamed; `left_out(reason, id)` is called for each record that is not one.
+def read_part(source: SourceConfig, part: Part, skip: Callable[[str, str], None]) -> Iterator[Document]:
+    """Yield the documents of a part, in order, streamed; `skip(reason, id)` is called for each record that is not one.
 
     An id is the value of source.id_field, or else `file#number` with the line or row in the file, from 1; a text
     file's is its name. Raises ConfigError for damage, fields that are missing or hold no text, and for texts that are
     null, empty or not UTF-8 unless source.bad_documents is `leave_out` (a text file that is not UTF-8 always is).
     """
     read = _read_text if format_of(part.file) == "text" else _read_records
-    documents = read(source, part, left_out)
+    documents = read(source, part, skip)
     if source.held_out_end:
         documents = (piece for document in documents for piece in _with_end_apart(document, source.held_out_end))
     yield from documents
 
 
-def _read_text(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
+def _read_text(source: SourceConfig, part: Part, skip: Callable[[str, str], None]) -> Iterator[Document]:
     for id, content in read_texts(part.file, separator_of(source.separator), source.encoding):
         text, problem = _decoded(content)
         if text is not None:
             yield Document(id, text, license=source.license)
         else:
-            left_out(problem.replace("UTF-8", source.encoding.upper() or "UTF-8"), id)
+            skip(problem.replace("UTF-8", source.encoding.upper() or "UTF-8"), id)
 
 
 def _with_end_apart(document: Document, share: float) -> Iterator[Document]:
@@ -122,8 +122,8 @@ def _with_end_apart(document: Document, share: float) -> Iterator[Document]:
         yield document._replace(id=tail, text=text[cut:])
 
 
-def _read_records(source: SourceConfig, part: Part, left_out: Callable[[str, str], None]) -> Iterator[Document]:
-    records = _kept_records(source, part, left_out)
+def _read_records(source: SourceConfig, part: Part, skip: Callable[[str, str], None]) -> Iterator[Document]:
+    records = _kept_records(source, part, skip)
     if source.text_url:
         records = fetch_texts(source.text_url, source.text_field, records)
     for where, id, record in records:
@@ -132,7 +132,7 @@ def _read_records(source: SourceConfig, part: Part, left_out: Callable[[str, str
             license = _as_text(record.get(source.license_field)) or source.license
             yield Document(id, text, _as_text(record.get(source.url_field)), license)
         elif source.bad_documents == "leave_out":
-            left_out(problem, id)
+            skip(problem, id)
         else:
             raise ConfigError(
                 f"{where} (id {id!r}) has no usable text: {problem}. Correct or remove it, or leave out all like it, "
@@ -159,7 +159,7 @@ def _conditions(source: SourceConfig) -> list[Condition]:
 
 
 def _kept_records(
-    source: SourceConfig, part: Part, left_out: Callable[[str, str], None]
+    source: SourceConfig, part: Part, skip: Callable[[str, str], None]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(place in words, id, values by field) of each record that source.keep lets through."""
     fields, conditions = _fields(source), _conditions(source)
@@ -167,7 +167,7 @@ def _kept_records(
         where = place(part, number)
         if isinstance(record, Malformed):
             if source.bad_documents == "leave_out":
-                left_out("malformed", f"{part.file.name}#{number}")
+                skip("malformed", f"{part.file.name}#{number}")
                 continue
             raise ConfigError(
                 f"{where} {record}. Each must be a record with the text in a field; correct or remove it, or leave out "
@@ -191,7 +191,7 @@ def _kept_records(
         for condition in conditions:
             value = record.get(condition.field)
             if reason := condition.fails(value, _as_text(value)):
-                left_out(reason, id)
+                skip(reason, id)
                 break
         else:
             yield where, id, record
@@ -236,7 +236,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """A field's value as text that UTF-8 can write; nothing for null, a list joined with AND."""
+    """Return a field's value as text that UTF-8 can write; nothing for null, a list joined with AND."""
     if value is None or value is MISSING:
         return ""
     if isinstance(value, list):

@@ -173,7 +173,7 @@ class Store:
                 pass
 
     def describe(self, document: int) -> dict:
-        """A document's id, url, license, shard (its name), bytes and tokens."""
+        """Return a document's id, url, license, shard (its name), bytes and tokens."""
         number = int(self._shard_of(document))
         shard = self.shard(number)
         row = document - shard.first_document
@@ -340,7 +340,7 @@ def token_spec(directory: Path, tokens: int, dtype: str) -> dict:
 
 
 def token_file(directory: Path, token: int) -> Path:
-    """The file of a shard that holds one of its tokens."""
+    """Return the file of a shard that holds one of its tokens."""
     return directory / "tokens" / "c" / str(token // OUTER_CHUNK)
 
 
@@ -360,7 +360,7 @@ def numbers(column: Any) -> np.ndarray:
 
 
 def damaged(path: Path, reason: str) -> ConfigError:
-    """The error for a damaged file of a shard."""
+    """Return the error for a damaged file of a shard."""
     shard = next(place for place in (path, *path.parents) if place.parent.name == "shards")
     return ConfigError(
         f"{path} is damaged: {reason}. Delete {shard} and run `opendeep data prepare` again (for a run with its "
@@ -369,7 +369,7 @@ def damaged(path: Path, reason: str) -> ConfigError:
 
 
 def damaged_index(directory: Path, reason: str) -> ConfigError:
-    """The error for a damaged shards.arrow of the store at `directory`."""
+    """Return the error for a damaged shards.arrow of the store at `directory`."""
     return ConfigError(
         f"{directory / 'shards.arrow'} is damaged: {reason}. Delete it and run `opendeep data prepare` again: it is "
         "made anew from the shards, which are kept."
@@ -388,7 +388,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def map_arrow(path: Path) -> Any:
-    """The one RecordBatch of an Arrow file, memory-mapped."""
+    """Return the one RecordBatch of an Arrow file, memory-mapped."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file:  # What is mapped stays so without the file descriptor.

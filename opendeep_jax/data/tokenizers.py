@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_tokenizer(config: RunConfig, progress: bool = True, sources: list[SourceConfig] | None = None) -> Tokenizer:
-    """The tokenizer alone, trained first if it is a BPE that is not in data.directory yet. Raises ConfigError."""
+    """Return the tokenizer, trained first if it is a BPE that is not in data.directory yet. Raises ConfigError."""
     data = config.data
     if not data.tokenizer.startswith("bpe:"):
         return open_tokenizer(data.tokenizer, "", list, Path(data.directory, "tokenizers"))

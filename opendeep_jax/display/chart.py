@@ -29,7 +29,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
-from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, coincident, look, spread, tick_labels, turns
+from opendeep_jax.display.chart_style import (
+    LOG_SCALE,
+    SERIES,
+    alternating_dashes,
+    coincident,
+    look,
+    spread,
+    tick_labels,
+)
 
 INK, MUTED, GRID = "#20242a", "#6a7280", "#e4e6ea"
 BLUE, ORANGE, GREEN, VIOLET = SERIES[:4]
@@ -61,7 +69,7 @@ class Line(NamedTuple):
 
     name: str
     points: Sequence[Point]
-    """In order of x; the space from least to largest is shaded. A tuple, where the line goes to `line_chart`."""
+    """Points in order of x; the space from least to largest is shaded. A tuple, where the line goes to `line_chart`."""
     color: str = BLUE
     smooth: bool = False
     """Draw the means faintly and their moving average over them."""
@@ -69,7 +77,7 @@ class Line(NamedTuple):
     dots: bool = False
     """Mark each value; for curves with few of them."""
     dashes: tuple[float, ...] = ()
-    """On and off lengths in points; none for a solid line."""
+    """Lengths of dashes and gaps in points; none for a solid line."""
     run: int = 0
     """Place of its run in the page's legend, which hides it."""
 
@@ -83,7 +91,7 @@ class Level(NamedTuple):
 
 
 class Ticks(Formatter):
-    """Labels of an axis, all with the digits that it takes to tell them apart; a share of one as percent if told so."""
+    """Labels of an axis, with as many digits as it takes to tell them apart; shares as percent if asked."""
 
     def __init__(self, percent: bool = False):
         self.percent = percent
@@ -164,7 +172,7 @@ def draw_lines(
     several = [line for line in drawn if not line.get_label().startswith("_")]
     # Before the turns, whose dashes it need not show.
     legend(axes.figure, several if named and len(several) > 1 else [])
-    take_turns(axes, drawn)
+    separate_coincident(axes, drawn)
     _name_levels(axes, levels)
 
 
@@ -199,7 +207,7 @@ def _shares(axes, values) -> np.ndarray:
     return (scale(np.asarray(values, float)) - low) / (high - low)
 
 
-def take_turns(axes, drawn: Sequence) -> None:
+def separate_coincident(axes, drawn: Sequence) -> None:
     """Give curves that would hide each other alternating dashes, and points that would rings around each other."""
     curves = []
     for line in drawn:
@@ -207,7 +215,7 @@ def take_turns(axes, drawn: Sequence) -> None:
         curves.append([point for point in zip(line.get_xdata(), shares.tolist(), strict=True) if np.isfinite(point[1])])
     for group in coincident(curves, tolerance=0.006):
         for member, index in enumerate(group):
-            dashes, offset = turns(member, len(group), 7)
+            dashes, offset = alternating_dashes(member, len(group), 7)
             drawn[index].set_linestyle(dash_style(dashes, drawn[index].get_linewidth(), offset))
             drawn[index].set_dash_capstyle("butt")
             drawn[index].set_markersize(3.2 + 2 * (len(group) - 1 - member))

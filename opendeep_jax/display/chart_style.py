@@ -13,9 +13,9 @@ from opendeep_jax.display.numbers import human_count
 SERIES = ("#2f6bd8", "#cd4805", "#2f7258", "#a32b9e", "#139ec6", "#62090f", "#9d9459", "#2d0d67")
 SERIES_DARK = ("#6ea0ff", "#f37513", "#429082", "#eb9dbb", "#b6e6ff", "#c92516", "#f7e04f", "#8b44c9")
 PAPER, PAPER_DARK = "#ffffff", "#171b21"
-"""What the series are drawn on: a card of the page, or a picture."""
+"""Background of the series: a card of the page, or a picture."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2.5), (1.8, 2.2), (9, 2.5, 1.8, 2.5))
-"""On and off lengths in points: solid for the first eight series, dashed for the next eight, and so on."""
+"""Lengths of dashes and gaps in points: solid for the first eight series, dashed for the next eight, and so on."""
 LOG_SCALE = " (log scale)"
 """Added to the title of an axis that has one."""
 
@@ -68,7 +68,7 @@ def _hide(first: Curve, second: Curve, tolerance: float) -> bool:
     return longest > 0 and longest >= min(max(common / 6, 2), common)
 
 
-def turns(member: int, size: int, length: float = 9.0) -> tuple[tuple[float, float], float]:
+def alternating_dashes(member: int, size: int, length: float = 9.0) -> tuple[tuple[float, float], float]:
     """Return the dashes and their offset with which a group of coinciding curves take turns: all of them show."""
     length = max(min(length, 240 / size), 2.0)
     return (length, length * (size - 1)), length * (size - member) % (length * size)

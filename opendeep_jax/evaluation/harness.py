@@ -45,15 +45,15 @@ class HarnessModel(LM):
 
     Args:
         engine: With no request running.
-        codec: The model's.
+        tokenizer: The model's.
         name: The model's, in results.
         chat: Prompts come out of the chat template, so that the names of special tokens in them are those tokens.
         seed: Of sampled answers; each has one of its own that depends on its prompt alone.
     """
 
-    def __init__(self, engine: Engine, codec: Tokenizer, name: str, chat: bool = False, seed: int = 0):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, chat: bool = False, seed: int = 0):
         super().__init__()
-        self.engine, self.codec, self.name, self.chat, self.seed = engine, codec, name, chat, seed
+        self.engine, self._tokenizer, self.name, self.chat, self.seed = engine, tokenizer, name, chat, seed
         self.cut_prompts = 0
         """Prompts that were longer than the model's length and lost their beginning."""
 
@@ -97,9 +97,9 @@ class HarnessModel(LM):
             self.cut_prompts += len(tokens) > room
             seed = _seed(self.seed, context, seen[context])
             seen[context] += 1
-            sampling = SamplingParams(**params, seed=seed, end_ids=self.codec.end_ids)
+            sampling = SamplingParams(**params, seed=seed, end_ids=self._tokenizer.end_ids)
             told = {"conversation": context} if self.chat else {"before": tokens}
-            answers.append(Answer(self.codec, stop, **told))
+            answers.append(Answer(self._tokenizer, stop, **told))
             running.append(self.engine.submit(tokens[-room:], sampling))
         texts = [""] * len(requests)
         with progress_bar("answers", len(requests), unit="pieces", transient=True) as advance:
@@ -111,7 +111,7 @@ class HarnessModel(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without a generation prompt it ends where its last message does."""
-        text = self.codec.apply_chat(chat_history, add_generation_prompt=add_generation_prompt)
+        text = self._tokenizer.apply_chat(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()  # templates strip too
@@ -124,18 +124,18 @@ class HarnessModel(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The model's template; empty where it has none or none is asked for."""
-        return (self.codec.chat_template or "") if chat_template else ""
+        return (self._tokenizer.chat_template or "") if chat_template else ""
 
     def _encode(self, text: str) -> list[int]:
-        return self.codec.encode(text, special=self.chat)
+        return self._tokenizer.encode(text, special=self.chat)
 
     def _prompt(self, text: str) -> list[int]:
         """Ids of a context; the template writes a begin token itself."""
-        return self._encode(text) if self.chat else self.codec.encode_prompt(text)
+        return self._encode(text) if self.chat else self._tokenizer.encode_prompt(text)
 
     def _prefix(self) -> int:
         """What stands before a text without a context."""
-        known = (self.codec.begin_id, *self.codec.end_ids)
+        known = (self._tokenizer.begin_id, *self._tokenizer.end_ids)
         found = next((token for token in known if token is not None), None)
         if found is None:
             raise ConfigError(

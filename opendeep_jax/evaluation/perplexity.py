@@ -37,7 +37,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def perplexity(
-    engine: Engine, codec: Tokenizer, documents: Sequence[str], stride: int = 0, seed: int = 0
+    engine: Engine, tokenizer: Tokenizer, documents: Sequence[str], stride: int = 0, seed: int = 0
 ) -> dict[str, Any]:
     """How well a model foretells texts.
 
@@ -65,7 +65,7 @@ def perplexity(
     pieces = [
         (index, window, size)
         for index, document in enumerate(documents)
-        for window, size in _sized_windows(codec, document, length, stride)
+        for window, size in _sized_windows(tokenizer, document, length, stride)
     ]
     if not pieces:
         raise ConfigError("The text has no token that another one foretells. Give a longer one.")
@@ -104,14 +104,14 @@ def perplexity(
     }
 
 
-def _sized_windows(codec: Tokenizer, document: str, length: int, stride: int) -> Iterator[tuple[Window, int]]:
+def _sized_windows(tokenizer: Tokenizer, document: str, length: int, stride: int) -> Iterator[tuple[Window, int]]:
     """A document's windows, and the bytes that each one's scored tokens stand for.
 
     Together with an unscored first token's they are the document's bytes: what no token says, as of an unknown letter,
     is counted with the first window.
     """
-    ids = codec.encode_prompt(document)
-    sizes = codec.spelling.lengths(ids, codec.special_ids)
+    ids = tokenizer.encode_prompt(document)
+    sizes = tokenizer.byte_decoder.lengths(ids, tokenizer.special_ids)
     unsaid, at = len(document.encode("utf-8")) - sum(sizes), 1
     for window in windows(ids, length, stride):
         end = at + len(window.tokens) - window.first

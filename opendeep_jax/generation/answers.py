@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opendeep_jax.generation.requests import Request, RequestProgress, TokenLogprob
-from opendeep_jax.text.harmony import Call, Spoken
+from opendeep_jax.text.harmony import CallDelta, TextDelta
 from opendeep_jax.text.stream import AnswerStream
 from opendeep_jax.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class Answer:
     """One answer as it grows; `push` gives what is new, `whole` keeps all.
 
     Args:
-        codec: Turns tokens to text.
+        tokenizer: Turns tokens to text.
         stop: The answer ends before any of these strings.
         conversation: The rendered conversation that this answers; its thinking is then told apart, if the model
             thinks. None for a text that just goes on.
@@ -45,13 +45,13 @@ class Answer:
 
     def __init__(
         self,
-        codec: Tokenizer,
+        tokenizer: Tokenizer,
         stop: Sequence[str],
         conversation: str | None = None,
         least: int = 0,
         before: Sequence[int] = (),
     ):
-        self._stream = AnswerStream(codec, stop, conversation, least, before)
+        self._stream = AnswerStream(tokenizer, stop, conversation, least, before)
         self.whole = Piece()
         self.tokens = 0
         self.submitted, self.first, self.last = time.perf_counter(), 0.0, 0.0
@@ -83,13 +83,13 @@ class Answer:
         return piece
 
     @staticmethod
-    def _add(piece: Piece, spoken: Spoken) -> None:
+    def _add(piece: Piece, spoken: TextDelta) -> None:
         piece.reasoning += spoken.thinking
         piece.text += spoken.answer
         piece.calls += map(_spelled, spoken.calls)
 
 
-def _spelled(call: Call) -> dict[str, Any]:
+def _spelled(call: CallDelta) -> dict[str, Any]:
     """A piece of a tool call; its first one has the name and an id."""
     if not call.name:
         return {"index": call.index, "function": {"arguments": call.arguments}}

@@ -41,7 +41,7 @@ ELEMENTS_AT_ONCE = 1 << 24
 
 
 def load_gguf(path: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """The model of a GGUF file, of any type that the `gguf` package can multiply out (Q4_K, Q8_0, MXFP4, BF16, ...).
+    """The model of a GGUF file, of any type that the `gguf` package can dequantize (Q4_K, Q8_0, MXFP4, BF16, ...).
 
     Its layout is that of Hugging Face's files: heads that `llama` interleaves are put back in halves. MTP modules are
     left out. The file's tokenizer is in its fields: text/gguf_tokenizer.py.
@@ -121,7 +121,7 @@ def _matched(file: GGUFFile, config: ModelConfig, definition: ModelDefinition) -
 
 
 def _fill(value: np.ndarray, tensor: FileTensor, file: GGUFFile) -> None:
-    """Puts one of the file's tensors into our array, the large ones in pieces: experts, embedding, head."""
+    """Put one of the file's tensors into our array, the large ones in pieces: experts, embedding, head."""
     place, stored = value[tensor.index], file.tensors[tensor.name]
     if tensor.how == "experts":
         for expert in range(len(place)):
@@ -142,7 +142,7 @@ def save_gguf(
     tokenizer: Mapping[str, Any] | None = None,
     name: str = "",
 ) -> None:
-    """Writes a model as one GGUF file, which appears under its name when it is whole. MTP modules are left out.
+    """Write a model as one GGUF file, which appears under its name when it is whole. MTP modules are left out.
 
     Norms, biases and routers stay float32, as llama.cpp's own converter has them, and so `f32` loses nothing.
 
@@ -233,7 +233,7 @@ def _write(
 
 
 def _kind(tensor: FileTensor, storage: StorageType) -> int:
-    """The type that a tensor is stored in, a gguf.GGMLQuantizationType."""
+    """Return the type that a tensor is stored in, a gguf.GGMLQuantizationType."""
     from gguf import GGMLQuantizationType as Kind
 
     small = len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or "ffn_gate_inp" in tensor.name
@@ -243,7 +243,7 @@ def _kind(tensor: FileTensor, storage: StorageType) -> int:
 
 
 def _pieces(array: jax.Array | np.ndarray, tensor: FileTensor) -> Iterator[np.ndarray]:
-    """A file's tensor in float32, in pieces of rows: of a layer's experts one at a time is fetched and turned."""
+    """A file's tensor in float32, in pieces of rows; a layer's experts are fetched and transposed one at a time."""
     if tensor.how == "experts":
         wholes = (np.asarray(array[(*tensor.index, expert)]).T for expert in range(tensor.shape[0]))
     else:

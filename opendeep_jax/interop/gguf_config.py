@@ -54,7 +54,7 @@ class _Keys:
         self.fields, self.architecture, self.read = fields, architecture, set()
 
     def check_all_read(self) -> None:
-        """Raise ConfigError for keys of the architecture that nobody has read: they may change what it computes."""
+        """Raise ConfigError for keys of the architecture that were not read: they may change what it computes."""
         prefix = self.architecture + "."
         names = [key.removeprefix(prefix) for key in self.fields if key.startswith(prefix)]
         unread = [name for name in names if name not in self.read | HARMLESS and self.fields[prefix + name]]
@@ -78,7 +78,7 @@ class _Keys:
 
 
 def _unrounded(value: float) -> float:
-    """The short decimal number that a float32 was made of: 1e-06, not 9.99999997e-07."""
+    """Return the short decimal number that a float32 was made of: 1e-06, not 9.99999997e-07."""
     with np.errstate(over="ignore"):
         short = float(str(np.float32(value)))
     return short if math.isfinite(short) else float(value)
@@ -90,7 +90,7 @@ def config_from_gguf(
     rope_factors: np.ndarray | None = None,
     complete: bool = True,
 ) -> ModelConfig:
-    """The ModelConfig that a file's metadata describes, in float32.
+    """Return the ModelConfig that a file's metadata describes, in float32.
 
     Args:
         fields: Metadata by key.
@@ -185,7 +185,7 @@ def _rope(keys: _Keys, architecture: str) -> RopeConfig:
 
 
 def rope_factors(rope: RopeConfig, size: int) -> np.ndarray:
-    """How many times slower each pair turns under Llama 3's stretch, float32 [size / 2]: `rope_freqs.weight`."""
+    """Return the factor by which Llama 3's scaling slows each pair, float32 [size / 2]: `rope_freqs.weight`."""
     turns = rope.llama3_original_length * rope.theta ** (-np.arange(0, size, 2) / size) / (2 * math.pi)
     low, high = rope.llama3_low_frequency, rope.llama3_high_frequency
     kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -193,7 +193,7 @@ def rope_factors(rope: RopeConfig, size: int) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, factors: np.ndarray, size: int) -> RopeConfig:
-    """The rotation with a stretch that gives these factors: the usual bound of 1 turn, if it can be that."""
+    """Return the rotation with a stretch that gives these factors: the usual bound of 1 turn, if it can be that."""
     if factors.shape != (size // 2,) or not (np.isfinite(factors).all() and factors.min() >= 1):
         raise ConfigError(f"rope_freqs.weight {list(factors.shape)}: must be {size // 2} numbers of 1 or more.")
     stretch = _unrounded(factors.max())

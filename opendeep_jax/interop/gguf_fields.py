@@ -21,7 +21,7 @@ IGNORED_OF_LLAMA = ("attention.rope.llama3_", "attention.rope.interleaved")
 
 
 def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
-    """The metadata of a model of ours, `general.architecture` first: the first of `IMPLIED` that it is.
+    """Return the metadata of a model of ours, `general.architecture` first: the first of `IMPLIED` that it is.
 
     Raises:
         ConfigError: it is none of them; the message says what keeps it from the likeliest.
@@ -33,7 +33,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
         if architecture in ONLY_EXPERTS and not config.moe.num_experts:
             continue
         fields = _fields(config, architecture)
-        lost = _lost(config, fields, architecture)
+        lost = _not_described(config, fields, architecture)
         if not lost:
             return fields
         tried.append((len(lost), architecture, lost))
@@ -45,8 +45,8 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _lost(config: ModelConfig, fields: dict[str, Any], architecture: str) -> list[tuple[str, Any, Any]]:
-    """What the metadata does not say of a model: (field, value here, value there)."""
+def _not_described(config: ModelConfig, fields: dict[str, Any], architecture: str) -> list[tuple[str, Any, Any]]:
+    """Return what the metadata does not describe of a model: (field, value here, value there)."""
     shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
     if config.attention.q_lora_rank:
         shapes["blk.0.attn_q_a.weight"] = ()

@@ -57,7 +57,7 @@ class GGUFTensor:
 
     @property
     def rows(self) -> int:
-        """Of the last axis of shape."""
+        """Number of rows along the last axis of shape."""
         return math.prod(self.shape[:-1])
 
     @property
@@ -69,7 +69,7 @@ class GGUFTensor:
         return self.shape[-1] // block * size
 
     def read(self) -> np.ndarray:
-        """The tensor as float32, or in its own dtype where that is float32, float16 or bfloat16.
+        """Return the tensor as float32, or in its own dtype where that is float32, float16 or bfloat16.
 
         A plain one is the file's own memory, loaded page by page, and given up with the array.
         """
@@ -84,14 +84,14 @@ class GGUFTensor:
         return gguf.dequantize(data, kinds(self.kind)).reshape(self.shape)
 
     def part(self, start: int, stop: int) -> "GGUFTensor":
-        """The tensor's entries from start to stop on its first axis, of which it has two or more."""
+        """Return the tensor's entries from start to stop on its first axis, of which it has two or more."""
         offset = self.offset + start * math.prod(self.shape[1:-1]) * self.row_bytes
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a file says: `fields["llama.block_count"] == 30`, `tensors["token_embd.weight"]`."""
+    """Header of a file: `fields["llama.block_count"] == 30`, `tensors["token_embd.weight"]`."""
 
     path: Path
     fields: Mapping[str, Any]
@@ -100,7 +100,7 @@ class GGUFFile:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """The metadata and tensors of a GGUF file, or of all the parts that a model is split into.
+    """Return the metadata and tensors of a GGUF file, or of all the parts that a model is split into.
 
     Tensors are read when they are asked for.
 
@@ -143,7 +143,7 @@ def _read_file(path: Path) -> GGUFFile:
 
 
 def require_gguf() -> None:
-    """Raises ConfigError where the `gguf` package is not installed."""
+    """Raise ConfigError where the `gguf` package is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -157,7 +157,7 @@ class _Malformed(ValueError):
 
 
 class _Cursor:
-    """Reads forward through the header, never past the end."""
+    """Reader that moves forward through the header, never past the end."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.place = data, 0
@@ -243,7 +243,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _tensor(
     path: Path, length: int, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int
 ) -> GGUFTensor:
-    """A tensor of a file of this length, whose tensors begin at `start`."""
+    """Return a tensor of a file of this length, whose tensors begin at `start`."""
     import gguf
 
     try:

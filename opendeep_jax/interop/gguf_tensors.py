@@ -1,4 +1,4 @@
-"""Which of our arrays each tensor of a GGUF file is, and how the two layouts turn into each other.
+"""Mapping between the tensors of a GGUF file and our arrays, and conversion between the two layouts.
 
 One table serves both ways. GGUF matrices are [out, in], as Hugging Face has them; heads of `llama` are stored with the
 two halves that are rotated together interleaved; the experts of a layer are one tensor; DeepSeek's up-projection of
@@ -89,11 +89,11 @@ class FileTensor:
     pairs: int = 0
     """Half the size of a rotated head whose halves the file interleaves; 0 where it does not."""
     shift: float = 0.0
-    """What the file adds: it holds 1 + weight where ours is centered on zero."""
+    """Offset that the file adds: it holds 1 + weight where ours is centered on zero."""
 
     @property
     def section(self) -> slice:
-        """Of our last axis."""
+        """Section of our last axis."""
         return slice(self.begin, self.end)
 
     @property
@@ -113,7 +113,7 @@ class FileTensor:
         }[self.how]
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
-        """The file's tensor out of the layer's array, of our_shape."""
+        """Return the file's tensor out of the layer's array, of our_shape."""
         part = ours[..., self.section]
         stored = {
             "same": lambda: part,
@@ -128,7 +128,7 @@ class FileTensor:
         return _interleave(stored, self.pairs, back=False) if self.pairs else stored
 
     def from_file(self, stored: np.ndarray) -> np.ndarray:
-        """The file's tensor in our layout: of our_shape, with the last axis' section only."""
+        """Return the file's tensor in our layout: of our_shape, with the last axis' section only."""
         stored = _interleave(stored, self.pairs, back=True) if self.pairs else stored
         stored = stored - np.asarray(self.shift, stored.dtype) if self.shift else stored
         ours = (*self.our_shape[:-1], len(range(self.our_shape[-1])[self.section]))

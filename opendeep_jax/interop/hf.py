@@ -25,7 +25,7 @@ from opendeep_jax.interop.hf_card import Provenance, model_card
 from opendeep_jax.interop.hf_config import config_from_hf, config_to_hf, family_of, family_of_directory
 from opendeep_jax.interop.hf_family import Family
 from opendeep_jax.interop.hf_layout import HubTensor, copies, layout
-from opendeep_jax.interop.hf_text import put_beside, text_files
+from opendeep_jax.interop.hf_text import text_files, write_text_files
 from opendeep_jax.interop.hf_weights import Stored, elements, forms, read_into
 from opendeep_jax.interop.reading import compute_dtype, describe_mismatch, empty, weight_sharding
 from opendeep_jax.interop.safetensors import StoredTensor, TensorSpec, read_directory, write_directory
@@ -82,7 +82,7 @@ def load_hf(directory: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) 
 
 
 def _has_own_head(stored: Stored, family: Family) -> bool:
-    """Say whether the files hold a head with other values than the embedding's.
+    """Return whether the files hold a head with other values than the embedding's.
 
     Such a head is used, whatever tie_word_embeddings says: as transformers does.
     """
@@ -101,7 +101,7 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _check_size(directory: Path, stored: Stored, config: ModelConfig) -> None:
-    """Raises ConfigError for a config.json that describes a far larger model than the files could be.
+    """Raise ConfigError for a config.json that describes a far larger model than the files could be.
 
     Such a model's layers are not even counted out: a few bytes could otherwise ask for more than any machine has.
     """
@@ -174,7 +174,7 @@ def _read_array(
 
 
 def _read_part(tensors: list[HubTensor], stored: Stored, ranges, dtype) -> np.ndarray:
-    """The elements of an array whose indices lie in these ranges, one for each dimension."""
+    """Return the elements of an array whose indices lie in these ranges, one for each dimension."""
     value = empty([len(r) for r in ranges], dtype)
 
     def read(tensor: HubTensor) -> None:
@@ -195,7 +195,7 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     provenance: Provenance | None = None,
 ) -> None:
-    """Writes the model as a Hugging Face directory, parameters in their own dtype; `load_hf` gives it back to the bit.
+    """Write the model as a Hugging Face directory, parameters in their own dtype; `load_hf` gives it back to the bit.
 
     Args:
         model: The model, its parameters in this process' reach.
@@ -224,7 +224,7 @@ def save_hf(
         tensors[tensor.name].append(tensor)
 
     def order(name: str) -> tuple[int, int]:
-        """Wider types first keeps every tensor at a multiple of its own width; then by layer."""
+        """Return the sort key: wider types first, which aligns every tensor to its width; then by layer."""
         path = tensors[name][0].path
         layer = name.removeprefix("model.layers.").partition(".")[0]
         return -arrays[path].dtype.itemsize, int(layer) if layer.isdigit() else -1
@@ -234,7 +234,7 @@ def save_hf(
     raw["torch_dtype"] = arrays["embedding.embedding"].dtype.name
     directory.mkdir(parents=True, exist_ok=True)
     write_directory(directory, specs, _hub_values(arrays, (tensors[name] for name in names)), max_shard_bytes)
-    put_beside(texts, directory)
+    write_text_files(texts, directory)
     card = directory / "README.md"
     if not card.exists():
         write_atomically(card, model_card(config, family.architecture, count_parameters(config), provenance))
@@ -243,7 +243,7 @@ def save_hf(
 
 
 def _zero_biases(arrays: Arrays, config: ModelConfig, family: Family) -> Arrays:
-    """The router biases that V3's files spell out where the model has none."""
+    """Return the router biases that V3's files spell out where the model has none."""
     if config.moe.scoring != "sigmoid" or config.moe.use_router_bias or "moe.router_bias" not in family.block:
         return {}
     shapes = {path: array.shape for path, array in arrays.items() if path.endswith("moe.router")}
@@ -256,7 +256,7 @@ def _layer(array: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _hub_values(arrays: Arrays, files: Iterator[list[HubTensor]]) -> Iterator[np.ndarray]:
-    """The tensors' values in the hub's layout; one layer's array at a time is fetched from its devices."""
+    """Yield the tensors' values in the hub's layout; one layer's array at a time is fetched from its devices."""
     place, fetched = None, None
 
     def ours(tensor: HubTensor) -> np.ndarray:

@@ -39,16 +39,16 @@ With OpenDeep: `opendeep_jax.interop.load_hf(".")`
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from, as far as it is known, for its card."""
+    """Provenance of a model, as far as it is known, for its card."""
 
     name: str = "Model"
     """Title of the card."""
     license: str = ""
-    """As the Hub names it, `apache-2.0`, or otherwise; empty where nobody has said."""
+    """License by the Hub's name, `apache-2.0`, or otherwise; empty if unknown."""
     base_model: str = ""
     """The model that its training began with; ORGANIZATION/NAME where it is the Hub's."""
     lineage: tuple[str, ...] = ()
-    """How it came to be, one step a line, the oldest first."""
+    """Steps that made the model, one per line, the oldest first."""
     sources: tuple[dict[str, str], ...] = ()
     """The text it was trained on: `name`, `share`, `license`, and `dataset` where the Hub has it."""
     languages: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def model_card(
     parameters: ParameterCount,
     provenance: Provenance | None = None,
 ) -> str:
-    """A model card in Markdown: what the model is, how it was trained, how to load it.
+    """Return a model card in Markdown: what the model is, how it was trained, how to load it.
 
     Args:
         architecture: The class of transformers that it loads into, such as "LlamaForCausalLM".

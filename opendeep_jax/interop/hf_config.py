@@ -14,7 +14,7 @@ from typing import Any
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import AttentionConfig, MambaConfig, ModelConfig, MoEConfig, MTPConfig, RopeConfig
 from opendeep_jax.interop.families import BY_MODEL_TYPE, FAMILIES
-from opendeep_jax.interop.hf_family import Family, require, whole
+from opendeep_jax.interop.hf_family import Family, integer, require
 
 MAX_BYTES = 16 * 2**20
 """Largest config.json that is read; published ones have a few kilobytes."""
@@ -52,7 +52,7 @@ NOT_WRITTEN = (
 
 
 def config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig that a config.json describes, in the dtype it names (bfloat16 if none).
+    """Return the ModelConfig that a config.json describes, in the dtype it names (bfloat16 if none).
 
     Args:
         source: A directory with a config.json, or its contents as a mapping.
@@ -72,12 +72,12 @@ def config_from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
 
 
 def family_of_directory(directory: Path) -> Family:
-    """The family that a directory's config.json names."""
+    """Return the family that a directory's config.json names."""
     return _family(read_json(directory / "config.json"))
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The object of a JSON file. Raises ConfigError where there is none, or one that cannot be a model's."""
+    """Return the object of a JSON file. Raises ConfigError where it is missing or cannot be a model's."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
@@ -137,7 +137,7 @@ def _model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"{family.model_type} needs the keys {', '.join(missing)}, which are missing. Add them.")
     for key, value in family.fixed.items():
         require(raw, key, value)
-    whole(raw, "max_position_embeddings")  # of which 0 would mean something else in our configuration
+    integer(raw, "max_position_embeddings")  # of which 0 would mean something else in our configuration
     return _build(
         dict(family.implied)
         | {field: raw[key] for key, field in family.fields.items()}
@@ -153,7 +153,7 @@ def _is_known(key: str, value: Any, family: Family) -> bool:
 
 
 def _check_quantization(raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the weights are plain, DeepSeek's float8 blocks or MXFP4."""
+    """Raise ConfigError unless the weights are plain, DeepSeek's float8 blocks or MXFP4."""
     found = raw.get("quantization_config", {})
     if not isinstance(found, Mapping):
         raise ConfigError(
@@ -176,7 +176,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _build(fields: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of dotted fields; the others have their defaults. Raises ConfigError where they cannot be."""
+    """Return the ModelConfig of dotted fields and defaults. Raises ConfigError for invalid fields."""
     if not fields.get("attention.sliding_layers"):  # a family names its sliding layers' rotation even for none
         fields = {name: value for name, value in fields.items() if name != "attention.sliding_rope_theta"}
 
@@ -191,7 +191,7 @@ def _build(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A configuration's fields by their dotted names."""
+    """Return a configuration's fields by their dotted names."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -201,7 +201,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The hub's config.json for a model: that of the first family which can say all of it.
+    """Return the hub's config.json for a model: that of the first family which can say all of it.
 
     Raises:
         ConfigError: no family describes the model; says what the nearest one would lose.
@@ -210,7 +210,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model is written as. Raises ConfigError as `config_to_hf` does."""
+    """Return the family that a model is written as. Raises ConfigError as `config_to_hf` does."""
     return _written(config)[0]
 
 
@@ -268,7 +268,7 @@ def differences(
 
 
 def _described(config: ModelConfig) -> dict[str, Any]:
-    """What a model is, by fields: without settings of training, and those that its other settings switch off."""
+    """Return a model's fields without settings of training and those that other settings switch off."""
     attention, moe, rope = config.attention, config.moe, config.attention.rope
     fields = {name: value for name, value in flat(config).items() if not name.startswith(NOT_WRITTEN)}
     fields |= {

@@ -1,4 +1,4 @@
-"""What a model family of the hub is: tables that pair its names with ours, and two functions for what tables can't say.
+"""Model families of the hub: tables that pair their names with ours, and two functions for what tables can't express.
 
 A family lists the keys of config.json that are fields of ours (`fields`), what they mean when they are absent
 (`defaults`), the keys that may only have one value (`fixed`), the fields that all its models share (`implied`), and
@@ -23,7 +23,7 @@ class Fused(NamedTuple):
     first: int = 0
     """The first of its columns (its last dimension) that are this array's."""
     step: int = 1
-    """From one of them to the next."""
+    """Distance from one of them to the next."""
 
 
 TOP = {
@@ -32,7 +32,7 @@ TOP = {
     "final_norm.bias": "model.norm.bias",
     "head.kernel": "lm_head.weight",
 }
-"""What most families call the arrays outside the blocks."""
+"""Names of the arrays outside the blocks in most families."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Family:
     harmless: tuple[str, ...] = ()
     """Keys that change nothing, whatever their value: settings of training, or what transformers passes over, too."""
     top: Mapping[str, str] = field(default_factory=lambda: TOP)
-    """Where the files hold the arrays outside the blocks."""
+    """Names of the arrays outside the blocks in the files."""
     layers: str = "model.layers."
-    """What a block's tensors begin with, before its number."""
+    """Prefix of a block's tensors, before its number."""
     names_in_files: Callable[[str], str | None] = lambda name: name
     """A tensor's name in the files as the tables have it; None for one that is no part of the language model."""
 
@@ -110,13 +110,13 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def require(raw: Raw, key: str, value: Any) -> None:
-    """Raises ConfigError if the key is there with another value."""
+    """Raise ConfigError if the key is there with another value."""
     if key in raw and raw[key] != value:
         raise ConfigError(f"{key} = {raw[key]!r}: only {value!r} can be read. This variant is not implemented here.")
 
 
-def whole(raw: Raw, key: str) -> int:
-    """The whole number of at least 1 under a key. Raises ConfigError for anything else."""
+def integer(raw: Raw, key: str) -> int:
+    """Return the whole number of at least 1 under a key. Raises ConfigError for anything else."""
     value = raw.get(key)
     if type(value) is not int or value < 1:
         raise ConfigError(f"{key} = {value!r}: must be a whole number of at least 1. Correct the key.")
@@ -124,15 +124,15 @@ def whole(raw: Raw, key: str) -> int:
 
 
 def number(raw: Raw, key: str, default: float | None = None) -> float:
-    """The number under a key. Raises ConfigError for anything else."""
+    """Return the number under a key. Raises ConfigError for anything else."""
     value = raw.get(key, default)
     if type(value) not in (int, float):
         raise ConfigError(f"{key} = {value!r}: must be a number. Correct the key.")
     return value
 
 
-def truth(raw: Raw, key: str) -> bool:
-    """Whether a key is there and true. Raises ConfigError for anything but true and false."""
+def boolean(raw: Raw, key: str) -> bool:
+    """Return whether a key is there and true. Raises ConfigError for anything but true and false."""
     value = raw.get(key, False)
     if type(value) is not bool:
         raise ConfigError(f"{key} = {value!r}: must be true or false. Correct the key.")
@@ -145,38 +145,38 @@ def read_heads(raw: Raw, head_dim: int = 0) -> dict[str, Any]:
     Args:
         head_dim: What the family takes where the key is absent; 0 divides hidden_size among the heads.
     """
-    heads = whole(raw, "num_attention_heads")
+    heads = integer(raw, "num_attention_heads")
     if "head_dim" in raw:
-        head_dim = whole(raw, "head_dim")
+        head_dim = integer(raw, "head_dim")
     elif not head_dim:
-        head_dim, rest = divmod(whole(raw, "hidden_size"), heads)
+        head_dim, rest = divmod(integer(raw, "hidden_size"), heads)
         if rest:
             raise ConfigError(
                 f"hidden_size = {raw['hidden_size']}: must be a multiple of num_attention_heads = {heads} where "
                 "head_dim is absent. Add head_dim."
             )
-    kv_heads = whole(raw, "num_key_value_heads") if "num_key_value_heads" in raw else heads
+    kv_heads = integer(raw, "num_key_value_heads") if "num_key_value_heads" in raw else heads
     return {"attention.num_kv_heads": kv_heads, "attention.head_dim": head_dim}
 
 
 def write_heads(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_heads` reads."""
+    """Return the keys that `read_heads` reads."""
     return {"num_key_value_heads": config.attention.num_kv_heads, "head_dim": config.attention.head_dim}
 
 
 def read_biases(raw: Raw) -> dict[str, Any]:
     """attention_bias, which stands for all four projections."""
-    bias = truth(raw, "attention_bias")
+    bias = boolean(raw, "attention_bias")
     return {"attention.qkv_bias": bias, "attention.out_bias": bias}
 
 
 def write_biases(config: ModelConfig) -> dict[str, Any]:
-    """The key that `read_biases` reads."""
+    """Return the key that `read_biases` reads."""
     return {"attention_bias": config.attention.qkv_bias}
 
 
 def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, Any]:
-    """Which layers slide, and how far they see.
+    """Return which layers have sliding windows, and their size.
 
     Args:
         is_sliding: By a layer's index, where config.json doesn't list layer_types.
@@ -184,7 +184,7 @@ def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, A
     Raises:
         ConfigError: another number of layer types than layers, an unknown type, or no window for those that slide.
     """
-    layers = whole(raw, "num_hidden_layers")
+    layers = integer(raw, "num_hidden_layers")
     types = raw.get("layer_types")
     if types is None:
         # A config.json may claim any number of layers; no list of them is made before the files are looked at.
@@ -198,7 +198,7 @@ def read_layer_types(raw: Raw, is_sliding: Callable[[int], bool]) -> dict[str, A
         sliding = tuple(layer for layer, kind in enumerate(types) if kind == SLIDING)
     if not sliding:
         return {}
-    return {"attention.sliding_layers": sliding, "attention.window": whole(raw, "sliding_window")}
+    return {"attention.sliding_layers": sliding, "attention.window": integer(raw, "sliding_window")}
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where each tensor of the hub's files lives in a model, and how the two layouts differ.
+"""Mapping between the tensors of the hub's files and a model's arrays, and how the two layouts differ.
 
 A hub matrix is [out, in], ours [in, out...] with heads apart, so each is the other transposed and reshaped: no
 arithmetic, and a round trip is exact to the bit. Some files hold several arrays of ours in one tensor (`Fused`).
@@ -21,7 +21,7 @@ MTP = {
     "norm.scale": "shared_head.norm.weight",
 }
 COPIES = {"embedding": "embed_tokens.weight", "head": "shared_head.head.weight"}
-"""What an MTP layer of the hub repeats of the main model; ours shares them."""
+"""Tensors of the main model that an MTP layer of the hub repeats; ours shares them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class HubTensor:
     index: tuple[int, ...]
     our_shape: tuple[int, ...]
     inputs: int = 0
-    """How many of our dimensions are a transposed matrix's inputs; 0 where the file has our order."""
+    """Number of our dimensions that are a transposed matrix's inputs; 0 where the file has our order."""
     first: int = 0
     """The first of the columns (the file's last dimension) that are ours."""
     step: int = 1
-    """From one of them to the next; 1 where the tensor is one array of ours."""
+    """Distance from one of them to the next; 1 where the tensor is one array of ours."""
 
     @property
     def columns(self) -> slice:
@@ -59,7 +59,7 @@ class HubTensor:
 
     @property
     def flattened(self) -> bool:
-        """Whether the file has a vector where ours has heads apart."""
+        """Return whether the file has a vector where our array has an axis of heads."""
         return self.path.endswith(("query_bias", "key_bias", "value_bias"))
 
     def to_hub(self, ours: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ class HubTensor:
         return ours.reshape(-1) if self.flattened else ours
 
     def from_hub(self, stored: np.ndarray) -> np.ndarray:
-        """The file's tensor in our layout, of our_shape. A view."""
+        """Return the file's tensor in our layout, of our_shape. A view."""
         if self.inputs:
             return stored.T.reshape(self.our_shape)
         return stored.reshape(self.our_shape) if self.flattened else stored[..., self.columns]
@@ -119,7 +119,7 @@ def _inputs(path: str, shape: tuple[int, ...]) -> int:
 
 
 def copies(config: ModelConfig) -> Iterator[HubTensor]:
-    """The tensors that the hub's MTP layers repeat of the main model."""
+    """Yield the tensors that the hub's MTP layers repeat of the main model."""
     V, D = config.vocab_size, config.hidden_size
     embedding = HubTensor("", "embedding.embedding", (), (V, D))
     head = embedding if config.tie_embeddings else HubTensor("", "head.kernel", (), (D, V), inputs=1)

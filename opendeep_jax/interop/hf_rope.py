@@ -9,7 +9,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import RopeConfig
-from opendeep_jax.interop.hf_family import FULL, SLIDING, Raw, number, require, whole
+from opendeep_jax.interop.hf_family import FULL, SLIDING, Raw, integer, number, require
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Keys that this module reads."""
@@ -22,7 +22,7 @@ SETTINGS = frozenset(
 
 
 def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
-    """The settings of rotation, with their kind as "rope_type"; empty where there are none.
+    """Return the settings of rotation, with their kind as "rope_type"; empty where there are none.
 
     Args:
         layer_type: whose, where rope_parameters has a set for each type.
@@ -49,7 +49,7 @@ def parameters(raw: Raw, layer_type: str = "") -> dict[str, Any]:
 
 
 def read_rope(raw: Raw, theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
-    """The fields of the rotation of grouped-query attention, as transformers computes it.
+    """Return the fields of the rotation of grouped-query attention, as transformers computes it.
 
     Args:
         theta: The family's base where config.json has none.
@@ -112,12 +112,12 @@ def _by_layer_type(raw: Raw) -> bool:
 
 def _original_length(raw: Raw, found: Raw) -> int:
     key = "original_max_position_embeddings"
-    return whole(found, key) if key in found else whole(raw, "max_position_embeddings")
+    return integer(found, key) if key in found else integer(raw, "max_position_embeddings")
 
 
 def _read_yarn(raw: Raw, found: Raw) -> dict[str, Any]:
     length = _original_length(raw, found)
-    factor = number(found, "factor") if "factor" in found else whole(raw, "max_position_embeddings") / length
+    factor = number(found, "factor") if "factor" in found else integer(raw, "max_position_embeddings") / length
     fields = {
         "yarn_factor": factor,
         "yarn_original_length": length,
@@ -139,12 +139,12 @@ def _read_yarn(raw: Raw, found: Raw) -> dict[str, Any]:
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """The hub's keys for a rotation of grouped-query attention."""
+    """Return the hub's keys for a rotation of grouped-query attention."""
     return {"rope_theta": rope.theta, "rope_scaling": write_scaling(rope)}
 
 
 def write_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    """The hub's rope_scaling of grouped-query attention; None for plain rotation."""
+    """Return the hub's rope_scaling of grouped-query attention; None for plain rotation."""
     if rope.linear_factor > 1:
         return {"rope_type": "linear", "factor": rope.linear_factor}
     if rope.llama3_factor > 1:

@@ -1,4 +1,4 @@
-"""What surrounds the weights in a Hugging Face directory: tokenizer, chat template, generation config, license."""
+"""Files beside the weights in a Hugging Face directory: tokenizer, chat template, generation config, license."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ USUAL_NAMES = (
 
 
 class TextFiles(NamedTuple):
-    """What to put beside a model's weights."""
+    """Files to write beside a model's weights."""
 
     copied: dict[str, Path]
     """Files to copy, by their names in the model's directory."""
@@ -50,7 +50,7 @@ class TextFiles(NamedTuple):
 
 
 def text_files(source: str | Path | None) -> TextFiles:
-    """What to put beside a model's weights.
+    """Return the files to write beside a model's weights.
 
     Args:
         source: A directory with a tokenizer, or a tokenizer.json, which gets a tokenizer_config.json; or None.
@@ -86,19 +86,19 @@ def text_files(source: str | Path | None) -> TextFiles:
     return TextFiles(copied, written, ids)
 
 
-def carried(directory: Path) -> list[Path]:
-    """The files of a model's directory that say something about its text, config.json among them."""
+def text_paths(directory: Path) -> list[Path]:
+    """Return the files of a model's directory that say something about its text, config.json among them."""
     return [directory / name for name in ("config.json", *FILES) if (directory / name).is_file()]
 
 
 def licenses(directory: Path) -> dict[str, str]:
-    """The texts of the license files in a model's directory."""
+    """Return the texts of the license files in a model's directory."""
     paths = [directory / name for name in LICENSES if (directory / name).is_file()]
     return {path.name: path.read_text("utf-8", "replace") for path in paths}
 
 
 def licenses_of_gguf(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The license file whose text a GGUF of ours carries."""
+    """Return the license file whose text a GGUF of ours carries."""
     text = fields.get(GGUF_LICENSE)
     return {"LICENSE": text} if isinstance(text, str) and text else {}
 
@@ -131,8 +131,8 @@ def _settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, ids
 
 
-def put_beside(files: TextFiles, directory: Path) -> None:
-    """Copies and writes the files, each in one step."""
+def write_text_files(files: TextFiles, directory: Path) -> None:
+    """Copy and write the files, each in one step."""
     for name, path in files.copied.items():
         with replacing(directory / name) as temporary:
             shutil.copyfile(path, temporary)

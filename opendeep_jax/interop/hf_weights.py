@@ -24,7 +24,7 @@ Form = tuple[tuple[int, ...], tuple[np.dtype, ...]]
 
 
 def forms(tensor: HubTensor, stored: Stored) -> dict[str, Form]:
-    """What the files must hold for a tensor, given which of its names they have: shape and possible dtypes by name."""
+    """Return the shape and allowed dtypes by name that the files must hold for a tensor, given the names they have."""
     name, shape = tensor.name, tensor.shape
     if f"{name}_blocks" in stored and len(shape) == 3:
         rows = (*shape[:-2], shape[-1], -(-shape[-2] // MXFP4_BLOCK))
@@ -36,7 +36,7 @@ def forms(tensor: HubTensor, stored: Stored) -> dict[str, Form]:
 
 
 def read_into(out: np.ndarray, tensor: HubTensor, stored: Stored, part: tuple[slice, ...]) -> None:
-    """Fills `out` with a part of a tensor in our layout; only what it needs of the files is looked at.
+    """Fill `out` with a part of a tensor in our layout; only what it needs of the files is looked at.
 
     Args:
         part: Of each dimension of tensor.our_shape.
@@ -53,7 +53,7 @@ def read_into(out: np.ndarray, tensor: HubTensor, stored: Stored, part: tuple[sl
 def _read_fp8(
     out: np.ndarray, values: np.ndarray, scales: np.ndarray, tensor: HubTensor, part: tuple[slice, ...]
 ) -> None:
-    """Of values [rows, columns]; the file's rows are our output dimensions, its columns our input dimensions."""
+    """Dequantize values [rows, columns]; the file's rows are our outputs, its columns our inputs."""
     outputs, inputs = part[tensor.inputs :], part[: tensor.inputs]
     rows = np.arange(len(values)).reshape(tensor.our_shape[tensor.inputs :])[outputs].reshape(-1)
     columns = np.arange(values.shape[1]).reshape(tensor.our_shape[: tensor.inputs])[inputs].reshape(-1)
@@ -72,7 +72,7 @@ def _read_fp8(
 def _read_mxfp4(
     out: np.ndarray, blocks: np.ndarray, scales: np.ndarray, tensor: HubTensor, part: tuple[slice, ...]
 ) -> None:
-    """Of blocks [E, columns, rows / 32, 16] and scales [E, columns, rows / 32]; out is [experts, rows, columns]."""
+    """Dequantize blocks [E, columns, rows / 32, 16] with scales [E, columns, rows / 32] into [E, rows, columns]."""
     experts, rows, columns = part
     chosen = range(blocks.shape[1])[tensor.columns][columns]
     chosen = slice(chosen.start, chosen.stop, chosen.step)
@@ -86,5 +86,5 @@ def _read_mxfp4(
 
 
 def elements(stored: Stored) -> int:
-    """How many numbers the files can hold at most."""
+    """Return the most numbers that the files can hold."""
     return sum(math.prod(tensor.shape) * (2 if tensor.dtype in BYTES else 1) for tensor in stored.values())

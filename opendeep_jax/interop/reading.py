@@ -1,4 +1,4 @@
-"""What the readers of every format share: the dtype to compute in, arrays that JAX takes uncopied and where they go."""
+"""Parts shared by all readers: the dtype to compute in, arrays that JAX takes uncopied, and their placement."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ ALIGNMENT = 64
 
 
 def compute_dtype(dtype) -> np.dtype:
-    """The dtype as such. Raises ConfigError for any but float32 and bfloat16."""
+    """Return the named dtype. Raises ConfigError for any but float32 and bfloat16."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -28,7 +28,7 @@ def compute_dtype(dtype) -> np.dtype:
 
 
 def empty(shape: Sequence[int], dtype) -> np.ndarray:
-    """An uninitialized array that begins where JAX can take it as it is."""
+    """Return an uninitialized array that begins where JAX can take it as it is."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
@@ -36,7 +36,7 @@ def empty(shape: Sequence[int], dtype) -> np.ndarray:
 
 
 def weight_sharding(definition: ModelDefinition, name: str, mesh: Mesh | None) -> NamedSharding | None:
-    """How training lays one of a model's arrays on a mesh; None, the default device, without one."""
+    """Return the training sharding of one of a model's arrays; None, the default device, without a mesh."""
     if mesh is None:
         return None
     return NamedSharding(

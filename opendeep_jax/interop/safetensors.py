@@ -44,7 +44,7 @@ _CURE = "Download or write the file again."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies on disk."""
+    """Location of one tensor on disk."""
 
     path: Path
     dtype: np.dtype
@@ -57,14 +57,14 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The tensor, as a read-only view that the system loads page by page."""
+        """Return the tensor, as a read-only view that the system loads page by page."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name; reads its header only.
+    """Return the tensors of one file by name; reads its header only.
 
     Raises:
         ConfigError: the file is not in the format, or shorter than its header says.
@@ -92,7 +92,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ: of two tensors of one name, readers would take different ones."""
+    """Return a JSON object, whose names must differ: of two tensors of one name, readers would take different ones."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -100,7 +100,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(path: Path, start: int, entry: dict) -> StoredTensor:
-    """A header's entry, checked; any ValueError, KeyError or TypeError means that it is malformed."""
+    """Return a header's entry, checked; any ValueError, KeyError or TypeError means that it is malformed."""
     dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(size) is int and size >= 0 for size in (begin, end, *shape)) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"sizes {shape} at {begin}")
@@ -110,7 +110,7 @@ def _stored(path: Path, start: int, entry: dict) -> StoredTensor:
 
 
 def _check_places(tensors: Mapping[str, StoredTensor], start: int) -> None:
-    """Raises ValueError unless the tensors lie one after the other: one that lies over another was not written so."""
+    """Raise ValueError unless the tensors lie one after the other: one that lies over another was not written so."""
     place = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != place:
@@ -119,7 +119,7 @@ def _check_places(tensors: Mapping[str, StoredTensor], start: int) -> None:
 
 
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model directory by name: of the shards its index lists, or of its *.safetensors files.
+    """Return the tensors of a model directory by name: of the shards its index lists, or of its *.safetensors files.
 
     Raises:
         ConfigError: no such files, a listed shard or tensor is missing, a tensor is in two files, or a file is
@@ -164,7 +164,7 @@ def _read_files(paths: Sequence[Path]) -> dict[str, StoredTensor]:
 
 
 def _no_weights(directory: Path) -> str:
-    """What to do about a directory without safetensors; a pickle is never opened, for it can run any code."""
+    """Return the fix for a directory without safetensors; a pickle is never opened, for it can run any code."""
     pickles = sorted(path.name for suffix in PICKLES for path in directory.glob(f"*{suffix}"))
     if not pickles:
         return f"{directory} has no *.safetensors file. Convert the weights to safetensors first."
@@ -192,7 +192,7 @@ class TensorSpec:
 def write_directory(
     directory: Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray], max_shard_bytes: int
 ) -> None:
-    """Writes tensors as one file, or as shards of at most max_shard_bytes (one tensor at least) with their index.
+    """Write tensors as one file, or as shards of at most max_shard_bytes (one tensor at least) with their index.
 
     Args:
         directory: An existing directory.
@@ -223,7 +223,7 @@ def write_directory(
 
 
 def _write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray]) -> None:
-    """Writes the next len(specs) arrays; the file appears under its name only when it is whole."""
+    """Write the next len(specs) arrays; the file appears under its name only when it is whole."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What the card of an exported model says of where it comes from, read from the files of its run or of its source."""
+"""Provenance of an exported model for its card, read from the files of its run or of its source."""
 
 import re
 from pathlib import Path
@@ -56,7 +56,7 @@ def provenance(source: str | Path, step: int, license: str = "", name: str = "")
 
 
 def _of_run(workdir: Path, step: int, license: str, name: str) -> Provenance:
-    stretches, missing = _stretches(workdir, step)
+    stretches, missing = _training_spans(workdir, step)
     config, imported, lineage = stretches[-1].config, read_imported_from(workdir), []
     tokens, base = sum(stretch.tokens for stretch in stretches), str(imported.get("source", ""))
     if imported.get("base_model"):
@@ -81,7 +81,7 @@ def _of_run(workdir: Path, step: int, license: str, name: str) -> Provenance:
     )
 
 
-class Stretch(NamedTuple):
+class TrainingSpan(NamedTuple):
     """The steps that one run has done of a model's training, after `first` and up to `last`."""
 
     workdir: Path
@@ -95,13 +95,13 @@ class Stretch(NamedTuple):
         return tokens_before(self.config, self.last) - tokens_before(self.config, self.first)
 
 
-def _stretches(workdir: Path, step: int) -> tuple[list[Stretch], str]:
-    """A run's training up to a step, those of the runs that it branched from first; a parent that is not there."""
-    found: list[Stretch] = []
+def _training_spans(workdir: Path, step: int) -> tuple[list[TrainingSpan], str]:
+    """Return a run's training up to a step, beginning with the runs it branched from, and a missing parent."""
+    found: list[TrainingSpan] = []
     while True:
         origin, config = read_origin(workdir), load_run_config(workdir)
         branched = origin["kind"] == "branch"
-        found.insert(0, Stretch(workdir, config, origin["step"] if branched else 0, step))
+        found.insert(0, TrainingSpan(workdir, config, origin["step"] if branched else 0, step))
         if not branched:
             return found, ""
         parent, step = parent_directory(origin), origin["step"]
@@ -126,7 +126,7 @@ def _training(config: RunConfig, evaluations: list[dict], step: int, tokens: int
     return facts | ({"held-out bits per byte": f"{bits:.4f}"} if bits is not None else {})
 
 
-def _sources(run: Stretch, several: bool) -> tuple[dict[str, str], ...]:
+def _sources(run: TrainingSpan, several: bool) -> tuple[dict[str, str], ...]:
     """The text by source: what was found in it where the run has recorded that, else what the configuration says.
 
     Args:

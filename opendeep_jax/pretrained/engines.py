@@ -25,7 +25,7 @@ ONE_DEVICE = ParallelConfig(fsdp=1)
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model, in what precision, and on which devices."""
+    """Choice of a model, its precision and its devices."""
 
     source: str
     """A run's work directory, a Hugging Face directory, or a .gguf file."""
@@ -36,11 +36,11 @@ class Choice:
     parallel: ParallelConfig = ONE_DEVICE
 
 
-def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
-    """An engine of the model, which chooses among the tokens of its codec.
+def open_engine(choice: Choice, tokenizer: "Tokenizer", config: "EngineConfig", default_length: int = 0) -> "Engine":
+    """Return an engine of the model that samples from its tokenizer's tokens.
 
     Args:
-        codec: The model's.
+        tokenizer: The model's.
         config: Its `vocab_size` is filled in, and its `slots` are raised to what the mesh divides.
         default_length: Longest prompt and output where `config` has no `max_length` and the model allows more; 0
             takes what memory holds in every slot, 4,096 at least.
@@ -59,7 +59,7 @@ def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", defa
         config,
         slots=-(-config.slots // together) * together,
         max_length=config.max_length or (min(default_length, model_config.max_length) if default_length else 0),
-        vocab_size=min(codec.vocab_size, model_config.vocab_size),
+        vocab_size=min(tokenizer.vocab_size, model_config.vocab_size),
     )
     check_settings(config, model_config, sizes)
     mesh = None
@@ -74,7 +74,7 @@ def open_engine(choice: Choice, codec: "Tokenizer", config: "EngineConfig", defa
 
 
 def fitting_length(config: "EngineConfig", model: ModelConfig, sizes: Mapping[str, int], free: int) -> int:
-    """The model's context, or what of it the cache can hold in every slot; 4,096 tokens at least.
+    """Return the model's context, or what of it the cache can hold in every slot; 4,096 tokens at least.
 
     Args:
         config: its `cache_tokens` go before.
@@ -106,7 +106,7 @@ def free_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that this machine, or the container around this process, has left; 0 where nothing tells."""
+    """Memory that this machine, or the container around this process, has left; 0 if unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
@@ -119,7 +119,7 @@ def available_bytes() -> int:
 
 
 def read_model_config(source: str | Path) -> ModelConfig:
-    """The configuration of a source's model, without its weights. Raises ConfigError where its files are not sound."""
+    """Return the configuration of a source's model, without its weights. Raises ConfigError for damaged files."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":

@@ -1,4 +1,4 @@
-"""Whose weights an imported run began with: imported.json in its work directory, for the cards of what becomes of it.
+"""Source of an imported run's weights: imported.json in its work directory, for the cards of derived models.
 
 {"source": "Qwen/Qwen3-0.6B", "license": "apache-2.0", "base_model": "Qwen/Qwen3-0.6B-Base", "languages": ["en"]}
 """

@@ -1,4 +1,4 @@
-"""Where a model to generate with comes from: a run, a Hugging Face directory, or a GGUF file.
+"""Sources of a model to generate with: a run, a Hugging Face directory, or a GGUF file.
 
 JAX is loaded with the weights only, so that a source that is none is refused at once.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from opendeep_jax.text.tokenizer import Tokenizer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a generation_config.json says of sampling, under the names that `SamplingParams` has too."""
+"""Sampling settings of a generation_config.json, under the names that `SamplingParams` has too."""
 DTYPES = ("float32", "bfloat16")
 CURE = (
     "Give a run's work directory, a directory with a Hugging Face model (config.json and *.safetensors), or a .gguf "
@@ -30,7 +30,7 @@ CURE = (
 
 
 def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
-    """What kind of source this is. Raises ConfigError where it is none."""
+    """Return the kind of a source. Raises ConfigError where it is none."""
     path = Path(source)
     if not str(source):
         raise ConfigError(f"--model is missing. {CURE}")
@@ -56,8 +56,8 @@ def source_kind(source: str | Path) -> Literal["run", "hf", "gguf"]:
     raise ConfigError(f"--model={source}: holds no model. {CURE}")
 
 
-def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
-    """The text codec of a source, and the name of its model. Raises ConfigError where its files are not sound."""
+def open_tokenizer(source: str | Path) -> tuple["Tokenizer", str]:
+    """Return a source's tokenizer and the name of its model. Raises ConfigError for damaged files."""
     path = Path(source).resolve()
     match source_kind(source):
         case "gguf":
@@ -75,15 +75,15 @@ def open_codec(source: str | Path) -> tuple["Tokenizer", str]:
             return model_tokenizer(path), load_run_config(path).name or path.name
 
 
-def sampling_defaults(codec: "Tokenizer") -> dict[str, float]:
+def sampling_defaults(tokenizer: "Tokenizer") -> dict[str, float]:
     """Return how a model's own generation_config.json samples, as far as it says, wherever the model came from."""
-    found = {name: codec.generation.get(name) for name in SAMPLING}
+    found = {name: tokenizer.generation.get(name) for name in SAMPLING}
     given = {name: value for name, value in found.items() if isinstance(value, int | float) and type(value) is not bool}
-    return {name: value for name, value in given.items() if _makes_sense(name, value)}
+    return {name: value for name, value in given.items() if _is_honored(name, value)}
 
 
-def _makes_sense(name: str, value: float) -> bool:
-    """Whether a setting of a file can be met; others are left at what changes nothing, with a warning."""
+def _is_honored(name: str, value: float) -> bool:
+    """Return whether a sampling setting of a file can be honored; warn about the others, which are ignored."""
     from opendeep_jax.generation.requests import SamplingParams
 
     try:
@@ -95,7 +95,7 @@ def _makes_sense(name: str, value: float) -> bool:
 
 
 def open_weights(source: str | Path, dtype: str = "", step: int | None = None, mesh: "Mesh | None" = None) -> "Decoder":
-    """The model of a source.
+    """Return the model of a source.
 
     Args:
         source: A run's work directory, a Hugging Face directory, or a .gguf file.
@@ -127,7 +127,7 @@ def open_weights(source: str | Path, dtype: str = "", step: int | None = None, m
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache directory, so that a second start compiles nothing; where JAX was
+    """Keep compiled programs in the user's cache directory, so that a second start compiles nothing; where JAX was
     told another place already, there."""
     import jax
 
@@ -138,14 +138,14 @@ def keep_programs() -> None:
 
 
 def open_model(source: str | Path, dtype: str = "", step: int | None = None) -> tuple["Decoder", "Tokenizer", str]:
-    """`open_weights` and `open_codec`: the model, its codec, its name. Raises ConfigError as they do."""
+    """`open_weights` and `open_tokenizer`: the model, its tokenizer, its name. Raises ConfigError as they do."""
     check_choice(source_kind(source), source, dtype, step)
-    codec, name = open_codec(source)
-    return open_weights(source, dtype, step), codec, name
+    tokenizer, name = open_tokenizer(source)
+    return open_weights(source, dtype, step), tokenizer, name
 
 
 def check_choice(kind: str, source: str | Path, dtype: str, step: int | None) -> None:
-    """Raises ConfigError for a dtype that is none, and for a step of what has no steps."""
+    """Raise ConfigError for an unknown dtype, and for a step of a source without steps."""
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"--dtype={dtype}: must be float32 or bfloat16. Leave it out to have what suits the machine.")
     if step is not None and kind != "run":

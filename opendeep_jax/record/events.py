@@ -1,4 +1,4 @@
-"""What happened to a run besides training: events.jsonl, a line for each, never rewound.
+"""Events of a run besides training: events.jsonl, one line per event, never rewound.
 
     {"time": "2026-11-22T12:00:00+00:00", "kind": "spike", "step": 812, "text": "step 812: loss 7.5, gradient …"}
 

@@ -26,7 +26,7 @@ ORIGIN, DATA, SUMMARY, ENVIRONMENT = "origin.json", "data.json", "summary.json",
 HEARTBEAT, SKIPPED_BATCHES, TOKENIZER = "heartbeat.json", "skipped_batches.json", "tokenizer.json"
 CHECKPOINTS, QUARANTINE = "checkpoints", "quarantine"
 OLD_NAMES = {SKIPPED_BATCHES: "passed_over.json", QUARANTINE: "unsound"}
-"""What runs of older versions call a file; it is read where the new one is missing."""
+"""Names of files in runs of older versions; it is read where the new one is missing."""
 REWOUND = (METRICS, EVALUATION, EXPERTS, SAMPLES, SAVES)
 """Files whose lines after the step that a run goes back to are cut."""
 

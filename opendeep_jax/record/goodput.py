@@ -1,4 +1,4 @@
-"""Where a run's time goes: goodput.jsonl, which only grows, and what its lines add up to.
+"""Accounting of a run's time: goodput.jsonl, which only grows, and its totals.
 
     {"start": "5f0c…", "time": "2026-11-22T12:00:00+00:00", "wall": 1795262400.0, "step": 120, "first_step": 100,
      "skipped": 0, "seconds": {"start": 3.1, "compile": 20.0, "step": 61.2, …}}
@@ -83,7 +83,7 @@ class GoodputClock:
         self.skipped_updates += updates
 
     def rollback(self, from_step: int, to_step: int) -> None:
-        """Note a rollback after `from_step`: the run goes on from `to_step`, and what lies between is waste."""
+        """Note a rollback after `from_step`: the run resumes from `to_step`, and the work between is waste."""
         self.write(from_step)
         self.first_step = to_step
         self.write(to_step)
@@ -169,11 +169,11 @@ class Account:
 
     def add(self, record: dict) -> None:
         """Add one line. One that is broken is skipped."""
-        if not _is_sound(record):
+        if not _is_valid(record):
             return
         seconds, before = record["seconds"], self._starts.get(record["start"])
         if before is None:
-            self._throw_away(record["first_step"])
+            self._roll_back(record["first_step"])
             if self._last is not None:  # a wall clock that was set back gives a gap of nothing
                 gap = record["wall"] - sum(seconds.values()) - self._last["wall"]
                 self._seconds["restart"] += max(gap, 0.0)
@@ -185,7 +185,7 @@ class Account:
         first, last = before["step"], record["step"]
         if last < first:
             self._waste(spent["step"], spent["data"])
-            self._throw_away(last)
+            self._roll_back(last)
             return
         skipped = record.get("skipped", 0) - before.get("skipped", 0)
         share = min(max(skipped / (last - first), 0.0), 1.0) if last > first else 0.0
@@ -196,8 +196,8 @@ class Account:
         """Return the sums so far; None before the first sound line."""
         return Goodput(dict(self._seconds), len(self._starts)) if self._starts else None
 
-    def _throw_away(self, step: int) -> None:
-        """Turns the work after `step` into waste: the run has gone back there."""
+    def _roll_back(self, step: int) -> None:
+        """Count the work after `step` as waste: the run was rolled back there."""
         while self._kept and self._kept[-1][1] > step:
             first, last, computing, waiting = self._kept.pop()
             lost = (last - step) / (last - first) if first < step else 1.0
@@ -212,7 +212,7 @@ class Account:
             self._seconds["waste"] += seconds
 
 
-def _is_sound(record: dict) -> bool:
+def _is_valid(record: dict) -> bool:
     seconds = record.get("seconds")
     numbers = [record.get("wall"), record.get("step"), record.get("first_step"), record.get("skipped", 0)]
     if not isinstance(seconds, dict) or not isinstance(record.get("start"), str):
@@ -226,7 +226,7 @@ FEWEST_WINDOWS, WINDOWS = 5, 64
 
 
 class InputWatch:
-    """Judge that tells input that comes too late from steps that take too long, window by window of the log.
+    """Detector of steps that wait for input, one logging window at a time.
 
     A device computes while the loop waits for a batch, so waiting alone is no harm. What the device still has to do is
     seen at the log, where the loop waits for it: for one step at least, the one just begun. So a device was busy for no
@@ -237,12 +237,12 @@ class InputWatch:
         self._state = self._seen = "good"
         self._speeds: deque[float] = deque(maxlen=WINDOWS)
 
-    def forget(self) -> None:
-        """Learn the speed anew, as steps have another size from here on."""
+    def reset(self) -> None:
+        """Forget the measured speed, because the size of steps changes."""
         self._speeds.clear()
 
     def window(self, steps: int, seconds: float, data_seconds: float, device_seconds: float) -> tuple[str, str] | None:
-        """Judge a window of the log; returns (kind, text) for `record_event` where the state has changed, else None.
+        """Check a logging window; return (kind, text) for `record_event` where the state has changed, else None.
 
         Two windows in a row have to agree. Kinds: `starved`, `slow`, `recovered_speed`.
 

@@ -1,4 +1,4 @@
-"""The sign of life of a run: one small file that says, every few seconds, that its process is there and what it does.
+"""Heartbeat of a run: a small file, rewritten every few seconds, with its process and current activity.
 
     {"time": 1764536400.0, "doing": "compile", "step": 1, "ended": false}
 

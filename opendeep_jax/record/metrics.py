@@ -14,7 +14,7 @@ from opendeep_jax.record.record import Record, is_scalar, plain_number
 
 
 class MetricsWriter:
-    """Appends a run's numbers to its record, and shows them in TensorBoard and the trackers.
+    """Append a run's numbers to its record, and show them in TensorBoard and the trackers.
 
     Args:
         record: of the run; cut back to `resume_step` already (`Record.rewind`).

@@ -1,4 +1,4 @@
-"""What a run began from: WORKDIR/origin.json, by which "no checkpoint" is never taken for "start anew".
+"""Origin of a run: WORKDIR/origin.json, so that a missing checkpoint is never taken for a new run.
 
     {"kind": "import", "step": 0, "format": 1, …}
 
@@ -32,9 +32,9 @@ from opendeep_jax.record.record import Record
 FORMAT = 1
 """Version of a run directory. 0: before versions were written; `events` and `files` have the names that it used."""
 IMPORTED = "The recipe of this imported run"
-"""How `opendeep import` begins the directory's recipe.py."""
+"""First text of recipe.py as `opendeep import` writes it."""
 IMPORTED_FROM = "imported.json"
-"""Whose weights an imported run began with (`pretrained.imported_from`)."""
+"""Source of an imported run's weights (`pretrained.imported_from`)."""
 KINDS = ("random", "import", "branch")
 
 
@@ -113,7 +113,7 @@ def write_imported_from(workdir: str | Path, facts: Mapping[str, Any]) -> None:
     Record(workdir).write(IMPORTED_FROM, dict(facts))
 
 
-def lost(
+def lost_state_error(
     workdir: Path, origin: dict[str, Any], before: int | None, notes: list[str], elsewhere: Path | None
 ) -> str | None:
     """Return a diagnosis with a fix where a run that has no state to go on from must not begin from its seed.

@@ -35,7 +35,7 @@ class Record:
     Args:
         workdir: the run directory; made when missing.
         writes: whether this process writes at all; of a job's processes, the first one does.
-        ledger: is told of every write.
+        ledger: receives every write.
     """
 
     def __init__(self, workdir: str | Path, writes: bool = True, ledger: Ledger | None = None):

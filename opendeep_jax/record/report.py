@@ -54,7 +54,7 @@ def write_report(workdir: str | Path) -> Path:
 
     Both are replaced atomically. Raises OSError when the directory cannot be written.
     """
-    run = RunView(workdir, details=True, whole=True).look()
+    run = RunView(workdir, details=True, whole=True).refresh()
     path = run.workdir / "report.html"
     write_atomically(path, page(f"{run.name}: run report", _run_page(run, _status(run))))
     with replacing(run.workdir / "loss.png") as picture:
@@ -83,7 +83,7 @@ def _run_page(run: RunView, status: str, now: float | None = None) -> str:
     parts = [
         header("OpenDeep", run.name, status),
         _warning(run),
-        _verdict(run),
+        _bits_summary(run),
         tiles([*(_live_numbers(run, now) if now is not None else ()), *_headline_numbers(run)]),
         _learning([run], [""]),
         _speed([run], [""]),
@@ -200,7 +200,7 @@ def _warning(run: RunView) -> str:
     return f"<p class=warning>{text(message)}</p>"
 
 
-def _verdict(run: RunView) -> str:
+def _bits_summary(run: RunView) -> str:
     bits = run.number(HELD_OUT)
     if bits is None:
         return ""

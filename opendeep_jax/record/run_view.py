@@ -1,6 +1,6 @@
 """A run as it is now, from the files in its directory: state, curves, events, goodput, phase. No NumPy.
 
-`look()` reads what is new since the last time, and what is kept is of bounded size: so one view serves a report that is
+`refresh()` reads what is new since the last call, and keeps state of bounded size: so one view serves a report that is
 written once, a page that is written again every few seconds, and a terminal.
 """
 
@@ -100,7 +100,7 @@ def _merge(into: list[float], other: list[float]) -> None:
 
 
 class RunView:
-    """A run as its files have it; `look()` takes in what is new since the last time.
+    """View of a run from its files; `refresh()` reads what was appended since the last call.
 
     Args:
         workdir: the run directory. Files that are missing or broken count as empty.
@@ -127,15 +127,15 @@ class RunView:
         self._tails = {name: Tail(self.workdir / name, drawn.get(name, 0)) for name in files}
         self._seen: dict[str, tuple] = {}
         for name in self._tails:
-            self._forget(name)
+            self._reset(name)
 
-    def look(self) -> "RunView":
+    def refresh(self) -> "RunView":
         """Read what is new, and return the view. Nothing that the files hold, or lack, makes it fail."""
         for name, tail in self._tails.items():
             if tail.restarted():
-                self._forget(name)
+                self._reset(name)
             for record in tail.read():
-                self._take(name, record)
+                self._add(name, record)
         self.goodput = self._account.goodput()
         if self._changed(CONFIG_FILE):
             self._read_config()
@@ -213,7 +213,7 @@ class RunView:
             return None
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """Return what the steps left take at the present speed; None where that is not known, or nobody does them."""
+        """Return what the steps left take at the present speed; None where it is unknown or the run has stopped."""
         if self.config is None or not self._speeds or self.state(now)[0] != "running":
             return None
         speed = sorted(self._speeds)[len(self._speeds) // 2]
@@ -240,8 +240,8 @@ class RunView:
 
     # How it gets known
 
-    def _forget(self, name: str) -> None:
-        """Void what was read of a file."""
+    def _reset(self, name: str) -> None:
+        """Discard what was read of a file."""
         if name == METRICS:
             self.curves: dict[str, Curve] = defaultdict(Curve)
             """A curve for each number of metrics.jsonl, over tokens, or steps where tokens are not logged."""
@@ -264,10 +264,10 @@ class RunView:
         else:
             self._account = Account()
 
-    def _take(self, name: str, record: dict) -> None:
+    def _add(self, name: str, record: dict) -> None:
         match name:
             case "metrics.jsonl":
-                self._take_step(record)
+                self._add_step(record)
             case "evaluation.jsonl":
                 x = number(record.get("tokens", record.get("step")))
                 self.held_out_now = number(record.get(HELD_OUT))
@@ -289,7 +289,7 @@ class RunView:
             case _:
                 self._account.add(record)
 
-    def _take_step(self, record: dict) -> None:
+    def _add_step(self, record: dict) -> None:
         step = number(record.get("step"))
         if step is None:
             return

@@ -45,7 +45,7 @@ KINDS = {
     "waste": Kind("red", "+", "steps done twice or skipped, and waiting for their data", is_measured=False),
     "restart": Kind("pale red", "=", "from a start's last line to the next start", is_measured=False),
 }
-"""In the order in which they are shown."""
+"""All kinds, in display order."""
 
 
 def measured() -> list[str]:

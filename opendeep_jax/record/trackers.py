@@ -96,7 +96,7 @@ def open_trackers(config: RunConfig, workdir: str | Path) -> Trackers:
 
 
 def open_wandb(config: RunConfig, workdir: Path) -> Service:
-    """A run at Weights & Biases; kept in the work directory, for `wandb sync`, where nobody is logged in."""
+    """Return a run at Weights & Biases; kept in the work directory, for `wandb sync`, where nobody is logged in."""
     import wandb
 
     def start(mode: str):
@@ -119,7 +119,7 @@ def open_wandb(config: RunConfig, workdir: Path) -> Service:
     except wandb.Error as error:
         if mode == "offline":
             raise
-        _say("wandb", f"cannot be reached ({error}); numbers are kept in {workdir / 'wandb'} for `wandb sync`")
+        _warn("wandb", f"cannot be reached ({error}); numbers are kept in {workdir / 'wandb'} for `wandb sync`")
         run = start("offline")
     # W&B's own step may not go back, as ours does after a rewind: it is a number like the others, and the x-axis.
     run.define_metric("step", hidden=True)
@@ -128,7 +128,7 @@ def open_wandb(config: RunConfig, workdir: Path) -> Service:
 
 
 def open_mlflow(config: RunConfig, workdir: Path) -> Service:
-    """A run at the MLflow server, or in the file or database, that MLFLOW_TRACKING_URI names."""
+    """Return a run at the MLflow server, or in the file or database, that MLFLOW_TRACKING_URI names."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
@@ -154,7 +154,7 @@ def open_mlflow(config: RunConfig, workdir: Path) -> Service:
 
 
 def open_trackio(config: RunConfig, workdir: Path) -> Service:
-    """A run in trackio's local database, or the Space or server that its environment variables name."""
+    """Return a run in trackio's local database, or the Space or server that its environment variables name."""
     import trackio
 
     # trackio knows runs by their names, and two work directories may hold runs of one name.
@@ -193,7 +193,7 @@ class _ServiceThread:
         except queue.Full:
             if not self._full:
                 self._full = True
-                _say(self.name, f"is {QUEUE_SIZE:,} records behind; what it cannot take is left out there")
+                _warn(self.name, f"is {QUEUE_SIZE:,} records behind; what it cannot take is left out there")
 
     def finish(self, deadline: float) -> None:
         """Wait until the end was reached, or the deadline, on the clock of `time.monotonic`."""
@@ -202,7 +202,7 @@ class _ServiceThread:
                 self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.0))
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
-            _say(self.name, "did not finish in time; its last numbers may be missing there")
+            _warn(self.name, "did not finish in time; its last numbers may be missing there")
 
     def _work(self) -> None:
         try:
@@ -212,10 +212,10 @@ class _ServiceThread:
             service.close()
         except BaseException as error:  # also SystemExit: a library's own way out is not the run's
             self._failed = True
-            _say(self.name, f"gets no more numbers: {type(error).__name__}: {error}")
+            _warn(self.name, f"gets no more numbers: {type(error).__name__}: {error}")
 
 
-def _say(name: str, what: str) -> None:
+def _warn(name: str, what: str) -> None:
     logger.warning("tracker %s %s. The run goes on, and the work directory has every number.", name, what)
 
 

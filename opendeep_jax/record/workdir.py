@@ -1,4 +1,4 @@
-"""Who may write in a run directory: one process, and only a run of the same configuration."""
+"""Lock of a run directory: one process writes in it, and only a run of the same configuration."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ KEPT_FROM_IMPORT = (
     "optimizer.first_moment_dtype",
     "optimizer.second_moment_dtype",
 )
-"""Of an imported run that nothing has been trained of yet, the former may differ but for the latter, which say what its
+"""Fields of an untrained imported run: the former may differ but for the latter, which say what its
 tokens mean and what its checkpoint holds."""
 
 SMALLEST_FREE_BYTES = 256 * 2**20

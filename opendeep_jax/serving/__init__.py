@@ -1,1 +1,1 @@
-"""Models that talk: over HTTP as OpenAI's API has it, and in the terminal."""
+"""Serving of models over HTTP with OpenAI's API, and chat in the terminal."""

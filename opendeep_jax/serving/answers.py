@@ -19,27 +19,27 @@ def joined_calls(pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class TextOffsets:
-    """Where tokens begin in a text, in characters, as they come; a part of a character begins where that does.
+    """Offsets of tokens in a streamed text, in characters; part of a character has that character's offset.
 
     Args:
         start: Characters before the first token; below 0 where the text lacks so many of the tokens' first characters.
         special: Whether special tokens are text.
     """
 
-    def __init__(self, codec: Tokenizer, start: int = 0, special: bool = True):
-        self._codec, self._next, self.special = codec, start, special
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, special: bool = True):
+        self._tokenizer, self._next, self.special = tokenizer, start, special
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, token: int) -> int:
         """Return the next token's place."""
         place = max(self._next, 0)
-        self._next += len(self._characters.decode(self._codec.piece(token, self.special)))
+        self._next += len(self._characters.decode(self._tokenizer.piece(token, self.special)))
         return place
 
 
-def token_name(codec: Tokenizer, token: int) -> str:
-    """A token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
-    piece = codec.piece(token, special=True)
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text; of a part of a character its bytes, as in OpenAI's `bytes:\\xf0\\x9f`; else its id."""
+    piece = tokenizer.piece(token, special=True)
     try:
         return piece.decode() or f"token_id:{token}"
     except UnicodeDecodeError:
@@ -47,17 +47,17 @@ def token_name(codec: Tokenizer, token: int) -> str:
 
 
 def alternatives(entry: TokenLogprob, asked: int) -> list[tuple[int, float]]:
-    """The most likely tokens and theirs; the chosen one is among them, as one more if it must be."""
+    """Return the most likely tokens and theirs; the chosen one is among them, as one more if it must be."""
     found = list(entry.top[:asked])
     return found if any(token == entry.token for token, _ in found) else [*found, (entry.token, entry.logprob)]
 
 
-def chat_logprobs(codec: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Log-probabilities as chat completions give them."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        piece = codec.piece(token, special=True)
-        return {"token": token_name(codec, token), "logprob": finite(logprob), "bytes": list(piece)}
+        piece = tokenizer.piece(token, special=True)
+        return {"token": token_name(tokenizer, token), "logprob": finite(logprob), "bytes": list(piece)}
 
     def top(entry: TokenLogprob) -> list[dict[str, Any]]:
         return [one(*pair) for pair in alternatives(entry, len(entry.top))] if entry.top else []
@@ -67,7 +67,7 @@ def chat_logprobs(codec: Tokenizer, entries: Sequence[TokenLogprob]) -> dict[str
 
 
 def completion_logprobs(
-    codec: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int | TextOffsets = 0
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int | TextOffsets = 0
 ) -> dict[str, Any]:
     """Log-probabilities as completions give them.
 
@@ -75,27 +75,27 @@ def completion_logprobs(
         entries: Tokens with theirs; a bare id is a token without, such as a prompt's first.
         offset: Characters of the text before them, or their places as they go on.
     """
-    places = TextOffsets(codec, offset) if isinstance(offset, int) else offset
+    places = TextOffsets(tokenizer, offset) if isinstance(offset, int) else offset
     tokens, values, top, offsets = [], [], [], []
     for entry in entries:
         bare = isinstance(entry, int)
         token = entry if bare else entry.token
-        tokens.append(token_name(codec, token))
+        tokens.append(token_name(tokenizer, token))
         values.append(None if bare else finite(entry.logprob))
-        top.append(None if bare else _by_name(codec, entry))
+        top.append(None if bare else _by_name(tokenizer, entry))
         offsets.append(places.take(token))
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def _by_name(codec: Tokenizer, entry: TokenLogprob) -> dict[str, float]:
+def _by_name(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, float]:
     """Alternatives by name; of two tokens with the same text the less likely one goes by its id."""
     found: dict[str, float] = {}
     for token, value in alternatives(entry, len(entry.top)):
-        name = token_name(codec, token)
+        name = token_name(tokenizer, token)
         found[f"token_id:{token}" if name in found else name] = finite(value)
     return found
 
 
 def finite(logprob: float) -> float:
-    """JSON has no -inf; OpenAI's API says -9999 for it."""
+    """Replace -inf, which JSON lacks, by -9999 as OpenAI's API does."""
     return max(float(logprob), -9999.0)

@@ -1,4 +1,4 @@
-"""Texts that a model goes on with: many at a time, each piece as it comes."""
+"""Streamed completions of many prompts at a time."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def continued(
     engine: "Engine",
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     params: Sequence[SamplingParams],
     stop: Sequence[str] = (),
@@ -27,21 +27,21 @@ def continued(
 
     Args:
         engine: idle.
-        params: each prompt's; the codec's end tokens are added.
+        params: each prompt's; the tokenizer's end tokens are added.
         stop: texts that end an output, and are no part of it.
     Raises:
         ConfigError: a prompt is too long; said at once, before the first piece is asked for.
     """
     requests = []
     for prompt, one in zip(prompts, params, strict=True):
-        ids = codec.encode_prompt(prompt) or list(codec.end_ids[:1])  # a model without a beginning: what ends a text
-        requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=codec.end_ids)))
+        ids = tokenizer.encode_prompt(prompt) or list(tokenizer.end_ids[:1])  # no begin token: the end token
+        requests.append(engine.submit(ids, dataclasses.replace(one, end_ids=tokenizer.end_ids)))
     stop = [text for text in stop if text]
-    return answer_all(engine, requests, [Answer(codec, stop, before=request.prompt) for request in requests])
+    return answer_all(engine, requests, [Answer(tokenizer, stop, before=request.prompt) for request in requests])
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: of its lines, or in a .jsonl file of their `prompt` fields.
+    """Return the prompts of a file: of its lines, or in a .jsonl file of their `prompt` fields.
 
     Raises:
         ConfigError: there is no such file, it holds none, or a line is not such an object.

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Conversation:
-    """What was said so far, and with what settings the model goes on."""
+    """Messages so far, and the settings of the next answer."""
 
     engine: "Engine"
-    codec: Tokenizer
+    tokenizer: Tokenizer
     params: SamplingParams
-    """How tokens are chosen; the rest of it is set for each answer."""
+    """Sampling parameters; the other fields are set for each answer."""
     max_tokens: int = 0
     """Longest answer; 0 takes all that the context leaves."""
     system: str = ""
@@ -28,7 +28,7 @@ class Conversation:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def ask(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
-        """Asks, and yields the answer piece by piece; both belong to the conversation when it ends.
+        """Ask, and yield the answer piece by piece; then add both to the conversation.
 
         Each answer has the seed after that of the one before it.
 
@@ -42,8 +42,8 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self.codec.apply_chat([*system, *asked])
-        prompt = self.codec.encode(rendered, special=True)
+        rendered = self.tokenizer.apply_chat([*system, *asked])
+        prompt = self.tokenizer.encode(rendered, special=True)
         room = self.engine.max_length - len(prompt)
         if room < 1:
             raise ConfigError(
@@ -52,8 +52,8 @@ class Conversation:
             )
         most = min(self.max_tokens or room, room)
         self.params = dataclasses.replace(self.params, seed=(self.params.seed + 1) % 2**32)
-        settings = dataclasses.replace(self.params, max_tokens=most, end_ids=self.codec.end_ids)
-        answer = Answer(self.codec, [], rendered)
+        settings = dataclasses.replace(self.params, max_tokens=most, end_ids=self.tokenizer.end_ids)
+        answer = Answer(self.tokenizer, [], rendered)
         request = self.engine.submit(prompt, settings)
         try:
             for _, piece in answer_all(self.engine, [request], [answer], stopped):

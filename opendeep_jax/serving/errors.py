@@ -36,11 +36,11 @@ class ApiError(Exception):
 
 
 FORESEEN = (ApiError, ValidationError, ConfigError, Unavailable, Failed, TimeoutError, ClientDisconnect, HTTPException)
-"""What a request may fail with in the normal course of things; anything else is a bug."""
+"""Expected failures of a request; anything else is a bug."""
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of any error; what nobody foresaw is told without its inside."""
+    """Return any error as one for the client; unexpected errors show no internals."""
     match error:
         case ApiError():
             return error
@@ -67,7 +67,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The response for any error that a route raises."""
+    """Return the response for any error that a route raises."""
     found = as_api_error(error)
     if found.status == 404 and found.code is None:
         found = dataclasses.replace(found, code="not_found")

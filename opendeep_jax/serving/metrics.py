@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus: requests and latencies from the server, the rest from the engine's own counts."""
+"""Prometheus metrics: requests and latencies from the server, the rest from the engine's own counts."""
 
 from collections.abc import Iterator
 
@@ -58,14 +58,14 @@ class Metrics:
         )
 
     def answered(self, submitted: float, first: float, last: float, tokens: int) -> None:
-        """Counts one complete answer by its times, in seconds on one clock."""
+        """Count one complete answer by its times, in seconds on one clock."""
         self.first_token.observe(first - submitted)
         self.answer_time.observe(last - submitted)
         if tokens > 1:
             self.token_time.observe((last - first) / (tokens - 1))
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's counts as they are now; prometheus_client asks for them."""
+        """Yield the engine's current counts when prometheus_client asks for them."""
         service = self._service
         yield GaugeMetricFamily("opendeep_ready", "1 while requests are taken.", value=float(service.ready))
         yield GaugeMetricFamily("opendeep_failed", "1 after the engine failed.", value=float(bool(service.failure)))

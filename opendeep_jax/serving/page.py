@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, Response
 
 @functools.cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page and its headers. What is not in the file by its hash does not run, wherever it came from."""
+    """Return the page and its headers. What is not in the file by its hash does not run, wherever it came from."""
     html = Path(__file__).with_name("page.html").read_text("utf-8")
     allowed = {tag: " ".join(_hashes(html, tag)) for tag in ("script", "style")}
     policy = (

@@ -1,4 +1,4 @@
-"""From the body of a request to prompts and parameters, and back from answers to OpenAI's JSON."""
+"""Conversion of request bodies to prompts and parameters, and of answers to OpenAI's JSON."""
 
 import dataclasses
 import math
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 NONE: Mapping[str, float] = MappingProxyType({})
 DEFAULT_COMPLETION_TOKENS = 16
-"""As OpenAI's API has it."""
+"""Default of OpenAI's API."""
 
 
 @dataclasses.dataclass
-class Asked:
-    """What one request asks of the engine, and how its answer is spelled."""
+class ApiRequest:
+    """One request to the engine, and the format of its answer."""
 
     head: dict[str, Any]
     """Id, time and model: the same in every chunk of a stream."""
@@ -66,7 +66,7 @@ class Asked:
         """Return the last event of a stream that fails, of the error's body."""
         return body
 
-    def whole(self, scores: "Sequence[Scored] | None") -> dict[str, Any]:
+    def complete(self, scores: "Sequence[Scored] | None") -> dict[str, Any]:
         """Return the whole answer; with log-probabilities of the prompts' tokens where they are wanted."""
         choices = [self.choice(index, scores) for index in range(len(self.answers))]
         return self.head | {"object": self.kinds[0], "choices": choices, "usage": self.usage()}
@@ -82,26 +82,26 @@ class Asked:
 
 
 def completion(
-    body: CompletionRequest, codec: Tokenizer, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
-) -> Asked:
-    """Reads a completion request. Raises ApiError for prompts and lengths that cannot be.
+    body: CompletionRequest, tokenizer: Tokenizer, limits: Limits, name: str, defaults: Mapping[str, float] = NONE
+) -> ApiRequest:
+    """Read a completion request. Raises ApiError for invalid prompts and lengths.
 
     Args:
         defaults: The model's own sampling, for what the body leaves open.
     """
-    prompts = [_encoded(codec, prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    prompts = [_encoded(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     room = [_room(prompt, tokens, "prompt", limits) for prompt in prompts]
     wanted = -1 if body.logprobs is None else body.logprobs
-    requests = _requests(body, prompts, room, wanted, codec, limits, defaults) if tokens else []
+    requests = _requests(body, prompts, room, wanted, tokenizer, limits, defaults) if tokens else []
     many = body.n or 1
     least, stop = body.min_tokens or 0, body.stop_strings
-    answers = [Answer(codec, stop, least=least, before=prompt) for prompt in prompts for _ in range(many)]
+    answers = [Answer(tokenizer, stop, least=least, before=prompt) for prompt in prompts for _ in range(many)]
     if not tokens:
         for answer in answers:
             answer.whole.finish = "length"
-    echoed = [(_shown(codec, prompt) if body.echo else "") for prompt in body.prompts]
-    places = [TextOffsets(codec, len(text), special=False) for text in echoed for _ in range(many)]
+    echoed = [(_echo_text(tokenizer, prompt) if body.echo else "") for prompt in body.prompts]
+    places = [TextOffsets(tokenizer, len(text), special=False) for text in echoed for _ in range(many)]
 
     def spelled(index: int, text: str, logprobs: dict | None, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -112,25 +112,26 @@ def completion(
     def chunk(index: int, piece: Piece) -> dict[str, Any]:
         logprobs = None
         if wanted >= 0:
-            logprobs = completion_logprobs(codec, piece.logprobs, places[index])
+            logprobs = completion_logprobs(tokenizer, piece.logprobs, places[index])
         return spelled(index, piece.text, logprobs, piece.finish)
 
     def choice(index: int, scores: Sequence[Sequence[float]] | None) -> dict[str, Any]:
         whole, prompt, echo = answers[index].whole, prompts[index // many], echoed[index // many]
         logprobs = None
         if wanted >= 0:
-            logprobs = completion_logprobs(codec, whole.logprobs, TextOffsets(codec, len(echo), special=False))
+            logprobs = completion_logprobs(tokenizer, whole.logprobs, TextOffsets(tokenizer, len(echo), special=False))
         if scores is not None:
             one = scores[index // many]
             tops = one.top or [()] * len(one.logprobs)
             before = [prompt[0], *map(TokenLogprob, prompt[1:], one.logprobs, tops)]
             # A text may lack the begin token, and the space that its first token begins with.
-            lacking = len(b"".join(codec.piece(token, True) for token in prompt).decode("utf-8", "replace")) - len(echo)
-            of_prompt = completion_logprobs(codec, before, -lacking)
+            pieces = b"".join(tokenizer.piece(token, True) for token in prompt)
+            lacking = len(pieces.decode("utf-8", "replace")) - len(echo)
+            of_prompt = completion_logprobs(tokenizer, before, -lacking)
             logprobs = {key: of_prompt[key] + logprobs[key] for key in logprobs}
         return spelled(index, echo + whole.text, logprobs, whole.finish)
 
-    return Asked(
+    return ApiRequest(
         _head("cmpl", name), ("text_completion", "text_completion"), prompts, requests, answers, opening, chunk, choice,
         stream=bool(body.stream),
         stream_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -140,26 +141,26 @@ def completion(
 
 def chat(
     body: ChatRequest,
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     limits: Limits,
     name: str,
     defaults: Mapping[str, float] = NONE,
     seconds: float = math.inf,
-) -> Asked:
-    """Reads a chat request. Raises ApiError for what cannot be, ConfigError where the template refuses it.
+) -> ApiRequest:
+    """Read a chat request. Raises ApiError for invalid fields, ConfigError where the template refuses it.
 
     Args:
         defaults: as for `completion`.
         seconds: The template may take so long; raises TimeoutError then.
     """
-    text = rendered(body, codec, seconds)
-    prompt = codec.encode(text, special=True)
+    text = rendered(body, tokenizer, seconds)
+    prompt = tokenizer.encode(text, special=True)
     tokens = _room(prompt, body.answer_tokens or limits.max_length, "messages", limits)
     wanted = (body.top_logprobs or 0) if body.logprobs else -1
-    answers = [Answer(codec, body.stop_strings, text, body.min_tokens or 0) for _ in range(body.n or 1)]
+    answers = [Answer(tokenizer, body.stop_strings, text, body.min_tokens or 0) for _ in range(body.n or 1)]
 
     def logprobs(piece: Piece) -> dict | None:
-        return chat_logprobs(codec, piece.logprobs) if wanted >= 0 else None
+        return chat_logprobs(tokenizer, piece.logprobs) if wanted >= 0 else None
 
     def opening(index: int) -> dict[str, Any]:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -178,30 +179,30 @@ def chat(
             message |= {"content": whole.text or None, "tool_calls": joined_calls(whole.calls)}
         return {"index": index, "message": message, "logprobs": logprobs(whole), "finish_reason": whole.finish}
 
-    requests = _requests(body, [prompt], [tokens], wanted, codec, limits, defaults)
+    requests = _requests(body, [prompt], [tokens], wanted, tokenizer, limits, defaults)
     kinds = "chat.completion", "chat.completion.chunk"
-    return Asked(
+    return ApiRequest(
         _head("chatcmpl", name), kinds, [prompt], requests, answers, opening, chunk, choice,
         stream=bool(body.stream),
         stream_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
 
 
-def _encoded(codec: Tokenizer, text: str) -> list[int]:
-    """A prompt's ids, begun as the model's own tokenizer would begin a text."""
-    return codec.begun(codec.encode(text, special=True))
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a prompt's ids, with the tokenizer's prefix."""
+    return tokenizer.with_prefix(tokenizer.encode(text, special=True))
 
 
-def _shown(codec: Tokenizer, prompt: str | list[int]) -> str:
+def _echo_text(tokenizer: Tokenizer, prompt: str | list[int]) -> str:
     """A prompt as it is echoed: a text as it was given, without the begin token that goes before it."""
-    return prompt if isinstance(prompt, str) else codec.decode(prompt, special=True)
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, special=True)
 
 
-def rendered(body: ChatRequest, codec: Tokenizer, seconds: float = math.inf) -> str:
+def rendered(body: ChatRequest, tokenizer: Tokenizer, seconds: float = math.inf) -> str:
     """The text of a conversation. Raises ApiError for tools that the model's template or our reading of it lacks."""
     arguments, tools = body.template_arguments, body.tools if body.tool_choice != "none" else None
     called = any(message.tool_calls or message.role == "tool" for message in body.messages)
-    if (tools or called) and not knows_tools(codec):
+    if (tools or called) and not knows_tools(tokenizer):
         field = "tools" if tools else "messages"
         raise ApiError(
             400,
@@ -211,11 +212,11 @@ def rendered(body: ChatRequest, codec: Tokenizer, seconds: float = math.inf) -> 
         )
     if tools:
         arguments["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    return codec.apply_chat([message.for_template() for message in body.messages], seconds=seconds, **arguments)
+    return tokenizer.apply_chat([message.for_template() for message in body.messages], seconds=seconds, **arguments)
 
 
 def _room(prompt: list[int], tokens: int, field: str, limits: Limits) -> int:
-    """Tokens that an answer may have: as many as are asked for, cut to what the context leaves. Raises ApiError."""
+    """Return the most tokens of an answer: the requested number, cut to what the context leaves. Raises ApiError."""
     if not prompt:
         raise ApiError(400, f"{field}: is empty; the model needs at least one token to go on from.", field)
     if max(prompt) >= limits.vocab_size:
@@ -237,7 +238,7 @@ def _requests(
     prompts: list[list[int]],
     tokens: list[int],
     logprobs: int,
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     limits: Limits,
     defaults: Mapping[str, float],
 ) -> list[tuple[list[int], SamplingParams]]:
@@ -247,7 +248,7 @@ def _requests(
     if "top_k" in chosen:
         chosen["top_k"] = max(chosen["top_k"], 0)  # -1 is vLLM's "all"
     bias = tuple((int(token), float(value)) for token, value in (body.logit_bias or {}).items())
-    ends = (*(() if body.ignore_eos else codec.end_ids), *(body.stop_token_ids or ()))
+    ends = (*(() if body.ignore_eos else tokenizer.end_ids), *(body.stop_token_ids or ()))
     for field, ids in (("logit_bias", [token for token, _ in bias]), ("stop_token_ids", body.stop_token_ids or ())):
         if ids and max(ids) >= limits.vocab_size:
             last = limits.vocab_size - 1

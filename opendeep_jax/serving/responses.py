@@ -1,4 +1,4 @@
-"""OpenAI's newer API for answers, `/v1/responses`, for text: a conversation by other names, and a stream of events."""
+"""OpenAI's Responses API, `/v1/responses`, for text: conversations and streams of events."""
 
 import itertools
 import secrets
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from opendeep_jax.generation.answers import Piece
 from opendeep_jax.serving.answers import joined_calls
 from opendeep_jax.serving.errors import ApiError
-from opendeep_jax.serving.requests import Asked, chat
+from opendeep_jax.serving.requests import ApiRequest, chat
 from opendeep_jax.serving.schemas import ChatRequest, Strict
 
 INSTEAD = {
@@ -91,7 +91,7 @@ def _read(body: Any) -> ResponseRequest:
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items of a conversation as messages; an answer's reasoning belongs to the message behind it."""
+    """Return the items of a conversation as messages; an answer's reasoning belongs to the message behind it."""
     messages, thought = [], None
     for item in items:
         match item.get("type") or "message":
@@ -121,7 +121,7 @@ def response(body: ResponseRequest, *given: Any, seconds: float) -> "Response":
 
 
 class Response:
-    """One response as it grows: as `requests.Asked`, with the events and the spelling of this API.
+    """One response as it grows: as `requests.ApiRequest`, with the events and names of this API.
 
     Args:
         body: What was asked.
@@ -130,8 +130,8 @@ class Response:
 
     scores_prompts = -1
 
-    def __init__(self, body: ResponseRequest, asked: Asked):
-        self._asked, self._sequence = asked, 0
+    def __init__(self, body: ResponseRequest, asked: ApiRequest):
+        self._request, self._sequence = asked, 0
         self.prompts, self.requests, self.answers, self.stream = (
             asked.prompts, asked.requests, asked.answers, asked.stream
         )  # fmt: skip
@@ -162,7 +162,7 @@ class Response:
             "user": body.more.get("user"),
         }
 
-    def whole(self, scores: None) -> dict[str, Any]:
+    def complete(self, scores: None) -> dict[str, Any]:
         """Return the response, once the answer is complete."""
         for _ in itertools.chain(self.add(0, self.answers[0].whole), self.end()):
             pass
@@ -173,7 +173,7 @@ class Response:
         return {"type": "error", **body["error"]}
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """The events before the first text."""
+        """Yield the events before the first text."""
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._described("in_progress"))
 
@@ -192,25 +192,25 @@ class Response:
     def end(self) -> Iterator[dict[str, Any]]:
         """Yield the last events."""
         yield from self._close()
-        for number, call in enumerate(joined_calls(self._asked.answers[0].whole.calls)):
+        for number, call in enumerate(joined_calls(self._request.answers[0].whole.calls)):
             item = {"type": "function_call", "id": f"{self._ids['fc']}{number}", "call_id": call["id"]}
             item |= call["function"] | {"status": "completed"}
             place = {"output_index": len(self._done)}
             opened = item | {"arguments": "", "status": "in_progress"}
             yield self._event("response.output_item.added", **place, item=opened)
-            told = {"item_id": item["id"], **place}
+            where = {"item_id": item["id"], **place}
             arguments = item["arguments"]
-            yield self._event("response.function_call_arguments.delta", **told, delta=arguments)
-            yield self._event("response.function_call_arguments.done", **told, name=item["name"], arguments=arguments)
+            yield self._event("response.function_call_arguments.delta", **where, delta=arguments)
+            yield self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=arguments)
             yield self._event("response.output_item.done", **place, item=item)
             self._done.append(item)
         response = self._described()
         yield self._event(f"response.{response['status']}", response=response)
 
     def _described(self, status: str = "") -> dict[str, Any]:
-        cut = self._asked.answers[0].whole.finish == "length"
+        cut = self._request.answers[0].whole.finish == "length"
         status = status or ("incomplete" if cut else "completed")
-        counts = self._asked.usage()
+        counts = self._request.usage()
         usage = {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

@@ -1,4 +1,4 @@
-"""A server until it is told to end: uvicorn around the application, and what SIGTERM means to it."""
+"""Server process: uvicorn around the application, with draining at SIGTERM."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ MAX_CONNECTIONS = 2048
 
 
 class DrainingServer(uvicorn.Server):
-    """At the first SIGTERM or Ctrl-C: no new work, /ready says so, running answers finish. At the second: the end."""
+    """Server that drains at the first SIGTERM or Ctrl-C (no new work, /ready fails) and ends at the second."""
 
     def __init__(self, config: uvicorn.Config, service: EngineService, drain_seconds: float):
         super().__init__(config)
@@ -28,12 +28,12 @@ class DrainingServer(uvicorn.Server):
         self._draining: asyncio.Task | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; remembers the event loop, which signals are handed to."""
+        """Start as uvicorn does; keep the event loop, which signals are handed to."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn's own would raise the signal again after a good end, and the exit status would not be 0."""
+        """Replace uvicorn's handler, which raises the signal again after a clean end, so the exit status is not 0."""
         if self._service.draining or self._loop is None:
             self.should_exit = self.force_exit = True
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no failure
@@ -52,7 +52,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes a free one. Raises ConfigError where that is not possible."""
+    """Return a socket that listens there; port 0 takes a free one. Raises ConfigError where that is not possible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
@@ -70,7 +70,7 @@ def run(
     drain_seconds: float,
     started: Callable[[DrainingServer], None],
 ) -> bool:
-    """Serves until SIGTERM or Ctrl-C and then drains; returns when all is said, and whether it came to that.
+    """Serve until SIGTERM or Ctrl-C and then drains; return whether every answer was completed.
 
     Args:
         service: The application's.
@@ -92,7 +92,7 @@ def run(
 
     async def serve() -> None:
         serving = asyncio.ensure_future(server.serve([listening]))
-        waiting = asyncio.ensure_future(service.made())
+        waiting = asyncio.ensure_future(service.wait_started())
         await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if service.ready:

@@ -48,7 +48,7 @@ CURES = {
     "guided_grammar": "this server cannot bind an answer to a grammar; ask for the form in words",
     "use_beam_search": "this server samples; leave it out",
 }
-"""What to do instead of a setting that would change the answer and that this server lacks."""
+"""Fixes for settings that would change the answer and that this server lacks."""
 
 
 class Strict(BaseModel):
@@ -63,7 +63,7 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """What else a stream says."""
+    """Options of a stream."""
 
     include_usage: bool = False
     """A last chunk with the token counts."""
@@ -73,7 +73,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """What completions and chat share."""
+    """Fields that completions and chat share."""
 
     model: str | None = None
     """Name of the model; the served one if left out."""
@@ -101,7 +101,7 @@ class Sampling(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     """Divides positive logits of tokens that prompt or answer have, and multiplies others. Not in OpenAI's API."""
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    """On the logits of tokens, by their ids."""
+    """Bias added to the logits of tokens, by their ids."""
     ignore_eos: bool | None = None
     """Write on after the end-of-text token, up to max_tokens: for measurements. Not in OpenAI's API."""
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
@@ -117,7 +117,7 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_effect(cls, data: Any) -> Any:
-        """Leaves out what changes nothing; refuses by name, with a fix, what would change the answer."""
+        """Drop fields that change nothing; refuse those that would change the answer by name, with a fix."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -136,9 +136,9 @@ class Sampling(Strict):
     @field_validator("logit_bias")
     @classmethod
     def _by_id(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        odd = next((token for token in bias or {} if not (token.isascii() and token.isdecimal())), None)
-        if odd is not None:
-            raise ValueError(f"{odd[:40]!r} is no token's id; give ids, such as {{'42': -100}}")
+        unknown = next((token for token in bias or {} if not (token.isascii() and token.isdecimal())), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown[:40]!r} is no token's id; give ids, such as {{'42': -100}}")
         return bias
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class TextPart(Strict):
 
 
 class Function(Strict):
-    """What a tool call calls."""
+    """Function that a tool call calls."""
 
     name: str
     arguments: str = ""
@@ -215,7 +215,7 @@ class ToolCall(Strict):
     index: int | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The call as chat templates read it."""
+        """Return the call as chat templates read it."""
         try:
             arguments = json.loads(self.function.arguments or "{}")
         except (ValueError, RecursionError):
@@ -238,7 +238,7 @@ class Message(Strict):
     content: str | list[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    """What an earlier answer thought, for templates that want to see it."""
+    """Thinking of an earlier answer, for templates that use it."""
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
@@ -261,13 +261,13 @@ class Message(Strict):
     @classmethod
     def _text_alone(cls, content: Any) -> Any:
         kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-        odd = next((kind for kind in kinds if isinstance(kind, str) and not kind.endswith("text")), None)
-        if odd:
-            raise ValueError(f"{odd[:40]} parts: this model reads text alone; leave them out, or describe them")
+        unknown = next((kind for kind in kinds if isinstance(kind, str) and not kind.endswith("text")), None)
+        if unknown:
+            raise ValueError(f"{unknown[:40]} parts: this model reads text alone; leave them out, or describe them")
         return content
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it; arguments of tool calls are values, as templates write them."""
+        """Return the message as chat templates read it; arguments of tool calls are values, as templates write them."""
         content = self.content or self.refusal or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -295,7 +295,7 @@ class ChatRequest(Sampling):
     """Such as {"enable_thinking": false}. Not in OpenAI's API."""
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    """For models whose template and answers know tools (gpt-oss); others refuse them."""
+    """Tools, for models whose template and answers know tools (gpt-oss); others refuse them."""
     tool_choice: Literal["none", "auto"] | None = None
 
     @field_validator("response_format")
@@ -323,7 +323,7 @@ class ChatRequest(Sampling):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        """What the chat template gets beside the messages."""
+        """Return the chat template's arguments besides the messages."""
         given = dict(self.chat_template_kwargs or {})
         return given | ({"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {})
 
@@ -340,7 +340,7 @@ class ChatRequest(Sampling):
 
 
 def first_problem(error: ValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, as one sentence and the name of the field (None for the body as a whole)."""
+    """Return the first error of a body, as one sentence and the field's name (None for the body as a whole)."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     field = _field(found[0]["loc"])
     said = list(dict.fromkeys(_words(each) for each in found if _field(each["loc"]) == field))

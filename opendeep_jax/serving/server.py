@@ -27,7 +27,7 @@ from opendeep_jax.serving import requests, responses
 from opendeep_jax.serving.errors import CLIENT_GONE, FORESEEN, ApiError, as_api_error, error_response
 from opendeep_jax.serving.metrics import Metrics
 from opendeep_jax.serving.page import page_response
-from opendeep_jax.serving.requests import Asked
+from opendeep_jax.serving.requests import ApiRequest
 from opendeep_jax.serving.schemas import ChatRequest, CompletionRequest
 from opendeep_jax.serving.service import EngineService, ServiceJob, Unavailable
 from opendeep_jax.text.tokenizer import Tokenizer
@@ -51,10 +51,10 @@ TEMPLATE_THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """What the server allows."""
+    """Settings of the server."""
 
     api_key: str = ""
-    """What /v1 asks for as `Authorization: Bearer KEY`; none if empty."""
+    """Key that /v1 requires as `Authorization: Bearer KEY`; none if empty."""
     hosts: tuple[str, ...] = ()
     """Names by which /v1 may be called, without ports; any if empty. A web page whose own name was made to point at
     this machine still calls the server by that name."""
@@ -74,34 +74,34 @@ class Served:
 
     name: str
     service: EngineService
-    codec: Tokenizer
+    tokenizer: Tokenizer
     config: ServerConfig
     metrics: Metrics
     since: int
     defaults: Mapping[str, float]
     """The model's own sampling."""
     templates: ThreadPoolExecutor
-    """Where chat templates run: however long they take, other requests are read elsewhere."""
+    """Threads that chat templates run in: however long they take, other requests are read elsewhere."""
 
 
 def make_app(
     name: str,
     service: EngineService,
-    codec: Tokenizer,
+    tokenizer: Tokenizer,
     config: ServerConfig | None = None,
     defaults: Mapping[str, float] = requests.NONE,
 ) -> Starlette:
-    """The ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
+    """Return the ASGI application of one model. It starts the service with itself; whoever runs it drains the service.
 
     Args:
         name: What clients call the model; only ever compared.
         service: The engine's service, not started.
-        codec: Text to the model's tokens and back.
+        tokenizer: Text to the model's tokens and back.
         defaults: The model's own sampling, for what a request leaves open.
     """
     templates = ThreadPoolExecutor(TEMPLATE_THREADS, "template")
     config = config or ServerConfig()
-    served = Served(name, service, codec, config, Metrics(service), int(time.time()), defaults, templates)
+    served = Served(name, service, tokenizer, config, Metrics(service), int(time.time()), defaults, templates)
 
     @contextlib.asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
@@ -125,7 +125,7 @@ def make_app(
             Route("/metrics", _metrics),
             Mount("/v1", routes=v1, middleware=[Middleware(_Guard, config=config)]),
         ],
-        middleware=[Middleware(_Counted, metrics=served.metrics), *_cors(config)],
+        middleware=[Middleware(_RequestCounter, metrics=served.metrics), *_cors(config)],
         exception_handlers={kind: error_response for kind in (*FORESEEN, Exception)},
         lifespan=lifespan,
     )
@@ -134,8 +134,8 @@ def make_app(
 
 
 def _cors(config: ServerConfig) -> list[Middleware]:
-    """What answers browsers that ask whether a page of another origin may call, before they bring the key; around all
-    else, so that errors can be read by the page too.
+    """Return the middleware for pages of other origins. It answers preflight requests before the key is checked, and is
+    outermost, so that such pages can read errors, too.
     """
     if not config.origins:
         return []
@@ -144,15 +144,15 @@ def _cors(config: ServerConfig) -> list[Middleware]:
 
 
 async def _health(request: Request) -> Response:
-    """Whether the process lives and its engine works; whoever supervises it restarts it if not."""
+    """Report whether the process and its engine work; a supervisor restarts the process if not."""
     failure = _served(request).service.failure
     body = {"status": "failed", "reason": failure} if failure else {"status": "ok"}
     return JSONResponse(body, 503 if failure else 200)
 
 
 async def _ready(request: Request) -> Response:
-    """Whether it is time to send requests: not while the model is read or programs are compiled, though requests are
-    taken between those already; and not once the server is told to end.
+    """Report whether to send requests: not while the model is read or programs are compiled, though requests between
+    these are accepted, and not once the server drains.
     """
     service = _served(request).service
     ready = service.ready and not service.preparing
@@ -194,17 +194,17 @@ async def _respond(request: Request) -> Response:
     return await _answer(request, partial(_read, responses.read, read), served.templates)
 
 
-def _read(parse: Callable[[bytes], Any], prepare: Callable[..., Asked], served: Served, body: bytes) -> Asked:
+def _read(parse: Callable[[bytes], Any], prepare: Callable[..., ApiRequest], served: Served, body: bytes) -> ApiRequest:
     """Return what a body asks of the engine."""
     if served.service.limits is None:
         raise Unavailable("The model is still being made ready. Ask again in a few seconds.")
     found = parse(body)
     _check_model(served, found.model or served.name)
-    return prepare(found, served.codec, served.service.limits, served.name, served.defaults)
+    return prepare(found, served.tokenizer, served.service.limits, served.name, served.defaults)
 
 
 async def _answer(
-    request: Request, read: Callable[[Served, bytes], Asked], pool: ThreadPoolExecutor | None = None
+    request: Request, read: Callable[[Served, bytes], ApiRequest], pool: ThreadPoolExecutor | None = None
 ) -> Response:
     """Answer a request, whole or as a stream; the time that it may take begins as its body is there.
 
@@ -220,21 +220,21 @@ async def _answer(
     job = served.service.submit(asked.requests)
     if asked.stream:
         return _EventStream(job, _events(served, asked, job, until))
-    return JSONResponse(await _unless_gone(request, _whole(served, asked, job, until)))
+    return JSONResponse(await _while_connected(request, _complete(served, asked, job, until)))
 
 
-async def _whole(served: Served, asked: Asked, job: ServiceJob, until: float) -> dict[str, Any]:
+async def _complete(served: Served, asked: ApiRequest, job: ServiceJob, until: float) -> dict[str, Any]:
     async with job, asyncio.timeout_at(until):
         scores = None
         if asked.scores_prompts >= 0:
             scores = await served.service.score(asked.prompts, [1] * len(asked.prompts), asked.scores_prompts)
         async for _ in _pieces(served, asked, job):
             pass
-    return asked.whole(scores)
+    return asked.complete(scores)
 
 
-async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -> AsyncIterator[str]:
-    """The server-sent events of a stream. An error that comes late is the last one."""
+async def _events(served: Served, asked: ApiRequest, job: ServiceJob, until: float) -> AsyncIterator[str]:
+    """Yield the server-sent events of a stream. An error that comes late is the last one."""
     try:
         async with asyncio.timeout_at(until):
             for event in asked.begin():
@@ -250,8 +250,8 @@ async def _events(served: Served, asked: Asked, job: ServiceJob, until: float) -
         yield _event(asked.failed(as_api_error(error).body))
 
 
-async def _pieces(served: Served, asked: Asked, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
-    """What is new, and of which choice."""
+async def _pieces(served: Served, asked: ApiRequest, job: ServiceJob) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield each new piece with the index of its choice."""
     async for index, progress in job:
         answer = asked.answers[index]
         piece = answer.push(progress)
@@ -263,7 +263,7 @@ async def _pieces(served: Served, asked: Asked, job: ServiceJob) -> AsyncIterato
 
 
 def _event(data: dict[str, Any] | str) -> str:
-    """A server-sent event; of a response's, which have types, by its name too."""
+    """Return a server-sent event; of a response's, which have types, by its name too."""
     if isinstance(data, str):
         return f"data: {data}\n\n"
     name = f"event: {data['type']}\n" if "type" in data else ""
@@ -285,8 +285,8 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
+async def _while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `work`, which is canceled when the client goes. Raises ClientDisconnect then."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -344,7 +344,7 @@ def _check_model(served: Served, name: str) -> None:
 
 
 class _Guard:
-    """Lets a request through that asks for a host of ours, and brings the key, if there is one to bring."""
+    """Middleware that admits requests for one of our hosts with the API key, if a key is set."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig):
         self._app, self._key, self._hosts = app, config.api_key.encode(), config.hosts
@@ -367,8 +367,8 @@ class _Guard:
         await self._app(scope, receive, send)
 
 
-class _Counted:
-    """Counts answered requests by route and status."""
+class _RequestCounter:
+    """Middleware that counts answered requests by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics

@@ -29,7 +29,7 @@ class Unavailable(Exception):
 
 
 class Full(Unavailable):
-    """As many requests run and wait as the service takes."""
+    """Error of a service whose limit of running and waiting requests is reached."""
 
     retry_seconds = 1
 
@@ -39,7 +39,7 @@ class Failed(Exception):
 
 
 class Limits(NamedTuple):
-    """What an engine takes."""
+    """Limits of an engine."""
 
     slots: int
     max_length: int
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 class Ticket:
     """One prompt of a job, while it runs or waits."""
 
-    job: "Job"
+    job: "ServiceJob"
     index: int
     prompt: Sequence[int]
     params: SamplingParams
@@ -74,29 +74,29 @@ class ServiceJob:
         self._events: asyncio.Queue[tuple[Ticket, RequestProgress | Exception]] = asyncio.Queue()
         self.open = {Ticket(self, index, prompt, params) for index, (prompt, params) in enumerate(requests)}
 
-    async def __aenter__(self) -> "Job":
+    async def __aenter__(self) -> "ServiceJob":
         return self
 
     async def __aexit__(self, *_) -> None:
         for ticket in list(self.open):
             self._service.abort(ticket)
 
-    async def __aiter__(self) -> "AsyncIterator[tuple[int, Progress]]":
+    async def __aiter__(self) -> "AsyncIterator[tuple[int, RequestProgress]]":
         while self.open or not self._events.empty():
             ticket, event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
             yield ticket.index, event
 
-    def give(self, ticket: Ticket, event: "Progress | Exception") -> None:
-        """Takes one piece of progress. The event loop's alone to call."""
+    def put(self, ticket: Ticket, event: "RequestProgress | Exception") -> None:
+        """Add one piece of progress. Called in the event loop only."""
         if ticket in self.open:
             self._events.put_nowait((ticket, event))
             if isinstance(event, Exception) or event.finish:
                 self.open.discard(ticket)
 
     def abort(self, index: int) -> None:
-        """Stops one prompt, whose answer is complete already: nothing more of it comes."""
+        """Stop one prompt, whose answer is complete already: nothing more of it comes."""
         for ticket in [ticket for ticket in self.open if ticket.index == index]:
             self._service.abort(ticket)
 
@@ -107,7 +107,7 @@ def no_warm_up(engine: "Engine") -> Iterable[str]:
 
 
 class EngineService:
-    """Owns an engine in one thread.
+    """Owner of an engine, in one thread.
 
     Args:
         make_engine: Makes the engine; called in the thread, and again after the engine failed.
@@ -128,13 +128,13 @@ class EngineService:
         self.engine: Engine | None = None
         """None until it is made, and after a failure until it is made again."""
         self.limits: Limits | None = None
-        """Of the engine, or of the last one there was."""
+        """Limits of the engine, or of the last one."""
         self.failure = ""
-        """What the engine failed with; empty once it works again."""
+        """Error that the engine failed with; empty once it works again."""
         self.refusal: Exception | None = None
-        """Why the engine could not be made in the first place."""
+        """Reason that the engine could not be made."""
         self.preparing = ""
-        """What `warm_up` is at; empty before, and when all is done."""
+        """Progress of `warm_up`; empty before, and when all is done."""
         self.draining = False
         self._tickets: set[Ticket] = set()
         self._scoring = 0
@@ -146,23 +146,23 @@ class EngineService:
         self._made, self._idle = asyncio.Event(), asyncio.Event()
 
     def start(self) -> None:
-        """Starts the thread, which makes the engine. Called once, inside the event loop that the jobs belong to."""
+        """Start the thread, which makes the engine. Called once, inside the event loop that the jobs belong to."""
         self._loop = asyncio.get_running_loop()
         self._idle.set()
         self._thread.start()
 
-    async def made(self) -> None:
-        """Waits until the engine is there or could not be made."""
+    async def wait_started(self) -> None:
+        """Wait until the engine is there or could not be made."""
         await self._made.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether work is taken."""
+        """Return whether work is accepted."""
         return self.engine is not None and not self.draining
 
     @property
-    def at_work(self) -> bool:
-        """Whether the thread has not ended: after `drain`, it is in the middle of a long program."""
+    def alive(self) -> bool:
+        """Return whether the thread still runs: after `drain`, it is in the middle of a long program."""
         return self._thread.is_alive()
 
     @property
@@ -171,7 +171,7 @@ class EngineService:
         return len(self._tickets)
 
     def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> ServiceJob:
-        """Queues prompts (token ids) with their parameters, all or none.
+        """Queue prompts (token ids) with their parameters, all or none.
 
         Raises:
             Full: too many wait already.
@@ -191,7 +191,7 @@ class EngineService:
         return job
 
     def abort(self, ticket: Ticket) -> None:
-        """Gives a prompt up; its pages are free after the engine's next step, and nothing more of it comes."""
+        """Abort a prompt; its pages are free after the engine's next step, and nothing more of it comes."""
         ticket.job.open.discard(ticket)
         if ticket in self._tickets:
             self._post(lambda: self._abort(ticket))
@@ -221,7 +221,7 @@ class EngineService:
             )
 
     async def _in_thread(self, work: Callable[["Engine"], Any]) -> Any:
-        """The result of work on the engine, done in its thread between two steps."""
+        """Return the result of work on the engine, done in its thread between two steps."""
         answer = self._loop.create_future()
 
         def settle(result, error) -> None:
@@ -236,13 +236,13 @@ class EngineService:
                 result = work(self.engine)
             except Exception as raised:
                 error = raised
-            self._tell(settle, result, error)
+            self._call_in_loop(settle, result, error)
 
         self._post(run)
         return await answer
 
     async def drain(self, seconds: float) -> None:
-        """Takes no more work, lets what runs and waits finish for so many seconds, aborts the rest, ends the thread."""
+        """Take no more work, let open prompts finish for so many seconds, abort the rest, and end the thread."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -259,9 +259,9 @@ class EngineService:
             self._inbox.append(action)
             self._wake.notify()
 
-    def _finish(self, ticket: Ticket, event: "Progress | Exception") -> None:
-        """Hands an event over and, if it is the last, forgets the ticket. In the event loop."""
-        ticket.job.give(ticket, event)
+    def _finish(self, ticket: Ticket, event: "RequestProgress | Exception") -> None:
+        """Hand an event over and, if it is the last, drop the ticket. Runs in the event loop."""
+        ticket.job.put(ticket, event)
         if isinstance(event, Exception) or event.finish:
             self._tickets.discard(ticket)
             if not self._tickets:
@@ -295,12 +295,12 @@ class EngineService:
             self.limits = Limits(engine.slots, engine.capacity, engine.vocab_size)
             self.engine = engine
         except Exception as error:
-            self.failure = _said(error)
+            self.failure = _short_message(error)
             if self._made.is_set():
                 log.exception("the engine could not be made again")
             else:
                 self.refusal = error
-        self._tell(self._made.set)
+        self._call_in_loop(self._made.set)
 
     def _step(self) -> None:
         progress = []
@@ -311,11 +311,11 @@ class EngineService:
                 progress = self.engine.step()
         except Exception as error:
             log.exception("the engine failed; its requests fail, and it is made again")
-            self._give_up(_said(error))
+            self._fail_all(_short_message(error))
         else:
             if progress:
                 self.failure = ""
-                self._tell(self._deliver, [(self._ticket(each), each) for each in progress])
+                self._call_in_loop(self._deliver, [(self._ticket(each), each) for each in progress])
         if self.engine is None:  # made again only here, where nothing holds on to the memory of the one that failed
             self._make()
 
@@ -327,20 +327,20 @@ class EngineService:
             self._warm_up = no_warm_up
             raise
 
-    def _give_up(self, reason: str) -> None:
-        """All that runs fails, and the engine goes: what a failed step leaves behind is not to be trusted."""
+    def _fail_all(self, reason: str) -> None:
+        """Fail all running prompts and drop the engine: its state after a failed step is not trusted."""
         self.failure, self.engine, self.preparing = reason, None, ""
         failed = [(ticket, Failed(f"The engine failed: {reason}")) for ticket in self._running.values()]
         self._running.clear()
-        self._tell(self._deliver, failed)
+        self._call_in_loop(self._deliver, failed)
 
-    def _ticket(self, progress: "Progress") -> Ticket | None:
+    def _ticket(self, progress: "RequestProgress") -> Ticket | None:
         key = id(progress.request)
         return self._running.pop(key, None) if progress.finish else self._running.get(key)
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket not in ticket.job.open:  # its client went while it was on the way
-            self._tell(self._finish, ticket, Failed("The request was given up."))
+            self._call_in_loop(self._finish, ticket, Failed("The request was given up."))
             return
         try:
             if self.engine is None:
@@ -349,8 +349,8 @@ class EngineService:
         except Exception as error:
             if not isinstance(error, ConfigError | Failed):
                 log.exception("the engine did not take a request")
-                error = Failed(f"The engine did not take the request: {_said(error)}")
-            self._tell(self._finish, ticket, error)
+                error = Failed(f"The engine did not take the request: {_short_message(error)}")
+            self._call_in_loop(self._finish, ticket, error)
         else:
             self._running[id(ticket.request)] = ticket
 
@@ -358,18 +358,18 @@ class EngineService:
         if ticket.request is not None and id(ticket.request) in self._running:
             self.engine.abort(ticket.request)
 
-    def _tell(self, function: Callable, *arguments) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+    def _call_in_loop(self, function: Callable, *arguments) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, events: "Sequence[tuple[Ticket | None, Progress | Exception]]") -> None:
-        """In the event loop: one call for all that a step brought."""
+    def _deliver(self, events: "Sequence[tuple[Ticket | None, RequestProgress | Exception]]") -> None:
+        """Deliver all that a step brought in one call. Runs in the event loop."""
         for ticket, event in events:
             if ticket is not None:
                 self._finish(ticket, event)
 
 
-def _said(error: Exception) -> str:
-    """An error in one short line; what jaxlib says of a failed program can be pages."""
+def _short_message(error: Exception) -> str:
+    """Return an error in one short line; jaxlib's messages on failed programs can be pages."""
     first = str(error).strip().partition("\n")[0][:300]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

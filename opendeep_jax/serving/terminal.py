@@ -27,7 +27,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def chat(conversation: Conversation, name: str) -> None:
-    """Asks and answers until /quit or the end of the input."""
+    """Chat until /quit or the end of the input."""
     console = Console(highlight=False)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and editing
@@ -61,7 +61,7 @@ def chat(conversation: Conversation, name: str) -> None:
 
 
 def answer(conversation: Conversation, text: str, console: Console) -> None:
-    """Shows the answer to one question while it is written; Ctrl-C stops it.
+    """Show the answer to one question while it is written; Ctrl-C stops it.
 
     On a terminal thinking comes first, dimmed. Elsewhere standard output has the answer alone, and thinking goes to
     standard error.
@@ -103,7 +103,7 @@ def answer(conversation: Conversation, text: str, console: Console) -> None:
 
 
 def piped_input() -> str | None:
-    """What was piped or redirected to this program; None where nothing was. Raises ConfigError for what is no text."""
+    """Return the text piped or redirected to this program, or None. Raises ConfigError unless it is UTF-8 text."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):  # no standard input at all

@@ -37,7 +37,7 @@ def render_chat(
     seconds: float = math.inf,
     **variables: Any,
 ) -> str:
-    """The text of a conversation.
+    """Return the text of a conversation.
 
     Args:
         template: A Jinja program.
@@ -155,7 +155,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def _parse(self, source, name, filename):
-        """As Jinja's, with a step in each round of a loop and in each macro, and `~` as a call of ours."""
+        """Parse as Jinja does, but count a step in each loop iteration and macro, and make `~` a call of ours."""
         tree = _Concatenations().visit(super()._parse(source, name, filename))
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             node.body.insert(0, nodes.ExprStmt(_own_call("step", [])).set_lineno(node.lineno))
@@ -201,7 +201,7 @@ def _check_size(name: str, values: Sequence[Any]) -> None:
 
 
 def _checked(name: str, plain: Callable) -> Callable:
-    """A filter behind `_check_size`."""
+    """Return a filter behind `_check_size`."""
 
     @functools.wraps(plain)
     def checked(*given, **named):

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The tokenizer whose first 256 ids are the bytes; the special tokens follow them."""
+    """Return the tokenizer whose first 256 ids are the bytes; the special tokens follow them."""
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
@@ -80,7 +80,7 @@ def train_bpe(texts: Iterable[str], size: int) -> str:
 
 
 def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, for a run. Raises ConfigError if it is missing, damaged, or names no
+    """Return the tokenizer of a `tokenizer.json`, for a run. Raises ConfigError if it is missing, damaged, or names no
     boundaries of documents."""
     try:
         text = path.read_text("utf-8")
@@ -106,7 +106,7 @@ def load_tokenizer(path: Path, name: str = "") -> Tokenizer:
 
 
 def tokenizer_from_hf(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory.
+    """Return the tokenizer of a Hugging Face directory.
 
     It is made of tokenizer.json, and as far as they are there of tokenizer_config.json, special_tokens_map.json,
     chat_template.jinja and generation_config.json beside it.
@@ -125,7 +125,7 @@ def tokenizer_from_hf(directory: str | Path) -> Tokenizer:
 
 @functools.lru_cache(maxsize=4)
 def reopen(name: str, path: str, content_hash: str) -> Tokenizer:
-    """The tokenizer that another process has sent. Raises ConfigError if its file has changed since."""
+    """Return the tokenizer that another process has sent. Raises ConfigError if its file has changed since."""
     tokenizer = load_tokenizer(Path(path), name) if path else byte_tokenizer()
     if tokenizer.content_hash != content_hash:
         raise ConfigError(f"The tokenizer {path or name} has changed while it was in use. Start again.")
@@ -213,7 +213,7 @@ def leading_ids(library: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def _content(token: Any) -> str:
-    """A special token's name, which files give alone or with its properties."""
+    """Return a special token's name, which files give alone or with its properties."""
     return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
@@ -230,7 +230,7 @@ def _end_ids(
 
 
 def _template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template in its own file, or in the settings: alone, or the one named default of several."""
+    """Return the template in its own file, or in the settings: alone, or the one named default of several."""
     own = path.with_name("chat_template.jinja")
     if own.is_file():
         try:
@@ -281,7 +281,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> Path:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model's generation_config.json, with all ids that end a text."""
+    """Return the model's generation_config.json, with all ids that end a text."""
     generation = dict(tokenizer.generation)
     given = generation.get("eos_token_id")
     known = [*(given if isinstance(given, list) else [given]), *tokenizer.end_ids[:1]]
@@ -295,13 +295,13 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def begins_as_written(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer's own post-processor begins texts as `Tokenizer.begun` does."""
+    """Return whether the tokenizer's own post-processor begins texts as `Tokenizer.with_prefix` does."""
     return leading_ids(tokenizer.library) == tokenizer.prefix
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer.json whose post-processor begins a text as `Tokenizer.begun` does: transformers, vLLM and the
-    harness go by that alone."""
+    """Return a tokenizer.json whose post-processor adds `Tokenizer.prefix`, which transformers, vLLM and the
+    harness take from there alone."""
     if begins_as_written(tokenizer):
         return tokenizer.library.to_str(pretty=True)
     description = dict(tokenizer.description)

@@ -99,9 +99,9 @@ OF_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtra
 WHOLE_WORDS = (*OF_LLAMA_3, "glm4", "glm5", "tekken")
 """Tokens that are a whole word are taken without asking the merges."""
 BEGUN = (*OF_LLAMA_3, "tekken")
-"""Whose texts begin with a begin token where the file says nothing."""
+"""Pre-tokenizers whose texts begin with a begin token where the file says nothing."""
 COMPOSED = ("qwen2", "qwen35", "deepseek-r1-qwen")
-"""Whose tokenizer.json composes characters (NFC) first."""
+"""Pre-tokenizers whose tokenizer.json composes characters (NFC) first."""
 ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",

@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF files have them, and back: tokens, merges or scores, and the name of a way to split text.
+"""Tokenizers from GGUF files and into them: tokens, merges or scores, and the name of a pre-tokenizer.
 
 `gpt2` is byte-level BPE, whose splits llama.cpp knows by name; `llama` is SentencePiece's BPE with scores.
 """
@@ -39,7 +39,7 @@ GGUF_SAMPLING = {
 
 
 def tokenizer_from_gguf_fields(fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that a GGUF file's metadata describes.
+    """Return the tokenizer that a GGUF file's metadata describes.
 
     Raises:
         ConfigError: the file has no tokenizer, one of another kind, or one that is damaged.
@@ -181,7 +181,7 @@ def _merges_of_scores(vocabulary: Mapping[str, int], scores: Sequence[float]) ->
 
 
 def gguf_fields_of(tokenizer: Tokenizer, vocab_size: int, pre: str = "") -> dict[str, Any]:
-    """The metadata that describes a tokenizer to llama.cpp; `tokenizer_from_gguf_fields` gives an equal one.
+    """Return the metadata that describes a tokenizer to llama.cpp; `tokenizer_from_gguf_fields` gives an equal one.
 
     Args:
         tokenizer: A byte-level or SentencePiece BPE.
@@ -269,7 +269,7 @@ def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _name_of_splits(tokenizer: Tokenizer, merges: Sequence) -> str:
-    """llama.cpp's name for how a tokenizer splits text, told by what it does to a probe."""
+    """llama.cpp's name for how a tokenizer splits text, found by encoding a probe."""
     if not merges:
         return "gpt-2"  # nothing is merged, however the text is split
     own = tokenizer.library.pre_tokenizer

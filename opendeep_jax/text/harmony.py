@@ -23,7 +23,7 @@ HEADER = re.compile(r"\s*(?:assistant\b)?\s*(?:to=\S*)?\s*(?:\bjson\b)?\s*\Z")
 WORDS = ("assistant", "to=", "json")
 
 
-class Call(NamedTuple):
+class CallDelta(NamedTuple):
     """The new part of a tool call."""
 
     index: int
@@ -33,12 +33,12 @@ class Call(NamedTuple):
     arguments: str
 
 
-class Spoken(NamedTuple):
+class TextDelta(NamedTuple):
     """The new part of a text."""
 
     thinking: str = ""
     answer: str = ""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
 
 
 class HarmonyStream:
@@ -56,13 +56,13 @@ class HarmonyStream:
         """Text of the header so far; None inside of a message."""
         self._kind = ""
         self._marked = False
-        """Whether the header has had a control token: from there on it is no plain text."""
+        """True once the header has had a control token: from there on it is no plain text."""
         self._controlled = False
-        """Whether there was a control token at all."""
+        """True once there was a control token."""
         self._begun = {"thinking": False, "answer": False}
-        """Whether anything of a kind was given already."""
+        """Kinds of which text was given already."""
         self._fresh = True
-        """Whether nothing of the message was given yet."""
+        """True until text of the message was given."""
         self._preamble = ""
         self._calls = 0
         start = prompt.rfind("<|start|>assistant")
@@ -72,41 +72,41 @@ class HarmonyStream:
             if self._header == "assistant":
                 self._header, self._marked = "", False
 
-    def push(self, text: str) -> Spoken:
-        """Take the next text; returns what of it is certain now."""
+    def push(self, text: str) -> TextDelta:
+        """Take the next text; return what of it is certain now."""
         return self._read(self._held + text, final=False)
 
-    def finish(self) -> Spoken:
-        """The rest, when no more text comes. The rest of a header is nothing."""
+    def finish(self) -> TextDelta:
+        """Return the rest at the end of the text. An incomplete header gives nothing."""
         return self._read(self._held, final=True)
 
-    def _read(self, text: str, final: bool) -> Spoken:
-        out = _Pieces()
+    def _read(self, text: str, final: bool) -> TextDelta:
+        out = _Deltas()
         at = 0
         for found in CONTROL.finditer(text):
-            self._words(text[at : found.start()], out, final=True)
+            self._read_text(text[at : found.start()], out, final=True)
             self._control(found[1], out)
             at = found.end()
         rest, self._held = text[at:], ""
         if not final and (begun := BEGUN.search(rest)):
             rest, self._held = rest[: begun.start()], rest[begun.start() :]
-        self._words(rest, out, final=False)
+        self._read_text(rest, out, final=False)
         if final:
-            self._plain(out, final=True)
-            self._tell_preamble(out, "answer")
-        return Spoken(out.text["thinking"], out.text["answer"], tuple(out.calls))
+            self._check_header(out, final=True)
+            self._append_preamble(out, "answer")
+        return TextDelta(out.text["thinking"], out.text["answer"], tuple(out.calls))
 
-    def _words(self, text: str, out: "_Pieces", final: bool) -> None:
-        """Text between control tokens."""
+    def _read_text(self, text: str, out: "_Deltas", final: bool) -> None:
+        """Read text between control tokens."""
         if self._header is None:
-            self._give(text, out)
+            self._append_open(text, out)
         else:
             self._header += text
             if not final:
-                self._plain(out, final=False)
+                self._check_header(out, final=False)
 
-    def _plain(self, out: "_Pieces", final: bool) -> None:
-        """A header that no header can be is an answer without one."""
+    def _check_header(self, out: "_Deltas", final: bool) -> None:
+        """Treat a malformed header as text of an answer without a header."""
         header = self._header
         if header is None or self._marked or not header.strip():
             return
@@ -115,9 +115,9 @@ class HarmonyStream:
         may = HEADER.match(header) or (begun and HEADER.match(header[: len(header) - len(words[-1])]))
         if not may or (final and not (self._controlled and HEADER.match(header))):
             self._open("answer")
-            self._give(header, out)
+            self._append_open(header, out)
 
-    def _control(self, name: str, out: "_Pieces") -> None:
+    def _control(self, name: str, out: "_Deltas") -> None:
         self._controlled = True
         if name == "message":
             if self._header is not None:
@@ -129,7 +129,7 @@ class HarmonyStream:
             self._marked = True
         elif name in ("start", "end", "return", "call"):
             if self._header is not None and not self._marked and name != "start":
-                self._plain(out, final=True)
+                self._check_header(out, final=True)
             self._close()
             self._marked = name == "start"
 
@@ -146,46 +146,46 @@ class HarmonyStream:
             return "thinking"
         return {"analysis": "thinking", "commentary": "preamble"}.get(channel[1] if channel else "", "answer")
 
-    def _open(self, kind: str, out: "_Pieces | None" = None, header: str = "") -> None:
+    def _open(self, kind: str, out: "_Deltas | None" = None, header: str = "") -> None:
         if out is not None:
-            self._tell_preamble(out, "thinking" if kind == "answer" else "answer" if kind == "call" else "")
+            self._append_preamble(out, "thinking" if kind == "answer" else "answer" if kind == "call" else "")
         self._kind, self._header, self._fresh, self._marked = kind, None, True, False
         if kind == "call" and out is not None:
             name = RECIPIENT.search(header)[1].partition("<|")[0].removeprefix("functions.")
-            out.calls.append(Call(self._calls, name, ""))
+            out.calls.append(CallDelta(self._calls, name, ""))
 
     def _close(self) -> None:
         if self._header is None and self._kind == "call":
             self._calls += 1
         self._header, self._kind = "", ""
 
-    def _give(self, text: str, out: "_Pieces") -> None:
-        """Text of the open message."""
+    def _append_open(self, text: str, out: "_Deltas") -> None:
+        """Append text to the open message."""
         if not text:
             return
         if self._kind == "call":
-            out.calls.append(Call(self._calls, "", text))
+            out.calls.append(CallDelta(self._calls, "", text))
         elif self._kind == "preamble":
             self._preamble += "\n" * (self._fresh and bool(self._preamble)) + text
             self._fresh = False
         else:
-            self._say(self._kind, text, out)
+            self._append(self._kind, text, out)
 
-    def _say(self, kind: str, text: str, out: "_Pieces") -> None:
+    def _append(self, kind: str, text: str, out: "_Deltas") -> None:
         apart = "\n" * (self._fresh and self._begun[kind])
         out.text[kind] += apart + text
         self._begun[kind], self._fresh = True, False
 
-    def _tell_preamble(self, out: "_Pieces", kind: str) -> None:
+    def _append_preamble(self, out: "_Deltas", kind: str) -> None:
         if self._preamble and kind:
             self._fresh = True
-            self._say(kind, self._preamble, out)
+            self._append(kind, self._preamble, out)
             self._preamble = ""
 
 
-class _Pieces:
-    """The result of one push, as it is put together."""
+class _Deltas:
+    """Accumulator of the result of one push."""
 
     def __init__(self):
         self.text = {"thinking": "", "answer": ""}
-        self.calls: list[Call] = []
+        self.calls: list[CallDelta] = []

@@ -43,7 +43,7 @@ REMEMBERED_WORDS = 1 << 20
 EncodeBatch = Callable[[list[str]], list[np.ndarray]]
 
 
-def begins_words_at_cuts(library: tokenizers.Tokenizer) -> bool:
+def splits_words_at_cuts(library: tokenizers.Tokenizer) -> bool:
     """Return whether the two sides of a cut are normalized and divided into words as the whole is.
 
     True for byte-level tokenizers; false for those that see a text's beginning (SentencePiece) or have no words.
@@ -93,7 +93,7 @@ def in_pieces(encode_batch: EncodeBatch) -> EncodeBatch:
     return encode_all
 
 
-def remember_words(encode_batch: EncodeBatch) -> EncodeBatch:
+def cache_words(encode_batch: EncodeBatch) -> EncodeBatch:
     """An `encode_batch` with the same results that encodes each word of ASCII text once, which is much faster."""
     remembered: dict[str, bytes] = {}
 

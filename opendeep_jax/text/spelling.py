@@ -1,7 +1,7 @@
 """The bytes that each token adds to a text, by the steps of its tokenizer's own decoder.
 
-`spell(library)` works them out once; `Speech` writes tokens as text while they come, and says what `library.decode`
-says of all of them. A decoder whose tokens have no text of their own is refused.
+`read_byte_decoder(library)` computes them once; `IncrementalDecoder` decodes a stream of tokens to the text that
+`library.decode` gives for all of them. A decoder whose tokens have no text of their own is refused.
 """
 
 import codecs
@@ -36,8 +36,8 @@ REMEDY = "Use a byte-level, SentencePiece, Unigram or WordPiece tokenizer."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spelling:
-    """The bytes that tokens say.
+class ByteDecoder:
+    """Table of the bytes that each token decodes to.
 
     Instance: of Llama 2, `pieces` of `▁the` is " the", and one leading space is cut off a text's beginning.
     """
@@ -78,14 +78,14 @@ class Spelling:
         if not (self.first or self.last or self.raw or self.strip[0]):  # each says the same wherever it stands
             shown = (self.pieces[i] for i in ids if 0 <= i < len(self.pieces) and i not in hidden)
             return b"".join(shown).decode("utf-8", "replace")
-        speech = Speech(self, hidden)
+        speech = IncrementalDecoder(self, hidden)
         return speech.push(ids) + speech.finish()
 
 
-class Speech:
-    """Tokens written as text while they come: nothing is given out that a later token could change."""
+class IncrementalDecoder:
+    """Incremental decoder of tokens: no text is given out that a later token could change."""
 
-    def __init__(self, spelling: Spelling, hidden: Collection[int] = (), begun: bool = False):
+    def __init__(self, spelling: ByteDecoder, hidden: Collection[int] = (), begun: bool = False):
         """
         Args:
             spelling: The tokenizer's.
@@ -148,7 +148,7 @@ class Speech:
         return certain
 
 
-def spell(library: tokenizers.Tokenizer) -> Spelling:
+def read_byte_decoder(library: tokenizers.Tokenizer) -> ByteDecoder:
     """Return what a tokenizer's tokens say.
 
     Raises:
@@ -203,7 +203,7 @@ def spell(library: tokenizers.Tokenizer) -> Spelling:
     last = {i: text_of(name, last=True)[0] for i, name in names.items()} if ends else {}
     first, last = ({i: one for i, one in other.items() if one != pieces[i]} for other in (first, last))
     silent = frozenset(i for i in range(len(pieces)) if i not in names)
-    return Spelling(pieces, silent, first, last, frozenset(raw), strip)
+    return ByteDecoder(pieces, silent, first, last, frozenset(raw), strip)
 
 
 def _flat(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -1,13 +1,13 @@
 """Text as it is generated: tokens in, certain text out; stop strings; and thinking, answer and tool calls apart.
 
-tokens -> TextStream -> text -> ThinkingStream or HarmonyStream -> Spoken;    AnswerStream is all of it
+tokens -> TextStream -> text -> ThinkingStream or HarmonyStream -> TextDelta; AnswerStream is all of it
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from opendeep_jax.text.harmony import HarmonyStream, Spoken
-from opendeep_jax.text.spelling import Speech
+from opendeep_jax.text.harmony import HarmonyStream, TextDelta
+from opendeep_jax.text.spelling import IncrementalDecoder
 from opendeep_jax.text.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ class StopStrings:
         return self.matched is not None
 
     def cut(self, new: str) -> str:
-        """Take the next text; returns what is certain now."""
+        """Take the next text; return what is certain now."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -39,7 +39,7 @@ class StopStrings:
             end, _, self.matched = min(ends)
             self._held = ""
             return text[: end - len(self.matched)]
-        kept = max((_begun(text, stop) for stop in self.stop), default=0)
+        kept = max((_partial_match(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -73,7 +73,7 @@ class TextStream(StopStrings):
         self.matched: str | None = None
         """The stop string that ended the text."""
         begun = any(tokenizer.piece(i) for i in before)
-        self._speech = Speech(tokenizer.spelling, () if special else tokenizer.special_ids, begun)
+        self._decoder = IncrementalDecoder(tokenizer.byte_decoder, () if special else tokenizer.special_ids, begun)
         self._held = ""
 
     def stop_at(self, stop: Iterable[str]) -> None:
@@ -82,25 +82,25 @@ class TextStream(StopStrings):
         self._stop_ids = {} if self.special else self.tokenizer.stop_ids(self.stop)
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take the next tokens; returns the text that is certain now."""
+        """Take the next tokens; return the text that is certain now."""
         if not self._stop_ids:
-            return self.cut(self._speech.push(ids))
+            return self.cut(self._decoder.push(ids))
         text = ""
         for i in ids:
             if i in self._stop_ids and not self.stopped:
                 text += self.finish()
                 self.matched = self.matched or self._stop_ids[i]
                 break
-            text += self.cut(self._speech.push((i,)))
+            text += self.cut(self._decoder.push((i,)))
         return text
 
     def finish(self) -> str:
-        """The rest, when no more tokens come; a half character is U+FFFD, as in `Tokenizer.decode`."""
-        return self.cut(self._speech.finish()) + self.rest()
+        """Return the rest at the end of the tokens; a half character is U+FFFD, as in `Tokenizer.decode`."""
+        return self.cut(self._decoder.finish()) + self.rest()
 
 
-def _begun(text: str, mark: str) -> int:
-    """Characters at the text's end that are a beginning of the mark, the most there are."""
+def _partial_match(text: str, mark: str) -> int:
+    """Return the length of the longest suffix of the text that is a prefix of the mark."""
     last = text[-1:]
     for size in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark[size - 1] == last and text.endswith(mark[:size]):
@@ -109,7 +109,7 @@ def _begun(text: str, mark: str) -> int:
 
 
 class ThinkingMarks(NamedTuple):
-    """The marks with which a family writes that it thinks, and that it has thought."""
+    """Marks that begin and end a family's thinking."""
 
     opening: str
     closing: str
@@ -147,8 +147,8 @@ class ThinkingStream:
         self._state = "thinking" if opened else "before"
         self._held, self._begun = "", False
 
-    def push(self, text: str) -> Spoken:
-        """Take the next text; returns what of it is certain now."""
+    def push(self, text: str) -> TextDelta:
+        """Take the next text; return what of it is certain now."""
         self._held += text
         thinking, answer = "", ""
         if self._state == "before":
@@ -157,19 +157,19 @@ class ThinkingStream:
             thinking = self._thought()
         if self._state == "answer":
             answer = self._answered()
-        return Spoken(thinking, answer)
+        return TextDelta(thinking, answer)
 
-    def finish(self) -> Spoken:
-        """The rest, when no more text comes."""
+    def finish(self) -> TextDelta:
+        """Return the rest at the end of the text."""
         if self._state == "before":
             self._decide(final=True)
         rest, self._held = self._held, ""
         if self._state == "thinking":
-            return Spoken((rest if self._begun else rest.lstrip()).rstrip(), "")
-        return Spoken("", rest if self._begun else rest.lstrip())
+            return TextDelta((rest if self._begun else rest.lstrip()).rstrip(), "")
+        return TextDelta("", rest if self._begun else rest.lstrip())
 
     def _decide(self, final: bool) -> None:
-        """Find out with what the text begins, once there is enough of it."""
+        """Decide whether the text begins with thinking, once there is enough of it."""
         text = self._held.lstrip()
         for mark, state in ((self.marks.opening, "thinking"), (self.marks.answering, "answer")):
             if mark and text.startswith(mark):
@@ -185,7 +185,7 @@ class ThinkingStream:
         if closing:
             self._state, self._held, self._begun = "answer", after, False
             return before.rstrip()
-        certain = text[: len(text) - _begun(text, self.marks.closing)].rstrip()
+        certain = text[: len(text) - _partial_match(text, self.marks.closing)].rstrip()
         self._held, self._begun = text[len(certain) :], self._begun or bool(certain)
         return certain
 
@@ -231,21 +231,21 @@ class AnswerStream:
         """Return whether a stop string has ended the answer."""
         return self._text.stopped or self._answer.stopped
 
-    def push(self, ids: Iterable[int]) -> Spoken:
-        """Take the next tokens; returns what is certain now."""
+    def push(self, ids: Iterable[int]) -> TextDelta:
+        """Take the next tokens; return what is certain now."""
         ids = list(ids)
-        spoken = self._spoken(self._text.push(ids), final=False)
+        spoken = self._deltas(self._text.push(ids), final=False)
         self._tokens += len(ids)
         if self._least and self._tokens >= self._least:
             self._answer, self._least = StopStrings(self._stop), 0
             self._text.stop_at(self._seen)
         return spoken
 
-    def finish(self) -> Spoken:
-        """The rest, when no more tokens come."""
-        return self._spoken(self._text.finish(), final=True)
+    def finish(self) -> TextDelta:
+        """Return the rest at the end of the tokens."""
+        return self._deltas(self._text.finish(), final=True)
 
-    def _spoken(self, text: str, final: bool) -> Spoken:
+    def _deltas(self, text: str, final: bool) -> TextDelta:
         thinking, answer, calls = "", text, ()
         if self._thinking:
             said = self._thinking.push(text)
@@ -253,7 +253,7 @@ class AnswerStream:
             if final:
                 rest = self._thinking.finish()
                 thinking, answer, calls = thinking + rest.thinking, answer + rest.answer, calls + rest.calls
-        return Spoken(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
+        return TextDelta(thinking, self._answer.cut(answer) + (self._answer.rest() if final else ""), calls)
 
 
 def thinking_marks(tokenizer: Tokenizer) -> ThinkingMarks | None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for training data and for models that talk: one class, whatever a tokenizer came with.
+"""Tokenizer, from text to ids and back, for training and serving: one class for every file format.
 
 A special token's name in a text is plain text, and a special token is placed by its id; only chat templates write
 names that are read as special tokens (`special=True`).
@@ -17,8 +17,8 @@ import tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.text.chat_template import check_text, render_chat
-from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, begins_words_at_cuts, in_pieces, remember_words
-from opendeep_jax.text.spelling import Spelling, spell
+from opendeep_jax.text.pieces import PRE_TOKENIZER, EncodeBatch, cache_words, in_pieces, splits_words_at_cuts
+from opendeep_jax.text.spelling import ByteDecoder, read_byte_decoder
 
 SPECIAL_TOKENS = (
     "<｜▁pad▁｜>",
@@ -43,7 +43,7 @@ FEW_CORES = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer and a chat template. To another process it travels as its path, and is read anew there.
+    """A tokenizer and a chat template. It is pickled as its path and read again in the other process.
 
     Instance: of SmolLM2, `tokenizer.decode(tokenizer.encode("Hello"))` is "Hello", and `tokenizer.apply_chat([{"role":
     "user", "content": "Hi"}])` is the text that `tokenizer.encode(..., special=True)` turns into the prompt.
@@ -54,7 +54,7 @@ class Tokenizer:
     begin_id: int | None = None
     """Begins a text."""
     add_begin: bool = False
-    """Whether the model expects begin_id before a prompt that is no chat."""
+    """True if the model expects begin_id before a plain prompt."""
     end_ids: tuple[int, ...] = ()
     """Each of them ends the model's text; the first ends a document."""
     chat_template: str | None = None
@@ -84,23 +84,23 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """Begins a document."""
+        """Id of the token that begins a document."""
         return self.begin_id
 
     @property
     def eos_id(self) -> int:
-        """End a document."""
+        """Id of the token that ends a document."""
         return self.end_ids[0]
 
     @functools.cached_property
-    def spelling(self) -> Spelling:
-        """The bytes that each id says, by the library's decoder. Raises ConfigError for decoders that say none."""
-        return spell(self.library)
+    def byte_decoder(self) -> ByteDecoder:
+        """The bytes of each id by the library's decoder. Raises ConfigError for decoders without bytes of their own."""
+        return read_byte_decoder(self.library)
 
     @property
     def pieces(self) -> list[bytes]:
         """UTF-8 that each id stands for, special tokens' names included; incomplete characters are possible."""
-        return self.spelling.pieces
+        return self.byte_decoder.pieces
 
     @property
     def vocab_size(self) -> int:
@@ -132,12 +132,12 @@ class Tokenizer:
 
     @functools.cached_property
     def unknown_id(self) -> int | None:
-        """Stands for what it has no token for."""
+        """Id of the token for text that has no token."""
         model = self.description["model"]
         return model["unk_id"] if "unk_id" in model else self.library.token_to_id(model.get("unk_token") or "")
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Texts to int32 arrays of ids, special tokens' names being plain text; for training data."""
+        """Encode training texts as int32 arrays of ids; special tokens' names are plain text."""
         return self._encode_batch(texts)
 
     @functools.cached_property
@@ -154,8 +154,8 @@ class Tokenizer:
 
         if self.encoder:
             return self.encoder
-        encode = remember_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
-        return (in_pieces if begins_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
+        encode = cache_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
+        return (in_pieces if splits_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
 
     def _splits_into_our_words(self) -> bool:
         pre = self.library.pre_tokenizer
@@ -170,7 +170,7 @@ class Tokenizer:
         return library
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; begin_id is not added. Raises ConfigError for half surrogate pairs.
+        """Return the ids of a text, without begin_id. Raises ConfigError for half surrogate pairs.
 
         Args:
             special: Read special tokens' names as those tokens, as a template writes them; else they are plain text.
@@ -179,36 +179,36 @@ class Tokenizer:
         return (self._reading_special if special else self.library).encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a plain text that the model shall go on with, begun as its tokenizer begins a text."""
+        """Return the ids of a plain-text prompt, with the tokenizer's prefix."""
         ids = self.encode(text)
         self._warn(text, ids)
-        return self.begun(ids)
+        return self.with_prefix(ids)
 
-    def begun(self, ids: Sequence[int]) -> list[int]:
-        """Ids behind what a text begins with, where the model expects that and they do not begin so already."""
+    def with_prefix(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids after the prefix that the model expects, which is not added twice."""
         begin = list(self.prefix)
         return list(ids) if list(ids[: len(begin)]) == begin else begin + list(ids)
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """Ids that the model expects before a prompt that is no chat."""
+        """Ids that the model expects before a plain prompt."""
         return (self.begin_id, *self.after_begin) if self.add_begin and self.begin_id is not None else ()
 
     def stop_ids(self, stop: Iterable[str]) -> dict[int, str]:
-        """Special tokens among stop strings, by their ids: they are never seen in the text, and end it all the same."""
+        """Return the ids of special tokens among stop strings: they end a text without appearing in it."""
         found = ((self.library.token_to_id(text), text) for text in stop)
         return {i: text for i, text in found if i in self.special_ids}
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Ids of a conversation, up to where the answer begins. Raises ConfigError as `apply_chat` does."""
+        """Return the ids of a conversation, up to where the answer begins. Raises ConfigError as `apply_chat` does."""
         text = self.apply_chat(messages, **variables)
         ids = self.encode(text, special=True)
         self._warn(text, ids)
         return ids
 
     def _warn(self, text: str, ids: Sequence[int]) -> None:
-        """Say which letters of a prompt the tokenizer has no token for."""
-        if sum(self.spelling.lengths(ids)) == len(text.encode("utf-8")):
+        """Warn of characters of a prompt that the tokenizer has no token for."""
+        if sum(self.byte_decoder.lengths(ids)) == len(text.encode("utf-8")):
             return
         lost = set(text) - set(self.decode(ids, special=True))
         normalize = self.library.normalizer.normalize_str if self.library.normalizer else str
@@ -225,7 +225,7 @@ class Tokenizer:
             special: Write special tokens' names; else they give nothing.
         """
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return self.spelling.text(ids, () if special else self.special_ids)
+        return self.byte_decoder.text(ids, () if special else self.special_ids)
 
     def piece(self, i: int, special: bool = False) -> bytes:
         """UTF-8 of one id, as `decode` writes it behind others."""
@@ -251,9 +251,9 @@ class Tokenizer:
     @functools.cached_property
     def first_bytes(self) -> np.ndarray:
         """int32 [V]: those of a document's first token, whose leading space SentencePiece's decoders cut off."""
-        if not self.spelling.first and not self.spelling.strip[1]:
+        if not self.byte_decoder.first and not self.byte_decoder.strip[1]:
             return self.token_bytes
-        return self._sizes(lambda i, piece: self.spelling.lengths([i])[0])
+        return self._sizes(lambda i, piece: self.byte_decoder.lengths([i])[0])
 
     @functools.cached_property
     def solid_bytes(self) -> np.ndarray:

@@ -48,13 +48,17 @@ def check_importable(workdir: str | Path) -> None:
 
 
 def import_run(
-    model: Decoder, codec: Tokenizer, config: RunConfig, workdir: str | Path, beside: Mapping[str, str] | None = None
+    model: Decoder,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    workdir: str | Path,
+    beside: Mapping[str, str] | None = None,
 ) -> RunConfig:
     """Writes a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
 
     Args:
         model: In float32, the dtype of master weights.
-        codec: Its tokenizer, which becomes the run's.
+        tokenizer: Its tokenizer, which becomes the run's.
         config: The run's; `model` is that of the weights, `data.tokenizer` is set here.
         beside: Names and texts of other files to write into it, such as the license.
 
@@ -68,7 +72,7 @@ def import_run(
     workdir = Path(workdir)
     check_importable(workdir)
     with only_writer(workdir):
-        path = save_tokenizer(codec, workdir)
+        path = save_tokenizer(tokenizer, workdir)
         for name, text in (beside or {}).items():
             write_atomically(workdir / name, text)
         load_tokenizer(path)  # refuses what no run could train with

@@ -195,7 +195,7 @@ def _take_step(
     shape = loop.feed.shape(step - 1)
     if not programs.has(*shape):
         with loop.observer.aside(state, "compile", step=step):
-            loop.observer.inputs.forget()
+            loop.observer.inputs.reset()
             programs.of(*shape)
     batch = put_batch(rows, loop.setup.mesh, global_rows(config, shape[0], loop.setup.mesh))
     if is_due(step, config.faults.replay_every):

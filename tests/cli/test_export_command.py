@@ -26,7 +26,7 @@ from opendeep_jax.config.schema import RopeConfig, RunConfig
 from opendeep_jax.interop import load_hf, save_hf
 from opendeep_jax.interop.gguf import load_gguf, read_gguf, save_gguf
 from opendeep_jax.models.parameters import split
-from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.pretrained.sources import open_tokenizer
 from opendeep_jax.record.origin import write_origin
 from opendeep_jax.record.workdir import check_workdir
 from opendeep_jax.text.files import byte_tokenizer, save_tokenizer, tokenizer_from_hf
@@ -55,9 +55,9 @@ def same(one, other) -> bool:
 def small(tmp_path_factory):
     """A small Llama that talks in bytes, and its GGUF."""
     model = random_model(CONFIG)
-    codec = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
     path = tmp_path_factory.mktemp("small") / "small.gguf"
-    save_gguf(model, path, "f32", gguf_fields_of(codec, 264))
+    save_gguf(model, path, "f32", gguf_fields_of(tokenizer, 264))
     return model, path
 
 
@@ -83,9 +83,9 @@ def test_weights_go_through_every_format_unchanged(small):
 
 
 def test_without_a_recipe_rows_are_no_longer_than_the_model_reads():
-    codec = byte_tokenizer()
+    tokenizer = byte_tokenizer()
     model = random_model(dataclasses.replace(CONFIG, context_length=48))
-    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_of(codec, 264))
+    save_gguf(model, Path("short.gguf"), "f32", gguf_fields_of(tokenizer, 264))
     import_.main(["gguf", "short.gguf", "--out=run"])
     assert load_run_config("run").data.sequence_length == 48
     with pytest.raises(ConfigError, match="model.context_length = 48: the run trains rows of 64"):
@@ -185,7 +185,7 @@ def test_a_card_tells_whose_weights_a_model_began_with(small, capsys):
 def test_what_an_import_says_to_train_on_is_named(line, expected, monkeypatch, capsys):
     config, said = RunConfig(), []
 
-    def import_run(model, codec, config, workdir, beside=None):
+    def import_run(model, tokenizer, config, workdir, beside=None):
         said.append(config)
         Path(workdir).mkdir()
 
@@ -291,10 +291,10 @@ def test_an_imported_runs_text_and_license_go_along_to_both_exports_and_back(sma
     """Of a tokenizer without a begin token, whose end is no separator that a prompt may begin with."""
     model, _ = small
     Path("model").mkdir()
-    codec = byte_tokenizer()
+    tokenizer = byte_tokenizer()
     sampling = {"eos_token_id": [258, 256], "temperature": 0.6}
     plain = dataclasses.replace(
-        codec, begin_id=None, add_begin=False,
+        tokenizer, begin_id=None, add_begin=False,
         special={"eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"},
         end_ids=(258, 256), generation=sampling, chat_template=TEMPLATE,
     )  # fmt: skip
@@ -305,7 +305,7 @@ def test_an_imported_runs_text_and_license_go_along_to_both_exports_and_back(sma
     export.main(["gguf", "--workdir=run", "--out=run.gguf", "--type=f32"])
     import_.main(["gguf", "run.gguf", "--out=again", "--model.dtype=float32"])
     for place in ("run", "hub", "run.gguf", "again"):
-        found, _ = open_codec(place)
+        found, _ = open_tokenizer(place)
         assert found.encode_prompt("Hi") == list(b"Hi") and found.begin_id is None, place
         assert (found.end_ids, found.generation, found.chat_template) == ((258, 256), sampling, TEMPLATE), place
         assert found.special == plain.special, place
@@ -317,6 +317,10 @@ def test_an_imported_runs_text_and_license_go_along_to_both_exports_and_back(sma
 
 def test_an_exported_run_of_ours_begins_texts_by_its_post_processor(small_run):
     export.main(["hf", f"--workdir={small_run}", "--out=hub", "--dtype=float32"])
-    codec, _ = open_codec(small_run)
-    library = tokenizers.Tokenizer.from_file("hub/tokenizer.json")  # which is all that transformers goes by
-    assert library.encode("größe").ids == codec.encode_prompt("größe") == [codec.begin_id, *codec.encode("größe")]
+    tokenizer, _ = open_tokenizer(small_run)
+    library = tokenizers.Tokenizer.from_file("hub/tokenizer.json")
+    assert (
+        library.encode("größe").ids
+        == tokenizer.encode_prompt("größe")
+        == [tokenizer.begin_id, *tokenizer.encode("größe")]
+    )

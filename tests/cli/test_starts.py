@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from opendeep_jax.cli import main as command
-from opendeep_jax.cli.starts import MOST_LOSSES, counted, newest_step, told_to_stop
+from opendeep_jax.cli.starts import MOST_LOSSES, counted_start, exclude_from_count, newest_step
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import PeerEnded, Resume, Stopped, ToldToStop
 from opendeep_jax.record.files import CHECKPOINTS
@@ -17,7 +17,7 @@ JOB = {"OPENDEEP_JOB": "slurm-17"}
 def ended(workdir, error: BaseException | None, environ=JOB, process="0") -> BaseException | None:
     """What a start ends with whose training ends with `error`."""
     try:
-        with counted(workdir, process, environ, lambda error: command.explanation("train", error)[0] is None):
+        with counted_start(workdir, process, environ, lambda error: command.explanation("train", error)[0] is None):
             if error is not None:
                 raise error
     except BaseException as end:
@@ -46,7 +46,7 @@ def test_a_new_checkpoint_between_two_crashes_is_progress(tmp_path):
 
 def test_what_a_start_itself_saved_is_progress(tmp_path):
     for step in (10, 20, 30):
-        with pytest.raises(ValueError), counted(tmp_path, "0", JOB, lambda error: True):
+        with pytest.raises(ValueError), counted_start(tmp_path, "0", JOB, lambda error: True):
             save(tmp_path, step)
             raise ValueError("a")
 
@@ -59,7 +59,7 @@ def test_starts_that_are_lost_without_progress_end(error, tmp_path):
         if error:
             assert ended(tmp_path, error) is error
         else:
-            under_way.append(counted(tmp_path, "0", JOB, lambda error: False))
+            under_way.append(counted_start(tmp_path, "0", JOB, lambda error: False))
             under_way[-1].__enter__()
     end = ended(tmp_path, None)
     assert isinstance(end, Stopped) and f"{MOST_LOSSES} starts" in str(end)
@@ -76,9 +76,9 @@ def test_being_told_to_stop_never_counts(error, tmp_path):
 def test_a_process_that_ends_at_once_after_a_signal_does_not_count(tmp_path):
     under_way = []
     for _ in range(2 * MOST_LOSSES):
-        under_way.append(counted(tmp_path, "0", JOB, lambda error: False))
+        under_way.append(counted_start(tmp_path, "0", JOB, lambda error: False))
         under_way[-1].__enter__()
-        told_to_stop()
+        exclude_from_count()
     assert ended(tmp_path, None) is None
 
 

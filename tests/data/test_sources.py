@@ -148,7 +148,7 @@ def test_a_readme_beside_records_is_not_taken_for_a_document(tmp_path):
     (tmp_path / "README.md").write_text("About these data")
     listing = sources.list_source(SourceConfig("s", str(tmp_path)))
     assert [file.name for file in listing.files] == ["a.jsonl.gz"]
-    assert listing.left_out == {"text about the records": ["README.md"]}
+    assert listing.skipped == {"text about the records": ["README.md"]}
     (tmp_path / "story.md").write_text("A document?")
     with pytest.raises(ConfigError, match=r"mixes files of records, as a.jsonl.gz, with files of text, as README.md"):
         list_files(SourceConfig("s", str(tmp_path)))

@@ -14,11 +14,11 @@ from opendeep_jax.display.chart_style import (
     PAPER_DARK,
     SERIES,
     SERIES_DARK,
+    alternating_dashes,
     coincident,
     look,
     spread,
     tick_labels,
-    turns,
 )
 
 # Machado, Oliveira and Fernandes (2009), full severity, on linear RGB.
@@ -88,11 +88,11 @@ def test_curves_that_hide_each_other_are_found(curves, groups):
 
 @pytest.mark.parametrize("size", [2, 3, 7, 60])
 def test_every_place_of_equal_curves_shows_one_of_them_and_all_get_as_much(size):
-    period = sum(turns(0, size)[0])
+    period = sum(alternating_dashes(0, size)[0])
     places = np.arange(0, period, period / (size * 8)) + period / (size * 16)
     shown = np.zeros((size, len(places)), bool)
     for member in range(size):
-        (on, off), offset = turns(member, size)
+        (on, off), offset = alternating_dashes(member, size)
         assert on + off == pytest.approx(period)
         shown[member] = (places + offset) % period < on
     assert (shown.sum(axis=0) == 1).all() and (shown.sum(axis=1) == 8).all()

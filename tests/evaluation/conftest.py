@@ -49,7 +49,7 @@ metadata: {{version: 2.0}}
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A random model of 64 positions, and the codec of bytes."""
+    """A random model of 64 positions, and the tokenizer of bytes."""
     from small_models import DENSE, random_model
 
     from opendeep_jax.config.schema import RopeConfig
@@ -65,8 +65,8 @@ def tiny():
 def engine(tiny):
     from opendeep_jax.generation.engine import Engine, EngineConfig
 
-    model, codec = tiny
-    return Engine(model, EngineConfig(slots=2, page_size=16, prefill_tokens=32, vocab_size=codec.vocab_size))
+    model, tokenizer = tiny
+    return Engine(model, EngineConfig(slots=2, page_size=16, prefill_tokens=32, vocab_size=tokenizer.vocab_size))
 
 
 @pytest.fixture(scope="session")

@@ -47,19 +47,19 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 
 
 def test_continuations_have_the_models_own_probability(tiny, harness):
-    model, codec = tiny
+    model, tokenizer = tiny
     pairs = [("The sky is", " blue"), ("The sky is ", "blue"), ("", "größe"), ("The sky is", " blue"), ("Ja", "")]
     found = harness.loglikelihood(asked(*pairs))
-    first = expected(model, codec.encode_prompt("The sky is"), codec.encode(" blue"))
-    alone = expected(model, [codec.begin_id], codec.encode("größe"))
+    first = expected(model, tokenizer.encode_prompt("The sky is"), tokenizer.encode(" blue"))
+    alone = expected(model, [tokenizer.begin_id], tokenizer.encode("größe"))
     assert [value for value, _ in found] == pytest.approx([first[0], first[0], alone[0], first[0], 0.0], abs=1e-4)
     assert [is_greedy for _, is_greedy in found] == [first[1], first[1], alone[1], first[1], True]
     assert harness.cut_prompts == 0
 
 
 def test_the_greedy_continuation_is_said_to_be_it(tiny, harness):
-    model, codec = tiny
-    best = {prompt: greedy(model, codec.encode_prompt(prompt), 1)[0] for prompt in "abcdefghijklmnop"}
+    model, tokenizer = tiny
+    best = {prompt: greedy(model, tokenizer.encode_prompt(prompt), 1)[0] for prompt in "abcdefghijklmnop"}
     prompt, letter = next((prompt, chr(token)) for prompt, token in best.items() if 33 <= token < 127)
     other = "A" if letter != "A" else "B"
     assert [is_greedy for _, is_greedy in harness.loglikelihood(asked((prompt, letter), (prompt, other)))] == [
@@ -69,10 +69,10 @@ def test_the_greedy_continuation_is_said_to_be_it(tiny, harness):
 
 
 def test_a_long_context_loses_its_beginning_and_is_counted(tiny, harness):
-    model, codec = tiny
+    model, tokenizer = tiny
     context = "".join(chr(97 + n % 26) for n in range(100))
     (found,) = harness.loglikelihood(asked((context, "xyz")))
-    value, _ = expected(model, codec.encode(context)[-61:], codec.encode("xyz"))
+    value, _ = expected(model, tokenizer.encode(context)[-61:], tokenizer.encode("xyz"))
     assert found[0] == pytest.approx(value, abs=1e-4)
     assert harness.cut_prompts == 1
     with pytest.raises(ConfigError, match="64 tokens is to be scored as one, and the model reads 64"):
@@ -80,25 +80,25 @@ def test_a_long_context_loses_its_beginning_and_is_counted(tiny, harness):
 
 
 def test_whole_texts_are_scored_in_windows_without_overlap(tiny, harness):
-    model, codec = tiny
+    model, tokenizer = tiny
     text = "abcdefghij" * 15
     found = harness.loglikelihood_rolling(asked((text,), ("",), ("q",)))
-    pieces = windows([codec.begin_id, *codec.encode(text)], 64, 63)
+    pieces = windows([tokenizer.begin_id, *tokenizer.encode(text)], 64, 63)
     values = [expected(model, piece.tokens[: piece.first], piece.tokens[piece.first :])[0] for piece in pieces]
-    single = expected(model, [codec.begin_id], codec.encode("q"))[0]
+    single = expected(model, [tokenizer.begin_id], tokenizer.encode("q"))[0]
     assert found == pytest.approx([sum(values), 0.0, single], abs=1e-3)
 
 
 def test_answers_are_greedy_and_end_before_a_stop_string(tiny, harness):
-    model, codec = tiny
+    model, tokenizer = tiny
     settings = {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
     (whole,) = harness.generate_until(asked(("The sky", settings)))
-    assert whole == codec.decode(greedy(model, codec.encode_prompt("The sky"), 12))
+    assert whole == tokenizer.decode(greedy(model, tokenizer.encode_prompt("The sky"), 12))
     stop = whole[3:5]
     cut, other = harness.generate_until(
         asked(("The sky", settings | {"until": stop}), ("Snow", settings | {"until": ["\0\0"]}))
     )
-    assert cut == whole[: whole.index(stop)] and len(codec.encode(other)) > 0
+    assert cut == whole[: whole.index(stop)] and len(tokenizer.encode(other)) > 0
     assert not harness.engine.busy
     stats = harness.engine.stats
     assert stats.free_pages == stats.total_pages
@@ -143,8 +143,8 @@ def test_chats_go_through_the_template_and_its_special_tokens_are_tokens(tiny, e
     assert model.chat_template(True) == tiny[1].chat_template and model.tokenizer_name == "tiny"
     marker = tiny[1].decode([tiny[1].begin_id], special=True)
     (found,) = model.loglikelihood(asked((f"{marker}ab", "c")))
-    codec = tiny[1]
-    value, _ = expected(tiny[0], [codec.begin_id, *codec.encode("ab")], codec.encode("c"))
+    tokenizer = tiny[1]
+    value, _ = expected(tiny[0], [tokenizer.begin_id, *tokenizer.encode("ab")], tokenizer.encode("c"))
     assert found[0] == pytest.approx(value, abs=1e-4)
 
 
@@ -172,8 +172,8 @@ class Saying:
 
     max_length, shards = 512, 1
 
-    def __init__(self, codec, text):
-        self.left, self.request = codec.encode(text, special=True), None
+    def __init__(self, tokenizer, text):
+        self.left, self.request = tokenizer.encode(text, special=True), None
 
     @property
     def busy(self):
@@ -203,9 +203,9 @@ class Saying:
     ],
 )  # fmt: skip
 def test_thinking_is_no_part_of_an_answer_and_stop_strings_do_not_end_it(tiny, template, says, answer):
-    codec = dataclasses.replace(tiny[1], chat_template=template)
-    model = HarnessModel(Saying(codec, says), codec, "tiny", chat=True)
+    tokenizer = dataclasses.replace(tiny[1], chat_template=template)
+    model = HarnessModel(Saying(tokenizer, says), tokenizer, "tiny", chat=True)
     prompt = model.apply_chat_template([{"role": "user", "content": "2+2?"}])
     assert model.generate_until(asked((prompt, {"until": ["\n\n"]}))) == [answer]
-    plain = HarnessModel(Saying(codec, says), codec, "tiny")
+    plain = HarnessModel(Saying(tokenizer, says), tokenizer, "tiny")
     assert plain.generate_until(asked((prompt, {"until": ["\n\n"]}))) == [says.split("\n\n")[0]]

@@ -22,10 +22,10 @@ def nats_of(model, tokens: list[int], first: int) -> float:
 
 
 def test_it_is_the_models_own_over_all_windows(tiny, engine):
-    model, codec = tiny
-    found = perplexity(engine, codec, [TEXT], stride=20)
-    tokens = codec.encode_prompt(TEXT)
-    assert tokens[0] == codec.begin_id  # so that the first byte is foretold too
+    model, tokenizer = tiny
+    found = perplexity(engine, tokenizer, [TEXT], stride=20)
+    tokens = tokenizer.encode_prompt(TEXT)
+    assert tokens[0] == tokenizer.begin_id  # so that the first byte is foretold too
     nats = sum(nats_of(model, *window) for window in windows(tokens, 64, 20))
     assert found["nats"] == pytest.approx(nats, rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)

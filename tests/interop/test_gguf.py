@@ -391,8 +391,8 @@ def test_a_published_model_answers_a_question():
     from opendeep_jax.text.gguf_tokenizer import tokenizer_from_gguf_fields
 
     (path,) = Path(package.origin).parent.glob("*.gguf")
-    model, codec = load_gguf(path), tokenizer_from_gguf_fields(read_gguf(path).fields)
-    ids = codec.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    model, tokenizer = load_gguf(path), tokenizer_from_gguf_fields(read_gguf(path).fields)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     _, params, router_bias = split(model)
     frame = split(model)[0]
     step = jax.jit(lambda params, tokens, n: frame.model(params, router_bias)(tokens)[0, n].argmax())
@@ -400,5 +400,5 @@ def test_a_published_model_answers_a_question():
         row = np.zeros((1, 64), np.int32)
         row[0, : len(ids)] = ids
         ids.append(int(step(params, row, len(ids) - 1)))
-    assert "The capital of France is Paris." in codec.decode(ids)
-    assert ids[-1] in codec.end_ids
+    assert "The capital of France is Paris." in tokenizer.decode(ids)
+    assert ids[-1] in tokenizer.end_ids

@@ -12,7 +12,7 @@ import pytest
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.jobs.launch import local as launch_local
-from opendeep_jax.jobs.launch.local import run_local, verdict
+from opendeep_jax.jobs.launch.local import job_status, run_local
 
 PLACE = """
 import os, signal, sys, time
@@ -74,7 +74,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
     ],
 )
 def test_the_jobs_status_is_what_starting_again_cannot_cure(statuses, job):
-    assert verdict(statuses) == job
+    assert job_status(statuses) == job
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

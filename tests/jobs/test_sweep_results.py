@@ -19,11 +19,11 @@ from opendeep_jax.display.tables import latex_text, markdown_table
 from opendeep_jax.jobs.sweep.plan import check, plan_sweep, read_sweep, save
 from opendeep_jax.jobs.sweep.plots import axes_figure, compute_figure, curves_figure, write_pictures
 from opendeep_jax.jobs.sweep.results import (
+    best_summary,
     mean_text,
     ranked,
     rows,
     training_flops,
-    verdict,
 )
 from opendeep_jax.jobs.sweep.run import report
 from opendeep_jax.models.accounting import flops_per_token
@@ -90,7 +90,7 @@ def test_a_diverged_or_failed_run_is_shown_and_its_combination_never_best(tmp_pa
         _finish(run, bits=1.0 + index)
     _finish(runs[0], bits=0.1, final_loss=None)  # what a NaN becomes in JSON
     (runs[2].workdir / "summary.json").unlink()
-    runs[2].beside(".failed").write_text("exit status 3\nThe replica on host a|b deviates.")
+    runs[2].sibling_file(".failed").write_text("exit status 3\nThe replica on host a|b deviates.")
     table = report(sweep, runs)
     assert ranked(table)[0].config.optimizer.learning_rate == 1e-3
     page = (tmp_path / "results.md").read_text()
@@ -103,7 +103,7 @@ def test_a_lead_within_the_spread_of_the_seeds_is_called_that(tmp_path):
     runs = _begin(sweep)
     for run, bits in zip(runs, (2.0, 2.2, 2.05, 2.25), strict=True):
         _finish(run, bits)
-    assert "only 0.05, within the seeds' spread of 0.14" in verdict(rows(runs, sweep.metric), sweep)
+    assert "only 0.05, within the seeds' spread of 0.14" in best_summary(rows(runs, sweep.metric), sweep)
 
 
 def test_one_seed_says_nothing_of_the_spread(tmp_path):
@@ -111,7 +111,7 @@ def test_one_seed_says_nothing_of_the_spread(tmp_path):
     runs = _begin(sweep)
     for run in runs:
         _finish(run, 2.0)
-    assert "says nothing of the spread (--seeds=3)" in verdict(rows(runs, sweep.metric), sweep)
+    assert "says nothing of the spread (--seeds=3)" in best_summary(rows(runs, sweep.metric), sweep)
 
 
 def test_without_any_result_there_is_a_table_and_no_best(tmp_path, capsys):

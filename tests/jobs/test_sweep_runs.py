@@ -316,9 +316,9 @@ def test_progress_survives_half_a_line_and_a_stream_that_is_gone(tmp_path):
     stream = io.StringIO()
     stream.close()
     with SweepProgress([run], stream) as progress:
-        progress.began(run)
+        progress.run_started(run)
         progress.show([run])
-        progress.ended(run)
+        progress.run_ended(run)
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_a_curve_of_any_length_keeps_its_mean_its_spikes_and_its_end():
 def test_a_run_is_followed_as_it_grows(tmp_path):
     (tmp_path / "config.json").write_text(to_json(a_config(steps=10, batch_size=2)))
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.name == "quickstart" and run.total == 10 and run.step == 0 and run.state() == ("running", "starting")
     add(tmp_path / "metrics.jsonl", logged(1), logged(2, 2.0))
     add(tmp_path / "evaluation.jsonl", {"step": 2, "tokens": 200, "held_out_bits_per_byte": 2.5})
@@ -138,7 +138,7 @@ def test_a_run_is_followed_as_it_grows(tmp_path):
     add(tmp_path / "events.jsonl", {"time": "2026-11-22T12:00:00+00:00", "kind": "slow", "step": 2, "text": "Slow."})
     seconds = {"step": 6.0, "data": 2.0}
     add(tmp_path / "goodput.jsonl", {"start": "a", "wall": 1.0, "step": 2, "first_step": 0, "seconds": seconds})
-    run.look()
+    run.refresh()
     assert run.step == 2 and run.last["loss"] == 2.0 and run.held_out_now == 2.5 and run.goodput.goodput == 0.75
     assert run.load == [[1, 1], [0.5, 0]] and [event["kind"] for event in run.events] == ["slow"]
     assert run.state()[0] == "running"
@@ -146,7 +146,7 @@ def test_a_run_is_followed_as_it_grows(tmp_path):
     assert run.seconds_left() == pytest.approx(8 * per_step / 50.0)
     add(tmp_path / "metrics.jsonl", *(logged(step) for step in range(3, 11)))
     (tmp_path / "summary.json").write_text('{"steps": 10}')
-    run.look()
+    run.refresh()
     assert run.state() == ("finished", "finished") and run.seconds_left() is None
 
 
@@ -154,27 +154,27 @@ def test_a_run_that_went_back_to_a_checkpoint_shows_no_doubles(tmp_path):
     path = tmp_path / "metrics.jsonl"
     add(path, *(logged(step) for step in range(1, 9)))
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert len(run.curves["loss"]) == 8
     (tmp_path / "rewound").write_text("".join(path.read_text().splitlines(True)[:4]))
     os.replace(tmp_path / "rewound", path)
     add(path, logged(5, 1.0))
-    run.look()
+    run.refresh()
     assert run.step == 5 and [mean for mean in run.curves["loss"].means()] == [3, 3, 3, 3, 1]
 
 
 def test_states_tell_silence_from_a_stop(tmp_path):
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.state()[0] == "empty"
     add(tmp_path / "metrics.jsonl", logged(1), logged(2))
-    run.look()
+    run.refresh()
     now = time.time()
     assert run.state(now)[0] == "running" and run.state(now - 500)[0] == "running"  # another machine's clock is ahead
     assert run.state(now + 3600) == ("quiet", "no sign for 1 h 00 min")
     then = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     add(tmp_path / "events.jsonl", {"time": then, "kind": "preempted", "step": 2, "text": ""})
-    run.look()
+    run.refresh()
     assert run.state(now + 3600)[0] == "stopped"
     os.utime(tmp_path / "metrics.jsonl", (now + 3000, now + 3000))  # it goes on
     assert run.state(now + 3010)[0] == "running"
@@ -216,7 +216,7 @@ def test_time_is_left_only_to_a_run_that_is_alive(tmp_path, signs, later, state,
     for path in tmp_path.iterdir():
         os.utime(path, (now, now))
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.state(now + later) == (state, words)
     assert (run.seconds_left(now + later) is not None) == (state == "running")
 
@@ -227,7 +227,7 @@ def test_a_run_that_was_started_again_after_a_stop_is_running_while_it_compiles(
     add(tmp_path / "events.jsonl", event_at(now, "preempted"))
     sign(tmp_path, now + 600, doing="compile")
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.state(now + 602) == ("running", "compiling")
 
 
@@ -236,14 +236,14 @@ def test_a_sign_of_life_that_is_none_counts_for_nothing(tmp_path, content):
     add(tmp_path / "metrics.jsonl", logged(1), logged(2))
     (tmp_path / HEARTBEAT).write_text(content)
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.state()[0] == "running" and run.state(time.time() + 3600)[0] == "quiet"
 
 
 def test_a_slow_run_is_given_time(tmp_path):
     add(tmp_path / "metrics.jsonl", logged(10) | {"step_seconds": 30.0}, logged(20) | {"step_seconds": 30.0})
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     assert run.state(time.time() + 1000)[0] == "running" and run.state(time.time() + 2000)[0] == "quiet"
 
 
@@ -261,14 +261,14 @@ def test_files_that_hold_anything_never_stop_the_watch(tmp_path):
     for content in [*HOSTILE, "\n".join(HOSTILE) + "\n", ""]:
         for name in names:
             (tmp_path / name).write_text(content + "\n")
-        run.look()
-        fresh = RunView(tmp_path, details=True).look()
+        run.refresh()
+        fresh = RunView(tmp_path, details=True).refresh()
         for looked in (run, fresh):
             assert looked.state()[1] and looked.phase() == ("", "") and looked.seconds_left() is None
     for name in names:
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
-    run.look()
+    run.refresh()
 
 
 # Phases
@@ -332,14 +332,14 @@ def test_a_directory_in_square_brackets_is_no_pattern(tmp_path):
 def test_runs_that_begin_later_are_found_and_a_directory_that_goes_away_stays(tmp_path):
     (tmp_path / "runs").mkdir()
     watched = Watch([str(tmp_path / "runs")])
-    assert [run.workdir.name for run in watched.look()] == ["runs"]
+    assert [run.workdir.name for run in watched.refresh()] == ["runs"]
     for name in ("a", "b"):
         (tmp_path / "runs" / name).mkdir()
         add(tmp_path / "runs" / name / "metrics.jsonl", logged(1))
-    first = watched.look()
+    first = watched.refresh()
     assert [run.workdir.name for run in first] == ["a", "b"]
     (tmp_path / "runs").rename(tmp_path / "gone")
-    assert watched.look() == first
+    assert watched.refresh() == first
 
 
 def test_labels_tell_runs_apart(tmp_path):

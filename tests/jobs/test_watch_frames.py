@@ -58,7 +58,7 @@ def write_run(workdir, lines=50, events=3, summary=False, name="tiny"):
 
 
 def looked(*workdirs):
-    return [RunView(workdir, details=len(workdirs) == 1).look() for workdir in workdirs]
+    return [RunView(workdir, details=len(workdirs) == 1).refresh() for workdir in workdirs]
 
 
 def drawn(runs, width, encoding="utf-8", **console):

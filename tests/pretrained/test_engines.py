@@ -12,7 +12,7 @@ from opendeep_jax.config.schema import ParallelConfig, RopeConfig
 from opendeep_jax.generation.requests import EngineConfig, SamplingParams
 from opendeep_jax.interop import load_gguf, save_gguf, save_hf
 from opendeep_jax.pretrained.engines import Choice, mesh_sizes, open_engine, read_model_config
-from opendeep_jax.pretrained.sources import open_codec
+from opendeep_jax.pretrained.sources import open_tokenizer
 from opendeep_jax.serving.server import make_app
 from opendeep_jax.serving.service import EngineService
 from opendeep_jax.text.files import save_tokenizer
@@ -33,16 +33,16 @@ def tiny(tmp_path_factory):
     model = random_model(
         dataclasses.replace(DENSE, vocab_size=264, context_length=128, norm_epsilon=1e-5, attention=attention)
     )
-    codec = byte_codec()
+    tokenizer = byte_codec()
     save_hf(model, directory / "hf")
-    save_tokenizer(codec, directory / "hf")
-    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_of(codec, 264, ""), "tiny")
+    save_tokenizer(tokenizer, directory / "hf")
+    save_gguf(model, directory / "model.gguf", "f32", gguf_fields_of(tokenizer, 264, ""), "tiny")
     return {"hf": directory / "hf", "gguf": directory / "model.gguf"}
 
 
 def opened(source, config=SETTINGS, **sizes):
     parallel = ParallelConfig(**{"fsdp": 1} | sizes)
-    return open_engine(Choice(str(source), "float32", parallel=parallel), open_codec(source)[0], config)
+    return open_engine(Choice(str(source), "float32", parallel=parallel), open_tokenizer(source)[0], config)
 
 
 def test_a_file_and_a_directory_on_a_mesh_give_the_tokens_of_one_device(tiny):
@@ -85,7 +85,7 @@ def test_a_sources_configuration_is_that_of_its_model(tiny):
 
 def test_while_an_engine_is_made_ready_says_what_is_done(tiny):
     service = EngineService(lambda: None)
-    client = TestClient(make_app("tiny", service, open_codec(tiny["hf"])[0]))  # nothing is started
+    client = TestClient(make_app("tiny", service, open_tokenizer(tiny["hf"])[0]))  # nothing is started
     assert client.get("/ready").json() == {"status": "starting"}
     service.preparing = "compiling 3 of 7 programs, 12 s"
     answer = client.get("/ready")

@@ -16,9 +16,9 @@ from opendeep_jax.text.files import byte_tokenizer
 
 
 def test_a_run_is_opened_in_the_wanted_precision(small_run):
-    model, codec, name = open_model(small_run, "bfloat16")
-    assert name == "small" and codec.decode(codec.encode("größe")) == "größe"
-    assert codec.begin_id == byte_tokenizer().bos_id
+    model, tokenizer, name = open_model(small_run, "bfloat16")
+    assert name == "small" and tokenizer.decode(tokenizer.encode("größe")) == "größe"
+    assert tokenizer.begin_id == byte_tokenizer().bos_id
     assert {array.dtype for array in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("bfloat16")}
     whole, _, _ = open_model(small_run, step=16)
     logits = whole(jnp.arange(1, 9)[None])
@@ -26,12 +26,12 @@ def test_a_run_is_opened_in_the_wanted_precision(small_run):
 
 
 def test_an_engine_of_a_run_takes_its_context_for_its_window(small_run):
-    model, codec, _ = open_model(small_run, "bfloat16")
+    model, tokenizer, _ = open_model(small_run, "bfloat16")
     assert model.config.context_length == read_model_config(small_run).context_length == 64
-    engine = open_engine(Choice(small_run), codec, EngineConfig(slots=1, page_size=8))
+    engine = open_engine(Choice(small_run), tokenizer, EngineConfig(slots=1, page_size=8))
     assert engine.max_length == 64
     with pytest.raises(ConfigError, match="positions go up to 64.*model.context_length"):
-        open_engine(Choice(small_run), codec, EngineConfig(slots=1, max_length=128))
+        open_engine(Choice(small_run), tokenizer, EngineConfig(slots=1, max_length=128))
 
 
 def test_a_step_that_is_not_there_is_refused(small_run):
@@ -45,8 +45,8 @@ def test_a_hugging_face_directory_is_opened(tmp_path):
     save_hf(random_model(V3), tmp_path / "tiny")
     byte_tokenizer().library.save(str(tmp_path / "tiny/tokenizer.json"))
     assert source_kind(tmp_path / "tiny") == "hf"
-    model, codec, name = open_model(tmp_path / "tiny")
-    assert name == "tiny" and codec.decode(codec.encode("hi")) == "hi"
+    model, tokenizer, name = open_model(tmp_path / "tiny")
+    assert name == "tiny" and tokenizer.decode(tokenizer.encode("hi")) == "hi"
     assert model(jnp.arange(1, 5)[None]).shape == (1, 4, V3.vocab_size)
     with pytest.raises(ConfigError, match="only a run has steps"):
         open_model(tmp_path / "tiny", step=3)

@@ -122,7 +122,7 @@ def test_a_new_kind_of_time_needs_one_line(tmp_path, now, monkeypatch):
     assert found.seconds["rollout"] == 4 and "rollout 50.0%" in str(found)
     assert "sampling what is trained on" in goodput_section(found)
     run = RunView(tmp_path)
-    run.look()
+    run.refresh()
     console = Console(width=100, file=io.StringIO(), color_system=None)
     console.print(frame([run], ["run"], console))
     assert "rollout 50.0%" in console.file.getvalue()
@@ -320,7 +320,7 @@ def test_a_single_odd_window_says_nothing():
 def test_steps_of_another_size_are_learned_anew():
     watch = InputWatch()
     windows(watch, *["good"] * 6)
-    watch.forget()
+    watch.reset()
     assert windows(watch, *["slow"] * 10) == []
 
 

@@ -46,7 +46,7 @@ def old_run(tmp_path) -> Path:
 
 def test_an_old_run_is_watched_and_its_checkpoints_listed(old_run):
     run = RunView(old_run)
-    run.look()
+    run.refresh()
     assert (run.step, run.total, run.state()[0]) == (7, 8, "stopped")
     assert [event["kind"] for event in run.events][-2:] == ["rollback", "preempted"]
     assert [(row.step, row.tier) for row in list_checkpoints(old_run)] == [(7, "durable")]
@@ -68,11 +68,11 @@ def test_an_old_run_is_measured_and_goes_on_to_the_numbers_that_it_would_have_ha
 
 
 def test_an_old_run_generates(old_run):
-    model, codec, _ = open_model(old_run)
+    model, tokenizer, _ = open_model(old_run)
     engine = Engine(model, EngineConfig(slots=1, max_length=32))
-    prompt = codec.encode("import ")
+    prompt = tokenizer.encode("import ")
     (done,) = engine.generate([prompt], SamplingParams(max_tokens=6, temperature=0))
-    assert codec.decode(done.tokens) == 6 * " "
+    assert tokenizer.decode(done.tokens) == 6 * " "
 
 
 def test_a_directory_of_a_newer_version_is_refused(tmp_path):

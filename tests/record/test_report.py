@@ -256,6 +256,6 @@ def test_routing_is_placed_in_tokens_and_other_shapes_are_left_out(tmp_path):
     _write_run(tmp_path, steps=20)
     with open(tmp_path / "experts.jsonl", "a") as file:
         file.write('{"step": 12, "load": [[1, 2], [1, 1, 1]]}\n{"step": 15, "load": [[1, null, 1, 1], [1, 1, 1, 1]]}\n')
-    tokens, load = routing(RunView(tmp_path, details=True).look(), "load")
+    tokens, load = routing(RunView(tmp_path, details=True).refresh(), "load")
     assert tokens.tolist() == [1000, 2000, 1500] and load.shape == (3, 2, 4)
     assert np.isnan(load[2, 0, 1]) and load[0, 0].tolist() == [0.4, 0.8, 1.2, 1.6]

@@ -48,7 +48,7 @@ def byte_codec(template: str | None = TEMPLATE) -> Tokenizer:
 @contextlib.contextmanager
 def live(
     make_engine: Callable[[], EchoEngine] = EchoEngine,
-    codec: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     config: ServerConfig | None = None,
     drain_seconds: float = 5.0,
     name: str = "echo",
@@ -57,7 +57,7 @@ def live(
 ) -> Iterator[Live]:
     """A server with this engine; ended, and its thread joined, on leaving."""
     service = EngineService(make_engine, max_waiting)
-    app = make_app(name, service, codec or byte_codec(), config, defaults or {})
+    app = make_app(name, service, tokenizer or byte_codec(), config, defaults or {})
     listening, started = listen("127.0.0.1", 0), threading.Event()
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     found: list[DrainingServer] = []

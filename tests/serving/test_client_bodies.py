@@ -106,7 +106,7 @@ SLOW = "{% for m in messages %}{% if 'slow' in m.content %}{% for i in range(999
 
 
 def test_slow_templates_end_by_the_timeout_and_hold_nobody_up():
-    with live(codec=byte_codec(SLOW), config=ServerConfig(request_seconds=0.3)) as server:
+    with live(tokenizer=byte_codec(SLOW), config=ServerConfig(request_seconds=0.3)) as server:
         import concurrent.futures
 
         slow = {"messages": [{"role": "user", "content": "slow"}]}
@@ -131,7 +131,7 @@ SAYS = (
 
 
 def test_a_tool_call_of_gpt_oss_comes_back_as_one_and_is_taken_again():
-    with live(lambda: thinker(SAYS, max_length=2000), codec=byte_codec(HARMONY)) as server:
+    with live(lambda: thinker(SAYS, max_length=2000), tokenizer=byte_codec(HARMONY)) as server:
         with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
             found = client.chat.completions.create(model="echo", messages=ASK, tools=[TOOL]).choices[0]
             call = found.message.tool_calls[0]

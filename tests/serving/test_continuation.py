@@ -50,7 +50,7 @@ def test_no_prompts_are_no_pieces():
 
 
 def spaced_codec(kind: str) -> Tokenizer:
-    """A codec whose decoder cuts a text's leading space off, as those of Llama 2, Mistral and T5 do."""
+    """A tokenizer whose decoder cuts a text's leading space off, as those of Llama 2, Mistral and T5 do."""
     names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehiknrstuy"]
     library = tokenizers.Tokenizer(
         tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
@@ -70,29 +70,31 @@ def spaced_codec(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
 def test_a_text_and_what_goes_on_with_it_are_the_whole_text(kind):
-    codec = spaced_codec(kind)
-    ids = [codec.begin_id, *codec.encode("the sky  is 🦜 here ")]
-    starts = [n for n in range(len(ids) + 1) if not codec.spelling.raw & {*ids[n : n + 1], *ids[max(n - 1, 0) : n]}]
+    tokenizer = spaced_codec(kind)
+    ids = [tokenizer.begin_id, *tokenizer.encode("the sky  is 🦜 here ")]
+    starts = [
+        n for n in range(len(ids) + 1) if not tokenizer.byte_decoder.raw & {*ids[n : n + 1], *ids[max(n - 1, 0) : n]}
+    ]
     for n in [0, 1, *starts]:
-        stream = TextStream(codec, before=ids[:n])
+        stream = TextStream(tokenizer, before=ids[:n])
         assert (
-            codec.decode(ids[:n]) + stream.push(ids[n:]) + stream.finish()
-            == codec.decode(ids)
+            tokenizer.decode(ids[:n]) + stream.push(ids[n:]) + stream.finish()
+            == tokenizer.decode(ids)
             == "the sky  is 🦜 here "
         )
 
 
 @pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
 def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_word(kind):
-    codec = spaced_codec(kind)
-    says = codec.encode("the end")
-    engine = EchoEngine(answer=says, vocab_size=codec.vocab_size)
+    tokenizer = spaced_codec(kind)
+    says = tokenizer.encode("the end")
+    engine = EchoEngine(answer=says, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(max_tokens=len(says))
-    assert whole(continued(engine, codec, ["this is"], [params])) == {0: (" the end", "length")}
+    assert whole(continued(engine, tokenizer, ["this is"], [params])) == {0: (" the end", "length")}
     asked = SimpleNamespace(args=("this is", {"until": ["\n"], "max_gen_toks": len(says)}))
-    assert HarnessModel(engine, codec, "small").generate_until([asked]) == [" the end"]
+    assert HarnessModel(engine, tokenizer, "small").generate_until([asked]) == [" the end"]
     body = CompletionRequest.model_validate({"prompt": "this is", "logprobs": 0, "echo": True})
-    asked = completion(body, codec, Limits(1, 100, codec.vocab_size), "small")
+    asked = completion(body, tokenizer, Limits(1, 100, tokenizer.vocab_size), "small")
     asked.answers[0].push(Progress(None, says, [TokenLogprob(i, -1.0, ()) for i in says], "length"))
     choice = asked.choice(0, None)
     assert choice["text"] == "this is the end"
@@ -101,9 +103,9 @@ def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_wor
 
 @pytest.mark.parametrize("least, text", [(0, "the"), (4, "the"), (5, "thesky"), (8, "thesky"), (9, "theskyis")])
 def test_no_stop_string_ends_an_answer_that_is_shorter_than_its_least_length(least, text):
-    codec = spaced_codec("Strip")
-    says = [*codec.encode("the"), 1, *codec.encode("sky")[1:], 1, *codec.encode("is")[1:], 1]
-    answer = Answer(codec, ["</s>"], least=least)
+    tokenizer = spaced_codec("Strip")
+    says = [*tokenizer.encode("the"), 1, *tokenizer.encode("sky")[1:], 1, *tokenizer.encode("is")[1:], 1]
+    answer = Answer(tokenizer, ["</s>"], least=least)
     for i in says:
         answer.push(Progress(None, [i], [], None))
     assert (answer.whole.text, answer.whole.finish) == (text, "stop")

@@ -29,8 +29,8 @@ def thinker(text: str, **more) -> EchoEngine:
 
 
 def conversation(engine=None, template=None, **more) -> Conversation:
-    codec = byte_codec(template) if template else byte_codec()
-    return Conversation(engine or EchoEngine(), codec, SamplingParams(), **more)
+    tokenizer = byte_codec(template) if template else byte_codec()
+    return Conversation(engine or EchoEngine(), tokenizer, SamplingParams(), **more)
 
 
 def said(pieces) -> tuple[str, str]:

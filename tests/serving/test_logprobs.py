@@ -43,10 +43,10 @@ def test_the_chosen_token_is_among_the_alternatives_with_its_own_value(asked, na
 def test_two_tokens_of_the_same_text_are_both_there():
     library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0x61>": 1, "b": 2}, [], byte_fallback=True))
     library.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
-    codec = Tokenizer(library)
-    (top,) = completion_logprobs(codec, [TokenLogprob(0, -0.1, ((0, -0.1), (1, -2.0), (2, -3.0)))])["top_logprobs"]
+    tokenizer = Tokenizer(library)
+    (top,) = completion_logprobs(tokenizer, [TokenLogprob(0, -0.1, ((0, -0.1), (1, -2.0), (2, -3.0)))])["top_logprobs"]
     assert top == {"a": -0.1, "token_id:1": -2.0, "b": -3.0}
-    assert token_name(codec, 7) == "token_id:7"
+    assert token_name(tokenizer, 7) == "token_id:7"
 
 
 def test_an_echoed_prompt_has_alternatives_but_for_its_first_token():

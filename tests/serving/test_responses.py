@@ -8,7 +8,7 @@ from test_conversation import THINKS, thinker
 
 @pytest.fixture(scope="module")
 def server():
-    with live(lambda: thinker("Hm.</think>42"), codec=byte_codec(THINKS)) as running:
+    with live(lambda: thinker("Hm.</think>42"), tokenizer=byte_codec(THINKS)) as running:
         yield running
 
 

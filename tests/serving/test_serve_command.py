@@ -22,7 +22,7 @@ from opendeep_jax.cli import chat, serve
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.requests import SamplingParams
 from opendeep_jax.interop import save_hf
-from opendeep_jax.pretrained.sources import open_codec, open_weights
+from opendeep_jax.pretrained.sources import open_tokenizer, open_weights
 from opendeep_jax.text.files import byte_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(opendeep_jax.__file__))
@@ -40,18 +40,18 @@ def tiny(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny"
     model = dataclasses.replace(V3, vocab_size=264, mtp=dataclasses.replace(V3.mtp, depth=0), context_length=256)
     save_hf(random_model(model), directory)
-    codec = byte_tokenizer()
-    codec.library.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE} | dict(codec.special)))
+    tokenizer = byte_tokenizer()
+    tokenizer.library.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE} | dict(tokenizer.special)))
     return directory
 
 
 @pytest.fixture(scope="module")
 def server(tiny):
     """A server with the real engine, in this process."""
-    codec, name = open_codec(tiny)
+    tokenizer, name = open_tokenizer(tiny)
     make = lambda: Engine(open_weights(tiny), EngineConfig(slots=4, page_size=16, max_length=256))  # noqa: E731
-    with live(make, codec, name=name) as running:
+    with live(make, tokenizer, name=name) as running:
         yield running
 
 

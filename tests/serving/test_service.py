@@ -16,7 +16,7 @@ def run(scenario, engine=None, **service):
     async def whole():
         served = EngineService(engine or EchoEngine, **service)
         served.start()
-        await served.made()
+        await served.wait_started()
         try:
             return await scenario(served)
         finally:
@@ -183,7 +183,7 @@ def test_an_engine_that_cannot_be_made_at_all_is_kept_as_the_reason():
     assert isinstance(run(scenario, make), ConfigError)
 
 
-def test_nothing_is_taken_before_the_engine_is_made():
+def test_nothing_is_taken_before_the_engine_is_wait_started():
     made = threading.Event()
 
     def make():
@@ -196,7 +196,7 @@ def test_nothing_is_taken_before_the_engine_is_made():
         with pytest.raises(Unavailable, match="made ready"):
             service.submit([([7], params(1))])
         made.set()
-        await service.made()
+        await service.wait_started()
         assert await tokens(service.submit([([7], params(1))])) == {0: [7]}
         await service.drain(0)
 

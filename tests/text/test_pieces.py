@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from opendeep_jax.text import pieces as pieces_module
 from opendeep_jax.text.files import load_tokenizer, train_bpe
-from opendeep_jax.text.pieces import begins_words_at_cuts, in_pieces, pieces
+from opendeep_jax.text.pieces import in_pieces, pieces, splits_words_at_cuts
 
 TEXTS = [
     "def main(argv):\n    return [x for x in argv]\n\n",
@@ -66,7 +66,7 @@ def libraries():
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_byte_level_tokenizers_can_be_cut(libraries, name):
-    assert begins_words_at_cuts(libraries[name])
+    assert splits_words_at_cuts(libraries[name])
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "prefix space", "no words", "lines joined", "stripped", "prepended"])
@@ -80,7 +80,7 @@ def test_others_cannot(kind):
     }.get(kind, pre_tokenizers.ByteLevel(add_prefix_space=False))
     if kind in ("stripped", "prepended"):
         library.normalizer = normalizers.Strip() if kind == "stripped" else normalizers.Prepend("▁")
-    assert not begins_words_at_cuts(library)
+    assert not splits_words_at_cuts(library)
 
 
 fragments = st.sampled_from(

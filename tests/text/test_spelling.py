@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.text.files import load_tokenizer, tokenizer_from_hf
-from opendeep_jax.text.spelling import Speech, spell
+from opendeep_jax.text.spelling import IncrementalDecoder, read_byte_decoder
 from opendeep_jax.text.stream import TextStream
 from opendeep_jax.text.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ MADE = {
     "no decoder": undecoded(),
 }
 WHOLE = ["byte-level", "gemma", "llama", "llama, metaspace"]
-SPELLINGS = {name: spell(library) for name, library in MADE.items()}
+SPELLINGS = {name: read_byte_decoder(library) for name, library in MADE.items()}
 TEXTS = st.lists(
     st.sampled_from(["the", " the", "  ", "    ", "   ", " ", "\n", "don't", "é", "数据", "🙂", "x = f(1)", "."])
     | st.sampled_from(["▁", "Ġé", "<0x41>"])
@@ -129,7 +129,7 @@ def test_any_ids_say_what_the_library_decodes_in_any_pieces(name, data):
     for hidden in ((), specials(library)):
         wanted = library.decode(ids, skip_special_tokens=bool(hidden))
         assert spelling.text(ids, hidden) == wanted
-        speech, shown = Speech(spelling, hidden), ""
+        speech, shown = IncrementalDecoder(spelling, hidden), ""
         for i in ids:
             shown += speech.push([i])
             assert wanted.startswith(shown)  # nothing is ever taken back
@@ -142,13 +142,13 @@ def test_any_ids_say_what_the_library_decodes_in_any_pieces(name, data):
 @hypothesis.given(text=st.lists(TEXTS | st.sampled_from(MARKS), max_size=4).map("".join))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_codec_and_stream_read_and_write_texts_as_the_library_does(name, text):
-    codec = Tokenizer(tokenizers.Tokenizer.from_str(MADE[name].to_str()))
-    ids = codec.encode(text, special=True)
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(MADE[name].to_str()))
+    ids = tokenizer.encode(text, special=True)
     assert ids == MADE[name].encode(text, add_special_tokens=False).ids
     for special in (True, False):
-        stream = TextStream(codec, special=special)
+        stream = TextStream(tokenizer, special=special)
         streamed = "".join(stream.push([i]) for i in ids) + stream.finish()
-        assert codec.decode(ids, special) == MADE[name].decode(ids, skip_special_tokens=not special) == streamed
+        assert tokenizer.decode(ids, special) == MADE[name].decode(ids, skip_special_tokens=not special) == streamed
 
 
 @pytest.fixture(scope="module")
@@ -205,18 +205,18 @@ def test_a_decoder_that_gives_no_text_to_single_tokens_is_refused(decoder):
     library = unigram()
     library.decoder = decoder
     with pytest.raises(ConfigError, match="decoder"):
-        spell(library)
+        read_byte_decoder(library)
 
 
 def test_dropout_is_switched_off_with_a_word(tmp_path, caplog):
     library = byte_level()
     library.model.dropout = 0.5
     library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer, codec = load_tokenizer(tmp_path / "tokenizer.json"), tokenizer_from_hf(tmp_path)
+    plain, tokenizer = load_tokenizer(tmp_path / "tokenizer.json"), tokenizer_from_hf(tmp_path)
     assert caplog.text.count("dropout 0.5") == 2
     wanted = byte_level().encode("the the the").ids
     for _ in range(20):
-        assert codec.encode("the the the") == tokenizer.encode("the the the") == wanted
+        assert tokenizer.encode("the the the") == plain.encode("the the the") == wanted
 
 
 LEADING = [("<s>", 0), "$A:0"]
@@ -249,29 +249,29 @@ def test_a_text_begins_as_the_tokenizers_files_say_and_so_do_its_copies(processo
         library.post_processor = processor
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    codec = tokenizer_from_hf(tmp_path)
+    tokenizer = tokenizer_from_hf(tmp_path)
     wanted = [ids[name] for name in begin]
-    assert codec.encode_prompt("the") == [*wanted, *codec.encode("the")]
-    run = tokenizer_from_hf(save_tokenizer(codec, tmp_path / "run").parent)
+    assert tokenizer.encode_prompt("the") == [*wanted, *tokenizer.encode("the")]
+    run = tokenizer_from_hf(save_tokenizer(tokenizer, tmp_path / "run").parent)
     back = tokenizer_from_gguf_fields(gguf_fields_of(run, run.vocab_size, "gpt-2"))
     again = tokenizer_from_hf(save_tokenizer(back, tmp_path / "again").parent)
     for copy in (run, back, again):
-        assert copy.encode_prompt("the") == [*wanted, *codec.encode("the")]
-        assert (copy.begin_id, copy.end_ids) == (codec.begin_id, codec.end_ids)
+        assert copy.encode_prompt("the") == [*wanted, *tokenizer.encode("the")]
+        assert (copy.begin_id, copy.end_ids) == (tokenizer.begin_id, tokenizer.end_ids)
     for directory in ("run", "again"):  # what transformers reads
         written = tokenizers.Tokenizer.from_file(str(tmp_path / directory / "tokenizer.json"))
-        assert written.encode("the").ids[: len(wanted) + 1] == [*wanted, codec.encode("the")[0]]
+        assert written.encode("the").ids[: len(wanted) + 1] == [*wanted, tokenizer.encode("the")[0]]
 
 
 @pytest.mark.parametrize("name", ["byte-level", "gemma", "llama", "llama, metaspace"])
 @hypothesis.given(text=st.lists(TEXTS | st.sampled_from(MARKS), max_size=4).map("".join))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_ids_and_texts_are_the_same_on_the_way_to_a_gguf_and_back(there_and_back, name, text):
-    codec, back = there_and_back[name]
+    tokenizer, back = there_and_back[name]
     for special in (True, False):
-        ids = codec.encode(text, special)
+        ids = tokenizer.encode(text, special)
         assert back.encode(text, special) == ids
-        assert back.decode(ids, special) == codec.decode(ids, special)
+        assert back.decode(ids, special) == tokenizer.decode(ids, special)
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +280,12 @@ def there_and_back():
 
     found = {}
     for name in ("byte-level", "gemma", "llama", "llama, metaspace"):
-        codec = Tokenizer(MADE[name], special={"unk_token": "<unk>"} if name != "byte-level" else {})
-        fields = gguf_fields_of(codec, codec.vocab_size + 2)
-        found[name] = codec, tokenizer_from_gguf_fields(json.loads(json.dumps(fields)))
+        tokenizer = Tokenizer(MADE[name], special={"unk_token": "<unk>"} if name != "byte-level" else {})
+        fields = gguf_fields_of(tokenizer, tokenizer.vocab_size + 2)
+        found[name] = tokenizer, tokenizer_from_gguf_fields(json.loads(json.dumps(fields)))
     return found
 
 
 def test_ids_outside_of_the_vocabulary_say_nothing():
-    spelling = spell(byte_level())
+    spelling = read_byte_decoder(byte_level())
     assert spelling.text([-1, 10**12, *np.array([0])]) == MADE["byte-level"].decode([0])

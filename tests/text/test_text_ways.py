@@ -37,10 +37,10 @@ def directory(path, **files):
     ],
 )
 def test_what_ends_a_text_is_the_union_of_the_models_files_and_stays_so(files, ends, tmp_path):
-    codec = tokenizer_from_hf(directory(tmp_path / "model", **files))
-    wanted = tuple(codec.library.token_to_id(end) if isinstance(end, str) else end for end in ends)
-    assert codec.end_ids == wanted
-    run = tokenizer_from_hf(save_tokenizer(codec, tmp_path / "run").parent)
+    tokenizer = tokenizer_from_hf(directory(tmp_path / "model", **files))
+    wanted = tuple(tokenizer.library.token_to_id(end) if isinstance(end, str) else end for end in ends)
+    assert tokenizer.end_ids == wanted
+    run = tokenizer_from_hf(save_tokenizer(tokenizer, tmp_path / "run").parent)
     back = tokenizer_from_gguf_fields(gguf_fields_of(run, run.vocab_size, "gpt-2"))
     again = tokenizer_from_hf(save_tokenizer(back, tmp_path / "again").parent)
     assert [set(copy.end_ids) for copy in (run, back, again)] == [set(wanted)] * 3
@@ -85,8 +85,8 @@ def test_a_gguf_ends_texts_as_llama_cpp_does(tokens, fields, ends):
     ],
 )
 def test_a_gguf_begins_texts_as_llama_cpp_does(fields, begun):
-    codec = gguf(["<s>"], bos_token_id=3, **fields)
-    assert codec.encode_prompt("") == ([3] if begun else [])
+    tokenizer = gguf(["<s>"], bos_token_id=3, **fields)
+    assert tokenizer.encode_prompt("") == ([3] if begun else [])
 
 
 @pytest.mark.parametrize("name", [*SPLITS, *SAME])
@@ -120,14 +120,14 @@ def test_a_file_without_a_way_to_split_has_llama_cpps_default():
 
 
 def test_runs_of_spaces_are_written_to_a_gguf_as_llama_cpp_prints_them():
-    codec = Tokenizer(gemma())
-    fields = gguf_fields_of(codec, codec.vocab_size)
-    run = codec.library.token_to_id("▁▁▁▁")
+    tokenizer = Tokenizer(gemma())
+    fields = gguf_fields_of(tokenizer, tokenizer.vocab_size)
+    run = tokenizer.library.token_to_id("▁▁▁▁")
     assert (fields[KEY + "tokens"][run], fields[KEY + "token_type"][run]) == ("    ", 4)
     theirs = {key: value for key, value in fields.items() if not key.startswith("opendeep.")}
     back = tokenizer_from_gguf_fields(theirs)
     text = "the    the  \n        x"
-    assert back.encode(text) == codec.encode(text) and back.decode(back.encode(text)) == text
+    assert back.encode(text) == tokenizer.encode(text) and back.decode(back.encode(text)) == text
 
 
 def test_pad_sampling_and_flags_of_tokens_survive_every_way(tmp_path):
@@ -139,31 +139,31 @@ def test_pad_sampling_and_flags_of_tokens_survive_every_way(tmp_path):
     settings = {"pad_token": "<pad>", "mask_token": "<m>", "eos_token": "</s>", "chat_template": "{{ pad_token }}"}
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "model/generation_config.json").write_text(json.dumps(sampling))
-    codec = tokenizer_from_hf(tmp_path / "model")
+    tokenizer = tokenizer_from_hf(tmp_path / "model")
     for way in range(2):
-        codec = tokenizer_from_hf(save_tokenizer(codec, tmp_path / f"run{way}").parent)
-        codec = tokenizer_from_gguf_fields(gguf_fields_of(codec, codec.vocab_size, "gpt-2"))
-        assert codec.special == {"pad_token": "<pad>", "mask_token": "<m>", "eos_token": "</s>"}
-        assert codec.generation == sampling and codec.chat_template == "{{ pad_token }}"
+        tokenizer = tokenizer_from_hf(save_tokenizer(tokenizer, tmp_path / f"run{way}").parent)
+        tokenizer = tokenizer_from_gguf_fields(gguf_fields_of(tokenizer, tokenizer.vocab_size, "gpt-2"))
+        assert tokenizer.special == {"pad_token": "<pad>", "mask_token": "<m>", "eos_token": "</s>"}
+        assert tokenizer.generation == sampling and tokenizer.chat_template == "{{ pad_token }}"
         text = "the  <pad> the<m>  the"
-        assert codec.encode(text, special=True) == library.encode(text).ids
+        assert tokenizer.encode(text, special=True) == library.encode(text).ids
 
 
 def test_the_name_of_a_special_token_is_a_stop_string():
-    codec = Tokenizer(byte_level())
-    end, think = (codec.library.token_to_id(name) for name in ("</s>", "<think>"))
-    assert codec.stop_ids(["</s>", "<think>", "the", ""]) == {end: "</s>"}
+    tokenizer = Tokenizer(byte_level())
+    end, think = (tokenizer.library.token_to_id(name) for name in ("</s>", "<think>"))
+    assert tokenizer.stop_ids(["</s>", "<think>", "the", ""]) == {end: "</s>"}
     for special in (False, True):
-        stream = TextStream(codec, ["x</s>y", "</s>"], special=special)
-        ids = [*codec.encode("the"), think, end, *codec.encode("the")]
+        stream = TextStream(tokenizer, ["x</s>y", "</s>"], special=special)
+        ids = [*tokenizer.encode("the"), think, end, *tokenizer.encode("the")]
         assert "".join(stream.push([i]) for i in ids) + stream.finish() == "the<think>"
         assert stream.matched == "</s>"
-    stream = TextStream(codec, ["</s>", "##"])
-    assert stream.push([*codec.encode("a#"), end]) == "a#" and stream.stopped
+    stream = TextStream(tokenizer, ["</s>", "##"])
+    assert stream.push([*tokenizer.encode("a#"), end]) == "a#" and stream.stopped
 
 
 def test_half_a_character_before_a_special_stop_is_given_out():
-    codec = Tokenizer(byte_level())
-    stream = TextStream(codec, ["</s>"])
-    half = next(i for i, piece in enumerate(codec.pieces) if piece == b"\xc3")
-    assert stream.push([half, codec.library.token_to_id("</s>")]) == "\ufffd"
+    tokenizer = Tokenizer(byte_level())
+    stream = TextStream(tokenizer, ["</s>"])
+    half = next(i for i, piece in enumerate(tokenizer.pieces) if piece == b"\xc3")
+    assert stream.push([half, tokenizer.library.token_to_id("</s>")]) == "\ufffd"

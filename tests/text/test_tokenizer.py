@@ -14,7 +14,7 @@ from opendeep_jax.config.rules import BYTE_VOCABULARY
 from opendeep_jax.data.tokenizers import open_tokenizer
 from opendeep_jax.text import tokenizer as tokenizer_module
 from opendeep_jax.text.files import byte_tokenizer, load_tokenizer, train_bpe
-from opendeep_jax.text.pieces import remember_words
+from opendeep_jax.text.pieces import cache_words
 from opendeep_jax.text.tokenizer import SPECIAL_TOKENS
 
 TEXTS = ["def main(argv):\n    return [x for x in argv]\n\n", "The naïve émigré read 2024 数据 books. " * 3] * 5
@@ -75,7 +75,7 @@ def test_ids_are_int32_below_the_vocabulary_in_batches_as_alone(tokenizer):
 def test_remembered_words_give_the_ids_that_the_library_gives(bpe, parts):
     library = tokenizers.Tokenizer.from_file(bpe.path)
     plain = [library.encode(text).ids for text in ("".join(parts), *parts)]
-    encode_batch = remember_words(lambda texts: [np.array(library.encode(text).ids, np.int32) for text in texts])
+    encode_batch = cache_words(lambda texts: [np.array(library.encode(text).ids, np.int32) for text in texts])
     assert [ids.tolist() for ids in encode_batch(["".join(parts), *parts])] == plain
     assert [ids.tolist() for ids in bpe.encode_batch(["".join(parts), *parts])] == plain
 
@@ -233,7 +233,7 @@ def test_one_thread_remembers_words_however_many_cores(bpe, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert load_tokenizer(Path(bpe.path)).encode_batch(TEXTS)[1].tolist() == bpe.encode(TEXTS[1])
     remembering = []
-    monkeypatch.setattr(tokenizer_module, "remember_words", lambda encode: remembering.append(1) or encode)
+    monkeypatch.setattr(tokenizer_module, "cache_words", lambda encode: remembering.append(1) or encode)
     load_tokenizer(Path(bpe.path))
     assert not remembering
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

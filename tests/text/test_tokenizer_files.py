@@ -69,42 +69,42 @@ def write_directory(path, library, **files):
 
 
 @pytest.fixture(scope="module")
-def codec() -> Tokenizer:
+def tokenizer() -> Tokenizer:
     library = byte_level()
     end = library.token_to_id("<|end|>")
     return Tokenizer(library, 0, False, (end,), TEMPLATE, {"eos_token": "<|end|>"})
 
 
-def test_text_comes_back_from_its_ids(codec):
+def test_text_comes_back_from_its_ids(tokenizer):
     for text in TEXTS:
-        ids = codec.encode(text)
-        assert codec.decode(ids) == text == codec.library.decode(ids)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text == tokenizer.library.decode(ids)
 
 
-def test_special_tokens_are_read_from_text_only_where_that_is_asked(codec):
-    start, end = codec.library.token_to_id("<|start|>"), codec.library.token_to_id("<|end|>")
-    assert codec.encode("<|start|>x<|end|>", special=True) == [start, *codec.encode("x"), end]
-    plain = codec.encode("<|start|>")
-    assert start not in plain and codec.decode(plain) == "<|start|>"
-    assert codec.decode([start, *codec.encode("x"), end]) == "x"
-    assert codec.decode([start, *codec.encode("x"), end], special=True) == "<|start|>x<|end|>"
+def test_special_tokens_are_read_from_text_only_where_that_is_asked(tokenizer):
+    start, end = tokenizer.library.token_to_id("<|start|>"), tokenizer.library.token_to_id("<|end|>")
+    assert tokenizer.encode("<|start|>x<|end|>", special=True) == [start, *tokenizer.encode("x"), end]
+    plain = tokenizer.encode("<|start|>")
+    assert start not in plain and tokenizer.decode(plain) == "<|start|>"
+    assert tokenizer.decode([start, *tokenizer.encode("x"), end]) == "x"
+    assert tokenizer.decode([start, *tokenizer.encode("x"), end], special=True) == "<|start|>x<|end|>"
 
 
-def test_ids_outside_of_the_vocabulary_are_no_text(codec):
-    assert codec.decode([codec.vocab_size, -1, 10**12, *codec.encode("a")]) == "a"
+def test_ids_outside_of_the_vocabulary_are_no_text(tokenizer):
+    assert tokenizer.decode([tokenizer.vocab_size, -1, 10**12, *tokenizer.encode("a")]) == "a"
 
 
-def test_a_chat_is_written_by_the_template_and_encoded_with_its_special_tokens(codec):
+def test_a_chat_is_written_by_the_template_and_encoded_with_its_special_tokens(tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
-    assert codec.apply_chat(messages) == "<|start|>user: Hi<|end|><|end|>"
-    assert codec.encode_chat(messages).count(codec.end_ids[0]) == 2
+    assert tokenizer.apply_chat(messages) == "<|start|>user: Hi<|end|><|end|>"
+    assert tokenizer.encode_chat(messages).count(tokenizer.end_ids[0]) == 2
 
 
-def test_half_a_surrogate_pair_is_refused_in_a_sentence(codec):
+def test_half_a_surrogate_pair_is_refused_in_a_sentence(tokenizer):
     with pytest.raises(ConfigError, match="surrogate"):
-        codec.encode("a\ud800")
+        tokenizer.encode("a\ud800")
     with pytest.raises(ConfigError, match="surrogate"):
-        codec.apply_chat([{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}])
+        tokenizer.apply_chat([{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}])
 
 
 def test_chat_without_a_template_names_the_cure():
@@ -124,11 +124,11 @@ def test_a_directory_says_what_begins_and_ends_a_text(tmp_path):
         },
         generation_config__json={"eos_token_id": [1, 7]},
     )
-    codec = tokenizer_from_hf(directory)
-    assert (codec.begin_id, codec.add_begin, codec.end_ids) == (0, True, (1, 7))
-    assert codec.encode_prompt("a") == [0, *codec.encode("a")]
-    assert codec.begun([5]) == codec.begun([0, 5]) == [0, 5]  # as a template that writes it has begun already
-    assert codec.apply_chat([]) == "y" and codec.special == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
+    tokenizer = tokenizer_from_hf(directory)
+    assert (tokenizer.begin_id, tokenizer.add_begin, tokenizer.end_ids) == (0, True, (1, 7))
+    assert tokenizer.encode_prompt("a") == [0, *tokenizer.encode("a")]
+    assert tokenizer.with_prefix([5]) == tokenizer.with_prefix([0, 5]) == [0, 5]  # never added twice
+    assert tokenizer.apply_chat([]) == "y" and tokenizer.special == {"bos_token": "<|start|>", "eos_token": "<|end|>"}
     (directory / "chat_template.jinja").write_text("z")
     assert tokenizer_from_hf(directory).apply_chat([]) == "z"
 
@@ -137,8 +137,8 @@ def test_a_post_processor_that_adds_a_beginning_is_understood(tmp_path):
     library = byte_level()
     library.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
     write_directory(tmp_path, library, tokenizer_config__json={"bos_token": "<|start|>", "eos_token": "<|end|>"})
-    codec = tokenizer_from_hf(tmp_path)
-    assert codec.add_begin and 0 not in codec.encode("a")
+    tokenizer = tokenizer_from_hf(tmp_path)
+    assert tokenizer.add_begin and 0 not in tokenizer.encode("a")
 
 
 @pytest.mark.parametrize(
@@ -181,15 +181,15 @@ def test_our_own_tokenizers_give_the_ids_they_gave_in_training(kind, tmp_path):
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
         assert tokenizer.encode(text) == ids.tolist()
         assert tokenizer.decode(tokenizer.encode(text)) == text == tokenizer.decode(ids)
-    assert tokenizer.begun([]) == [tokenizer.bos_id] and tokenizer.end_ids == (tokenizer.eos_id,)
+    assert tokenizer.with_prefix([]) == [tokenizer.bos_id] and tokenizer.end_ids == (tokenizer.eos_id,)
 
 
-def test_a_saved_codec_is_read_again_and_trains(tmp_path, codec):
-    save_tokenizer(codec, tmp_path)
+def test_a_saved_codec_is_read_again_and_trains(tmp_path, tokenizer):
+    save_tokenizer(tokenizer, tmp_path)
     again = tokenizer_from_hf(tmp_path)
-    assert (again.begin_id, again.end_ids, again.chat_template) == (0, codec.end_ids, TEMPLATE)
-    assert [again.encode(text) for text in TEXTS] == [codec.encode(text) for text in TEXTS]
-    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == codec.end_ids[0]
+    assert (again.begin_id, again.end_ids, again.chat_template) == (0, tokenizer.end_ids, TEMPLATE)
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == tokenizer.end_ids[0]
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -197,16 +197,18 @@ def test_every_way_to_split_goes_to_a_gguf_and_back(name):
     splits = [pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in SPLITS[name]]
     splitter = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     normalizer = normalizers.NFC() if name == "qwen2" else None
-    codec = Tokenizer(byte_level(splitter, normalizer=normalizer), 0, True, (1,), TEMPLATE, {"eos_token": "<|end|>"})
-    fields = gguf_fields_of(codec, codec.vocab_size + 3)
+    tokenizer = Tokenizer(
+        byte_level(splitter, normalizer=normalizer), 0, True, (1,), TEMPLATE, {"eos_token": "<|end|>"}
+    )
+    fields = gguf_fields_of(tokenizer, tokenizer.vocab_size + 3)
     assert fields["tokenizer.ggml.pre"] == name
-    assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{codec.vocab_size + 2}]"
+    assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{tokenizer.vocab_size + 2}]"
     assert fields["tokenizer.ggml.token_type"][:3] == [3, 3, 1] and fields["tokenizer.ggml.token_type"][-1] == 5
     again = tokenizer_from_gguf_fields(fields)
     assert (again.begin_id, again.add_begin, again.end_ids, again.chat_template) == (0, True, (1,), TEMPLATE)
     for text in TEXTS:
         if name != "llama-bpe":  # which takes whole words that its vocabulary has before it merges
-            assert again.encode(text) == codec.encode(text)
+            assert again.encode(text) == tokenizer.encode(text)
         assert again.decode(again.encode(text)) == text
 
 
@@ -218,25 +220,25 @@ def test_gpt2s_and_smollms_own_splitters_are_recognized():
 
 
 def test_a_sentencepiece_goes_to_a_gguf_and_back(tmp_path):
-    codec = Tokenizer(sentencepiece(), 1, True, (2,), None, {"unk_token": "<unk>"})
+    tokenizer = Tokenizer(sentencepiece(), 1, True, (2,), None, {"unk_token": "<unk>"})
     texts = ["the quick fox", "Hello  world", "über 🙂", " leading"]
     for text in texts:
-        assert codec.decode(codec.encode(text)) == text
-    fields = gguf_fields_of(codec, codec.vocab_size)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    fields = gguf_fields_of(tokenizer, tokenizer.vocab_size)
     assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 6]
     again = tokenizer_from_gguf_fields(fields)
-    assert [again.encode(text) for text in texts] == [codec.encode(text) for text in texts]
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
     assert [again.decode(again.encode(text)) for text in texts] == texts
 
 
 def test_a_way_to_split_that_llama_cpp_has_not_is_refused_with_the_closest_one(tmp_path):
     (tmp_path / "tokenizer.json").write_text(train_bpe(TEXTS, 300), "utf-8")
-    codec = load_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="--pre=") as refusal:
-        gguf_fields_of(codec, 300)
+        gguf_fields_of(tokenizer, 300)
     closest = str(refusal.value).rpartition("--pre=")[2].rstrip(".")
     assert closest in SPLITS
-    assert gguf_fields_of(codec, 300, closest)["tokenizer.ggml.pre"] == closest
+    assert gguf_fields_of(tokenizer, 300, closest)["tokenizer.ggml.pre"] == closest
     assert gguf_fields_of(byte_tokenizer(), 262)["tokenizer.ggml.pre"] == "gpt-2"
 
 
@@ -280,6 +282,6 @@ def test_hostile_fields_are_refused(changes):
         tokenizer_from_gguf_fields(WHOLE | changes)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(codec):
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="no larger than"):
-        gguf_fields_of(codec, codec.vocab_size - 1)
+        gguf_fields_of(tokenizer, tokenizer.vocab_size - 1)

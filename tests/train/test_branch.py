@@ -167,7 +167,7 @@ def test_lineage_is_recorded_and_shown(trunk, tmp_path, capsys, monkeypatch):
     assert main(["checkpoints", "list", f"--workdir={workdir}"]) == 0
     assert f"began with: branch of {given} at step 4" in capsys.readouterr().out
     watched = RunView(workdir)
-    watched.look()
+    watched.refresh()
     console = Console(width=400, record=True, file=io.StringIO())
     console.print(watch_terminal.frame([watched], ["branch"], console))
     assert f"branch of {given} at step 4" in console.export_text()

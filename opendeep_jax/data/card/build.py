@@ -68,11 +68,11 @@ def build_card(
 
 
 def _source(source: SourceConfig, share: float, account: dict, store: Store) -> dict[str, Any]:
-    """A source's entry, by its store and its account of the curation, which may be empty."""
+    """Return a source's entry, by its store and its account of the curation, which may be empty."""
     manifest = store.manifest
     left_out = dict(manifest["left_out"])
     if not is_store(source):
-        left_out |= {reason: len(names) for reason, names in list_source(source).left_out.items()}
+        left_out |= {reason: len(names) for reason, names in list_source(source).skipped.items()}
     dropped = {reason: {"documents": number, "bytes": 0} for reason, number in left_out.items()}
     return {
         "name": source.name,

@@ -25,7 +25,7 @@ def group_of(reason: str) -> str:
     return name if name in GROUPS else "left out"
 
 
-def counted(counts: dict[str, Any]) -> list[str]:
+def amounts(counts: dict[str, Any]) -> list[str]:
     """Documents, text and tokens."""
     return [human_count(counts["documents"]), human_bytes(counts["bytes"]), human_count(counts["tokens"])]
 
@@ -33,16 +33,16 @@ def counted(counts: dict[str, Any]) -> list[str]:
 def sources_table(card: dict) -> CardTable:
     """One row a source, and their sum."""
     rows = [
-        (source["name"], source["license"], f"{source['share']:.1%}", *counted(source)) for source in card["sources"]
+        (source["name"], source["license"], f"{source['share']:.1%}", *amounts(source)) for source in card["sources"]
     ]
     if len(rows) > 1:
-        rows.append(("all", "", "", *counted(card["totals"])))
+        rows.append(("all", "", "", *amounts(card["totals"])))
     return CardTable(("Source", "License", "Weight", "Documents", "Text", "Tokens"), rows)
 
 
 def licenses_table(card: dict) -> CardTable:
     """One row a license, the largest first."""
-    rows = [(license or "unknown", *counted(counts)) for license, counts in card["licenses"].items()]
+    rows = [(license or "unknown", *amounts(counts)) for license, counts in card["licenses"].items()]
     return CardTable(("License", "Documents", "Text", "Tokens"), rows)
 
 
@@ -148,7 +148,7 @@ def identity_table(card: dict) -> CardTable:
 
 
 def recipe_table(card: dict) -> CardTable:
-    """The settings of the curation, and the versions of what computed it."""
+    """Return the settings of the curation, and the versions of what computed it."""
     curation = card["curation"]
     rows = [(name, str(", ".join(value) if isinstance(value, list) else value) or "–")
             for name, value in curation.get("recipe", {}).items()]  # fmt: skip

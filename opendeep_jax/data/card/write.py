@@ -49,8 +49,8 @@ def write_card(directory: Path | str, card: dict[str, Any]) -> Path:
 
 
 def markdown(card: dict) -> str:
-    """The whole card, for a README or a page of a hub."""
-    documents, text, tokens = tables.counted(card["totals"])
+    """Return the whole card, for a README or a page of a hub."""
+    documents, text, tokens = tables.amounts(card["totals"])
     parts = [f"# Data card: {_plain(card['name'])}\n", f"{documents} documents, {text} of text, {tokens} tokens.\n"]
     for title, table in SECTIONS.items():
         body = _markdown_table(table(card)) if table else "\n".join(_markdown_samples(card))
@@ -79,7 +79,7 @@ def _plain(value: str) -> str:
 
 
 def html_body(card: dict) -> str:
-    """The card as HTML, without the page around it."""
+    """Return the card as HTML, without the page around it."""
     environment = jinja2.Environment(autoescape=True, finalize=_printable)
     found = {name.removesuffix("_table"): make(card) for name, make in vars(tables).items() if name.endswith("_table")}
     clusters = found["clusters"].rows
@@ -100,7 +100,7 @@ def html_body(card: dict) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """A value for HTML: control characters, and what UTF-8 cannot hold, replaced."""
+    """Return a value for HTML: control characters, and what UTF-8 cannot hold, replaced."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     clean = "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "�" for c in value)
@@ -112,7 +112,7 @@ def _tiles(card: dict) -> list[tuple[str, str, str]]:
     totals, sources, number = card["totals"], card["sources"], len(card["licenses"])
     tiles = [("Sources", f"{len(sources)}", f"{number} license{'s' * (number > 1)}" if number else "")]
     per_token = f"{totals['bytes'] / totals['tokens']:.2f} bytes each" if totals["tokens"] else ""
-    tiles += zip(("Documents", "Text", "Tokens"), tables.counted(totals), ("", "", per_token), strict=True)
+    tiles += zip(("Documents", "Text", "Tokens"), tables.amounts(totals), ("", "", per_token), strict=True)
     if given := sum(source.get("documents_in", 0) for source in sources):
         left = sum(source["documents"] for source in sources)
         tiles.append(("Dropped", f"{1 - left / given:.1%}", f"of {human_count(given)} documents"))

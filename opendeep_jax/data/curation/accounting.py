@@ -64,7 +64,7 @@ def write_accounting(plan: CurationPlan) -> None:
 
 
 def read_accounting(sources: Sequence[SourceConfig]) -> dict:
-    """The content of curation.json, of the sources that `curate` gave. Raises ConfigError if it is not there."""
+    """Return the content of curation.json, of the sources that `curate` gave. Raises ConfigError if it is not there."""
     directory = Path(sources[0].path).parent
     accounting = load_accounting(directory)
     if accounting is None:
@@ -73,7 +73,7 @@ def read_accounting(sources: Sequence[SourceConfig]) -> dict:
 
 
 def load_accounting(directory: Path) -> dict | None:
-    """The content of curation.json, or None if the curation in `directory` is not finished."""
+    """Return the content of curation.json, or None if the curation in `directory` is not finished."""
     try:
         return json.loads((directory / "curation.json").read_text("utf-8"))
     except (OSError, ValueError):

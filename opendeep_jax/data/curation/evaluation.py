@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
 def read_items(path: Path) -> Iterator[str]:
-    """The items of an evaluation set: all texts of a record joined with spaces, however deep; a .txt is one item.
+    """Yield the items of an evaluation set: all texts of a record joined with spaces, however deep; a .txt is one item.
 
     Raises ConfigError for a file that is not what its name says.
     """
@@ -73,7 +73,7 @@ def write_index(curation: CurationConfig, directory: Path) -> dict[str, dict[str
 
 
 def set_names(curation: CurationConfig) -> dict[str, Path]:
-    """A file name for each evaluation set, from its path's end. Raises ConfigError if two would be the same."""
+    """Return a file name for each evaluation set, from its path's end. Raises ConfigError if two would be the same."""
     paths = [Path(path).expanduser() for path in curation.evaluation_sets]
     names = {file_name(path.name): path for path in paths}
     if len(names) < len(paths):

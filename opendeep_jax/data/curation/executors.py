@@ -1,4 +1,4 @@
-"""Who runs the stages: processes of this machine, or datatrove's executors for Slurm and Ray.
+"""Executors of the stages: processes of this machine, or datatrove's executors for Slurm and Ray.
 
 A stage is a number of ranks that know nothing of each other; the stages follow each other. Whatever is done already is
 not done again. On Slurm and Ray data.directory must be on a disk that all machines share.
@@ -33,13 +33,13 @@ TITLES = {
     "account": "Adding up",
 }
 POLL_SECONDS = 10.0
-"""Between looks at what Slurm has done."""
+"""Interval between polls of Slurm."""
 SLURM_DEFAULTS: dict[str, Any] = {"time": "24:00:00", "mem_per_cpu_gb": 4, "qos": "", "job_name": "opendeep_curate"}
 RAY_DEFAULTS: dict[str, Any] = {"mem_per_cpu_gb": 4}
 
 
 def parse_options(text: str) -> dict[str, str]:
-    """An executor's options as a command line gives them: `partition=cpu,time=8:00:00`. Raises ConfigError."""
+    """Return an executor's options as a command line gives them: `partition=cpu,time=8:00:00`. Raises ConfigError."""
     options = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
@@ -105,7 +105,7 @@ def _run_local(plan: CurationPlan, options: dict, workers: int, progress: bool) 
 
 
 def _step(directory: str, stage: str, data: Any, rank: int, world_size: int) -> None:
-    """A rank of a stage as a step of a datatrove pipeline."""
+    """Run a rank of a stage as a step of a datatrove pipeline."""
     run_rank(directory, stage, rank, lambda size: None)
 
 
@@ -146,7 +146,7 @@ def _failed(executor: str, plan: CurationPlan, stage: str) -> ConfigError:
 
 
 def _run_slurm(plan: CurationPlan, options: dict, workers: int, progress: bool) -> None:
-    """Submit all stages, each after the one before it, and waits; interrupted and run again, it goes on waiting."""
+    """Submit all stages, each after the one before it, and wait; after an interruption, the same call waits again."""
     note = plan.work("slurm.json")
     jobs = json.loads(note.read_text("utf-8")) if note.exists() else {}
     if not any(state for state, _ in _queue(jobs).values()):
@@ -163,7 +163,7 @@ def _run_slurm(plan: CurationPlan, options: dict, workers: int, progress: bool) 
 
 
 def _submit(plan: CurationPlan, options: dict, workers: int) -> dict[str, str]:
-    """Submit the stages that are not done; returns their job ids by stage."""
+    """Submit the stages that are not done; return their job ids by stage."""
     from datatrove.executor import SlurmPipelineExecutor
 
     quiet_datatrove()

@@ -41,7 +41,7 @@ def curate(
     progress: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> list[SourceConfig]:
-    """The sources as config.curation leaves them, each a directory of Parquet files below config.directory.
+    """Return the sources as config.curation leaves them, each a directory of Parquet files below config.directory.
 
     They are the sources themselves where config.curation asks for nothing. What was curated before, by any executor, is
     returned at once, and what was begun and broken off is gone on with.
@@ -74,7 +74,7 @@ def curate(
 
 
 def curation_directory(config: DataConfig) -> Path:
-    """The directory of this curation, named by a hash of all that decides its result. Raises ConfigError.
+    """Return the directory of this curation, named by a hash of all that decides its result. Raises ConfigError.
 
     That is the sources' files and fields, the recipe, and the contents of the language model and evaluation sets; not
     the versions of the engines, which curation.json tells, so that nothing is done again for an upgrade.
@@ -143,7 +143,7 @@ def check_curation(config: DataConfig) -> None:
 
 
 def _plan(config: DataConfig, directory: Path) -> CurationPlan:
-    """The plan of an earlier attempt, or a new one."""
+    """Return the plan of an earlier attempt, or a new one."""
     try:
         plan = dataclasses.replace(read_plan(directory), sources=config.sources)
     except (OSError, ValueError, KeyError, TypeError):

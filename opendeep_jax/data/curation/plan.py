@@ -54,11 +54,11 @@ class CurationPlan:
     """Items and n-grams of each evaluation set."""
 
     def work(self, stage: str, name: str = "") -> Path:
-        """A file or directory of a stage."""
+        """Return a file or directory of a stage."""
         return self.directory / "work" / stage / name
 
     def mark(self, stage: str, rank: int) -> Path:
-        """The file that says a task of a stage is done."""
+        """Return the file that says a task of a stage is done."""
         return self.work(stage, f"{rank:05d}.json")
 
     def counts(self, stage: str) -> list[dict]:
@@ -77,14 +77,14 @@ class CurationPlan:
 
 
 def recipe_of(curation: CurationConfig) -> dict:
-    """A recipe for hashes and manifests, as it was when there was a choice of MinHash engines."""
+    """Return a recipe for hashes and manifests, as it was when there was a choice of MinHash engines."""
     fields = dataclasses.asdict(curation).items()
     names = {"minhash_ngram": {"minhash_engine": "rensa"}}
     return {key: value for name, field in fields for key, value in (names.get(name, {}) | {name: field}).items()}
 
 
 def cut_tasks(parts: Sequence[Sequence[Part]]) -> tuple[Task, ...]:
-    """The parts of all sources as tasks. They depend on the parts alone, never on the number of workers."""
+    """Return the parts of all sources as tasks. They depend on the parts alone, never on the number of workers."""
     total = sum(part.size for of_source in parts for part in of_source)
     limit = min(TASK_BYTES, max(total // FEWEST_TASKS, SMALLEST_TASK))
     tasks = []
@@ -110,7 +110,7 @@ def write_plan(plan: CurationPlan) -> None:
 
 @functools.lru_cache(1)
 def read_plan(directory: Path) -> CurationPlan:
-    """The plan that was written for `directory`. Raises OSError or ValueError if it was not."""
+    """Return the plan that was written for `directory`. Raises OSError or ValueError if it was not."""
     content = json.loads((directory / "work" / "plan.json").read_text("utf-8"))
     tasks = tuple(Task(task["source"], task["number"], tuple(map(_part, task["parts"]))) for task in content["tasks"])
     sources = tuple(SourceConfig(**_tuples(source)) for source in content["sources"])

@@ -27,14 +27,14 @@ QUOTED = re.compile(r'"[^"\n]{1,64}"\Z')
 
 
 def quiet_datatrove() -> None:
-    """Leave datatrove's log lines out: what it has to say arrives as counts, or as an exception."""
+    """Silence datatrove's log: its results arrive as counts, its errors as exceptions."""
     from loguru import logger
 
     logger.disable("datatrove")
 
 
 def filter_steps(curation: CurationConfig) -> dict[str, Step]:
-    """The steps that judge each document alone, by name, in their order: quality filters, then language."""
+    """Return the steps that filter each document alone, by name, in their order: quality filters, then language."""
     steps = {name: _quality_step(name) for name in curation.quality}
     return steps | ({"language": _language_step(curation)} if curation.language_model else {})
 
@@ -75,7 +75,7 @@ def _beginning(document):
 
 
 def _language_step(curation: CurationConfig) -> Step:
-    """Note the language in `metadata`, and drops what is surely in none of curation.languages."""
+    """Note the language in `metadata`, and drop text that is surely in none of curation.languages."""
     from datatrove.pipeline.filters import LanguageFilter
     from fasttext.FastText import _FastText
 
@@ -131,7 +131,7 @@ def _masking_step(masked: Counter) -> Step:
 
 
 def mask_emails(text: str, replacement: str = "email@example.com") -> tuple[str, int]:
-    """The text with each e-mail address replaced, and how many there were.
+    """Return the text with each e-mail address replaced, and how many there were.
 
     An address is the longest run of what RFC 5322 allows before an @ (of any length; or a quoted name), from its first
     letter or digit on, and a domain with a dot (or an address in brackets) behind it.

@@ -80,7 +80,7 @@ class _Counts:
                 return
             yield item
 
-    def judge(self, steps: dict[str, Step], document) -> str | None:
+    def drop_reason(self, steps: dict[str, Step], document) -> str | None:
         for name, step in steps.items():
             with self.timed(name):
                 reason = step(document)
@@ -127,17 +127,17 @@ def _filtered(plan: CurationPlan, task: Task, counts: _Counts, dropped: Dropped)
 
     source, steps = plan.sources[task.source], filter_steps(plan.curation)
 
-    def left_out(reason: str, id: str) -> None:
+    def skip(reason: str, id: str) -> None:
         counts.totals["documents_in"] += 1
         counts.drop(reason, 0)
 
     for part in task.parts:
-        for record in counts.timed_items("read", read_part(source, part, left_out)):
+        for record in counts.timed_items("read", read_part(source, part, skip)):
             size = _size(record.text)
             counts.totals.update(documents_in=1, bytes_in=size)
             counts.advance(size)
             document = Document(record.text, record.id, metadata={"url": record.url, "license": record.license})
-            reason = counts.judge(steps, document)
+            reason = counts.drop_reason(steps, document)
             if document.text is not record.text:
                 new_size = _size(document.text)
                 counts.totals["bytes_trimmed"] += size - new_size
@@ -201,7 +201,7 @@ def _finish(plan: CurationPlan, rank: int, advance: Advance) -> dict:
             size = _size(text)
             counts.advance(size)
             document = Document(text, id)
-            reason = REASONS.get(decision) or counts.judge(steps, document)
+            reason = REASONS.get(decision) or counts.drop_reason(steps, document)
             if reason:
                 counts.drop(reason, size)
                 why = {}
@@ -280,8 +280,8 @@ def refuse_nothing_left(accounting: dict) -> None:
             )
         if not source["documents_out"]:
             reasons = sorted(source["dropped"].items(), key=lambda item: -item[1]["documents"])
-            told = ", ".join(f"{reason} ({counts['documents']})" for reason, counts in reasons[:3])
+            summary = ", ".join(f"{reason} ({counts['documents']})" for reason, counts in reasons[:3])
             raise ConfigError(
-                f"Curation left none of the {source['documents_in']} documents of source {name!r}: {told}. Loosen "
+                f"Curation left none of the {source['documents_in']} documents of source {name!r}: {summary}. Loosen "
                 "data.curation, or take the source out of data.sources."
             )

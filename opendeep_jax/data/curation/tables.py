@@ -21,7 +21,7 @@ class CurationTable:
         self.path, self.rows, self.size = path, {name: [] for name in COLUMNS}, 0
         self.stack, self.writer = contextlib.ExitStack(), None
 
-    def __enter__(self) -> "Table":
+    def __enter__(self) -> "CurationTable":
         return self
 
     def __exit__(self, kind, *rest) -> None:
@@ -63,7 +63,7 @@ class CurationTable:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, ...]]:
-    """The COLUMNS of each document of a Table, in order; nothing if it has none."""
+    """Yield the COLUMNS of each document of a Table, in order; nothing if it has none."""
     import pyarrow.parquet as parquet
 
     if path.exists():

@@ -41,7 +41,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 
 @functools.cache
 def word_tokenizer():
-    """The splitter above as datatrove's blocks take it in place of a language."""
+    """Return the splitter above as datatrove's blocks take it in place of a language."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):

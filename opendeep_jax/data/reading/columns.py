@@ -89,7 +89,7 @@ def _batch_rows(rows: int, size: int) -> int:
 
 @contextlib.contextmanager
 def _parquet(file: SourceFile) -> Iterator[Any]:
-    """An open Parquet file. Its damage, met here or while it is read, becomes a ConfigError that names it."""
+    """An open Parquet file. Damage found here or while it is read becomes a ConfigError that names it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,7 +162,7 @@ def _rows(batch: Any, fields: Fields) -> Iterator[dict[str, Any]]:
 
 
 def _values(batch: Any, path: tuple[str, ...]) -> list:
-    """A column's values, texts as bytes; MISSING in every row where there is no such column."""
+    """Return a column's values, texts as bytes; MISSING in every row where there is no such column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -31,7 +31,7 @@ def _feature(entry: bytes) -> tuple[str, Any]:
 
 
 def _numbers(kind: int, value: Any) -> list[Any]:
-    """The values of one entry of a bytes_list (1), float_list (2) or int64_list (3); numbers may be packed."""
+    """Return the values of one entry of a bytes_list (1), float_list (2) or int64_list (3); numbers may be packed."""
     if kind == 1:
         if not isinstance(value, bytes):
             raise ValueError("a number in a list of bytes")
@@ -52,7 +52,7 @@ def _signed(number: int) -> int:
 
 
 def _only(message: bytes, wanted: int) -> bytes:
-    """The one field of a message. Raises ValueError if it has others."""
+    """Return the one field of a message. Raises ValueError if it has others."""
     found = list(_messages(message, wanted))
     if len(found) != 1:
         raise ValueError(f"{len(found)} fields where one is expected")

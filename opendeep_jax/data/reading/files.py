@@ -30,7 +30,7 @@ def is_remote(path: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises ConfigError where its driver is missing."""
+    """Return the fsspec file system of a URL, and the path in it. Raises ConfigError where its driver is missing."""
     import fsspec
 
     try:
@@ -122,7 +122,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def read_whole(url: str) -> bytes | None:
+def read_all(url: str) -> bytes | None:
     """All bytes at a URL, or None where there is nothing. Raises ConfigError if its host cannot be reached."""
     files, inside = filesystem(url)
     with reaching(url):

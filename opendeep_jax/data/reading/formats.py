@@ -49,7 +49,7 @@ TEXT_LIKE = ("text", "content", "body", "raw_content", "document", "markdown", "
 
 
 class Malformed(str):
-    """Stands for a record that cannot be parsed, and says why."""
+    """Record that cannot be parsed, and the reason."""
 
 
 class SourceFile(NamedTuple):
@@ -91,14 +91,14 @@ class Part(NamedTuple):
 
 
 def format_of(file: SourceFile) -> str:
-    """A key of SUFFIXES, `datasets`, or nothing for a file that holds no documents."""
+    """Return a key of SUFFIXES, `datasets`, or nothing for a file that holds no documents."""
     if file.path.startswith(DATASETS):
         return "datasets"
     return next((kind for kind, ending in SUFFIXES.items() if re.search(ending + "$", file.name, re.IGNORECASE)), "")
 
 
 def cut(file: SourceFile, fields: Fields) -> list[Part]:
-    """The parts of a file, in order; none for an empty one.
+    """Return the parts of a file, in order; none for an empty one.
 
     Raises ConfigError for a file that is damaged, and one whose columns do not fit `fields`.
     """
@@ -119,7 +119,7 @@ def cut(file: SourceFile, fields: Fields) -> list[Part]:
 
 
 def read_records(part: Part, fields: Fields) -> Iterator[tuple[int, dict[str, Any] | bytes | Malformed]]:
-    """(number in the file, from 1; values by field) of each record in a part; text may be bytes that nobody decoded.
+    """(number in the file, from 1; values by field) of each record in a part; text may be undecoded bytes.
 
     A record that is not UTF-8, so that no field can be told, and one that is only text, are given as bytes; one that
     cannot be parsed as Malformed. Raises ConfigError for a damaged file, naming it.
@@ -211,7 +211,7 @@ def _lines(part: Part, fields: Fields) -> Iterator[tuple[int, bytes]]:
 
 
 def _as_text(content: BinaryIO, file: SourceFile, encoding: str) -> Iterator[str]:
-    """Lines, decoded; bytes that are none of the encoding's become surrogates, which are found later."""
+    """Lines, decoded; bytes outside the encoding become surrogates, which are found later."""
     try:
         with io.TextIOWrapper(content, encoding or "utf-8-sig", "surrogateescape", newline="\n") as lines:
             yield from lines
@@ -335,7 +335,7 @@ def _read_array_record(part: Part, fields: Fields) -> Iterator[tuple[int, dict |
     batch = max(1, min(1024, (part.end - part.begin) * 2**23 // max(1, part.size)))
     try:
         first = reader.read(0, 1)[0]
-        parse = _parse_json if _is_object(first) else _parse_example if parse_example(first) else _as_it_is
+        parse = _parse_json if _is_object(first) else _parse_example if parse_example(first) else _raw
         for begin in range(part.begin, part.end, batch):
             records = reader.read(begin, min(begin + batch, part.end))
             yield from ((number, parse(record, fields)) for number, record in enumerate(records, start=begin + 1))
@@ -350,7 +350,7 @@ def _parse_json(record: bytes, fields: Fields) -> dict | bytes | Malformed:
         return record
 
 
-def _as_it_is(record: bytes, fields: Fields) -> bytes:
+def _raw(record: bytes, fields: Fields) -> bytes:
     return record
 
 

@@ -33,7 +33,7 @@ def _next_line(content: BinaryIO) -> bytes:
 
 
 def read_values(stream: TextIO) -> Iterator[Any]:
-    """The elements of the array, or the values one after the other. Raises ValueError where it is no JSON."""
+    """Yield the elements of the array, or the values one after the other. Raises ValueError where it is no JSON."""
     decode, buffer, position, ended = json.JSONDecoder().raw_decode, "", 0, False
     array, number, comma = None, 0, False
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data.reading.files import read_whole
+from opendeep_jax.data.reading.files import read_all
 from opendeep_jax.data.reading.formats import MISSING
 
 LINK = re.compile(r"\{([^{}]+)\}")
@@ -27,7 +27,7 @@ Record = tuple[str, str, dict[str, Any]]
 
 
 def fetch_texts(text_url: str, text_field: str, records: Iterator[Record]) -> Iterator[Record]:
-    """The (place, id, values) of `records`, in order, each with the bytes at its text_url under `text_field`.
+    """Yield the (place, id, values) of `records`, in order, each with the bytes at its text_url under `text_field`.
 
     MISSING stands for a URL where there is nothing, None for one that a null field leaves unknown. Raises ConfigError
     for a host that is out of reach, a damaged text, and a record without the fields that text_url names.
@@ -66,7 +66,7 @@ def _address(text_url: str, where: str, id: str, values: dict[str, Any]) -> str 
 
 
 def _fetch(url: str) -> Any:
-    content = read_whole(url)
+    content = read_all(url)
     if content is None:
         return MISSING
     if not content.startswith(GZIP_MAGIC):

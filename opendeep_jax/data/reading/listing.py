@@ -39,7 +39,7 @@ class Listing(NamedTuple):
 
     files: list[SourceFile]
     """Those to read, by name; empty ones too."""
-    left_out: dict[str, list[str]]
+    skipped: dict[str, list[str]]
     """Names of what holds no document, by reason: hidden files, unknown endings, archives, links to what is read."""
 
 
@@ -56,7 +56,7 @@ def is_store(source: SourceConfig) -> bool:
 
 
 def list_files(source: SourceConfig) -> list[SourceFile]:
-    """The source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
+    """Return the source's files sorted by name. Raises ConfigError if there are none, or one is out of reach."""
     return list_source(source).files
 
 
@@ -66,37 +66,37 @@ def list_source(source: SourceConfig) -> Listing:
     A file under several names, by links or by a pattern that matches it twice, is listed once: under its own name
     rather than a link's, then under the first in order of the alphabet.
     """
-    left_out: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     if source.path.startswith(DATASETS):
         from opendeep_jax.data.reading.columns import dataset_file
 
         files = [dataset_file(source.path)]
         _check_effects(source, files)
-        return Listing(files, left_out)
+        return Listing(files, skipped)
     if is_remote(source.path):
-        files = _readable((SourceFile(*file) for file in list_remote(source.path)), left_out)
+        files = _readable((SourceFile(*file) for file in list_remote(source.path)), skipped)
     elif source.path:
-        files = _local_files(_find(Path(source.path).expanduser(), left_out), left_out)
+        files = _local_files(_find(Path(source.path).expanduser(), skipped), skipped)
     elif source.name == "python_stdlib":
         found = _walk(Path(sysconfig.get_path("stdlib")), LEFT_OUT_OF_STDLIB, {})
-        return Listing(_local_files((each for each in found if each.path.suffix == ".py"), {}), left_out)
+        return Listing(_local_files((each for each in found if each.path.suffix == ".py"), {}), skipped)
     else:
         raise ConfigError(
             f"Source {source.name!r} has no path. Only the embedded source python_stdlib can do without one; set the "
             "source's path to a file, a directory or a glob."
         )
-    files = _one_kind(source, sorted(files), left_out)
+    files = _one_kind(source, sorted(files), skipped)
     _check_effects(source, files)
     for file in files:
         if not file.size:
-            left_out.setdefault(EMPTY, []).append(file.name)
+            skipped.setdefault(EMPTY, []).append(file.name)
     if not files:
-        there = "; ".join(f"{len(names)} × {reason}" for reason, names in left_out.items())
+        there = "; ".join(f"{len(names)} × {reason}" for reason, names in skipped.items())
         raise ConfigError(
             f"Source {source.name!r} is empty: {source.path} holds no file that ends in {SUFFIXES_IN_WORDS}"
             f"{f', only {there}' if there else ''}. Point the source's path to some text."
         )
-    return Listing(files, {reason: sorted(names) for reason, names in sorted(left_out.items())})
+    return Listing(files, {reason: sorted(names) for reason, names in sorted(skipped.items())})
 
 
 def _check_effects(source: SourceConfig, files: list[SourceFile]) -> None:
@@ -116,16 +116,16 @@ def _check_effects(source: SourceConfig, files: list[SourceFile]) -> None:
                 )
 
 
-def _readable(files: Iterable[SourceFile], left_out: dict[str, list[str]]) -> list[SourceFile]:
-    """The files that have a format and are not hidden; the others are noted in `left_out`."""
+def _readable(files: Iterable[SourceFile], skipped: dict[str, list[str]]) -> list[SourceFile]:
+    """Return the files that have a format and are not hidden; the others are noted in `skipped`."""
     readable = []
     for file in files:
         if any(map(HIDDEN.fullmatch, file.name.split("/"))):
-            left_out.setdefault("hidden", []).append(file.name)
+            skipped.setdefault("hidden", []).append(file.name)
         elif format_of(file):
             readable.append(file)
         else:
-            left_out.setdefault(_why_unread(file.name), []).append(file.name)
+            skipped.setdefault(_why_unread(file.name), []).append(file.name)
     return readable
 
 
@@ -139,8 +139,8 @@ def _why_unread(name: str) -> str:
     return f"file ending in {ending}, which is not read" if ending else "file without an ending, which is not read"
 
 
-def _one_kind(source: SourceConfig, files: list[SourceFile], left_out: dict[str, list[str]]) -> list[SourceFile]:
-    """The files, all of text or all of records. What is plainly beside the point is noted in `left_out`.
+def _one_kind(source: SourceConfig, files: list[SourceFile], skipped: dict[str, list[str]]) -> list[SourceFile]:
+    """Return the files, all of text or all of records. What is plainly beside the point is noted in `skipped`.
 
     Raises ConfigError where both may be meant.
     """
@@ -148,7 +148,7 @@ def _one_kind(source: SourceConfig, files: list[SourceFile], left_out: dict[str,
     def drop(reason: str, beside: Callable[[SourceFile], bool]) -> None:
         nonlocal files
         for file in filter(beside, files):
-            left_out.setdefault(reason, []).append(file.name)
+            skipped.setdefault(reason, []).append(file.name)
         files = [file for file in files if not beside(file)]
 
     def is_text(file: SourceFile) -> bool:
@@ -177,11 +177,11 @@ def _matches(pattern: re.Pattern, file: SourceFile) -> bool:
     return bool(pattern.fullmatch(file.name.rpartition("/")[2]))
 
 
-def _find(path: Path, left_out: dict[str, list[str]]) -> list[_Found]:
+def _find(path: Path, skipped: dict[str, list[str]]) -> list[_Found]:
     """The files of a file, directory or glob, named from the directory or from what precedes the glob's first sign."""
     with reaching(str(path)):
         if path.is_dir():
-            return list(_walk(path, HIDDEN, left_out))
+            return list(_walk(path, HIDDEN, skipped))
         if path.is_file():
             return [_Found(path.name, path, False)]
     if glob.has_magic(str(path)):
@@ -192,14 +192,14 @@ def _find(path: Path, left_out: dict[str, list[str]]) -> list[_Found]:
         entered = {parent for each in found for parent in each.parents}
         for each in found:
             if each.is_dir() and each not in entered and any(each.iterdir()):
-                left_out.setdefault("directory (** in a glob goes into it)", []).append(str(each.relative_to(root)))
+                skipped.setdefault("directory (** in a glob goes into it)", []).append(str(each.relative_to(root)))
         names = [(each.relative_to(root).as_posix(), each) for each in found if not each.is_dir()]
         return [_Found(n, each, os.path.realpath(each) != os.path.join(real, n)) for n, each in names]
     raise ConfigError(f"No such file or directory: {path}. Correct the path of the source in data.sources.")
 
 
-def _walk(root: Path, pattern: re.Pattern, left_out: dict[str, list[str]]) -> Iterator[_Found]:
-    """All files below `root`, each directory once; files and directories whose whole name matches go to `left_out`.
+def _walk(root: Path, pattern: re.Pattern, skipped: dict[str, list[str]]) -> Iterator[_Found]:
+    """All files below `root`, each directory once; files and directories whose whole name matches go to `skipped`.
 
     What is really there comes before what links lead to, so that a link gives nothing another name.
     """
@@ -212,7 +212,7 @@ def _walk(root: Path, pattern: re.Pattern, left_out: dict[str, list[str]]) -> It
     while links:
         top = links.popleft()
         if os.path.realpath(top) in seen:
-            left_out.setdefault("link to a directory that is read", []).append(top.relative_to(root).as_posix())
+            skipped.setdefault("link to a directory that is read", []).append(top.relative_to(root).as_posix())
             continue
         found: list[Path] = []
         for directory, subdirectories, names in os.walk(top, onerror=refuse):
@@ -222,7 +222,7 @@ def _walk(root: Path, pattern: re.Pattern, left_out: dict[str, list[str]]) -> It
             seen.add(real)
             for name in [*subdirectories, *names]:
                 if pattern.fullmatch(name):
-                    left_out.setdefault("hidden", []).append(Path(directory, name).relative_to(root).as_posix())
+                    skipped.setdefault("hidden", []).append(Path(directory, name).relative_to(root).as_posix())
             subdirectories[:] = sorted(name for name in subdirectories if not pattern.fullmatch(name))
             found += [path for name in subdirectories if (path := Path(directory, name)).is_symlink()]
             yield from (
@@ -233,19 +233,19 @@ def _walk(root: Path, pattern: re.Pattern, left_out: dict[str, list[str]]) -> It
         links.extend(sorted(found))
 
 
-def _local_files(found: Iterable[_Found], left_out: dict[str, list[str]]) -> list[SourceFile]:
+def _local_files(found: Iterable[_Found], skipped: dict[str, list[str]]) -> list[SourceFile]:
     files, seen = [], set()
     for each in sorted(found, key=lambda each: (each.linked, each.name)):
         file = SourceFile(valid_text(each.name), str(each.path.absolute()), 0, "")
         if not format_of(file):
-            left_out.setdefault(_why_unread(file.name), []).append(file.name)
+            skipped.setdefault(_why_unread(file.name), []).append(file.name)
             continue
         with reaching(file.path):
             status = each.path.stat()
         if not stat.S_ISREG(status.st_mode):
-            left_out.setdefault("no regular file", []).append(file.name)
+            skipped.setdefault("no regular file", []).append(file.name)
         elif status.st_ino and (status.st_dev, status.st_ino) in seen:
-            left_out.setdefault(SAME_FILE, []).append(file.name)
+            skipped.setdefault(SAME_FILE, []).append(file.name)
         else:
             seen.add((status.st_dev, status.st_ino))
             files.append(file._replace(size=status.st_size, stamp=str(status.st_mtime_ns)))
@@ -253,5 +253,5 @@ def _local_files(found: Iterable[_Found], left_out: dict[str, list[str]]) -> lis
 
 
 def valid_text(text: str) -> str:
-    """The text with what UTF-8 cannot write, as bytes of a file's name that are none, spelled out."""
+    """Return the text with what UTF-8 cannot write, as bytes of a file's name that are none, spelled out."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

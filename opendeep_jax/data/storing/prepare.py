@@ -47,7 +47,7 @@ def prepare_store(
     advance: Callable[[int], None] = lambda size: None,
     shard_bytes: int = 0,
 ) -> Store:
-    """The store at `directory`, made of `parts` first, or what is missing of it.
+    """Return the store at `directory`, made of `parts` first, or what is missing of it.
 
     Whole shards are kept, missing and cut off ones are made (again). Another process that makes the same store is
     waited for.
@@ -73,11 +73,11 @@ def prepare_store(
         (directory / "shards").mkdir(parents=True, exist_ok=True)
     with alone_in(directory, "preparing") as lock:
         _sweep(directory)
-        before, known = _what_was(directory, tokenizer)
+        before, known = _previous_store(directory, tokenizer)
         jobs = []
         for name, group in groups.items():
             shard, expected = directory / "shards" / name, shard_facts(source, tokenizer, facts, name, group)
-            if _is_whole(shard, expected, known.get(name)):
+            if _is_complete(shard, expected, known.get(name)):
                 advance(sum(part.size for part in group))
             else:
                 _remove(shard)
@@ -115,7 +115,7 @@ def _sweep(directory: Path) -> None:
                 path.unlink()
 
 
-def _what_was(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, dict]]:
+def _previous_store(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, dict]]:
     """Return what store.json says, and the rows of shards.arrow by shard, if the store was whole once; else nothing."""
     try:
         before = read_manifest(directory)
@@ -133,7 +133,7 @@ def _what_was(directory: Path, tokenizer: Tokenizer) -> tuple[dict, dict[str, di
     return before, {row["name"]: row for row in index.to_pylist()}
 
 
-def _is_whole(shard: Path, facts: dict, known: dict | None) -> bool:
+def _is_complete(shard: Path, facts: dict, known: dict | None) -> bool:
     """Return whether a shard is there, all its files in their sizes, as it was known or as it would be made now."""
     try:
         manifest = json.loads((shard / "shard.json").read_text("utf-8"))

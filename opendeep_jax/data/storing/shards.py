@@ -41,7 +41,7 @@ class Collected:
     worst: tuple[int, str, str] = (0, "", "")
     """The document that lost most: bytes, id, and the first letters that it lost."""
 
-    def leave_out(self, reason: str, id: str) -> None:
+    def skip(self, reason: str, id: str) -> None:
         """Count a document that is left out."""
         entry = self.left_out.setdefault(reason, {"documents": 0, "examples": []})
         entry["documents"] += 1
@@ -59,7 +59,7 @@ def write_shard(
     known_hash: str | None,
     advance: Callable[[int], None],
 ) -> None:
-    """Tokenizes `parts` into the shard `name` of the store at `store`, calling `advance` with bytes of the parts.
+    """Tokenize `parts` into the shard `name` of the store at `store`, calling `advance` with bytes of the parts.
 
     The shard appears whole or not at all, and is made of the parts and the tokenizer alone.
 
@@ -73,7 +73,7 @@ def write_shard(
         collected = Collected()
         for part in parts:
             left = part.size
-            for batch in _batches(read_part(source, part, collected.leave_out)):
+            for batch in _batches(read_part(source, part, collected.skip)):
                 size = _tokenize(batch, tokenizer, tokens, collected)
                 advance(min(size, left))
                 left -= min(size, left)
@@ -174,7 +174,7 @@ def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter
         if lost := tokenizer.lost_bytes(text, ids):
             collected.lost_bytes += lost
             if lost > collected.worst[0]:
-                collected.worst = (lost, document.id, _lost_letters(document.text, tokenizer.decode(ids)))
+                collected.worst = (lost, document.id, _lost_characters(document.text, tokenizer.decode(ids)))
         collected.ids.append(document.id)
         collected.urls.append(document.url)
         collected.licenses.append(document.license)
@@ -186,8 +186,8 @@ def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter
     return size
 
 
-def _lost_letters(text: str, said: str) -> str:
-    """The first letters of a text that are not in what its tokens say."""
+def _lost_characters(text: str, said: str) -> str:
+    """Return the first letters of a text that are not in what its tokens say."""
     said_letters = set(said)
     return "".join(dict.fromkeys(letter for letter in text if letter not in said_letters))[:8]
 

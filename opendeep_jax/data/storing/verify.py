@@ -1,4 +1,4 @@
-"""`opendeep data verify`: recomputes every hash of a token store, and says exactly which files are damaged."""
+"""`opendeep data verify`: recompute every hash of a token store and name the damaged files."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ STRETCH = 64 * INNER_CHUNK
 
 
 def verify_store(store: Store) -> list[str]:
-    """A sentence for every damaged file, in the order of the shards; none if the store is as it was written.
+    """Return a sentence for every damaged file, in the order of the shards; none if the store is as it was written.
 
     Recomputes the SHA-256 of every file, of every shard's content from what is read back, and of the whole, in
     threads.
@@ -31,7 +31,7 @@ def verify_store(store: Store) -> list[str]:
 
 
 def _store_problems(store: Store) -> Iterator[str]:
-    """Return what is wrong with shards.arrow and store.json."""
+    """Yield what is wrong with shards.arrow and store.json."""
     path, manifest = store.directory / "shards.arrow", store.manifest
     try:
         found = sha256_of(path)
@@ -85,7 +85,7 @@ def _file_problem(path: Path, file: dict) -> str:
 
 
 def _content_hash(store: Store, number: int) -> str:
-    """The content hash of a shard from what can be read of it."""
+    """Return the content hash of a shard from what can be read of it."""
     shard, digest = store.shard(number), hashlib.sha256()
     for begin in range(0, shard.size, STRETCH):
         tokens = shard.read_tokens(begin, min(begin + STRETCH, shard.size))

@@ -93,7 +93,7 @@ def _process(keep_open: tuple[int, ...]) -> Iterator[subprocess.Popen]:
 
 
 def _drive(process: subprocess.Popen, work: tuple, waiting: queue.SimpleQueue, events: queue.SimpleQueue) -> None:
-    """Give one worker jobs until none waits, and passes on what it says."""
+    """Give one worker jobs until none waits, and pass on its messages."""
     try:
         with process.stdin as sink, process.stdout as replies:
             _send(sink, sys.path)
@@ -128,7 +128,7 @@ def _send(sink: BinaryIO, value: Any) -> None:
 
 
 def _serve() -> None:
-    """A worker's life: jobs from standard input, until it ends."""
+    """Serve jobs from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides.
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     replies = os.fdopen(os.dup(1), "wb")

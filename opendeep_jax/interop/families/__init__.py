@@ -23,7 +23,7 @@ FAMILIES = (
     NEMOTRON,
     NEMOTRON_H,
 )
-"""In the order in which a model looks for its family: where two fit, it is written as the first."""
+"""Families in the order in which they are tried: where two fit, it is written as the first."""
 
 OTHER_NAMES = {"kimi_k2": "deepseek_v3", "gemma3": "gemma3_text"}
 """Model types that are another's architecture."""

@@ -15,10 +15,10 @@ from opendeep_jax.interop.hf_family import (
     PRE_NORMS,
     Family,
     Raw,
+    boolean,
+    integer,
     number,
     require,
-    truth,
-    whole,
 )
 from opendeep_jax.interop.hf_rope import KEYS, parameters, read_rope, write_scaling
 
@@ -72,20 +72,20 @@ def config_from(raw: Raw) -> dict[str, Any]:
             f"num_key_value_heads = {raw['num_key_value_heads']}: latent attention has one key and value head for each "
             f"of the num_attention_heads = {raw['num_attention_heads']} query heads. Make the two equal."
         )
-    rotated = whole(raw, "qk_rope_head_dim")
+    rotated = integer(raw, "qk_rope_head_dim")
     derived = {
         "head_dim": rotated,
-        "qk_head_dim": whole(raw, "qk_nope_head_dim") + rotated,
+        "qk_head_dim": integer(raw, "qk_nope_head_dim") + rotated,
         "partial_rotary_factor": 1.0,
     }
     for key, value in derived.items():  # which transformers writes out; another value would be another rotation
         require(raw, key, value)
     depth = {"mtp.depth": raw.get("num_nextn_predict_layers") or raw.get("num_mtp_layers") or 0}
-    return _read_routing(raw) | depth | _read_rope(raw) | {"mlp_bias": truth(raw, "mlp_bias")}
+    return _read_routing(raw) | depth | _read_rope(raw) | {"mlp_bias": boolean(raw, "mlp_bias")}
 
 
 def _read_routing(raw: Raw) -> dict[str, Any]:
-    """The experts and how they are chosen, after checking that it is the version's own way."""
+    """Return the experts and how they are chosen, after checking that it is the version's own way."""
     model_type = raw["model_type"]
     routing = ROUTING[model_type]
     method = raw.get("topk_method", routing["topk_methods"][0])
@@ -93,7 +93,7 @@ def _read_routing(raw: Raw) -> dict[str, Any]:
         allowed = " or ".join(routing["topk_methods"])
         raise ConfigError(f"topk_method = {method!r}: {model_type} chooses experts by {allowed}. Correct the key.")
     require(raw, "scoring_func", routing["fields"]["moe.scoring"])
-    layers, dense = whole(raw, "num_hidden_layers"), raw.get("first_k_dense_replace", 0)
+    layers, dense = integer(raw, "num_hidden_layers"), raw.get("first_k_dense_replace", 0)
     experts = raw.get("n_routed_experts", 0)
     if not experts:
         if "moe_intermediate_size" in raw and (type(dense) is not int or dense < layers):
@@ -152,7 +152,7 @@ def _read_yarn(raw: Raw, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The keys that `config_from` reads, for one version."""
+    """Return the keys that `config_from` reads, for one version."""
     moe = config.moe
     raw = {
         "num_key_value_heads": config.attention.num_heads,

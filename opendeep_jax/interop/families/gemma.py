@@ -16,11 +16,11 @@ from opendeep_jax.interop.hf_family import (
     IMPLIED,
     Family,
     Raw,
+    integer,
     number,
     read_biases,
     read_heads,
     read_layer_types,
-    whole,
     write_biases,
     write_heads,
     write_layer_types,
@@ -38,7 +38,7 @@ IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
 
 def config_from(raw: Raw) -> dict[str, Any]:
     """Heads, local and global layers, the two rotations, and the factors that Gemma alone has."""
-    pattern = whole(raw, "sliding_window_pattern" if "sliding_window_pattern" in raw else "_sliding_window_pattern")
+    pattern = integer(raw, "sliding_window_pattern" if "sliding_window_pattern" in raw else "_sliding_window_pattern")
     scale = number(raw, "query_pre_attn_scalar")
     if scale <= 0:
         raise ConfigError(f"query_pre_attn_scalar = {scale}: must be above 0. Correct the key.")
@@ -48,7 +48,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
         | read_layer_types(raw, lambda layer: (layer + 1) % pattern != 0)
         | read_ropes(raw, THETA, number(raw, "rope_local_base_freq", SLIDING_THETA))
         | {
-            "embedding_scale": whole(raw, "hidden_size") ** 0.5,
+            "embedding_scale": integer(raw, "hidden_size") ** 0.5,
             "attention.query_scale": scale**-0.5,
             "logit_softcap": number(raw, "final_logit_softcapping", 0.0),
         }
@@ -56,7 +56,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     attention = config.attention
     return (
         write_heads(config)
@@ -72,7 +72,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def names_in_files(name: str) -> str | None:
-    """A tensor's name without what the models that see images put before it; None for a part of their eyes."""
+    """A tensor's name without what the models that see images put before it; None for a tensor of the image encoder."""
     if name.startswith(IMAGE_PARTS):
         return None
     for prefix, replacement in NAMES.items():

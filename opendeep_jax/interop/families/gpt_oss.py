@@ -57,7 +57,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     rope = write_rope(config.attention.rope)
     if not rope["rope_scaling"]:
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.attention.rope.theta}}

@@ -12,9 +12,9 @@ from opendeep_jax.interop.hf_family import (
     PRE_NORMS,
     Family,
     Raw,
+    boolean,
     read_biases,
     read_heads,
-    truth,
     write_biases,
     write_heads,
 )
@@ -23,11 +23,11 @@ from opendeep_jax.interop.hf_rope import KEYS, read_rope, write_rope
 
 def config_from(raw: Raw) -> dict[str, Any]:
     """Heads, biases and rotation."""
-    return read_heads(raw) | read_biases(raw) | read_rope(raw) | {"mlp_bias": truth(raw, "mlp_bias")}
+    return read_heads(raw) | read_biases(raw) | read_rope(raw) | {"mlp_bias": boolean(raw, "mlp_bias")}
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     rope = write_rope(config.attention.rope)
     return write_heads(config) | write_biases(config) | rope | {"mlp_bias": config.mlp_bias}
 

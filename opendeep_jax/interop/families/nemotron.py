@@ -12,10 +12,10 @@ from opendeep_jax.interop.hf_family import (
     IMPLIED,
     Family,
     Raw,
+    boolean,
     number,
     read_biases,
     read_heads,
-    truth,
     write_biases,
     write_heads,
 )
@@ -28,12 +28,12 @@ def config_from(raw: Raw) -> dict[str, Any]:
     part = number(parameters(raw), "partial_rotary_factor", raw.get("partial_rotary_factor", 0.5))
     if not 0 < part <= 1:
         raise ConfigError(f"partial_rotary_factor = {part}: must be above 0 and at most 1. Correct the key.")
-    own = {"attention.rotary_dim": int(heads["attention.head_dim"] * part), "mlp_bias": truth(raw, "mlp_bias")}
+    own = {"attention.rotary_dim": int(heads["attention.head_dim"] * part), "mlp_bias": boolean(raw, "mlp_bias")}
     return heads | read_biases(raw) | read_rope(raw, partial=True) | own
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     attention = config.attention
     part = (attention.rotary_dim or attention.head_dim) / attention.head_dim
     own = {"partial_rotary_factor": part, "mlp_bias": config.mlp_bias}

@@ -10,7 +10,7 @@ from typing import Any
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ModelConfig
-from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, read_heads, truth, whole, write_heads
+from opendeep_jax.interop.hf_family import FIELDS, Family, Fused, Raw, boolean, integer, read_heads, write_heads
 
 HEAD_DIM = 128
 LETTERS = {
@@ -21,7 +21,7 @@ LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-"""What layers_block_type calls the layers, by transformers 5 and before it."""
+"""Names of the layers in layers_block_type, by transformers 5 and before it."""
 
 MAMBA_FIELDS = {
     "mamba_num_heads": "mamba.num_heads",
@@ -55,7 +55,7 @@ MOE_DEFAULTS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_s
 
 
 def _pattern(raw: Raw) -> str:
-    """The layers' letters, which three keys may hold."""
+    """Return the layers' letters, which three keys may hold."""
     kinds = raw.get("layers_block_type", raw.get("layer_types"))
     if kinds is None:
         pattern = raw.get("hybrid_override_pattern")
@@ -82,7 +82,7 @@ def config_from(raw: Raw) -> dict[str, Any]:
         )
     if "head_dim" not in raw and "attention_head_dim" in raw:
         raw = {**raw, "head_dim": raw["attention_head_dim"]}
-    fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": truth(raw, "mlp_bias")}
+    fields = {"layer_pattern": pattern, "num_layers": len(pattern), "mlp_bias": boolean(raw, "mlp_bias")}
     fields |= read_heads(raw, HEAD_DIM)
     fields |= {field: raw[key] for key, field in OLDER_NAMES.items() if key in raw} | _time_steps_from(raw)
     return fields | (_experts_from(raw) if "E" in pattern else {})
@@ -103,7 +103,7 @@ def _time_steps_from(raw: Raw) -> dict[str, Any]:
 
 
 def _experts_from(raw: Raw) -> dict[str, Any]:
-    """How many experts there are, and how they are chosen: as in DeepSeek-V3."""
+    """Return the number of experts and their routing, as in DeepSeek-V3."""
     if "moe_latent_size" in raw:
         raise ConfigError(
             f"moe_latent_size = {raw['moe_latent_size']!r}: experts of a latent (Nemotron 3 Super and Ultra) can't be "
@@ -116,13 +116,13 @@ def _experts_from(raw: Raw) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"nemotron_h needs the keys {', '.join(missing)}, which are missing. Add them.")
     for key in ("n_routed_experts", "moe_shared_expert_intermediate_size"):
-        whole(raw, key)
+        integer(raw, key)
     # The shared experts are as wide together as their key says, however many n_shared_experts counts.
     return {field: raw[key] for key, field in MOE_FIELDS.items()} | {"moe.num_shared_experts": 1}
 
 
 def config_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `config_from` reads."""
+    """Return the keys that `config_from` reads."""
     raw = {
         "hybrid_override_pattern": config.layer_pattern or "*" * config.num_layers,  # not what other models are
         "num_hidden_layers": config.num_layers,
@@ -138,7 +138,7 @@ def config_to(config: ModelConfig) -> dict[str, Any]:
 
 
 def names_in_files(name: str) -> str | None:
-    """Transformers calls in its memory `model` what files call `backbone`; its MTP layers nobody reads."""
+    """Return a tensor's name in files: transformers' `model` is `backbone` there. MTP layers are not read."""
     if name.startswith("mtp."):
         return None
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name

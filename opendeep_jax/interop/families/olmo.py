@@ -31,7 +31,7 @@ def olmo2_from(raw: Raw) -> dict[str, Any]:
 
 
 def olmo2_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `olmo2_from` reads."""
+    """Return the keys that `olmo2_from` reads."""
     return write_heads(config) | write_biases(config) | write_rope(config.attention.rope)
 
 
@@ -50,7 +50,7 @@ def olmo3_from(raw: Raw) -> dict[str, Any]:
 
 
 def olmo3_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `olmo3_from` reads.
+    """Return the keys that `olmo3_from` reads.
 
     Where a base is not the family's own, rope_parameters says of which layers.
     """

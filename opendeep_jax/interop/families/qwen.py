@@ -15,11 +15,11 @@ from opendeep_jax.interop.hf_family import (
     SLIDING,
     Family,
     Raw,
+    boolean,
+    integer,
     read_biases,
     read_heads,
     read_layer_types,
-    truth,
-    whole,
     write_biases,
     write_heads,
     write_layer_types,
@@ -30,8 +30,8 @@ HEAD_DIM_OF_QWEN3 = 128
 
 
 def _read_window(raw: Raw) -> dict[str, Any]:
-    """Layers from max_window_layers on slide, if any do at all."""
-    if not truth(raw, "use_sliding_window"):
+    """Return the sliding window, which layers from max_window_layers on have, if any."""
+    if not boolean(raw, "use_sliding_window"):
         types = raw.get("layer_types")
         if isinstance(types, list) and SLIDING in types:
             raise ConfigError(
@@ -58,7 +58,7 @@ def qwen2_from(raw: Raw) -> dict[str, Any]:
 
 
 def qwen2_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `qwen2_from` reads."""
+    """Return the keys that `qwen2_from` reads."""
     return write_heads(config) | _write_window(config) | write_rope(config.attention.rope)
 
 
@@ -68,13 +68,13 @@ def qwen3_from(raw: Raw) -> dict[str, Any]:
 
 
 def qwen3_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `qwen3_from` reads."""
+    """Return the keys that `qwen3_from` reads."""
     return write_heads(config) | write_biases(config) | _write_window(config) | write_rope(config.attention.rope)
 
 
 def moe_from(raw: Raw) -> dict[str, Any]:
     """Heads, biases, window and rotation, and which layers have experts."""
-    layers, dense = whole(raw, "num_hidden_layers"), raw.get("mlp_only_layers", [])
+    layers, dense = integer(raw, "num_hidden_layers"), raw.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise ConfigError(f"mlp_only_layers = {dense!r}: must be a list of layer numbers. Correct the key.")
     leading = sorted({layer for layer in dense if layer < layers})
@@ -88,17 +88,17 @@ def moe_from(raw: Raw) -> dict[str, Any]:
         | read_biases(raw)
         | window
         | read_rope(raw)
-        | {"num_dense_layers": len(leading), "moe.num_experts": whole(raw, _experts_key(raw))}
+        | {"num_dense_layers": len(leading), "moe.num_experts": integer(raw, _experts_key(raw))}
     )
 
 
 def _experts_key(raw: Raw) -> str:
-    """The hub says num_experts, transformers 5 num_local_experts."""
+    """Return the key of the number of experts: num_experts on the hub, num_local_experts in transformers 5."""
     return "num_experts" if "num_experts" in raw else "num_local_experts"
 
 
 def moe_to(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `moe_from` reads."""
+    """Return the keys that `moe_from` reads."""
     attention = config.attention
     window = {"use_sliding_window": bool(attention.sliding_layers), "sliding_window": attention.window or None}
     experts = {

@@ -15,7 +15,7 @@ NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 SECRET = r"(?i).*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL).*"
 """Names of variables whose values belong into no file."""
 KEYS = {"wandb": "WANDB_API_KEY"}
-"""What a tracker cannot do without."""
+"""Environment variables that a tracker requires."""
 OURS = set(
     "job-name nodes ntasks-per-node gpus-per-node exclusive mem time account partition qos reservation output "
     "open-mode requeue no-requeue signal".split()

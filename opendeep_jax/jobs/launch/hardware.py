@@ -1,4 +1,4 @@
-"""What places call the chips that we know (`parallel/chips.py`), and how many of a slice's chips one machine has."""
+"""Names that clouds give to the chips of `parallel/chips.py`, and the number of a slice's chips per machine."""
 
 from opendeep_jax.plan.topology import Topology
 
@@ -19,8 +19,8 @@ TPU_VM_TYPES = {
     "v5p": ("v5p", "v2-alpha-tpuv5", 2),
     "v6e": ("v6e", "v2-alpha-tpuv6e", 1),
 }
-"""For --accelerator-type of `gcloud compute tpus`: its first word, the --runtime-version that goes with it, and what it
-counts for a chip (v5p: both cores). The shape of so many is Google's choice. v7x is had through GKE alone."""
+"""Parts of --accelerator-type for `gcloud compute tpus`: first word, matching --runtime-version, and what a chip
+counts for (v5p: both cores). The shape of so many is Google's choice. v7x is had through GKE alone."""
 
 SKYPILOT_ACCELERATORS = {
     "a100": "A100-80GB",

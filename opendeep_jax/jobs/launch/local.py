@@ -16,17 +16,17 @@ from opendeep_jax.jobs.child import child_command, cores_of, gpus_here, gpus_of
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 30.0
-"""From SIGTERM to SIGKILL, for processes that outstay the others."""
+"""Seconds from SIGTERM to SIGKILL, for processes that outstay the others."""
 BEGAN = int(time.time())
 PAUSE_SECONDS = 1.0
-"""Before all are started again."""
+"""Pause before all are started again."""
 
 
 def run_local(command: Sequence[str], processes: int, restarts: int, patience: float, fewest: int = 0) -> int:
     """Run `command` in `processes` processes, which find each other by OPENDEEP_* variables, and return the status.
 
     Process 0 has this terminal; lines of the others begin with their number. All end before this returns, and if this
-    process is killed they are told to stop (SIGTERM). SIGINT and SIGTERM are passed on.
+    process is killed they receive SIGTERM. SIGINT and SIGTERM are passed on.
 
     Args:
         command: what each executes.
@@ -36,26 +36,26 @@ def run_local(command: Sequence[str], processes: int, restarts: int, patience: f
     """
     environments = [_own_part(index, processes) for index in range(processes)]
     for attempt in range(restarts + 1):
-        statuses, told = _run_once(command, environments, patience)
-        status = verdict(statuses)
-        if told or status != RESUME or attempt == restarts:
+        statuses, signal_received = _run_once(command, environments, patience)
+        status = job_status(statuses)
+        if signal_received or status != RESUME or attempt == restarts:
             break
         reasons = ", ".join(f"process {index} {_ended(code)}" for index, code in enumerate(statuses) if code)
         left = [part for part, code in zip(environments, statuses, strict=True) if code >= 0]
         if fewest and fewest <= len(left) < len(environments):
             environments = left
-        _say(f"{reasons}; starting {len(environments)} again ({attempt + 1} of {restarts})")
+        _log(f"{reasons}; starting {len(environments)} again ({attempt + 1} of {restarts})")
         time.sleep(PAUSE_SECONDS)
-    if status == RESUME and told == signal.SIGINT:
+    if status == RESUME and signal_received == signal.SIGINT:
         return INTERRUPTED
     if status not in (OK, RESUME):
         reasons = ", ".join(f"process {index} {_ended(code)}" for index, code in enumerate(statuses) if code)
-        _say(reasons)
+        _log(reasons)
     return status
 
 
-def verdict(statuses: Sequence[int]) -> int:
-    """The job's status from those of its processes (negative: killed by that signal).
+def job_status(statuses: Sequence[int]) -> int:
+    """Return the job's status from those of its processes (negative: killed by that signal).
 
     What starting again does not fix comes first. A process that was killed is a lost peer, and explains a Python error
     in another; without one an error is a bug.
@@ -74,13 +74,13 @@ def verdict(statuses: Sequence[int]) -> int:
 def _run_once(
     command: Sequence[str], environments: Sequence[tuple[Mapping[str, str], set[int]]], patience: float
 ) -> tuple[list[int], int]:
-    """Statuses of one start of all processes, and the signal that told this one to stop (0: none)."""
+    """Statuses of one start of all processes, and the signal that stopped this process (0: none)."""
     address = f"127.0.0.1:{_free_port()}"
-    told: list[int] = []
+    stop_signals: list[int] = []
     children: list[subprocess.Popen] = []
 
     def pass_on(number, frame):
-        told.append(number)
+        stop_signals.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -89,7 +89,7 @@ def _run_once(
     readers = []
     try:
         for index, (environment, cores) in enumerate(environments):
-            if told:
+            if stop_signals:
                 break
             children.append(_start(command, index, len(environments), address, environment, cores))
             if index:
@@ -105,7 +105,7 @@ def _run_once(
             reader.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return [child.returncode for child in children] or [RESUME], told[-1] if told else 0
+    return [child.returncode for child in children] or [RESUME], stop_signals[-1] if stop_signals else 0
 
 
 def _wait(children: Sequence[subprocess.Popen], patience: float) -> None:
@@ -182,5 +182,5 @@ def _ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"opendeep launch: {text}", file=sys.stderr, flush=True)

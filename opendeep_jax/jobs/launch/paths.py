@@ -15,7 +15,7 @@ COMMAND_PATHS = ("config", "from", "workdir")
 
 
 def check_paths(config: RunConfig, command: Sequence[str], workdir: str, shared: str) -> list[str]:
-    """Return what `opendeep train` has to be told besides, so that every path is one that all machines see.
+    """Return what `opendeep train` needs besides, so that all machines see every path.
 
     Args:
         command: what each process executes.

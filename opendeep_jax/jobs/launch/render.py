@@ -36,7 +36,7 @@ from opendeep_jax.plan.topology import Topology, parse_topology
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 """A job's name: what Kubernetes, Google Cloud and SkyPilot all take, with room for what they append."""
 SAFE = r"[\w@%+=:,./-]+"
-"""What a value in a file may be made of: nothing that a shell, YAML or Slurm reads as more than itself."""
+"""Characters of a value in a file: nothing that a shell, YAML or Slurm reads as more than itself."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LaunchJob:
     config: RunConfig
     """The run's configuration."""
     command: tuple[str, ...]
-    """What each process executes: ("opendeep", "train", "--config=...", "--workdir=...", ...)."""
+    """Command of each process: ("opendeep", "train", "--config=...", "--workdir=...", ...)."""
     workdir: str
     """The run's directory."""
     topology: str = ""
@@ -78,7 +78,7 @@ class Target:
     takes: tuple[str, ...]
     """Settings that may be given."""
     accelerators: dict[str, str] | None = None
-    """What chips are called there; None where any will do."""
+    """Names of chips there; None where any will do."""
 
 
 TARGETS = {
@@ -127,7 +127,7 @@ def template_directory() -> Path:
 
 
 def render(job: LaunchJob) -> str:
-    """The job's file, complete.
+    """Return the job's file, complete.
 
     Raises:
         ConfigError: for settings that are missing, unknown to the target or of the wrong form, for a cluster that
@@ -210,7 +210,7 @@ def check_engine(name: str) -> None:
 
 
 def job_name(workdir: str) -> str:
-    """A name for the job of a run, from the end of its directory: `runs/Wide_1` gives `opendeep-wide-1`.
+    """Return a name for the job of a run, from the end of its directory: `runs/Wide_1` gives `opendeep-wide-1`.
 
     Where more than that is lost, or cut off, some digits of the end's SHA-256 tell it from others: engines take a job
     of the same name for the same job.

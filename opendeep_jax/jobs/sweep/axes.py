@@ -1,4 +1,4 @@
-"""What a sweep varies: the values of each axis, their combinations, and names that tell runs apart.
+"""Axes of a sweep: their values, the combinations of these, and names that tell runs apart.
 
     --sweep.optimizer.learning_rate=1e-4,3e-4        a list: for every method
     --sweep.optimizer.learning_rate=1e-4:1e-2:log    a range: for random and optuna
@@ -21,14 +21,14 @@ from opendeep_jax.config.overrides import apply
 from opendeep_jax.config.schema import RunConfig
 
 MOST_CHARACTERS = 180
-"""Of a run's name: file systems take 255 bytes, and suffixes come behind it."""
+"""Longest name of a run: file systems take 255 bytes, and suffixes come behind it."""
 Combination = dict[str, str]
 """A value, as it is written on the command line, for the field of every axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, which belong to it."""
+    """Closed interval of numbers."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Range:
     whole: bool
 
     def text(self, number: float) -> str:
-        """A number of the range as it is given to a run: whole, or with four digits that count."""
+        """Return a number of the range as it is given to a run: whole, or with four digits that count."""
         if self.whole:
             return str(round(number))
         return str(min(max(float(f"{number:.4g}"), self.low), self.high))
@@ -49,7 +49,7 @@ class Axis:
     field: str
     """Its dotted name."""
     alias: str
-    """As many of the name's last parts as tell it from the other axes."""
+    """Shortest suffix of the name that differs from the other axes."""
     text: str
     """Its values as they were given."""
     annotation: Any
@@ -64,7 +64,7 @@ class Axis:
 
 
 def parse_axes(base: RunConfig, settings: Mapping[str, str], method: str) -> tuple[Axis, ...]:
-    """The axes of `settings`, {dotted name of a field: its values as text}.
+    """Return the axes of `settings`, {dotted name of a field: its values as text}.
 
     Raises ConfigError for fields that there are not, empty lists, ranges that are none, and ranges in a grid or zip.
     """
@@ -109,22 +109,22 @@ def combinations(axes: Sequence[Axis], method: str) -> list[Combination]:
 
 def run_name(config: RunConfig, axes: Sequence[Axis]) -> str:
     """`learning_rate=0.0003,experts_per_token=2,seed=0`: what this run has that others do not, safe as a file name."""
-    name = ",".join(f"{axis.alias}={_safe(shown(value_of(config, axis.field)))}" for axis in axes)
+    name = ",".join(f"{axis.alias}={_safe(format_value(value_of(config, axis.field)))}" for axis in axes)
     if len(name) > MOST_CHARACTERS:
         name = f"{name[: MOST_CHARACTERS - 8]}-{_digest(name)}"
     return f"{name},seed={config.seed}"
 
 
 def value_of(config: RunConfig, field: str) -> Any:
-    """The value of a field by its dotted name."""
+    """Return the value of a field by its dotted name."""
     value: Any = config
     for part in field.split("."):
         value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
     return value
 
 
-def shown(value: Any) -> str:
-    """A field's value as people write it."""
+def format_value(value: Any) -> str:
+    """Return a field's value as people write it."""
     return " ".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
@@ -150,7 +150,7 @@ def _aliases(fields: list[str]) -> dict[str, str]:
 
 
 def _annotation(config: RunConfig, field: str) -> Any:
-    """The type of a field that can be set; None if there is no such field."""
+    """Return the type of a field that can be set; None if there is no such field."""
     *path, last = field.split(".")
     try:
         parent = value_of(config, ".".join(path)) if path else config

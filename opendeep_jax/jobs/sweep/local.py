@@ -28,7 +28,7 @@ LOCK_SECONDS = 30.0
 """A killed process keeps its locks until it is wholly gone."""
 POLL_SECONDS = 0.1
 LAST_LINES = 12
-"""Of a failed run's output that are kept as its reason."""
+"""Lines of a failed run's output that are kept as its reason."""
 
 Command = Callable[[SweepRun], list[str]]
 
@@ -69,10 +69,10 @@ def run_here(runs: Sequence[SweepRun], parallel: int, command: Command) -> int:
                     if child is None and waiting and not received:
                         run = waiting.pop(0)
                         slots[slot] = _Child(run, command(run), slot, parallel)
-                        progress.began(run)
+                        progress.run_started(run)
                     elif child is not None and child.has_ended(stopping=bool(received)):
                         slots[slot] = None
-                        progress.ended(child.run)
+                        progress.run_ended(child.run)
                 running = [child for child in slots if child is not None]
                 if len(received) > passed_on:  # the second time without saving
                     passed_on = len(received)
@@ -124,8 +124,8 @@ class _Child:
     def _start(self) -> None:
         with locked(self.run.workdir, "is training"):
             pass  # what a killed sweep has left is gone
-        self.run.beside(".failed").unlink(missing_ok=True)
-        log = self.run.beside(".log")
+        self.run.sibling_file(".failed").unlink(missing_ok=True)
+        log = self.run.sibling_file(".log")
         self.begins = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
             # A session of its own: a terminal's Ctrl-C reaches the sweep alone, which hands it on once.
@@ -154,11 +154,11 @@ class _Child:
             self.restarts += 1
             self._start()
             return False
-        write_atomically(self.run.beside(".failed"), f"{_ending(status)}\n{self._last_lines()}\n")
+        write_atomically(self.run.sibling_file(".failed"), f"{_ending(status)}\n{self._last_lines()}\n")
         return True
 
     def _last_lines(self) -> str:
-        with open(self.run.beside(".log"), "rb") as log:
+        with open(self.run.sibling_file(".log"), "rb") as log:
             log.seek(self.begins)
             text = log.read()[-20_000:].decode("utf-8", "replace")
         return "\n".join(text.strip().splitlines()[-LAST_LINES:])
@@ -173,7 +173,7 @@ def _ending(status: int) -> str:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM are only noted, in the list given."""
+    """Record Ctrl-C and SIGTERM in the yielded list instead of stopping."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}

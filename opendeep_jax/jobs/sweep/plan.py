@@ -25,7 +25,7 @@ SPEC_FIELDS = {
     "method": str, "axes": dict, "trials": int, "seeds": int, "metric": str, "draw_seed": int, "combinations": list,
     "runs": list,
 }  # fmt: skip
-"""What sweep.json holds, and the type of each."""
+"""Fields of sweep.json and their types."""
 METRICS = ("held_out_bits_per_byte", "final_loss", "seconds")
 """Fields of summary.json that runs can be compared by; less is better in each."""
 
@@ -43,8 +43,8 @@ class SweepRun:
     arguments: tuple[str, ...]
     """Its own settings, as its command line gives them."""
 
-    def beside(self, suffix: str) -> Path:
-        """The file of that suffix beside its work directory, such as NAME.log."""
+    def sibling_file(self, suffix: str) -> Path:
+        """Return the file of that suffix beside its work directory, such as NAME.log."""
         return self.workdir.with_name(self.workdir.name + suffix)
 
 
@@ -58,12 +58,12 @@ class Sweep:
     axes: tuple[Axis, ...]
     method: str
     trials: int
-    """How many combinations a random search or optuna tries."""
+    """Number of combinations that a random search or optuna tries."""
     seeds: int
     """Runs of each combination; their seeds are the recipe's and those after it."""
     metric: str
     draw_seed: int = 0
-    """Of what a random search draws."""
+    """Seed of a random search."""
     parent: str = ""
     """RUN@STEP where all runs are branches of one checkpoint."""
     resolved: dict[tuple[str, ...], RunConfig] = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -75,7 +75,7 @@ class Sweep:
         return [f"--config={self.directory / RECIPE}", *([f"--from={self.parent}"] if self.parent else [])]
 
     def runs_of(self, trial: int, combination: Combination) -> list[SweepRun]:
-        """The runs of one combination, one for each seed. Raises ConfigError for settings that cannot work."""
+        """Return the runs of one combination, one for each seed. Raises ConfigError for settings that cannot work."""
         own = [argument for axis in self.axes for argument in axis.arguments(combination[axis.field])]
         key = tuple(combination[axis.field] for axis in self.axes)
         if key not in self.resolved:
@@ -92,7 +92,7 @@ class Sweep:
         return runs
 
     def all_runs(self, tried: Sequence[Combination]) -> list[SweepRun]:
-        """The runs of all combinations, in order.
+        """Return the runs of all combinations, in order.
 
         Raises ConfigError, with every problem, for combinations that cannot work, and for two that are the same.
         """
@@ -126,7 +126,7 @@ def plan_sweep(
     draw_seed: int = 0,
     parent: str = "",
 ) -> Sweep:
-    """A sweep over `settings`, {dotted name of a field: its values as text}. Nothing is written.
+    """Return a sweep over `settings`, {dotted name of a field: its values as text}. Nothing is written.
 
     Args:
         directory: where it will be.
@@ -220,7 +220,7 @@ def save(sweep: Sweep, tried: Sequence[Combination], runs: Sequence[SweepRun]) -
 
 
 def read_spec(directory: str | Path) -> dict[str, Any]:
-    """The contents of a directory's sweep.json. Raises ConfigError where there is none that can be read."""
+    """Return the contents of a directory's sweep.json. Raises ConfigError where there is none that can be read."""
     path = Path(directory) / SPEC
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
@@ -237,7 +237,7 @@ def read_spec(directory: str | Path) -> dict[str, Any]:
 
 
 def read_sweep(directory: str | Path, metric: str = "") -> tuple[Sweep, list[SweepRun]]:
-    """The sweep in `directory` and its runs; `metric` other than the one that it was started with.
+    """Return the sweep in `directory` and its runs; `metric` other than the one that it was started with.
 
     Raises ConfigError where there is none.
     """

@@ -27,7 +27,7 @@ from opendeep_jax.display.chart import (
     style,
 )
 from opendeep_jax.display.chart_style import LOG_SCALE, SERIES, look, spread
-from opendeep_jax.jobs.sweep.axes import Axis, shown, value_of
+from opendeep_jax.jobs.sweep.axes import Axis, format_value, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep
 from opendeep_jax.jobs.sweep.results import TITLES, Row, ranked, settings
 from opendeep_jax.record.files import EVALUATION, METRICS, number, read_jsonl
@@ -66,7 +66,7 @@ def write_pictures(sweep: Sweep, table: Sequence[Row]) -> list[str]:
 
 
 def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """A panel for each axis: means with bars over seeds, joined where combinations differ in that axis alone."""
+    """Return a figure with a panel per axis: means with bars over seeds, joined where only that axis differs."""
     table = [row for row in table if row.numbers]
     with style():
         columns = min(len(sweep.axes), 3)
@@ -82,7 +82,7 @@ def axes_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 
 
 def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """The metric against training FLOPs: a dot for each run, and the best for each amount by their ranks."""
+    """Return a figure of the metric against FLOPs: a dot for each run, and the best for each amount by their ranks."""
     table = [row for row in table if row.numbers]
     with style():
         figure = _figure(1.5, 1.25)
@@ -115,7 +115,7 @@ def compute_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
 
 
 def curves_figure(sweep: Sweep, table: Sequence[Row]) -> Figure:
-    """A combination's mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
+    """Return a figure of each mean curve and the band of its seeds, over tokens; ranks at the ends, named below."""
     order = ranked([row for row in table if row.numbers])
     with style():
         rows = math.ceil(min(len(order), MOST_NAMES) / 3)
@@ -194,7 +194,7 @@ def _bar(panel, x: float, row: Row, color: str, marker: str | None = "o") -> Non
 
 
 def _seeds(table: Sequence[Row], bars: str = "bars: standard deviation") -> str:
-    """Say over how many seeds, and what is drawn of their spread; of the runs left out too."""
+    """Return the caption on seeds, their spread, and runs without results."""
     counts = sorted({len(row.numbers) for row in table})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     words = "one seed" if counts == [1] else f"mean of {number} seeds, {bars}"
@@ -214,11 +214,11 @@ def _draw_axis(panel, sweep: Sweep, table: Sequence[Row], axis: Axis) -> list[Li
             panel.xaxis.set_minor_locator(NullLocator())
     else:
         places = {value: float(place) for place, value in enumerate(sorted(set(values), key=str))}
-        panel.set_xticks(list(places.values()), [shown(value) for value in places])
+        panel.set_xticks(list(places.values()), [format_value(value) for value in places])
     groups: dict[str, list[Row]] = {}
     for row in table:
         others = [other for other in sweep.axes if other is not axis]
-        key = ", ".join(f"{other.alias}={shown(value_of(row.config, other.field))}" for other in others)
+        key = ", ".join(f"{other.alias}={format_value(value_of(row.config, other.field))}" for other in others)
         groups.setdefault(key, []).append(row)
     joined = any(len(group) > 1 for group in groups.values())
     shift = _shift(panel, sorted(places.values()), len(groups))

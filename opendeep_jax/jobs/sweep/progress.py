@@ -31,13 +31,13 @@ class SweepProgress(LiveDisplay):
             self.message(f"{self.done} of {self.total} runs have their result already")
         return super().__enter__()
 
-    def began(self, run: SweepRun) -> None:
+    def run_started(self, run: SweepRun) -> None:
         """Note that a run was started."""
         self._begun[run.name] = time.monotonic()
         if self._live is None:
             self.message(f"begun     {run.name}")
 
-    def ended(self, run: SweepRun) -> None:
+    def run_ended(self, run: SweepRun) -> None:
         """Note that a run has ended, well or not."""
         result = read_result(run)
         after = human_time(time.monotonic() - self._begun[run.name])

@@ -11,7 +11,7 @@ WIDTH = 100
 
 
 def recipe_source(config: RunConfig, documentation: str, named: Collection[str] = ()) -> str:
-    """The text of a recipe file whose get_config() gives `config`; fields at their defaults are left out.
+    """Return the text of a recipe file whose get_config() gives `config`; fields at their defaults are left out.
 
     Args:
         documentation: the file's docstring.

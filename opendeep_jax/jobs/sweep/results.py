@@ -14,7 +14,7 @@ from opendeep_jax.config.schedule import stages, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_count
 from opendeep_jax.display.tables import latex_table, markdown_table
-from opendeep_jax.jobs.sweep.axes import shown, value_of
+from opendeep_jax.jobs.sweep.axes import format_value, value_of
 from opendeep_jax.jobs.sweep.plan import Sweep, SweepRun
 from opendeep_jax.models.accounting import flops_per_token
 from opendeep_jax.record.files import finished_summary, number
@@ -36,15 +36,15 @@ class RunResult:
     summary: dict
     """summary.json of a finished run, {} of any other."""
     reason: str = ""
-    """Why a failed run has no result: how it ended, and the last lines of its output."""
+    """Reason that a failed run has no result: its ending, and the last lines of its output."""
 
     def number(self, name: str) -> float:
-        """A field of the summary; NaN where there is none, or the run has diverged."""
+        """Return a field of the summary; NaN where there is none, or the run has diverged."""
         value, loss = number(self.summary.get(name)), number(self.summary.get("final_loss"))
         return math.nan if value is None or loss is None else float(value)
 
     def described(self) -> str:
-        """The result in a few words."""
+        """Return the result in a few words."""
         bits, loss = self.number("held_out_bits_per_byte"), self.number("final_loss")
         if math.isnan(loss):
             return "diverged"
@@ -63,7 +63,7 @@ class Row:
     spread: float
     """Sample standard deviation; NaN for fewer than two."""
     flops: float
-    """Of one run's training."""
+    """FLOPs of one run's training."""
 
     @property
     def config(self) -> RunConfig:
@@ -80,10 +80,10 @@ def read_result(run: SweepRun) -> RunResult:
     """Return what the files of a run say of it."""
     if summary := finished_summary(run.workdir, total_steps(run.config)):
         return RunResult(run, "finished", summary)
-    failed = run.beside(".failed")
+    failed = run.sibling_file(".failed")
     if failed.exists():
         return RunResult(run, "failed", {}, failed.read_text(encoding="utf-8", errors="replace").strip())
-    if run.beside(".job").exists():
+    if run.sibling_file(".job").exists():
         return RunResult(run, "handed over", {})
     return RunResult(run, "begun" if (run.workdir / "config.json").exists() else "waiting", {})
 
@@ -115,12 +115,12 @@ def _row(results: list[RunResult], metric: str) -> Row:
 
 
 def ranked(table: Sequence[Row]) -> list[Row]:
-    """The rows, the best first; those without a mean at the end, in the order of the sweep."""
+    """Return the rows, the best first; those without a mean at the end, in the order of the sweep."""
     return sorted(table, key=lambda row: (not row.complete, row.mean if row.complete else 0.0))
 
 
-def verdict(table: Sequence[Row], sweep: Sweep) -> str:
-    """Say which combination is best, and whether the seeds allow to say so."""
+def best_summary(table: Sequence[Row], sweep: Sweep) -> str:
+    """Return a sentence on the best combination and whether the spread over seeds supports it."""
     order = [row for row in ranked(table) if row.complete]
     if not order:
         return "No combination has all its results yet."
@@ -142,7 +142,7 @@ def verdict(table: Sequence[Row], sweep: Sweep) -> str:
 
 def settings(row: Row, sweep: Sweep) -> str:
     """`learning_rate=0.0003, experts_per_token=2`."""
-    return ", ".join(f"{axis.alias}={shown(value_of(row.config, axis.field))}" for axis in sweep.axes)
+    return ", ".join(f"{axis.alias}={format_value(value_of(row.config, axis.field))}" for axis in sweep.axes)
 
 
 def mean_text(row: Row) -> str:
@@ -156,10 +156,10 @@ def mean_text(row: Row) -> str:
 
 
 def table_lines(table: Sequence[Row], sweep: Sweep) -> list[list[str]]:
-    """The table as texts, headings first, the best combination first."""
+    """Return the table as texts, headings first, the best combination first."""
     lines = [["rank", *(axis.alias for axis in sweep.axes), TITLES[sweep.metric], "FLOPs", "parameters", "runs"]]
     for rank, row in enumerate(ranked(table), 1):
-        values = [shown(value_of(row.config, axis.field)) for axis in sweep.axes]
+        values = [format_value(value_of(row.config, axis.field)) for axis in sweep.axes]
         parameters = next((r.summary["parameters"] for r in row.results if "parameters" in r.summary), None)
         count = "-" if parameters is None else human_count(parameters)
         place = str(rank) if row.complete else "-"
@@ -187,13 +187,13 @@ def write_tables(sweep: Sweep, table: Sequence[Row], pictures: Sequence[str] = (
     for row in table:
         for result in row.results:
             config = result.run.config
-            values = [shown(value_of(config, axis.field)) for axis in sweep.axes]
+            values = [format_value(value_of(config, axis.field)) for axis in sweep.axes]
             cells = ["" if (cell := result.summary.get(name)) is None else cell for name in numbers]
             writer.writerow([result.run.name, *values, config.seed, result.state, *cells, f"{row.flops:.6g}"])
     write_atomically(sweep.directory / "results.csv", stream.getvalue())
     lines = table_lines(table, sweep)
     write_atomically(sweep.directory / "results.tex", latex_table(lines, f"Sweep of {sweep.base.name}"))
-    parts = [f"# Sweep of {sweep.base.name}\n", verdict(table, sweep) + "\n", markdown_table(lines)]
+    parts = [f"# Sweep of {sweep.base.name}\n", best_summary(table, sweep) + "\n", markdown_table(lines)]
     parts += [f"![{Path(picture).stem}]({picture})\n" for picture in pictures]
     failed = [result for row in table for result in row.results if result.state == "failed"]
     if failed:

@@ -21,13 +21,13 @@ from opendeep_jax.jobs.sweep.plan import Sweep, SweepRun, check, save
 from opendeep_jax.jobs.sweep.recipe import recipe_source
 from opendeep_jax.jobs.sweep.results import (
     Row,
+    best_summary,
     mean_text,
     ranked,
     read_result,
     rows,
     settings,
     table_lines,
-    verdict,
     write_tables,
 )
 from opendeep_jax.jobs.sweep.search import check_ends, next_combinations
@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
         save(sweep, tried, runs)
         while True:
             if target != "local":
-                hand_over(sweep, runs, target)
+                submit_runs(sweep, runs, target)
                 status = OK
             else:
                 if command is None and parallel > 1:
@@ -86,7 +86,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, target: str = "local", command: C
     return status or (STOPPED if "failed" in states else OK)
 
 
-def hand_over(sweep: Sweep, runs: Sequence[SweepRun], target: str) -> None:
+def submit_runs(sweep: Sweep, runs: Sequence[SweepRun], target: str) -> None:
     """Give every run that has neither a result nor a job to `opendeep launch`, one after the other.
 
     Raises ConfigError with the launcher's own words where it refuses; runs before that one stay handed over.
@@ -101,8 +101,8 @@ def hand_over(sweep: Sweep, runs: Sequence[SweepRun], target: str) -> None:
         if done.returncode:
             lines = "\n".join(said.splitlines()[-LAST_LINES:])
             raise ConfigError(f"--target={target}: {run.name} could not be handed over:\n{lines}")
-        run.beside(".failed").unlink(missing_ok=True)
-        write_atomically(run.beside(".job"), said + "\n")
+        run.sibling_file(".failed").unlink(missing_ok=True)
+        write_atomically(run.sibling_file(".job"), said + "\n")
         print(f"handed over {run.name}")
 
 
@@ -113,7 +113,7 @@ def report(sweep: Sweep, runs: Sequence[SweepRun]) -> list[Row]:
     table = rows(runs, sweep.metric)
     write_tables(sweep, table, write_pictures(sweep, table))
     best = ranked(table)[0] if table else None
-    print(f"\n{text_table(table_lines(table, sweep))}\n\n{verdict(table, sweep)}")
+    print(f"\n{text_table(table_lines(table, sweep))}\n\n{best_summary(table, sweep)}")
     if best and best.complete:
         write_best(sweep, best)
         print(f"Its recipe: {sweep.directory / BEST}")

@@ -1,6 +1,6 @@
 """Combinations that Optuna draws: at random, or by what the results so far say (`--method=random`, `optuna`).
 
-What Optuna knows is told to it anew each time from the runs' own results, so there is no second record that a kill
+What Optuna knows is read again each time from the runs' own results, so there is no second record that a kill
 could leave in contradiction to them. Each group of combinations depends on the results before it alone, not on the
 order in which runs end.
 """

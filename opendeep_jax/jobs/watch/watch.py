@@ -71,7 +71,7 @@ def labels(runs: Sequence[RunView]) -> list[str]:
 
 
 class Watch:
-    """The runs at `places`, and what is known of each; new ones are found at every look.
+    """The runs at `places`, and what is known of each; new ones are found at every refresh.
 
     Args:
         places: as `find_runs` takes them.
@@ -80,9 +80,9 @@ class Watch:
 
     def __init__(self, places: Sequence[str], details: bool = False):
         self.places, self.details, self._runs = places, details, {}
-        self.look()
+        self.refresh()
 
-    def look(self) -> list[RunView]:
+    def refresh(self) -> list[RunView]:
         """Take in what is new; return the runs there are. Raises ConfigError as `find_runs` does, the first time."""
         try:
             found = find_runs(self.places)
@@ -93,7 +93,7 @@ class Watch:
         details = self.details and len(found) == 1
         known = {path: run for path, run in self._runs.items() if run.details == details}
         self._runs = {path: known.get(path) or RunView(path, details) for path in found}
-        return [run.look() for run in self._runs.values()]
+        return [run.refresh() for run in self._runs.values()]
 
 
 def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: str = "") -> None:
@@ -120,9 +120,9 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
     watched, console = Watch(places, details=bool(page)), Console(highlight=False)
     due = 0.0
 
-    def look() -> list[RunView]:
+    def refresh() -> list[RunView]:
         nonlocal due
-        runs, begin = watched.look(), time.monotonic()
+        runs, begin = watched.refresh(), time.monotonic()
         over = all(run.is_finished for run in runs)
         if page and (begin >= due or over):
             from opendeep_jax.record.report import live_page  # matplotlib takes a while
@@ -131,7 +131,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
             due = time.monotonic() + 9 * (time.monotonic() - begin)
         return runs
 
-    runs = look()
+    runs = refresh()
     if once or not (console.is_terminal or page):
         console.print(frame(runs, labels(runs), console))
     elif not console.is_terminal:
@@ -139,7 +139,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
         with contextlib.suppress(KeyboardInterrupt):
             while not all(run.is_finished for run in runs):
                 time.sleep(every)
-                runs = look()
+                runs = refresh()
     else:
         with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as pressed:
             with contextlib.suppress(KeyboardInterrupt):
@@ -147,7 +147,7 @@ def watch(places: Sequence[str], every: float = 2.0, once: bool = False, page: s
                     live.update(frame(runs, labels(runs), console), refresh=True)
                     if pressed(every):
                         break
-                    runs = look()
+                    runs = refresh()
         console.print(frame(runs, labels(runs), console))  # stays to be read when the screen is gone
 
 

@@ -28,7 +28,7 @@ def read(path, **fields) -> tuple[list[Document], dict[str, int]]:
     """All documents of a source, and how many documents and files were left out for each reason."""
     source = SourceConfig("s", str(path), license="x", **fields)
     listing = list_source(source)
-    counts = {reason: len(names) for reason, names in listing.left_out.items()}
+    counts = {reason: len(names) for reason, names in listing.skipped.items()}
 
     def left_out(reason: str, id: str) -> None:
         counts[reason] = counts.get(reason, 0) + 1
