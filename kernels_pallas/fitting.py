@@ -22,12 +22,13 @@ B = TypeVar("B")
 
 
 def from_shared_memory(chip: OnChip, itemsize: int) -> bool:
-    """Whether matrix products read their operands from shared memory (wgmma, tcgen05): 16 bits, Hopper and later."""
+    """Return whether matrix products read their operands from shared memory (wgmma, tcgen05): 16 bits, Hopper and
+    later."""
     return itemsize == 2 and chip.generation >= 9
 
 
 def copies(chip: OnChip, itemsize: int, stages: int) -> int:
-    """How many times the operands of a loop's step lie in shared memory."""
+    """Return how many copies of a loop step's operands lie in shared memory."""
     return stages if from_shared_memory(chip, itemsize) else max(stages - 1, 1)
 
 

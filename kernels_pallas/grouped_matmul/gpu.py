@@ -62,7 +62,7 @@ def grouped_swiglu(
 
 
 class _GPUCall(NamedTuple):
-    """What a call knows beside its arrays."""
+    """Static arguments of a call."""
 
     expected_rows: int
     interpret: bool
@@ -113,7 +113,7 @@ _grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _swiglu_gradients(d_out, gated, upped, row_weights):
-    """What reaches gate's and up's outputs, in their dtype, and the rows' weights, in float32."""
+    """Return the gradients of gate's and up's outputs, in their dtype, and the rows' weights, in float32."""
     dtype, weights = gated.dtype, row_weights.astype(jnp.float32)[:, None]
     d_out, gated, upped = (x.astype(jnp.float32) for x in (d_out, gated, upped))
     sigmoid = jax.nn.sigmoid(gated)
@@ -139,8 +139,8 @@ class MatmulBlocks(NamedTuple):
 
 
 LARGEST = {2: MatmulBlocks(128, 256, 64), 4: MatmulBlocks(64, 128, 32)}
-"""By the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor cores: its
-products are unrolled, and larger blocks are no faster, only longer to compile."""
+"""Largest blocks by the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor
+cores: its products are unrolled, and larger blocks are no faster, only longer to compile."""
 
 
 def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int, chip: OnChip) -> MatmulBlocks:

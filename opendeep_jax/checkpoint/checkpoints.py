@@ -66,13 +66,13 @@ from opendeep_jax.record.origin import lost, read_origin, write_origin
 
 
 class SaveReport(NamedTuple):
-    """What a save asked of the run."""
+    """Cost of a save for the run."""
 
     step: int
     stall_seconds: float
     """All that training waited for: the save before, the digests, and the copy to the hosts' memory."""
     bytes: int
-    """Of the whole state, over all processes."""
+    """Bytes of the whole state, over all processes."""
     durable: bool
     """False for the local tier."""
     notes: tuple[str, ...]

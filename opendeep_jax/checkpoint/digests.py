@@ -221,7 +221,7 @@ def deviating_devices(tree: Any) -> list[tuple[str, int, int]]:
 
 
 def copies_of(array: jax.Array) -> int:
-    """How many devices hold each part of an array."""
+    """Return the number of devices that hold each part of an array."""
     indices = array.sharding.devices_indices_map(array.shape)
     return len(indices) // len({str(index) for index in indices.values()})
 

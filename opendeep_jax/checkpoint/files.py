@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's directory, and reading it with every array's digest compared.
+"""Files of a checkpoint, and reading them with every array's digest compared.
 
     checkpoints/STEP/model       weights and router biases: params.NAME, router_bias.NAME
     checkpoints/STEP/optimizer   all else of the state, by path: .step, .opt_state[0].mu['NAME'], …
@@ -115,7 +115,7 @@ def _grouped(model: Arrays) -> Iterator[tuple[str, str, Any]]:
 
 
 def make_record(step: int, measure: float | None, arrays: Arrays, names: Mapping[str, str], **more: Any) -> dict:
-    """What a checkpoint says of itself, for JSON. `names` is each array's digest."""
+    """Return a checkpoint's record, for JSON. `names` is each array's digest."""
     described = {
         name: {"digest": names[name], "shape": list(array.shape), "dtype": str(array.dtype)}
         for name, array in arrays.items()
@@ -301,7 +301,7 @@ def damaged(names: list[str]) -> str:
 
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
-"""What the system refuses says nothing of the files, so it never makes a checkpoint corrupt."""
+"""System errors that say nothing about the files and so never mark a checkpoint as corrupt."""
 
 
 @contextlib.contextmanager
@@ -345,7 +345,7 @@ def disk_failures(directory: Path) -> Iterator[None]:
 
 
 def short(error: Exception) -> str:
-    """What an error says, in a clause."""
+    """Return an error's message in one clause."""
     text = " ".join(str(error).split())
     found = re.search(r"os_error_code='(\d+)'", text)
     if found:

@@ -27,7 +27,7 @@ SHARDS = "shards"
 
 
 def local_root(local_directory: str, workdir: Path) -> Path:
-    """Where this process keeps the fast tier of a run, whose work directory's path names it."""
+    """Return this process's directory of the fast tier of a run, named by the work directory's path."""
     return _of_run(local_directory, workdir) / f"process_{jax.process_index()}"
 
 
@@ -85,7 +85,7 @@ def read_own_shards(path: Path, items: Items) -> Items:
 
 
 class ShardsHandler(ocp.CheckpointHandler):
-    """Writes numpy arrays of one process among several in Orbax's own format; Orbax itself lets only process 0."""
+    """Writer of one process's numpy arrays in Orbax's format; Orbax itself allows only process 0 to write."""
 
     def save(self, directory: Path, args: "ShardsSave") -> None:
         """Writes all arrays as one transaction."""
@@ -106,7 +106,7 @@ class ShardsHandler(ocp.CheckpointHandler):
                 write.copy.result()
 
     def restore(self, directory: Path, args: object = None) -> None:
-        """Not used: `read_own_shards` reads."""
+        """Raise NotImplementedError: `read_own_shards` reads."""
         raise NotImplementedError
 
 
@@ -145,7 +145,7 @@ def processes_where(fact: bool) -> list[int]:
 
 
 def _of_all(values: np.ndarray) -> np.ndarray:
-    """What each process gave, [processes, ...]; all give the same shape."""
+    """Gather each process's array, [processes, ...]; all have the same shape."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils

@@ -43,13 +43,13 @@ class Listed(NamedTuple):
     step: int
     time: str
     bytes: int
-    """On disk."""
+    """Bytes on disk."""
     measure: float | None
     """Held-out bits per byte, where it was measured."""
     tier: str
     """durable, local or quarantined."""
     why: str
-    """Why the keep policy keeps it; for a quarantined one, empty."""
+    """Reason why the keep policy keeps it; empty for a quarantined one."""
 
 
 class Difference(NamedTuple):
@@ -57,13 +57,13 @@ class Difference(NamedTuple):
 
     name: str
     elements: int
-    """How many differ in a bit."""
+    """Number of elements that differ in any bit."""
     absolute: float
     """Greatest difference; NaN where one has no number."""
     relative: float
     """Greatest difference over the greater of the two sizes."""
     note: str = ""
-    """Why they cannot be compared, as in `only in the first`."""
+    """Reason why they cannot be compared, as in `only in the first`."""
 
 
 def list_checkpoints(workdir: str | Path) -> list[Listed]:

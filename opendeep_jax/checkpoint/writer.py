@@ -16,7 +16,7 @@ from opendeep_jax.record.files import checkpoint_steps
 
 
 class Writer:
-    """Writes checkpoints into one directory and deletes those that the policy doesn't keep. Blocks while it works.
+    """Blocking writer of checkpoints to one directory; deletes those that the policy does not keep.
 
     Processes wait for each other through the coordination service, never through the devices, so `save` may run
     beside the training step.

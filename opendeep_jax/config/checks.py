@@ -92,7 +92,7 @@ def limit_problems(name: str, config: Any) -> Iterator[str]:
 
 
 def expected(annotation: Any) -> str:
-    """What a field's type annotation asks for, in words: `one of 'mla', 'gqa'`, `a whole number`, ..."""
+    """Describe the values that a field's type annotation allows: `one of 'mla', 'gqa'`, `a whole number`, ..."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(repr, get_args(annotation)))
     if get_origin(annotation) is tuple:

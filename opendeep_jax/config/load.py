@@ -1,4 +1,4 @@
-"""Recipes to configurations, configurations to JSON and back, and what a work directory remembers of its run."""
+"""Conversion of recipes to configurations and of configurations to and from JSON, and a run's saved configuration."""
 
 import dataclasses
 import difflib
@@ -47,14 +47,14 @@ ROUNDING = (
     "train.compiler_options",
     "train.working_memory_gb",
 )
-"""As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
+"""Fields like the above that change only the order of sums: a resumed run may have other devices and memory."""
 
 IMPORTED_RECIPE = "recipe.py"
 """The file that `opendeep import` leaves in a work directory."""
 
 
 def recipe_directory() -> Path:
-    """Where the recipes are: inside the installed package, or `configs/` of a source tree."""
+    """Return the directory of the recipes: inside the installed package, or `configs/` of a source tree."""
     package = Path(opendeep_jax.__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -100,7 +100,7 @@ def load_recipe(name_or_path: str) -> RunConfig:
 
 
 def recipe_title(name_or_path: str) -> str:
-    """What a recipe's runs are called, fit for a directory: `llama3:8b` is `llama3-8b`, `mine/run.py` is `run`."""
+    """Return the directory name of a recipe's runs: `llama3:8b` is `llama3-8b`, `mine/run.py` is `run`."""
     path, colon, size = _parts(name_or_path)
     return Path(path).name.removesuffix(".py") + colon.replace(":", "-") + size
 
@@ -275,5 +275,5 @@ def parent_of(text: str) -> tuple[Path, int | None]:
 
 
 def is_among(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a dotted name is one of `fields`, or belongs to a group of them (a name that ends in a dot)."""
+    """Return whether a dotted name is among `fields` or in one of their groups (names that end in a dot)."""
     return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)

@@ -1,4 +1,4 @@
-"""What the fields of a model's configuration must satisfy: generators of sentences about what does not.
+"""Rules for the fields of a model's configuration: generators of sentences about violations.
 
 As `rules.py` has them for a run. Standard library only.
 """

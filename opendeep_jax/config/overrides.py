@@ -39,7 +39,7 @@ _EPOCHS = " A run's length is counted in steps or, with --train.steps=0, in --tr
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What belongs to the process and not to the run, for example
+    """Settings of the process rather than the run, for example
     `Launch(config_name="quickstart", workdir="runs/quickstart", verbosity=-1, recipe=RunConfig(...))`.
     """
 
@@ -57,7 +57,7 @@ class Launch:
     num_processes: int = 0
     """Processes of the job; 0 where the environment says."""
     process_id: int = -1
-    """This process's number; -1 where the environment says."""
+    """Index of this process; -1 reads it from the environment."""
     config: str = ""
     """The recipe as it was named."""
     parent: str = ""

@@ -1,4 +1,4 @@
-"""What the fields of a run's configuration must satisfy, alone and together: generators of sentences about the rest.
+"""Rules for the fields of a run's configuration, alone and together: generators of sentences about violations.
 
 A sentence is `field = value: rule. fix.` The rules assume that every value is of its annotated type (`checks.py`
 looks at that first). Standard library only.

@@ -130,7 +130,7 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What prompts are remembered under."""
+        """Key of cached prompts."""
         return self.name
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -145,7 +145,7 @@ class HarnessModel(LM):
         return self._encode(text) if self.chat else self.codec.encode_prompt(text)
 
     def _prefix(self) -> int:
-        """What stands before a text without a context."""
+        """Return the prefix of a text without a context."""
         known = (self.codec.begin_id, *self.codec.end_ids)
         found = next((token for token in known if token is not None), None)
         if found is None:
@@ -212,7 +212,8 @@ class Tasks(TaskManager):
     """The harness' tasks, with failures that a user can mend as ConfigErrors."""
 
     def load(self, task_list: list[str]) -> Any:
-        """As the harness. Raises ConfigError where a task or its data cannot be had, or runs what a model writes."""
+        """Load tasks as the harness does. Raises ConfigError where a task or its data cannot be had, or runs what a
+        model writes."""
         try:
             loaded = super().load(task_list)
         except Exception as error:  # datasets, YAML and the network fail in a hundred ways

@@ -43,7 +43,7 @@ def perplexity(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """How well a model foretells texts.
+    """Measure a model's perplexity of texts.
 
     Each document is read from its beginning, in windows of engine.max_length tokens. As nothing foretells a first
     token, it is not counted, unless the model expects a token that begins texts: then it is foretold from that.

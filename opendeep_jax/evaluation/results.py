@@ -1,4 +1,4 @@
-"""Results of tasks as one JSON object: what was measured, how sure it is, and of what exactly."""
+"""Results of tasks as one JSON object, with their intervals and provenance."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ OF_NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 
 
 def describe_model(config: ModelConfig, name: str, source: str, step: int | None = None) -> dict[str, Any]:
-    """Which model it was: its name, where it came from, and the SHA-256 of its configuration as sorted JSON."""
+    """Describe the model: its name, its origin, and the SHA-256 of its configuration as sorted JSON."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return {
         "name": name,
@@ -44,8 +44,8 @@ def versions() -> dict[str, str]:
 
 
 def task_results(raw: dict[str, Any]) -> dict[str, Any]:
-    """Of each task and group: metrics with standard errors and 95% intervals, examples counted, and each example's
-    prompt hashes, answers and scores.
+    """Return for each task and group metrics with standard errors and 95% intervals, examples counted, and each
+    example's prompt hashes, answers and scores.
 
     Args:
         raw: What `harness.run_tasks` gives.
@@ -102,7 +102,7 @@ def _given(arguments: tuple) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no infinity: numbers that are not finite become None."""
+    """Return a value for JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

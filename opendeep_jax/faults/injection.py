@@ -129,7 +129,7 @@ def strike_process(texts: tuple[str, ...], workdir: Path, step: int) -> None:
 
 
 def _strikes(workdir: Path, drill: Drill) -> bool:
-    """Whether the drill has not struck in this work directory yet; from now on it has."""
+    """Return whether the fault is still to be injected in this work directory, and record it as injected."""
     marker = workdir / STRUCK / f"{drill.text.replace(':', '_')}.process_{jax.process_index()}"
     if marker.exists():
         return False

@@ -17,14 +17,14 @@ NOTE = "\nStopping after this step and saving it. Again to stop at once, without
 
 
 class StopRequests:
-    """What signals have asked for so far."""
+    """Requests to stop that signals have made."""
 
     def __init__(self):
         self.signal: str | None = None
         self._last_step: int | None = None
 
     def after(self, step: int) -> bool:
-        """Whether the run is to stop after `step`, which has just begun.
+        """Return whether the run is to stop after `step`, which has just begun.
 
         In a job of several processes a signal to any of them stops all, after a step that none has reached yet.
         """
@@ -41,7 +41,8 @@ class StopRequests:
         return self._last_step is not None and step >= self._last_step
 
     def end(self) -> Exception | KeyboardInterrupt:
-        """What the run ends with, once its state is saved: KeyboardInterrupt for Ctrl-C, else ToldToStop."""
+        """Return the exception that ends the run once its state is saved: KeyboardInterrupt for Ctrl-C, else
+        ToldToStop."""
         if self.signal == "SIGINT":
             return KeyboardInterrupt()
         return ToldToStop("stopped by SIGTERM, as before a preemption; the step at hand is saved.")

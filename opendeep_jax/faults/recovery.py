@@ -1,4 +1,4 @@
-"""What a run does when a step goes wrong: records it, rolls back, skips the batches that did it, or stops.
+"""Recovery from a bad step: record it, roll back, skip the batches that caused it, or stop.
 
 A batch that is skipped keeps its step: the step is counted and nothing is trained on it. So batches, schedules and
 `opendeep data where` mean after a rollback what they meant before, and a run that is started again, or audited, needs
@@ -62,7 +62,7 @@ class Recovery:
         self.record, self.faults, self.documents, self.say = record, faults, documents, say
         self.windows = read_skipped_batches(record.workdir)
         self.rolled_back = False
-        """Whether this start of the run has rolled back already."""
+        """True after this start of the run has rolled back."""
         self._checks: deque[tuple[int, UpdateCheck]] = deque()
         self._skipped: list[int] = []  # steps since the last update that was applied, but for skipped batches
         self._finite: list[list] = []  # [step, loss, gradient norm] of what was skipped or a spike

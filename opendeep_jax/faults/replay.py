@@ -40,7 +40,7 @@ def name_device(device: int, process: int) -> str:
 
 
 class Replay:
-    """Computes a step's gradients again, on the same devices and on others, and compares what each device got.
+    """Replay of a step's gradients on the same devices and on others, compared device by device.
 
     The other assignment moves each process's work on by one of its own devices, so nothing crosses hosts but weights
     that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.

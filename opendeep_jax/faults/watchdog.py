@@ -31,13 +31,13 @@ from opendeep_jax.record.heartbeat import BEAT_SECONDS, beat
 
 STACKS = "stacks"
 SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "replay": 10.0, "restore": 10.0}
-"""What may take so many times faults.hang_seconds."""
+"""Activities that may take this many times faults.hang_seconds."""
 OUT_OF_TOUCH = "DEADLINE_EXCEEDED|UNAVAILABLE|timed out|timeout|connection (closed|reset|refused)|broken pipe"
-"""What collectives say where a peer does not answer."""
+"""Error messages of collectives whose peer does not answer."""
 
 
 class Watchdog:
-    """Watches this process and its peers while the block runs.
+    """Context manager that watches this process and its peers.
 
         with Watchdog(workdir, config.faults) as watchdog:
             watchdog.doing("step", 12)
@@ -104,7 +104,7 @@ class Watchdog:
             beat(self.workdir, self._doing, self._step, ended)
 
     def lost_peer(self, error: BaseException) -> Resume | PeerEnded | None:
-        """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
+        """Return which peer caused a failure of this process, if any; wait as long as it takes to know.
 
         A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was. Where all
         are still heard of, it was the network between them, or one that came too late.

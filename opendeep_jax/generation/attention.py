@@ -22,18 +22,18 @@ FEW = MOST_DRAFTS + 1
 
 
 class CachePlaces(NamedTuple):
-    """Where the new tokens stand."""
+    """Positions and pages of the new tokens."""
 
     positions: Int[Array, "B T"]
-    """In their texts, and so in the cache."""
+    """Positions in their texts, and so in the cache."""
     present: Bool[Array, "B T"]
-    """Whether there is a token at all."""
+    """True where there is a token."""
     pages: Int[Array, "B N"]
     """The rows' page tables, as far as this step looks."""
     lengths: Int[Array, "B"]
     """Positions of each row, the new ones included."""
     first: bool = False
-    """Whether nothing was there before: new tokens then see each other alone, and the cache is written to, not read."""
+    """True for a first chunk: its tokens see each other alone, and the cache is written to, not read."""
 
 
 def written(cache: LayerCache, values: dict[str, Array], places: CachePlaces) -> LayerCache:
@@ -63,7 +63,7 @@ def written(cache: LayerCache, values: dict[str, Array], places: CachePlaces) ->
 
 
 def page_size(cache: LayerCache) -> int:
-    """How many positions a page of an attention's cache holds."""
+    """Return the number of positions in a page of an attention layer's cache."""
     name, pool = next(iter(cache.items()))
     return pool.shape[PAGE_AXIS[name]]
 
@@ -71,7 +71,7 @@ def page_size(cache: LayerCache) -> int:
 def grouped_core(
     attention: GroupedQueryAttention, cache: LayerCache, places: CachePlaces, query, key, value, scoring: Scoring
 ) -> tuple[Float[Array, "1 n H Q"], LayerCache]:
-    """Of a GQA layer: the heads' values for the new tokens' queries, and its cache with their keys and values in it."""
+    """Attend in a GQA layer: return the heads' values of the new tokens and the updated cache."""
     rows, dtype = places.positions.shape, value.dtype
     query, key, value = (y.reshape(*rows, *y.shape[2:]) for y in (query, key, value))
     cache = written(cache, {"key": key, "value": value}, places)
@@ -144,7 +144,7 @@ def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> F
 def latent_core(
     attention: MultiHeadLatentAttention, cache: LayerCache, places: CachePlaces, nope, rope, latent, key_rope
 ) -> tuple[Float[Array, "1 n HV"], LayerCache]:
-    """Of a latent-attention layer: the heads' values for the new tokens' queries, and its cache with their latents.
+    """Attend in a latent-attention layer: return the heads' values of the new tokens and the updated cache.
 
     A few tokens are attended to with absorbed projections (DeepSeek-V2 report, section 2.1.2): queries go through the
     keys' up-projection, and what comes out of the latents through the values'. For many, as in a prompt, it is cheaper

@@ -48,7 +48,7 @@ LEAST_PAGES = 2
 
 
 class Engine:
-    """Generates from a model. Belongs to one thread.
+    """Batched generator of a model. Belongs to one thread.
 
     Args:
         model: its arrays are copied, divided over `mesh`.
@@ -121,7 +121,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether requests wait or run."""
+        """True while requests wait or run."""
         return bool(self.waiting or self._aborted) or any(self.running)
 
     @property
@@ -308,7 +308,7 @@ class Engine:
             self._release(group)
 
     def _follows(self, request: Request | None) -> bool:
-        """Whether a request waits for its group's leader to prefill the prompt."""
+        """Return whether a request waits for its group's leader to prefill the prompt."""
         return bool(request and request.group and request.group.leader is not request and self._left(request))
 
     def _release(self, group: Group) -> None:

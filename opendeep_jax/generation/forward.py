@@ -23,7 +23,7 @@ from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size
 
 
 class Rows(NamedTuple):
-    """What is new: `counts` tokens of each row, the first at position `start`."""
+    """New tokens: `counts` tokens of each row, the first at position `start`."""
 
     tokens: Int[Array, "B T"]
     start: Int[Array, "B"]
@@ -32,11 +32,11 @@ class Rows(NamedTuple):
     pages: Int[Array, "B N"]
     """Its page table, as far as its positions reach; any pages behind them."""
     slots: Int[Array, "B"] | None = None
-    """Where its states are, for a hybrid; rows that idle may share a place."""
+    """Slots of a hybrid's states; idle rows may share a slot."""
 
 
 class Hidden(NamedTuple):
-    """What a forward pass gives of the new tokens."""
+    """Results of a forward pass for the new tokens."""
 
     hidden: Float[Array, "B T D"]
     """The final norm's output."""

@@ -47,7 +47,7 @@ def idle(rows: int) -> RowSampling:
 
 
 class Wanted(NamedTuple):
-    """What is to be told of sampled tokens beside themselves; each combination is a program."""
+    """Optional outputs of sampling; each combination is a program."""
 
     top: bool = False
     """The model's log-probabilities, of the most likely tokens too."""
@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a step gives for each row, or for each of a row's places, as far as it was asked for."""
+    """Results of a step for each row, or each of a row's positions, as far as requested."""
 
     tokens: Int[Array, "*B"]
     logprobs: Float[Array, "*B"] | None = None
@@ -246,7 +246,7 @@ def _from_ordered_bits(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Adjustments(NamedTuple):
-    """For each row the tokens whose logits change, each once; a token beyond the vocabulary stands for none."""
+    """Tokens of each row whose logits change, each once; a token id beyond the vocabulary is padding."""
 
     tokens: Int[Array, "B K"]
     factors: Float[Array, "B K"]

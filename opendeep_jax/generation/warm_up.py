@@ -89,5 +89,5 @@ def _sample(engine: Engine, logits: jax.Array) -> None:
 
 
 def _wanted(engine: Engine) -> list[sampling.Wanted]:
-    """What requests of servers and of evaluation want to be told."""
+    """Return the combinations of outputs that servers and evaluation request."""
     return [sampling.Wanted(top, False, engine.config.kept_tokens) for top in (False, True)]

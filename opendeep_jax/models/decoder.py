@@ -149,7 +149,7 @@ def make_block(config: ModelConfig, stack: str, rngs: nnx.Rngs) -> Block | Mixer
 
 
 class MTPModule(nnx.Module):
-    """Predicts one token further than the module before it (V3 report, section 2.2).
+    """Predict one token further than the module before it (V3 report, section 2.2).
 
     Takes the previous depth's output after its norm, as the published weights' inference code does.
     """
@@ -170,14 +170,14 @@ class MTPModule(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> tuple[Array, Shares]:
-        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalized output [B, L, D] and the
-        block's report. The block's input is [normalized embedding; normalized hidden state], projected to D.
+        """Apply to the hidden state and the next token's embedding, both [B, L, D]; return the normalized output [B, L,
+        D] and the block's report. The block's input is [normalized embedding; normalized hidden state], projected to D.
         """
         x, report = self.block(self.combined(*inputs), context, sliding, core)
         return self.norm(x), report
 
     def combined(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """What the module's block takes."""
+        """Return the input of the module's block."""
         both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
         return project(both, self.projection[...], precision=self.precision)
 
@@ -190,7 +190,7 @@ class Output(NamedTuple):
     mtp_hidden: tuple[Float[Array, "B L D"], ...]
     """The same of each MTP module, for the token 2, 3, … further on."""
     reports: dict[str, Shares]
-    """What layers have measured, by where they are in the model: of stacked layers [n, …], then of MTP modules."""
+    """Return the layers' reports by their place in the model: of stacked layers [n, …], then of MTP modules."""
 
 
 class Decoder(nnx.Module):
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
         return out._replace(reports=reports | out.reports)
 
     def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
-        """What comes after the last block: its norm, and the MTP modules."""
+        """Apply what follows the last block: its norm, and the MTP modules."""
         hidden = previous = self.final_norm(x)
         mtp_hidden, reports = [], {}
         for i, (module, following) in enumerate(zip(self.mtp, mtp_tokens, strict=False)):
@@ -278,7 +278,7 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         order: Array | None = None,
     ) -> Context:
-        """What all layers share: segments, validity and rotations of each position."""
+        """Return the context that all layers share: segments, validity and rotations of each position."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:

@@ -22,7 +22,7 @@ from opendeep_jax.parallel.collectives import all_gather, all_to_all, psum_scatt
 
 
 class Positions(NamedTuple):
-    """Where some tokens stand: in which document, where in it, where in the whole row."""
+    """Positions of tokens: their document, position in it and position in the row."""
 
     segment_ids: Int[Array, "B L"]
     """0 is padding."""
@@ -35,10 +35,10 @@ class Positions(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers share about the positions of a batch. L is this device's part of the length."""
+    """Positions and rotations of a batch, shared by all layers. L is this device's part of the length."""
 
     valid: Bool[Array, "B L"]
-    """Not padding."""
+    """True where a token is not padding."""
     own: Positions
     """The tokens that this device has in the residual stream."""
     queries: Positions
@@ -145,7 +145,7 @@ class FeedForward(nnx.Module):
         return self.shifted(out, "down_bias")
 
     def shifted(self, x: Float[Array, "B L M"], name: str) -> Float[Array, "B L M"]:
-        """With the bias of this name, where the projections have any."""
+        """Add the bias of this name, if projections have biases."""
         return x + getattr(self, name)[...].astype(x.dtype) if self.has_bias else x
 
 

@@ -28,7 +28,7 @@ STEPS_AT_START = 1e-3, 1e-1
 
 
 class Memory(NamedTuple):
-    """What a row's tokens so far have left."""
+    """State after a row's tokens so far."""
 
     convolution: Float[Array, "B k C"]
     """The last inputs of the convolution."""

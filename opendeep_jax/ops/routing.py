@@ -12,7 +12,7 @@ from opendeep_jax.config.rules import LENGTH_AXES
 from opendeep_jax.parallel.collectives import axis_size, psum
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-"""Of the logits [B, L, E] of each token's experts, by the names of `MoEConfig.scoring`: scores of at least 0."""
+"""Nonnegative scores from the router's logits [B, L, E], by the names of `MoEConfig.scoring`."""
 
 
 def route(
@@ -47,7 +47,7 @@ def kept_groups(selection: Float[Array, "B L E"], moe) -> Bool[Array, "B L E"]:
 
 
 def expert_counts(indices: Int[Array, "B L K"], valid: Bool[Array, "B L"], num_experts: int) -> Int[Array, "B E"]:
-    """How many tokens of each row chose each expert; positions that are not `valid` (padding) don't count."""
+    """Count the tokens of each row that chose each expert; positions that are not `valid` (padding) don't count."""
     chosen = (indices[..., None] == jnp.arange(num_experts)) & valid[:, :, None, None]
     return jnp.sum(chosen, axis=(1, 2), dtype=jnp.int32)
 

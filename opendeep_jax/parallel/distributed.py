@@ -71,12 +71,13 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
 
 
 def _on_tpu_pod() -> bool:
-    """Whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are none."""
+    """Return whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are
+    none."""
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
 def _tpu_pod(timeout: float) -> Cluster:
-    """This process's place among the hosts of a TPU pod, as JAX finds it; of no processes where it finds none."""
+    """Return this process's place among the hosts of a TPU pod as JAX finds it; no processes if it finds none."""
     with contextlib.suppress(RuntimeError, ValueError, AttributeError, TypeError):
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
         address, count, process, local = found
@@ -86,12 +87,12 @@ def _tpu_pod(timeout: float) -> Cluster:
 
 
 def in_job() -> bool:
-    """Whether this process has joined a job of several."""
+    """Return whether this process has joined a job of several."""
     return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints, and writes what is written once."""
+    """Return whether this process is the one that prints, and writes what is written once."""
     return jax.process_index() == 0
 
 

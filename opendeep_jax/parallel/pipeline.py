@@ -1,4 +1,4 @@
-"""Runs a model's layers as a pipeline over the stage axis: loss and gradients equal those of the model in one piece.
+"""Run a model's layers as a pipeline over the stage axis: loss and gradients equal those of the model in one piece.
 
 S stages, v chunks a stage, n places (layers) a chunk, M microbatches. Code for the per-device program (see
 `parallel/collectives.py`): every stage runs the same scan over the ticks of a schedule. In a tick a stage runs the
@@ -50,9 +50,9 @@ class PipelineResult(NamedTuple):
 
     loss: Float[Array, ""]
     shared_gradients: Tree
-    """Of `shared`; zero on stages that do not use a weight, so to be summed over the stage axis too."""
+    """Gradients of `shared`; zero on stages that do not use a weight, so to be summed over the stage axis too."""
     layer_gradients: Tree
-    """Of this stage's layers [v*n, ...]; zero in empty places."""
+    """Gradients of this stage's layers [v*n, ...]; zero in empty places."""
     embed_shares: Tree
     """`embed`'s; nothing on all stages but the first."""
     output_shares: Tree
@@ -62,24 +62,24 @@ class PipelineResult(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a stage does in a tick, forward or backward."""
+    """Work of a stage in a tick, forward or backward."""
 
     busy: Array
-    """Whether it does anything."""
+    """True unless the stage is idle."""
     chunk: Array
     """Its chunk, 0 where idle."""
     part: Array
-    """Which part of the model this is."""
+    """Return the index of this part of the model."""
     count: Array
     """The layers in it; 0 where idle."""
     microbatch: Tree
 
     def at(self, place) -> Array:
-        """Whether there is a layer to run at this place."""
+        """Return whether there is a layer to run at this place."""
         return place < self.count
 
     def is_part(self, part: int) -> Array:
-        """Whether this is the work of a part of the model."""
+        """Return whether this work is of the given part of the model."""
         return self.busy & (self.part == part)
 
 

@@ -17,7 +17,7 @@ from opendeep_jax.parallel.cluster import Cluster
 
 GREETING = "opendeep roll call"
 ATTEMPT_SECONDS = 5.0
-"""For one try to connect."""
+"""Time limit of one connection attempt."""
 PAUSE_SECONDS = 0.1
 """Between two of them, and so often process 0 looks for newcomers."""
 BUSY_SECONDS = 10.0

@@ -26,7 +26,7 @@ IDLE = -1
 
 
 class Schedule(NamedTuple):
-    """Who does what when; made by `make_schedule`. Part p is chunk p // S of stage p % S.
+    """Microbatch of each stage and chunk at each tick; made by `make_schedule`. Part p is chunk p // S of stage p % S.
 
     Instance: 2 stages, 1 chunk, 2 microbatches: forward[:, :, 1] is [[0, -1], [1, 0], [-1, 1], [-1, -1]] and
     backward[:, :, 1] is [[-1, -1], [-1, 0], [0, 1], [1, -1]].
@@ -42,7 +42,8 @@ class Schedule(NamedTuple):
 
 
 class BufferSlots(NamedTuple):
-    """Where each stage keeps what waits: slots of two buffers, reused when free. int32 [T, S], IDLE where none.
+    """Buffer slots of inputs and gradients in waiting: two buffers a stage, reused when free. int32 [T, S], IDLE where
+    none.
 
     `inputs` slots hold a chunk's input from its arrival (the first part: from its forward) to its backward; `gradients`
     slots hold the gradient of a chunk's output from its arrival (the last part: from its forward) to its backward.
@@ -53,16 +54,16 @@ class BufferSlots(NamedTuple):
     forward_input: np.ndarray
     """Slot of the input of this tick's forward."""
     output_gradient: np.ndarray
-    """Where the last part's forward puts the gradient of its own output."""
+    """Slot for the gradient of the last part's output, computed in its forward."""
     backward_input: np.ndarray
     backward_gradient: np.ndarray
     arriving_input: np.ndarray
-    """Where the activation goes that arrives at the end of this tick."""
+    """Slot for the activation that arrives at the end of this tick."""
     arriving_gradient: np.ndarray
 
 
 class Simulation(NamedTuple):
-    """What a schedule costs, in the units of the given costs."""
+    """Cost of a schedule, in the units of the given costs."""
 
     time: float
     bubble: float
@@ -188,7 +189,7 @@ def simulate(schedule: Schedule, forward=1.0, backward=3.0) -> Simulation:
 
 
 class StageLayout(NamedTuple):
-    """How N stacked layers lie on the stages; made by `stage_layout`.
+    """Placement of N stacked layers on the stages; made by `stage_layout`.
 
     Each chunk has n places, the same number everywhere, the last of which may be empty. Stacked arrays at rest are
     [S*v*n, ...], divided over the stages along this axis: stage-major, then chunk-major, so that chunk c of a stage is

@@ -1,4 +1,4 @@
-"""Numbers of which devices, micro-batches, parts of a batch, stages and layers have shares, and how these become one.
+"""Metrics as shares of devices, micro-batches, parts of a batch, stages and layers, and how shares combine.
 
 What a number means must not depend on how the work is cut, so a share says itself how it meets others. A quantity that
 is none of these three kinds (a median, a product) has no shares: gather what it is of first.

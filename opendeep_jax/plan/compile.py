@@ -15,7 +15,7 @@ from opendeep_jax.plan.topology import Topology, compile_only_devices
 
 
 class MemoryUse(NamedTuple):
-    """Bytes on one device, as the compiler allots them."""
+    """Compiler's allocation of one device's memory, in bytes."""
 
     arguments: float
     """The state and the batch."""
@@ -27,7 +27,7 @@ class MemoryUse(NamedTuple):
 
     @classmethod
     def of(cls, compiled) -> "MemoryUse":
-        """What a compiled program (`jax.stages.Compiled`) will take."""
+        """Return the memory use of a compiled program (`jax.stages.Compiled`)."""
         sizes = compiled.memory_analysis()
         use = cls(
             sizes.argument_size_in_bytes,

@@ -9,7 +9,7 @@ SECONDS_PER_DAY = 86_400
 
 
 class Cost(NamedTuple):
-    """What a run takes."""
+    """Cost of a run."""
 
     days: float
     chip_hours: float
@@ -27,7 +27,7 @@ V3_TOKENS = 14.8e12
 V3_LENGTH = 4096
 V3_GPUS = 2048
 V3_MFU = 0.3894
-"""Of bfloat16's peak, causal attention counted once, as DeepSeek measured on its 2048 H800 ("Insights into
+"""MFU of bfloat16's peak, causal attention counted once, which DeepSeek measured on its 2048 H800 ("Insights into
 DeepSeek-V3", arXiv:2505.09343, table 4). It is an input here: nothing in this file predicts it."""
 V3_OTHER_GPU_HOURS = 119e3 + 5e3
 """Extending the context and post-training (V3's report, table 1); no arithmetic here covers them."""

@@ -228,7 +228,7 @@ def remove_unfinished(workdir: str | Path) -> None:
 
 
 def _has_own_order(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> bool:
-    """Whether steps have other batches than the parent's would have had."""
+    """Return whether steps have other batches than the parent would have had."""
     deciding = [name for name, _, _ in changes if is_among(name, OWN_ORDER) and not is_among(name, SAME_ORDER)]
     deciding = [name for name in deciding if not name.endswith(".epochs")]  # which only says how many there may be
     return bool(deciding) or bool(config.data.phases and total_steps(config) != total_steps(parent.config))
@@ -248,7 +248,7 @@ def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, 
 
 
 def _notes(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[str]:
-    """What follows from the settings that differ, a sentence each, and the settings themselves."""
+    """Return the consequences of changed settings, a sentence each, and the settings."""
     notes = format_diff(changes).splitlines() or ["no setting differs from the parent's"]
     here, there = (
         float(one.optimizer.learning_rate * learning_rate_schedule(one)(parent.step)) for one in (config, parent.config)

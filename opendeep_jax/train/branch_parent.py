@@ -20,7 +20,7 @@ class Parent(NamedTuple):
     step: int
     config: RunConfig
     record: dict
-    """What the checkpoint says of itself."""
+    """Record of the checkpoint."""
 
     @property
     def path(self) -> Path:

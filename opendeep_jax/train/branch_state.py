@@ -20,13 +20,13 @@ from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
 
 RULES = {"adamw": "AdamW", "muon": "Muon"}
-"""How rules are spelled, where not as `optimizer.kind` has them."""
+"""Names of rules that differ from `optimizer.kind`."""
 NAMED = 3
 """Arrays that a refusal names."""
 
 
 class Move(NamedTuple):
-    """How the arrays of a state come about."""
+    """Origins of a state's arrays."""
 
     step: int
     kept: dict[str, str]
@@ -35,7 +35,7 @@ class Move(NamedTuple):
     """The checkpoint's arrays that are read, abstract, by their names there."""
     notes: list[str]
     refusal: str
-    """Why the weights do not fit; empty where they do."""
+    """Reason why the weights do not fit; empty if they do."""
 
 
 def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainState, keep_health: bool) -> Move:

@@ -16,7 +16,7 @@ from opendeep_jax.display.numbers import human_time
 
 TIMES_FILE = "compile_times.json"
 SHORT_SECONDS = 2.0
-"""Of what took no longer, nothing more is said."""
+"""Compilations up to this time print no second message."""
 FATAL = 3
 
 

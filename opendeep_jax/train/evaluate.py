@@ -78,7 +78,7 @@ def evaluation_rows(config: RunConfig, mesh: Mesh) -> int:
 
 
 def held_out_batches(config: RunConfig, data: Data, mesh: Mesh, max_batches: int) -> HeldOut:
-    """This process's rows of the evaluation batches, for `make_evaluator`; all held-out text for 0 batches."""
+    """Return this process's rows of the evaluation batches, for `make_evaluator`; all held-out text for 0 batches."""
     here = rows_here(mesh, evaluation_rows(config, mesh))
     return data.held_out(evaluation_batch_size(config), max_batches, here)
 

@@ -1,4 +1,4 @@
-"""Numbers of a run for the world: metrics, evaluations, samples, the summary."""
+"""Observation of a run: metrics, evaluations, samples, the summary."""
 
 import contextlib
 import itertools
@@ -28,7 +28,7 @@ from opendeep_jax.train.summary import peak_memory_bytes
 
 
 class Observer:
-    """Measures a run and writes what it measures; changes nothing of it.
+    """Observer that measures a run and writes the results, without effect on the run.
 
     Args:
         record: of the run; in a job of several processes all compute, and the first one writes.

@@ -34,7 +34,7 @@ def stacked_layers(config: RunConfig) -> str:
 
 
 def layers_on_stages(config: RunConfig, stages: int) -> StageLayout:
-    """Which stage has which layers. Leading dense layers are the first stage's, MTP modules the last one's."""
+    """Return the stage of each layer. Leading dense layers are the first stage's, MTP modules the last one's."""
     model, chunks = config.model, config.parallel.stage_chunks
     layers = model.num_moe_layers or model.num_layers
     first = model.num_leading_dense_layers if model.num_moe_layers else 0

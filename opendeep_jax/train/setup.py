@@ -111,7 +111,7 @@ class StepPrograms:
         self.jitted = jax.jit(train_step, donate_argnums=0)  # frozen weights stay the caller's
 
     def has(self, rows: int, length: int) -> bool:
-        """Whether the program of this shape is compiled."""
+        """Return whether the program of this shape is compiled."""
         return (rows, length) in self.compiled
 
     def of(self, rows: int, length: int) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
@@ -148,7 +148,7 @@ class StepPrograms:
         )
 
     def _key(self, shape: tuple[int, int]) -> tuple:
-        """What the time of compiling depends on."""
+        """Return the key of recorded compile times."""
         run, train = self.config, self.config.train
         pieces = train.accumulation_steps, train.rows_per_device, train.loss_chunk, run.optimizer.kind
         return run.model, run.parallel, pieces, shape, chip(), self.mesh.size, jax.__version__

@@ -32,12 +32,12 @@ Metrics = dict[str, jax.Array]
 
 
 class StepOutput(NamedTuple):
-    """What a step tells beside the new state."""
+    """Results of a step beside the new state."""
 
     metrics: Metrics
     """Scalars by name: `loss`, the objective's metrics, `grad_norm`, `learning_rate`."""
     check: UpdateCheck
-    """Whether its update was applied, and why not."""
+    """Result of the update check: whether it was applied, and if not, why."""
     loads: Arrays
     """Tokens of the batch that chose each expert, int32 [layers, experts] or [experts], by router bias."""
     router_bias: Arrays
@@ -120,7 +120,7 @@ def batch_gradients(
 def device_arguments(
     config: RunConfig, definition: ModelDefinition, objective: Objective, state: TrainState, batch: Batch
 ) -> tuple[DeviceArguments, DeviceArguments]:
-    """What the per-device program takes, and how it is divided over the mesh in use."""
+    """Return the arguments of the per-device program and their partition over the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     # Gradients are taken of what is multiplied by, and so have its dtype: a reduce-scatter in bfloat16 gives no more.
     params = definition.in_compute_dtype(state.params, config.model.dtype)
@@ -155,7 +155,7 @@ def device_arguments(
 def local_gradients(
     config: RunConfig, definition: ModelDefinition, objective: Objective, arguments: DeviceArguments
 ) -> tuple[Arrays, Measured]:
-    """What a device computes from its own rows: gradients divided like the weights, and its share of every metric.
+    """Compute from a device's own rows gradients divided like the weights, and its share of every metric.
 
     Over the devices that hold copies of a weight, gradients are still to be added up: once, after all micro-batches.
     """

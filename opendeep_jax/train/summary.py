@@ -1,4 +1,4 @@
-"""What a run says of itself: before the first step, and when it is over."""
+"""Summaries of a run: before the first step and at its end."""
 
 import math
 import os
