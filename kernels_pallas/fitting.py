@@ -53,7 +53,7 @@ def fit(kernel: str, blocks: Iterable[B], needed: Callable[[B], int], memory: in
 
 
 def check_dtypes(kernel: str, taken: tuple[str, ...], *operands: jax.Array) -> None:
-    """Raises NotImplementedError unless the operands are all of one of the dtypes that are taken."""
+    """Raise NotImplementedError unless the operands are all of one of the dtypes that are taken."""
     names = list(dict.fromkeys(operand.dtype.name for operand in operands))
     if len(names) > 1 or names[0] not in taken:
         raise NotImplementedError(

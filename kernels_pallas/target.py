@@ -70,7 +70,7 @@ def choose(kernel: str, implementations: Implementations, name: str | None) -> C
 
 
 def run(kernel: str, implementations: Implementations, name: str | None, *args, **options):
-    """Calls the implementation `name` of a kernel, or with None the first of the platform's that takes these operands.
+    """Run the implementation `name` of a kernel, or with None the platform's first that takes these operands.
 
     Raises:
         ValueError: for a name that there isn't.

@@ -223,7 +223,7 @@ def _spans(meet, whole):
 
 
 def _loop(spans, row, block, step, carry):
-    """Runs step(block, carry, masked) for the blocks of a span: those of the run first, then those around it."""
+    """Run step(block, carry, masked) for the blocks of a span: those of the run first, then those around it."""
     first, start, stop, end = (span[row, block] for span in spans)
     carry = lax.fori_loop(start, stop, lambda i, carry: step(i, carry, False), carry)
 
@@ -277,7 +277,7 @@ def _dot(a, b):
 
 
 def _call(kernel, name, grid, flops, exponentials, outs, blocks, static, operands):
-    """Runs a kernel over a grid; `flops` and `exponentials` for each head's pair of a query and a key."""
+    """Run a kernel over a grid; `flops` and `exponentials` for each head's pair of a query and a key."""
     kernel.__name__ = name  # the lowering puts the function's name into the program, not `name`
     pairs = grid[1] * grid[2] * static.pairs
     cost = pl.CostEstimate(

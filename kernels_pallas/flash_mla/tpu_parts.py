@@ -91,5 +91,5 @@ def seen_pairs(plan, length, keys):
 
 
 def eight(marks):
-    """Marks [B, 2, ·] as the first of 8 rows, the height of a register."""
+    """Return marks [B, 2, ·] as the first of 8 rows, the height of a register."""
     return jnp.pad(marks, ((0, 0), (0, 6), (0, 0)))

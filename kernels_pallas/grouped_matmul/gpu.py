@@ -215,7 +215,7 @@ def _load_weights(matrices, group, first_row, rows, first_column, columns):
 
 
 def _store(out, group, first_row, row_end, first_column, values):
-    """Writes a block into a matrix, of one group where `group` is (g,), up to `row_end` and its last column."""
+    """Write a block into a matrix, of one group where `group` is (g,), up to `row_end` and its last column."""
     rows, columns = values.shape
     mask = (first_row + jnp.arange(rows) < row_end)[:, None] & (first_column + jnp.arange(columns) < out.shape[-1])
     at = out.at[(*group, pl.ds(first_row, rows), pl.ds(first_column, columns))]
@@ -228,7 +228,7 @@ def _dot(a, b):
 
 
 def _call(kernel, name, grid, flops, outs, blocks, static, operands):
-    """Runs a kernel over a grid; `flops` a row."""
+    """Run a kernel over a grid; `flops` a row."""
     kernel.__name__ = name  # the lowering puts the function's name into the program, not `name`
     arrays = jax.tree.leaves((operands, outs))
     cost = pl.CostEstimate(

@@ -68,7 +68,7 @@ class _TPUCall(NamedTuple):
 
 
 def _check(lhs, *rhs):
-    """Raises NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
+    """Raise NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
     check_dtypes("grouped_matmul", ON_TPU, lhs)
     (M, K), N, pairs, item, here = lhs.shape, rhs[0].shape[2], len(rhs), lhs.dtype.itemsize, target.chip()
     forward = tpu_rows.RowsShape(M, K, N, 1, pairs, 2 * pairs - 1, item)

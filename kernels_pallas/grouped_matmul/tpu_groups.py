@@ -135,7 +135,7 @@ def _kernel(tiles, shape, group, tile, begin, end, turn, following, x, y, out, t
     high = jnp.minimum(end[g] - t * T, T)
 
     def add(rows, mask):
-        """Adds the products of these rows, masked or not, sub-block by sub-block."""
+        """Add the products of these rows, masked or not, sub-block by sub-block."""
 
         def one(k, n):
             here = [pl.ds(pl.multiple_of(i * size, size), size) for i, size in zip((k, n), sub, strict=True)]

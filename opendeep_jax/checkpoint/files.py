@@ -58,7 +58,7 @@ class OtherLayout(CorruptCheckpoint):
 
 
 def to_items(state: Any) -> Items:
-    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}.
+    """Return the arrays of a (possibly abstract) TrainState as they are stored: {"model": {…}, "optimizer": {…}}.
 
     Frozen weights are not: a checkpoint has their digests (`frozen_digests`).
     """
@@ -252,7 +252,7 @@ def key_value_store(path: Path) -> dict:
 
 
 def everywhere(failure: CorruptCheckpoint | None) -> None:
-    """Raises CorruptCheckpoint in all processes where it failed in one; all call it."""
+    """Raise CorruptCheckpoint in all processes where it failed in one; all call it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -306,7 +306,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, e
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what Orbax and tensorstore raise for damaged or missing files into CorruptCheckpoint."""
+    """Convert Orbax's and tensorstore's errors for damaged or missing files into CorruptCheckpoint."""
     try:
         yield
     except (CorruptCheckpoint, ConfigError, MemoryError):
@@ -332,7 +332,7 @@ def disk_error(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def disk_failures(directory: Path) -> Iterator[None]:
-    """Raises every refusal of the disk as an OSError that names `directory`."""
+    """Raise every file system error as an OSError that names `directory`."""
     try:
         yield
     except Exception as error:
@@ -368,13 +368,13 @@ def quarantine(path: Path, directory: Path) -> Path | None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
+    """Delete incomplete writes of killed processes; Orbax never reads them, but they take space."""
     for path in directory.glob("*orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def quieten_orbax() -> None:
-    """Keeps Orbax from printing the frames of failures that it raises anyway, unless the log level is info or more."""
+    """Suppress Orbax's printed tracebacks of errors that it raises anyway, unless the log level is info or more."""
     if logging.getLogger("absl").isEnabledFor(logging.INFO):
         return
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -36,7 +36,7 @@ def _of_run(local_directory: str, workdir: Path) -> Path:
 
 
 def layout(items: Items) -> str:
-    """A text that is the same for (possibly abstract) arrays that lie on the devices in the same way."""
+    """Return a text that is equal for (possibly abstract) arrays of equal sharding."""
     hashed = hashlib.sha256(str(jax.process_count()).encode())
     for item in (MODEL, OPTIMIZER):
         for name, array in sorted(items[item].items()):
@@ -88,7 +88,7 @@ class ShardsHandler(ocp.CheckpointHandler):
     """Writer of one process's numpy arrays in Orbax's format; Orbax itself allows only process 0 to write."""
 
     def save(self, directory: Path, args: "ShardsSave") -> None:
-        """Writes all arrays as one transaction."""
+        """Write all arrays as one transaction."""
         base = key_value_store(Path(directory))
         with tensorstore.Transaction() as transaction:
             writes = []
@@ -123,14 +123,14 @@ def _shard_name(item: str, name: str, index: str) -> str:
 
 
 def read_alone(path: Path, items: Items) -> Items:
-    """Arrays like the abstract ones in `items` from what one process kept. Raises CorruptCheckpoint."""
+    """Read arrays like the abstract ones in `items` from one process's files. Raises CorruptCheckpoint."""
     if (path / SHARDS).is_dir():
         raise OtherLayout("its parts were saved by other devices or processes than there are now")
     return {item: read_arrays(path / item, arrays) for item, arrays in items.items()}
 
 
 def common_steps(steps: list[int]) -> list[int]:
-    """The steps that all processes have; all call it."""
+    """Return the steps that all processes have; a collective call."""
     if jax.process_count() == 1:
         return steps
     most = max(int(_of_all(np.int32(len(steps))).max()), 1)
@@ -140,7 +140,7 @@ def common_steps(steps: list[int]) -> list[int]:
 
 
 def processes_where(fact: bool) -> list[int]:
-    """The processes that call it with True; all call it."""
+    """Return the processes that pass True; a collective call."""
     return [int(index) for index in np.flatnonzero(_of_all(np.array(fact)))]
 
 

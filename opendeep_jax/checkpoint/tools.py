@@ -213,7 +213,7 @@ def prunable(workdir: str | Path, config: CheckpointConfig) -> list[int]:
 
 
 def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: None) -> list[int]:
-    """Deletes what `prunable` names, and returns it.
+    """Delete the checkpoints that `prunable` names, and return them.
 
     Raises ConfigError, and deletes nothing, where the newest checkpoint is not sound: an older one may be all there is.
     """
@@ -236,7 +236,7 @@ def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: 
 
 
 def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Seen = lambda _: None) -> Path:
-    """Makes the work directory `out`, whose one checkpoint is the mean of the weights at `steps`; returns the latter.
+    """Write the work directory `out`, whose one checkpoint averages the weights at `steps`; return `steps`.
 
     Sums are float32; the mean has each array's own dtype. There is no optimizer state in it: it is for measuring and
     generating, not for training on.

@@ -193,7 +193,7 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
 
 
 def record_context_length(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
-    """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
+    """Write `config`'s context length into a run that has ended, of which it is the one setting still in use."""
     there, wanted = load_run_config(workdir), config.model.context_length
     if there.model.context_length != wanted:
         there = dataclasses.replace(there, model=dataclasses.replace(there.model, context_length=wanted))
@@ -218,7 +218,7 @@ def format_diff(differences: list[tuple[str, Any, Any]]) -> str:
 
 
 def save_run_config(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
-    """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`.
+    """Write `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`.
 
     Without a recipe, the difference that is there already is brought up to date.
     """

@@ -130,7 +130,7 @@ def _is_dead(content: str) -> bool:
 
 
 def _take_away(path: Path, content: str) -> None:
-    """Removes the file of a dead owner, unless another process has done so and made its own."""
+    """Remove the lock file of a dead owner, unless another process has replaced it."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)

@@ -191,7 +191,7 @@ def _with_sources(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
-    """Prints every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
+    """Print every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
     own = "\n".join(f"--{name:<21}{process[name].help}" for name in process)
     tyro.cli(
         RunConfig,
@@ -268,7 +268,7 @@ def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[s
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
+    """Raise ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
     fields = dict(_leaves(RunConfig, RunConfig()))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")

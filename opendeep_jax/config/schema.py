@@ -70,7 +70,7 @@ class SourceConfig:
 
     @property
     def known_license(self) -> str:
-        """The license as it is told: `by document` where a field has it, `unknown` where nobody states any."""
+        """License for display: `by document` where a field has it, `unknown` where nobody states any."""
         return self.license or ("by document" if self.license_field else "unknown")
 
 

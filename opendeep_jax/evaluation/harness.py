@@ -94,7 +94,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The text that each request's context goes on with, up to one of its stop strings; of a chat the answer alone,
+        """Generate each request's continuation, up to one of its stop strings; of a chat the answer alone,
         without the thinking before it."""
         asked = [request.args for request in requests]
         settings = [_settings(arguments, self.engine.max_length) for _, arguments in asked]
@@ -204,7 +204,7 @@ def _settings(given: dict[str, Any], max_length: int) -> tuple[list[str], dict[s
 
 
 def _seed(seed: int, context: str, repeat: int) -> int:
-    """A request's own seed: whatever else is asked, the answer is the same."""
+    """Return a request's seed, independent of the other requests."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{repeat}:{context}".encode()).digest()[:4], "big")
 
 
@@ -230,7 +230,7 @@ class Tasks(TaskManager):
 
 
 def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[Tasks, list[str]]:
-    """The tasks that names, groups, tags and patterns such as `mmlu_*` mean, those under include_path first.
+    """Find the tasks of names, groups, tags and patterns such as `mmlu_*`, those under include_path first.
 
     Raises ConfigError for a name that is none.
     """
@@ -259,7 +259,7 @@ def run_tasks(
     num_fewshot: int = -1,
     max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """The harness' own results of some tasks (`results`, `samples`, `n-samples`, `configs`, ...).
+    """Run tasks in the harness and return its results (`results`, `samples`, `n-samples`, `configs`, ...).
 
     Args:
         tasks: Those there are, and

@@ -39,7 +39,7 @@ def bootstrap(
 
 
 def interval_of(value: float, standard_error: float | None, scores: Sequence) -> tuple[float, float] | None:
-    """Interval of a metric; None where nothing says how sure it is.
+    """Interval of a metric; None if it has no standard error.
 
     Wilson's for a mean of zeros and ones, the bootstrap's for a perplexity or bits per unit, else the normal one.
 

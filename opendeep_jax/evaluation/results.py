@@ -85,7 +85,7 @@ def _metric(key: str, value: Any, values: dict, samples: list[dict], better: dic
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """An example without its text, which the prompt's hash stands for."""
+    """Return an example with its text replaced by the prompt's hash."""
     return {
         "id": sample["doc_id"],
         "filter": sample["filter"],
@@ -97,7 +97,7 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _given(arguments: tuple) -> str:
-    """All text of a request that the model read: a context alone, or with the continuation that was scored."""
+    """Return the text of a request that the model read: a context, with the continuation if it was scored."""
     return "".join(part for part in arguments if isinstance(part, str))
 
 

@@ -75,7 +75,7 @@ def check_update(
     grad_norm: jax.Array,
     judge_loss: bool = True,
 ) -> tuple[UpdateCheck, Health]:
-    """Decide whether the update of `step` (from 0) is applied, and return what is known afterwards.
+    """Decide whether the update of `step` (from 0) is applied, and return the updated statistics.
 
     Args:
         borders: first steps (from 0) of the stretches whose losses are not compared with those before.
@@ -119,14 +119,14 @@ def robust_zscore(values: Float[Array, "window"], value: jax.Array, relative: fl
 
 
 def _is_known(values: Float[Array, "window"], high: Int[Array, "window"], value: jax.Array) -> Bool[Array, ""]:
-    """Tell whether a high value is one of those that have come often enough to be expected."""
+    """Return whether a high value is among those frequent enough to be expected."""
     above = values - jnp.nanmedian(values)
     alike = (high > 0) & (above >= 0.5 * (value - jnp.nanmedian(values)))
     return (jnp.sum(alike) >= PATIENCE) | (jnp.sum(high[-RECENT:]) >= PATIENCE)
 
 
 def _begin_stretch(borders: tuple[int, ...], step, health: Health) -> Health:
-    """Empties the windows where a border lies between their steps and `step`."""
+    """Clear the windows if a schedule border lies between their steps and `step`."""
     stretch = sum(((step >= border).astype(jnp.int32) for border in borders), start=jnp.int32(0))
     empty, same = new_health(), stretch == health.stretch
     kept = {name: jnp.where(same, getattr(health, name), getattr(empty, name)) for name in ("losses", "norms", "high")}

@@ -45,7 +45,7 @@ class Drill:
 
 
 def drills(texts: tuple[str, ...]) -> list[Drill]:
-    """The drills that `faults.drill` lists; `config.rules` has checked how they are written."""
+    """Return the injected faults that `faults.drill` lists; `config.rules` has checked their syntax."""
     found = []
     for text in texts:
         kind, first, last, process = re.fullmatch(DRILLS, text).groups()
@@ -89,7 +89,7 @@ def inject_faults(take_step: Callable, config: RunConfig, workdir: Path) -> Call
 
 
 def spoil_batch(texts: tuple[str, ...], step: int, batch: Batch, vocab_size: int) -> Batch:
-    """A process's rows as they are, but for random targets at the steps of loss_spike."""
+    """Return a process's rows, with random targets at the steps of loss_spike."""
     if any(drill.kind == "loss_spike" and drill.first <= step <= drill.last for drill in drills(texts)):
         random = np.random.default_rng(step).integers(0, vocab_size, batch.targets.shape, np.int32)
         return dataclasses.replace(batch, targets=random)
@@ -97,7 +97,7 @@ def spoil_batch(texts: tuple[str, ...], step: int, batch: Batch, vocab_size: int
 
 
 def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state):
-    """The state before a step as it is, but for one bit of one device's copy of a weight at the step of flipped_bit.
+    """Return the state before a step, with one bit of one device's copy of a weight flipped at the step of flipped_bit.
 
     Raises ConfigError where no weight has a copy.
     """
@@ -115,7 +115,7 @@ def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state):
 
 
 def strike_process(texts: tuple[str, ...], workdir: Path, step: int) -> None:
-    """Do to this process what its drills say of `step`, before it begins."""
+    """Inject this process's faults of `step`, before it begins."""
     for drill in drills(texts):
         here = drill.first == step and drill.process == jax.process_index()
         if here and drill.kind in (*SIGNALS, "hang", "clock_jump") and _strikes(workdir, drill):

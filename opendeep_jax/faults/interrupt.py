@@ -50,7 +50,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Inside, the first Ctrl-C or SIGTERM is only noted. Another one raises KeyboardInterrupt at once.
+    """Record the first Ctrl-C or SIGTERM in the block. Another one raises KeyboardInterrupt at once.
 
     A step gives its state's memory to the next one, so between two lines of the loop there may be no state to save.
     Threads other than the main one get no signals.

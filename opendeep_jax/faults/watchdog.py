@@ -96,7 +96,7 @@ class Watchdog:
                 self._stacks.parent.rmdir()
 
     def doing(self, what: str, step: int | None = None) -> None:
-        """Notes what the loop begins to do now, and at which step."""
+        """Record the loop's current activity and step."""
         self._doing, self._step, self._since = what, self._step if step is None else step, time.monotonic()
 
     def _beat(self, ended: bool = False) -> None:
@@ -152,7 +152,7 @@ class Watchdog:
                 self._give_up(self._hang(patience), [])
 
     def _talk(self) -> None:
-        """Tells the others what this process does, and hears what they do, until the end."""
+        """Exchange heartbeats with the other processes until the end."""
         process, told = jax.process_index(), 0
         due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
@@ -175,7 +175,7 @@ class Watchdog:
         self._ended_peer = self._ended_peer or ended_peer()
 
     def _missing(self) -> list[int]:
-        """Processes that were not heard of for too long."""
+        """Return the processes whose last heartbeat is too old."""
         if jax.process_count() == 1 or not self.faults.peer_seconds:
             return []
         now = time.monotonic()
@@ -222,7 +222,7 @@ class Watchdog:
         self._exit(status)
 
     def _leave_traces(self, text: str, missing: list[int]) -> None:
-        """Writes this process's stacks; and the event, if no process before this one is left to do it."""
+        """Write this process's stacks, and the event if no earlier process is left to write it."""
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         self._file.flush()

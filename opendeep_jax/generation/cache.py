@@ -192,15 +192,15 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of free pages."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Give pages away; the caller has looked that there are so many."""
+        """Allocate pages; the caller has checked that enough are free."""
         return self.share([self._free.pop() for _ in range(count)])
 
     def share(self, pages: Sequence[int]) -> list[int]:
-        """Note one more holder of each of these pages, and return them."""
+        """Add a reference to each of these pages, and return them."""
         for page in pages:
             self._holders[page] += 1
         return list(pages)

@@ -126,12 +126,12 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a single request may have: what its length and the pages of one group allow."""
+        """Maximum number of tokens of a request, by its length and the pages of one group."""
         return min(self.max_length, self.pools[0].count * self.page_size)
 
     @property
     def stats(self) -> EngineStats:
-        """Counts of now and since the beginning."""
+        """Return the engine's counters."""
         free = sum(pool.free for pool in self.pools)
         total = sum(pool.count for pool in self.pools)
         running = sum(request is not None for request in self.running)
@@ -223,7 +223,7 @@ class Engine:
         return -(-self._limit(request) // self.page_size)
 
     def _admit(self) -> None:
-        """Give waiting requests slots and pages, first come first served; a group's others beside its leader."""
+        """Assign slots and pages to waiting requests, first come first served; a group's others beside its leader."""
         while self.waiting:
             request, idle = self.waiting[0], [slot for slot, held in enumerate(self.running) if held is None]
             needed, group, shared = self._pages_of(request), request.group, []
@@ -285,7 +285,7 @@ class Engine:
         self._start_samples(progress)
 
     def _start_samples(self, progress: list[RequestProgress]) -> None:
-        """Let samples that have slots go on from their group's prompt, where that is in the cache by now."""
+        """Start samples that have slots from their group's prompt, once that is in the cache."""
         begun = [request if self._follows(request) and request.group.ready else None for request in self.running]
         if not any(begun):
             return
@@ -370,7 +370,7 @@ class Engine:
                 progress.append(self._accept(request, own))
 
     def _keep_experts(self, requests: list[Request | None], experts: jax.Array | None, counts: Sequence[int]) -> None:
-        """Give requests the routers' choices for their new tokens, where the engine asks for them."""
+        """Append the routers' choices of new tokens to requests, if the engine returns them."""
         if experts is not None:
             experts = jax.device_get(experts)
             for row, request in enumerate(requests):
@@ -396,7 +396,7 @@ class Engine:
         return min(bucket(-(-positions // self.page_size), LEAST_PAGES), self.table_width)
 
     def _accept(self, request: Request, sampled: Sampled) -> RequestProgress:
-        """Give a request the tokens [T] that were sampled for it, up to its end."""
+        """Append the sampled tokens [T] to a request, up to its end."""
         params, finish, count = request.params, None, 0
         for token in sampled.tokens.tolist():
             if token in params.end_ids:
@@ -424,7 +424,7 @@ class Engine:
         return min(len(request.prompt) + request.params.max_tokens, self.max_length)
 
     def _end(self, request: Request, why: str) -> RequestProgress:
-        """Free what a request holds."""
+        """Finish a request and free what it holds."""
         request.finish = why
         if request.slot >= 0:
             self._leave(request)
@@ -444,6 +444,6 @@ class Engine:
         return RequestProgress(request, [], [], why)
 
     def _leave(self, request: Request) -> None:
-        """Give a request's slot and pages back."""
+        """Release a request's slot and pages."""
         self._pool(request.slot).give_back(request.pages)
         self.running[request.slot], request.pages = None, []

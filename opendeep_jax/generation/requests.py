@@ -257,7 +257,7 @@ def chunk_size(left: int, most: int) -> int:
 def cut_out(
     texts: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """So many tokens of each text from its start on, and the token after each of them; 0 where there is none.
+    """Cut tokens of each text from its start on, and the token after each of them; 0 if none.
 
     T is the smallest bucket for the longest.
     """
@@ -294,7 +294,7 @@ def columns(requests: Sequence[Request], prompt: Sequence[int]) -> Samples:
 
 
 def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError for settings that cannot work.
+    """Raise ConfigError for invalid settings.
 
     Args:
         mesh_sizes: devices along each axis of the mesh; axes that are left out have one.

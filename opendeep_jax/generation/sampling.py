@@ -36,7 +36,7 @@ class RowSampling(NamedTuple):
 
 
 def idle(rows: int) -> RowSampling:
-    """Settings of rows that take the most likely token, in numpy."""
+    """Return the settings of greedy rows, in numpy."""
     return RowSampling(
         np.zeros(rows, np.float32),
         np.zeros(rows, np.int32),

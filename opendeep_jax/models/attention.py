@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attends within each segment, by `over_row` or another core. No layer of this kind slides."""
+        """Attend within each segment, by `over_row` or another core. No layer of this kind slides."""
         out = (core or type(self).over_row)(self, context, *self.queries(x, context), *self.latents(x, context))
         out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
         return psum_scatter(out, "tensor", 1)
@@ -159,7 +159,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return first.reshape(up.shape[0], -1), second.reshape(up.shape[0], -1)
 
     def turn(self, x: Float[Array, "B L HR"], positions) -> Float[Array, "B L HR"]:
-        """Rotates heads that lie side by side."""
+        """Rotate heads that lie side by side."""
         heads = x.reshape(*x.shape[:2], -1, self.config.qk_rope_head_dim)
         return rotate(heads, positions.cosine, positions.sine, interleaved=False).reshape(x.shape)
 
@@ -198,7 +198,7 @@ class GroupedQueryAttention(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attends within each segment, by `over_row` or another core; `sliding`: whether this layer has a window."""
+        """Attend within each segment, by `over_row` or another core; `sliding`: whether this layer has a window."""
         x = all_gather(x, "tensor", 1)
         query, key, value = self.queries_keys_values(x, context.queries, sliding)
         out = (core or type(self).over_row)(self, context, query, key, value, self.scoring(sliding))

@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
         mtp_tokens: Sequence[Int[Array, "B L"]] = (),
         order: Int[Array, "B L"] | None = None,
     ) -> Output:
-        """Runs all blocks.
+        """Run all blocks.
 
         Args:
             mtp_tokens: for each MTP module that shall run, the token 1, 2, … after each position.
@@ -329,7 +329,7 @@ def one_layer(block: nnx.Module, context: Context, config: ModelConfig, scanned:
 
 
 def _kept(config: ModelConfig):
-    """The policy "named": what is kept in the device's memory, and what in the host's where the platform has that."""
+    """Return the policy "named": activations kept in device memory, and in host memory if the platform has it."""
     names, offload = config.remat.names, config.remat.offload
     if not offload or platform() == "cpu":
         return jax.checkpoint_policies.save_only_these_names(*names, *offload)
@@ -342,7 +342,7 @@ def _kept(config: ModelConfig):
 
 
 def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig, first: int = 0):
-    """Runs stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
+    """Run stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
     layers' reports, stacked.
     """
     if layers is None:
@@ -356,7 +356,7 @@ def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelCon
 
 
 def run_layers(stacks: dict[str, nnx.Module], x, context: Context, config: ModelConfig):
-    """Runs a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
+    """Run a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
     layers, left, reports = {}, {}, {name: [] for name in stacks}
     for name, stack in stacks.items():
         layers[name], state = one_layer(stack, context, config, scanned=False)

@@ -82,7 +82,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalizes the last axis."""
+        """Normalize the last axis."""
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -96,7 +96,7 @@ class ZeroCenteredNorm(nnx.Module):
         self.epsilon, self.has_bias = epsilon, bias
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalizes the last axis."""
+        """Normalize the last axis."""
         scale = 1 + self.scale[...].astype(jnp.float32)
         if self.has_bias:
             return layer_norm(x, scale, self.bias[...], self.epsilon)
@@ -130,7 +130,7 @@ class FeedForward(nnx.Module):
         self.activation, self.bounds = config.activation, (config.swiglu_alpha, config.swiglu_limit)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Applies the feed-forward to each position."""
+        """Apply the feed-forward to each position."""
         x = all_gather(x, "tensor", 1)
         if self.has_gate:
             gate = project(x, self.gate[...], precision=self.precision)
@@ -158,7 +158,7 @@ class Embedding(nnx.Module):
         self.dtype, self.scale = jnp.dtype(config.dtype), config.embedding_scale
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Looks up; the cast comes after, so that gradients of one token add up in float32.
+        """Look up the embeddings; the cast comes after, so that gradients of one token add up in float32.
 
         Where devices have columns of the table, each looks up its columns of everyone's tokens, and sends them home:
         far less than the table, and its gradient never leaves its place.

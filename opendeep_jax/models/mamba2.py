@@ -58,16 +58,16 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: Context, core: Callable | None = None
     ) -> Float[Array, "B L D"]:
-        """Mixes the positions of each document, by `over_row` or another core."""
+        """Mix the positions of each document, by `over_row` or another core."""
         return (core or type(self).over_row)(self, context, x)
 
     def over_row(self, context: Context, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The core of training: a row begins without memory."""
+        """Mix as in training: a row starts from the initial state."""
         documents = document_numbers(context.own.segment_ids)
         return self.continued(x, documents, context.valid, self.nothing(len(x), x.dtype))[0]
 
     def nothing(self, rows: int, dtype) -> Memory:
-        """The memory of rows that begin."""
+        """Return the initial state of rows."""
         mamba = self.config
         return Memory(
             jnp.zeros((rows, mamba.conv_kernel - 1, mamba.conv_size), dtype),
@@ -77,7 +77,7 @@ class Mamba2(nnx.Module):
     def continued(
         self, x: Float[Array, "B L D"], documents: Int[Array, "B L"], present: Bool[Array, "B L"], memory: Memory
     ) -> tuple[Float[Array, "B L D"], Memory]:
-        """The output for positions that follow what a memory is of, and the memory after the last present one.
+        """Return the output for positions that follow a state, and the state after the last present one.
 
         Args:
             documents: `ops.state_space.document_numbers`; the memory is of the first one.

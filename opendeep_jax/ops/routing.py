@@ -18,7 +18,7 @@ SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 def route(
     logits: Float[Array, "B L E"], bias: Float[Array, "E"] | None, moe
 ) -> tuple[Float[Array, "B L K"], Int[Array, "B L K"], Float[Array, "B L E"]]:
-    """Returns the chosen experts' weights and indices, and all scores.
+    """Return the chosen experts' weights and indices, and all scores.
 
     Selection goes by `score + bias` inside the groups that a token keeps; the weights are the scores without bias,
     normalized over the chosen if `moe.normalize_weights`, times `moe.routed_scaling_factor`.
@@ -69,6 +69,6 @@ def sequence_balance_loss(
 
 
 def updated_bias(bias: Float[Array, "... E"], load: Int[Array, "... E"], speed) -> Float[Array, "... E"]:
-    """Moves each bias by `speed` towards balance: up where the global load is below its mean, down where above."""
+    """Move each bias by `speed` towards balance: up where the global load is below its mean, down where above."""
     load = load.astype(jnp.float32)
     return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

@@ -137,7 +137,7 @@ def pipelined_value_and_grad(
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), total, new)
 
     def forward_chunk(work, x, kept, slot):
-        """Runs a chunk's layers; their inputs go to a slot of `kept` [slots, n, ...].
+        """Run a chunk's layers; their inputs go to a slot of `kept` [slots, n, ...].
 
         Conditionals return what is small and everything large is updated beside them: not every compiler updates in
         place what passes through a conditional.

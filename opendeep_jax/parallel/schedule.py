@@ -127,7 +127,7 @@ def ticks_of(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assign_slots(schedule: Schedule) -> BufferSlots:
-    """Gives everything that waits a slot, the lowest that is free."""
+    """Assign each waiting array the lowest free slot."""
     stages, last = schedule.stages, schedule.stages * schedule.chunks - 1
     forward, backward = ticks_of(schedule)
     # What arrives at the end of a tick is there from the next tick on.
@@ -164,7 +164,7 @@ def _lowest_free(start: np.ndarray, end: np.ndarray, stages: int) -> tuple[np.nd
 
 
 def simulate(schedule: Schedule, forward=1.0, backward=3.0) -> Simulation:
-    """Plays a schedule: a stage starts a tick when it and its two neighbors on the ring have ended the one before.
+    """Simulate a schedule: a stage starts a tick when it and its two neighbors on the ring have ended the one before.
 
     Args:
         schedule: what `make_schedule` made.
@@ -209,7 +209,7 @@ class StageLayout(NamedTuple):
 
 
 def stage_layout(num_layers: int, stages: int, chunks: int = 1, first: float = 0.0, last: float = 0.0) -> StageLayout:
-    """Divides N layers over S*v parts with as few places as they need, empty ones where there is other work to do.
+    """Divide N layers over S*v parts with as few places as they need, empty ones where there is other work to do.
 
     Args:
         num_layers: N; need not be divisible by anything.

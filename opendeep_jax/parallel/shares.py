@@ -48,7 +48,7 @@ def is_share(x) -> bool:
 
 
 def meet(one, other):
-    """Two pytrees of shares as one. Raises ConfigError where they are of different kinds."""
+    """Combine two pytrees of shares. Raises ConfigError where they are of different kinds."""
 
     def both(a, b):
         if type(a) is not type(b):
@@ -62,7 +62,7 @@ def meet(one, other):
 
 
 def nothing(like, *lead: int):
-    """Shares of these shapes, with leading axes, that change none that they meet."""
+    """Return neutral shares of these shapes, with leading axes."""
 
     def empty(share):
         if not isinstance(share, Max):
@@ -100,7 +100,7 @@ def over_devices(shares, axis: Axis):
 
 
 def numbers(shares: Any) -> Any:
-    """The numbers that whole shares stand for."""
+    """Return the values of complete shares."""
 
     def number(share):
         return share.total / jnp.maximum(share.count, 1) if isinstance(share, Mean) else share.value

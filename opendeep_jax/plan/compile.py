@@ -66,7 +66,7 @@ class OutOfResource(Exception):
 
 
 def prepare_process() -> None:
-    """Sets what compiling without accelerators takes; only before JAX is imported does it count."""
+    """Set the environment for compiling without accelerators; call it before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # libtpu asks a server for the machine's own chips, and lets one process at a time use them: here are none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -77,7 +77,7 @@ def prepare_process() -> None:
 
 @contextmanager
 def quiet_compilers() -> Iterator[None]:
-    """Keeps from the terminal what the compilers' C++ writes to standard error, errors of the block excepted."""
+    """Suppress what the compilers' C++ code writes to standard error, except when the block raises."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -89,7 +89,7 @@ def quiet_compilers() -> Iterator[None]:
 
 
 def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> CompiledStep:
-    """Compiles the training step of `config`, with the batch of `stage`, for a topology.
+    """Compile the training step of `config`, with the batch of `stage`, for a topology.
 
     Raises:
         ConfigError: where the mesh can't be laid over the topology.

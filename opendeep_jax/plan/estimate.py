@@ -189,7 +189,7 @@ class RunPlan:
 
 
 def check_mesh(config: RunConfig, topology: Topology) -> None:
-    """Raises ConfigError unless the mesh takes all devices of the topology and the batches divide over it."""
+    """Raise ConfigError unless the mesh takes all devices of the topology and the batches divide over it."""
     try:
         check_devices(config, topology.device_count)
     except ConfigError as error:
@@ -199,7 +199,7 @@ def check_mesh(config: RunConfig, topology: Topology) -> None:
 
 
 def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_tokens: float = 0.0) -> RunPlan:
-    """Compiles a run's training step for a topology and reads what it would take.
+    """Compile a run's training step for a topology, and return its plan.
 
     Args:
         price: dollars for a chip-hour; 0 takes the chip's default, an assumption.

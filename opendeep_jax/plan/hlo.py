@@ -142,7 +142,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a compiled program. Raises ValueError where it has no entry computation."""
+    """Read the text of a compiled program. Raises ValueError where it has no entry computation."""
     computations: dict[str, Computation] = {}
     current, entry = None, ""
     for line in _whole_lines(text):

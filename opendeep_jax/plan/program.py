@@ -96,7 +96,7 @@ class Program:
     COUNTERS = ("kernels", "collectives", "uncounted", "flops_by_name", "bytes_by_name")
 
     def add(self, other: "Program", times: float = 1) -> None:
-        """Adds another's totals, so many times."""
+        """Add another program's totals, multiplied by a count."""
         for name in self.SUMS:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for name in self.COUNTERS:
@@ -106,7 +106,7 @@ class Program:
 
 
 def analyze(text: str) -> Program:
-    """Reads a compiled program's text (`compiled.as_text()`). Raises ValueError where it is none."""
+    """Read a compiled program's text (`compiled.as_text()`). Raises ValueError where it is none."""
     module = parse(text)
     reader = _Reader(module)
     total = Program(devices=module.devices)

@@ -213,7 +213,7 @@ def wait_seconds(message: Collective, network: Network) -> float:
 
 
 def seconds_in_order(program: Program, network: Network) -> float:
-    """Runs through the program's schedule: kernels take their time, each part of the network one message at a time, and
+    """Simulate the program's schedule: kernels take their time, each part of the network one message at a time, and
     what is waited for is waited for.
     """
     known: dict[tuple[str, bool], float] = {}

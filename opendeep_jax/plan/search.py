@@ -97,7 +97,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
 def search(
     config: RunConfig, topology: Topology, count: int, price: float, total_tokens: float, tell=print
 ) -> list[Found]:
-    """Compiles the `count` best layouts by arithmetic and ranks them, the best first.
+    """Compile the `count` best layouts by arithmetic, and return them ranked, the best first.
 
     Layouts that differ in rematerialization or micro-batches alone count as one until others have had their turn.
 

@@ -123,7 +123,7 @@ if sys.stdin.buffer.read() != b"done":
 
 @contextmanager
 def told_if_killed() -> Iterator[None]:
-    """Another process that says what probably happened if this one is killed in the block: it can't itself."""
+    """Run a second process in the block that reports the probable cause if this one is killed."""
     words = (
         "opendeep: this process was killed while it compiled, as Linux does to one that takes a machine's last memory. "
         f"If so: {CURES[HOST]}"

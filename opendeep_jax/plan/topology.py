@@ -123,7 +123,7 @@ def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
 
 
 def check_compiler(topology: Topology) -> None:
-    """Raises ConfigError, naming the extra to install, where the chip's compiler is missing. JAX is not loaded."""
+    """Raise ConfigError, naming the extra to install, where the chip's compiler is missing. JAX is not loaded."""
     module, extra = {"tpu": ("libtpu", "tpu-compiler"), "gpu": ("jax_cuda13_plugin", "gpu-compiler")}[
         topology.chip.platform
     ]

@@ -127,7 +127,7 @@ def begin_branch(
         primary_first("branch/lock", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
 
         def decide() -> str:
-            """The step to branch from, of which the first process decides; empty where the branch is there."""
+            """Return the step to branch from, decided by the first process; empty if the branch exists."""
             if is_primary():
                 finish_branch(workdir)
                 begun = read_origin(workdir)["kind"] == "branch"
@@ -205,7 +205,7 @@ def content_digest(record: dict) -> str:
 
 
 def finish_branch(workdir: str | Path) -> bool:
-    """Move what a branch was made of to its places, where origin.json says that it is whole; whether any was left."""
+    """Move a branch's files into place if origin.json says that they are complete; return whether any remained."""
     workdir = Path(workdir)
     staged = workdir / STAGED
     if not staged.is_dir() or read_origin(workdir)["kind"] != "branch":
@@ -235,7 +235,7 @@ def _has_own_order(config: RunConfig, parent: Parent, changes: list[tuple[str, A
 
 
 def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[dict]:
-    """The steps that the parent passes over: with other batches than the parent's, only those that are done.
+    """Return the steps that the parent skips; with other batches than the parent's, only those already done.
 
     None of them counts as a rollback of the branch.
     """

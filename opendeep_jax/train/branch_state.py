@@ -39,7 +39,7 @@ class Move(NamedTuple):
 
 
 def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainState, keep_health: bool) -> Move:
-    """Plan how the state of a run `here` is made from the checkpoint of one `there`.
+    """Plan how the state of a run `here` is made from a checkpoint of the run `there`.
 
     Args:
         record: the checkpoint's.
@@ -133,7 +133,7 @@ def _cast(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _first_state(step: int, template: TrainState, optimizer: optax.GradientTransformation, model: dict) -> TrainState:
-    """A state at `step` whose optimizer and judgment know nothing yet; weights stand for themselves."""
+    """Return a state at `step` with fresh optimizer and update check; weights keep their values."""
     params = {name: model[f"params.{name}"] for name in template.params}
 
     def first(params):

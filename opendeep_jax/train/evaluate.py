@@ -89,7 +89,7 @@ def evaluation_batch_size(config: RunConfig) -> int:
 
 
 def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, float]:
-    """Measures a checkpoint of a run (the newest, or that of `step`) as at the run's end, on the devices found here.
+    """Measure a checkpoint of a run (the newest, or that of `step`) as at the run's end, on the devices found here.
 
     It takes `evaluation.final_batches` of the held-out text, and the compressors all of it.
 

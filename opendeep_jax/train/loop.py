@@ -96,7 +96,7 @@ def train(
 
 
 def _finish_branch(config: RunConfig, workdir: Path) -> None:
-    """Move what a branch that was killed when it began has left to its places, or delete it."""
+    """Complete or delete a branch that was killed while it was made."""
     if finish_branch(workdir):
         check_workdir(config, workdir)
     remove_unfinished(workdir)

@@ -160,7 +160,7 @@ def layer_losses(config: RunConfig, reports: dict[str, Shares], rows: jax.Array)
 
 
 def joined(*shares: Shares) -> Shares:
-    """All of these metrics; those of one name meet."""
+    """Join dictionaries of metrics, combining shares of the same name."""
     found: Shares = {}
     for more in shares:
         found |= {name: meet(found[name], share) if name in found else share for name, share in more.items()}
