@@ -193,7 +193,7 @@ def _ranges(marks, size):
     return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
 
 
-def _meetings(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
+def _block_visibility(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
     """Return whether any query of a block may see any key of another, and whether each of them surely sees each."""
     (low, high), (first, last) = (_ranges(x, blocks.q) for x in (marks.query_order, marks.query_segments))
     (key_low, key_high), (key_first, key_last) = (_ranges(x, blocks.k) for x in (marks.key_order, marks.key_segments))
@@ -313,7 +313,7 @@ def _forward(static, query_nope, query_rope, key_nope, key_rope, value, marks):
     """The output [B, L, H*V], and float32 [B, H, L] each query's log2-sum-exp2 of its scores."""
     (batch, length), blocks = query_nope.shape[:2], static.blocks.forward
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*_meetings(marks, blocks))
+    spans = _spans(*_block_visibility(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)
 
     def kernel(*refs):
@@ -361,7 +361,7 @@ def _key_gradients(static, query_nope, query_rope, key_nope, key_rope, value, d_
     """d_key_nope, d_key_rope of each head [B, S, H*R], d_value. Scores are made transposed, [k, q]."""
     (batch, size), blocks = key_nope.shape[:2], static.blocks.keys
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*(x.swapaxes(1, 2) for x in _meetings(marks, blocks)))
+    spans = _spans(*(x.swapaxes(1, 2) for x in _block_visibility(marks, blocks)))
 
     def kernel(*refs):
         spans, marks, refs = refs[:4], refs[4:8], refs[8:]
@@ -402,7 +402,7 @@ def _query_gradients(static, query_nope, query_rope, key_nope, key_rope, value, 
     """d_query_nope and d_query_rope."""
     (batch, length), blocks = query_nope.shape[:2], static.blocks.queries
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*_meetings(marks, blocks))
+    spans = _spans(*_block_visibility(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)
 
     def kernel(*refs):

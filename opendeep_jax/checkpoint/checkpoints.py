@@ -46,10 +46,10 @@ from opendeep_jax.checkpoint.local import (
     common_steps,
     layout,
     local_root,
-    own_shards,
+    local_shards,
     processes_where,
-    read_alone,
-    read_own_shards,
+    read_local_shards,
+    read_one_process,
 )
 from opendeep_jax.checkpoint.versions import LAST_UPDATE, last_update_in, read_any_version
 from opendeep_jax.checkpoint.writer import Writer, snapshot
@@ -197,7 +197,7 @@ class Checkpoints:
             known["frozen"] = self.frozen
         record = make_record(step, measure, arrays, names, **known, last_update=last_update)
         if writer is self.local and SHARDS in writer.items:
-            copies = own_shards(copies)
+            copies = local_shards(copies)
         jax.block_until_ready(copies)
         self.running = self._begin(writer, step, copies, record)
         notes, self.notes = tuple(self.notes), []
@@ -270,7 +270,7 @@ class Checkpoints:
         for step, local, directory in sorted(candidates, reverse=True):
             read = None
             if local:
-                read = read_own_shards if SHARDS in self.local.items else read_alone
+                read = read_local_shards if SHARDS in self.local.items else read_one_process
             try:
                 found = read_any_version(directory / str(step), items, read)
                 self.frozen = self.frozen or frozen_digests(abstract)

@@ -211,7 +211,7 @@ def read_items(
         found = read(path, items) if read else {item: read_arrays(path / item, items[item]) for item in items}
     except CorruptCheckpoint as error:
         failure = error
-    everywhere(failure)
+    raise_everywhere(failure)
     _compare(record, {name: array for arrays in found.values() for name, array in arrays.items()})
     return found
 
@@ -251,7 +251,7 @@ def key_value_store(path: Path) -> dict:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/"}}
 
 
-def everywhere(failure: CorruptCheckpoint | None) -> None:
+def raise_everywhere(failure: CorruptCheckpoint | None) -> None:
     """Raise CorruptCheckpoint in all processes where it failed in one; all call it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -286,7 +286,7 @@ def _compare(record: dict, arrays: Arrays) -> None:
     found = flat_digests(arrays)
     wrong = [name for name in arrays if found[name] != record["arrays"][name]["digest"]]
     if wrong:
-        raise CorruptCheckpoint(damaged(wrong))
+        raise CorruptCheckpoint(mismatches(wrong))
 
 
 def flat_digests(arrays: Arrays) -> dict[str, str]:
@@ -294,7 +294,7 @@ def flat_digests(arrays: Arrays) -> dict[str, str]:
     return dict(zip(sorted(arrays), finish_digests(start_digests(arrays)), strict=True))
 
 
-def damaged(names: list[str]) -> str:
+def mismatches(names: list[str]) -> str:
     """A clause that names arrays whose digests differ."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'} not what was saved (digests differ)"

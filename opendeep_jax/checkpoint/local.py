@@ -46,7 +46,7 @@ def layout(items: Items) -> str:
     return hashed.hexdigest()[:16]
 
 
-def own_shards(items: Items) -> Items:
+def local_shards(items: Items) -> Items:
     """The shards of this process's devices, each once, as numpy arrays of their own."""
     return {
         SHARDS: {
@@ -58,8 +58,8 @@ def own_shards(items: Items) -> Items:
     }
 
 
-def read_own_shards(path: Path, items: Items) -> Items:
-    """Return arrays like the abstract ones in `items` from what all processes kept with `own_shards`.
+def read_local_shards(path: Path, items: Items) -> Items:
+    """Return arrays like the abstract ones in `items` from what all processes kept with `local_shards`.
 
     Raises CorruptCheckpoint.
     """
@@ -106,7 +106,7 @@ class ShardsHandler(ocp.CheckpointHandler):
                 write.copy.result()
 
     def restore(self, directory: Path, args: object = None) -> None:
-        """Raise NotImplementedError: `read_own_shards` reads."""
+        """Raise NotImplementedError: `read_local_shards` reads."""
         raise NotImplementedError
 
 
@@ -122,7 +122,7 @@ def _shard_name(item: str, name: str, index: str) -> str:
     return f"{item} {name} {index}"
 
 
-def read_alone(path: Path, items: Items) -> Items:
+def read_one_process(path: Path, items: Items) -> Items:
     """Read arrays like the abstract ones in `items` from one process's files. Raises CorruptCheckpoint."""
     if (path / SHARDS).is_dir():
         raise OtherLayout("its parts were saved by other devices or processes than there are now")

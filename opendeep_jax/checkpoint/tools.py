@@ -19,8 +19,8 @@ from opendeep_jax.checkpoint.files import (
     OPTIMIZER,
     CorruptCheckpoint,
     checkpoint_path,
-    damaged,
     make_record,
+    mismatches,
     open_array,
     read_measure,
     read_record,
@@ -163,7 +163,7 @@ def verify(path: Path, seen: Seen = lambda _: None) -> None:
         except CorruptCheckpoint:
             wrong.append(name)
     if wrong:
-        raise CorruptCheckpoint(damaged(wrong))
+        raise CorruptCheckpoint(mismatches(wrong))
 
 
 def differences(first: Path, second: Path, seen: Seen = lambda _: None) -> list[Difference]:

@@ -17,7 +17,7 @@ class Resume(Exception):
     """Exit with status RESUME after a request to stop or the loss of a peer; the message says which."""
 
 
-class ToldToStop(Resume):
+class StopRequested(Resume):
     """A signal asked for it: no fault, however often it happens."""
 
 

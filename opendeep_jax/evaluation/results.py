@@ -89,14 +89,14 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": sample["doc_id"],
         "filter": sample["filter"],
-        "prompt_sha256": [_sha256(_given(arguments)) for arguments in sample["arguments"]],
+        "prompt_sha256": [_sha256(_request_text(arguments)) for arguments in sample["arguments"]],
         "target": str(sample["target"]),
         "answers": _plain(sample["filtered_resps"]),
         "scores": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
     }
 
 
-def _given(arguments: tuple) -> str:
+def _request_text(arguments: tuple) -> str:
     """Return the text of a request that the model read: a context, with the continuation if it was scored."""
     return "".join(part for part in arguments if isinstance(part, str))
 

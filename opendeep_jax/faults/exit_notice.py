@@ -26,7 +26,7 @@ if "dismissal" not in sys.stdin.read():
 """
 
 
-def leave_exit_notice(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
+def install_exit_notice(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
     """Explain a sudden death of this process on standard error; return a function that cancels this.
 
     Args:

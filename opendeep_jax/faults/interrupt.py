@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from opendeep_jax.config.exits import ToldToStop
+from opendeep_jax.config.exits import StopRequested
 from opendeep_jax.parallel.distributed import get_value, put_first
 
 STEPS_AHEAD = 2
@@ -42,10 +42,10 @@ class StopRequests:
 
     def end(self) -> Exception | KeyboardInterrupt:
         """Return the exception that ends the run once its state is saved: KeyboardInterrupt for Ctrl-C, else
-        ToldToStop."""
+        StopRequested."""
         if self.signal == "SIGINT":
             return KeyboardInterrupt()
-        return ToldToStop("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
+        return StopRequested("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
 
 
 @contextlib.contextmanager

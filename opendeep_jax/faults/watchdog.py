@@ -24,7 +24,7 @@ from jax._src import distributed
 from opendeep_jax.checkpoint.files import short
 from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.faults.exit_notice import leave_exit_notice
+from opendeep_jax.faults.exit_notice import install_exit_notice
 from opendeep_jax.parallel.distributed import announce_end, ended_peer, get_values, host_of, put_value
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.heartbeat import BEAT_SECONDS, beat
@@ -59,7 +59,7 @@ class Watchdog:
         self._interval = min(max(min(limits, default=60.0) / 10, 0.1), BEAT_SECONDS)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         # Of its own, as it waits for ever where the service's machine is stopped.
-        self._talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
+        self._talker = threading.Thread(target=self._exchange_heartbeats, name="watchdog's talker", daemon=True)
         self._dismiss_notice: Callable[[], None] = lambda: None
 
     def __enter__(self):
@@ -72,7 +72,7 @@ class Watchdog:
         faulthandler.enable(self._file)
         if process:
             address = distributed.global_state.coordinator_address or ""
-            self._dismiss_notice = leave_exit_notice(process, address, host_of(0), str(self._stacks))
+            self._dismiss_notice = install_exit_notice(process, address, host_of(0), str(self._stacks))
         self._answered = time.monotonic()
         self._beat()
         self._thread.start()
@@ -119,7 +119,7 @@ class Watchdog:
             if missing := self._missing():
                 traceback.print_exception(error, file=self._file)
                 text = self._diagnosis(missing)
-                self._leave_traces(text, missing)
+                self._write_traces(text, missing)
                 return Resume(text)
             time.sleep(min(self._interval, 1.0))
         if not re.search(OUT_OF_TOUCH, str(error), re.IGNORECASE):
@@ -131,7 +131,7 @@ class Watchdog:
             f"{self._stacks}. Nothing that was saved is lost: start the same command again. If it comes again, look "
             "for a machine that is much busier than the others, and at their network."
         )
-        self._leave_traces(text, [])
+        self._write_traces(text, [])
         return Resume(text)
 
     def _watch(self) -> None:
@@ -151,13 +151,13 @@ class Watchdog:
             elif patience and time.monotonic() - self._since > patience:
                 self._give_up(self._hang(patience), [])
 
-    def _talk(self) -> None:
+    def _exchange_heartbeats(self) -> None:
         """Exchange heartbeats with the other processes until the end."""
         process, told = jax.process_index(), 0
         due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
             while not self._ended.wait(min(self._interval, 1.0)):
-                self._hear_of_ends()
+                self._check_peer_exits()
                 if time.monotonic() < due:
                     continue
                 due, told = time.monotonic() + self._interval, told + 1
@@ -171,7 +171,7 @@ class Watchdog:
                     if self._news.get(peer, (None, 0))[0] != word:
                         self._news[peer] = word, now
 
-    def _hear_of_ends(self) -> None:
+    def _check_peer_exits(self) -> None:
         self._ended_peer = self._ended_peer or ended_peer()
 
     def _missing(self) -> list[int]:
@@ -214,14 +214,14 @@ class Watchdog:
     def _give_up(self, text: str, missing: list[int], status: int = RESUME) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
         if status == RESUME:
-            self._leave_traces(text, missing)
+            self._write_traces(text, missing)
         else:
             announce_end(status, text)
         self._beat(ended=True)
         self._dismiss_notice()
         self._exit(status)
 
-    def _leave_traces(self, text: str, missing: list[int]) -> None:
+    def _write_traces(self, text: str, missing: list[int]) -> None:
         """Write this process's stacks, and the event if no earlier process is left to write it."""
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)

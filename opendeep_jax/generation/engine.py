@@ -179,7 +179,7 @@ class Engine:
             self._aborted = []
             self._admit()
             self._prefill(progress)
-            ready = [request if request and not self._left(request) else None for request in self.running]
+            ready = [request if request and not self._tokens_left(request) else None for request in self.running]
             if any(ready):
                 (self._speculate if self.config.speculate else self._decode)(ready, progress)
             self._counts["steps"] += 1
@@ -256,12 +256,12 @@ class Engine:
                 # A prompt that is begun comes before the others of its group of devices.
                 shard = slot // self.slots_per_shard
                 leads = request and (not request.group or request.group.leader is request)
-                if leads and self._left(request) and (not chosen[shard] or request.prefilled):
+                if leads and self._tokens_left(request) and (not chosen[shard] or request.prefilled):
                     chosen[shard] = request
             if not any(chosen):
                 break
             starts = [request.prefilled if request else 0 for request in chosen]
-            chunks = [chunk_size(self._left(request), most) if request else 0 for request in chosen]
+            chunks = [chunk_size(self._tokens_left(request), most) if request else 0 for request in chosen]
             tokens, following = cut_out([request.prompt if request else () for request in chosen], starts, chunks)
             rows = self.rows(chosen, tokens, starts, chunks)
             # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
@@ -275,10 +275,10 @@ class Engine:
                 if request:
                     request.prefilled += count
                     self._counts["prompt_tokens"] += count
-                    if request.group and not self._left(request):
+                    if request.group and not self._tokens_left(request):
                         group = request.group
                         group.ready, group.logits, group.experts = True, (out[0], row), list(request.experts)
-            done = [request if request and not self._left(request) else None for request in chosen]
+            done = [request if request and not self._tokens_left(request) else None for request in chosen]
             if any(done) and not self.config.speculate:
                 self._accept_all(done, out[0], progress)
             budget -= tokens.shape[1]
@@ -286,7 +286,7 @@ class Engine:
 
     def _start_samples(self, progress: list[RequestProgress]) -> None:
         """Start samples that have slots from their group's prompt, once that is in the cache."""
-        begun = [request if self._follows(request) and request.group.ready else None for request in self.running]
+        begun = [request if self._awaits_leader(request) and request.group.ready else None for request in self.running]
         if not any(begun):
             return
         source, target = np.zeros((2, self.slots), np.int32)
@@ -307,14 +307,14 @@ class Engine:
                 self._accept_all(own, logits, progress)
             self._release(group)
 
-    def _follows(self, request: Request | None) -> bool:
+    def _awaits_leader(self, request: Request | None) -> bool:
         """Return whether a request waits for its group's leader to prefill the prompt."""
-        return bool(request and request.group and request.group.leader is not request and self._left(request))
+        return bool(request and request.group and request.group.leader is not request and self._tokens_left(request))
 
     def _release(self, group: Group) -> None:
         """Give a group's pages back once all its samples have begun. A hybrid's states go on with their request, so
         samples that are still waiting then prefill the prompt anew."""
-        pending = any(member.finish is None and self._left(member) for member in group.members)
+        pending = any(member.finish is None and self._tokens_left(member) for member in group.members)
         if group.leader and not (pending and "M" not in self.model.layer_pattern):
             self._pool(group.leader.slot).give_back(group.pages)
             group.leader, group.pages, group.ready, group.logits = None, [], False, None
@@ -323,7 +323,7 @@ class Engine:
         """Tokens of the prompt that are prefilled before decoding."""
         return len(request.prompt) - self.left_to_decode
 
-    def _left(self, request: Request) -> int:
+    def _tokens_left(self, request: Request) -> int:
         """Tokens of the prompt that are still to be prefilled."""
         return self._prefix(request) - request.prefilled
 
@@ -427,14 +427,14 @@ class Engine:
         """Finish a request and free what it holds."""
         request.finish = why
         if request.slot >= 0:
-            self._leave(request)
+            self._release_slot(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         group = request.group
         if group and group.leader is request and not group.ready:  # those beside it wait again, for another to lead
             beside = [member for member in group.members if member.slot >= 0 and member.finish is None]
             for member in beside:
-                self._leave(member)
+                self._release_slot(member)
                 member.slot = -1
             self.waiting.extendleft(reversed(beside))
             self._pool(request.slot).give_back(group.pages)
@@ -443,7 +443,7 @@ class Engine:
             self._release(group)
         return RequestProgress(request, [], [], why)
 
-    def _leave(self, request: Request) -> None:
+    def _release_slot(self, request: Request) -> None:
         """Release a request's slot and pages."""
         self._pool(request.slot).give_back(request.pages)
         self.running[request.slot], request.pages = None, []

@@ -75,7 +75,7 @@ def _decode(engine: Engine, rows: Rows) -> None:
     programs, zeros, settings = engine.programs, rows.start, sampling.idle(len(rows.start))
     if engine.config.speculate:
         out, engine.cache = programs.verify(engine.weights, engine.cache, rows, zeros, settings, zeros)
-        for wanted in _wanted(engine):
+        for wanted in _output_sets(engine):
             if any(wanted):
                 programs.describe(wanted, out.tokens, out.logits, settings)
     else:
@@ -84,10 +84,10 @@ def _decode(engine: Engine, rows: Rows) -> None:
 
 
 def _sample(engine: Engine, logits: jax.Array) -> None:
-    for wanted in _wanted(engine):
+    for wanted in _output_sets(engine):
         engine.programs.sample(wanted, logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32), None)
 
 
-def _wanted(engine: Engine) -> list[sampling.Wanted]:
+def _output_sets(engine: Engine) -> list[sampling.Outputs]:
     """Return the combinations of outputs that servers and evaluation request."""
-    return [sampling.Wanted(top, False, engine.config.kept_tokens) for top in (False, True)]
+    return [sampling.Outputs(top, False, engine.config.kept_tokens) for top in (False, True)]

@@ -37,7 +37,7 @@ from opendeep_jax.ops.linear import matmul, project
 from opendeep_jax.ops.rope import rotations
 from opendeep_jax.parallel.axes import gather_weight
 from opendeep_jax.parallel.collectives import all_gather
-from opendeep_jax.parallel.shares import Shares, meet
+from opendeep_jax.parallel.shares import Shares, combine
 
 
 class Block(nnx.Module):
@@ -79,7 +79,7 @@ class Block(nnx.Module):
         outs, reports = zip(*(self.feed_forward(a, c) for a, c in zip(attended, contexts, strict=True)), strict=True)
         if parts == 1:
             return outs[0], reports[0]
-        return jnp.concatenate(outs), functools.reduce(meet, reports)
+        return jnp.concatenate(outs), functools.reduce(combine, reports)
 
     def add_attention(
         self, x: Float[Array, "B L D"], context: Context, sliding: Array | bool | None, core: Callable | None

@@ -27,7 +27,7 @@ STEPS_AT_START = 1e-3, 1e-1
 """Time steps of an untrained model's heads are drawn between these, evenly by their logarithms."""
 
 
-class Memory(NamedTuple):
+class MambaState(NamedTuple):
     """State after a row's tokens so far."""
 
     convolution: Float[Array, "B k C"]
@@ -64,19 +64,19 @@ class Mamba2(nnx.Module):
     def over_row(self, context: Context, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Mix as in training: a row starts from the initial state."""
         documents = document_numbers(context.own.segment_ids)
-        return self.continued(x, documents, context.valid, self.nothing(len(x), x.dtype))[0]
+        return self.continued(x, documents, context.valid, self.initial_state(len(x), x.dtype))[0]
 
-    def nothing(self, rows: int, dtype) -> Memory:
+    def initial_state(self, rows: int, dtype) -> MambaState:
         """Return the initial state of rows."""
         mamba = self.config
-        return Memory(
+        return MambaState(
             jnp.zeros((rows, mamba.conv_kernel - 1, mamba.conv_size), dtype),
             jnp.zeros((rows, mamba.num_heads, mamba.head_dim, mamba.state_size), jnp.float32),
         )
 
     def continued(
-        self, x: Float[Array, "B L D"], documents: Int[Array, "B L"], present: Bool[Array, "B L"], memory: Memory
-    ) -> tuple[Float[Array, "B L D"], Memory]:
+        self, x: Float[Array, "B L D"], documents: Int[Array, "B L"], present: Bool[Array, "B L"], memory: MambaState
+    ) -> tuple[Float[Array, "B L D"], MambaState]:
         """Return the output for positions that follow a state, and the state after the last present one.
 
         Args:
@@ -101,7 +101,7 @@ class Mamba2(nnx.Module):
         out = out.reshape(rows, length, -1) * jax.nn.silu(gate.astype(jnp.float32))
         out = self.normalized(out).astype(x.dtype)
         out = project(out, self.output[...], precision=self.precision)
-        return out, Memory(self._last_channels(channels, present, memory.convolution), state)
+        return out, MambaState(self._last_channels(channels, present, memory.convolution), state)
 
     def normalized(self, x: Float[Array, "B L I"]) -> Float[Array, "B L I"]:
         """RMSNorm over each group of heads."""

@@ -47,7 +47,7 @@ def is_share(x) -> bool:
     return isinstance(x, Share)
 
 
-def meet(one, other):
+def combine(one, other):
     """Combine two pytrees of shares. Raises ConfigError where they are of different kinds."""
 
     def both(a, b):
@@ -61,7 +61,7 @@ def meet(one, other):
     return _each(both, one, other)
 
 
-def nothing(like, *lead: int):
+def neutral(like, *lead: int):
     """Return neutral shares of these shapes, with leading axes."""
 
     def empty(share):
@@ -99,7 +99,7 @@ def over_devices(shares, axis: Axis):
     return _each(lambda share: next(largest if isinstance(share, Max) else others), shares)
 
 
-def numbers(shares: Any) -> Any:
+def values(shares: Any) -> Any:
     """Return the values of complete shares."""
 
     def number(share):

@@ -10,7 +10,7 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import Stage
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.plan.roofline import Network
-from opendeep_jax.plan.shortage import Shortage, shortage_in, told_if_killed
+from opendeep_jax.plan.shortage import Shortage, report_if_killed, shortage_in
 from opendeep_jax.plan.topology import Topology, compile_only_devices
 
 
@@ -119,7 +119,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
         try:
             traced = setup.programs.trace(stage.batch_size, stage.length)
             lowered = traced.lower(lowering_platforms=(platform,))
-            with told_if_killed(), quiet_compilers():
+            with report_if_killed(), quiet_compilers():
                 compiled = lowered.compile(compiler_options=options)
         except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
             shortage = shortage_in("std::bad_alloc" if isinstance(error, MemoryError) else str(error))

@@ -122,7 +122,7 @@ if sys.stdin.buffer.read() != b"done":
 
 
 @contextmanager
-def told_if_killed() -> Iterator[None]:
+def report_if_killed() -> Iterator[None]:
     """Run a second process in the block that reports the probable cause if this one is killed."""
     words = (
         "opendeep: this process was killed while it compiled, as Linux does to one that takes a machine's last memory. "

@@ -23,7 +23,7 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.decoder import Output, shift_left
 from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.axes import balanced_order
-from opendeep_jax.parallel.shares import Shares, Sum, all_entries, meet
+from opendeep_jax.parallel.shares import Shares, Sum, all_entries, combine
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def joined(*shares: Shares) -> Shares:
     """Join dictionaries of metrics, combining shares of the same name."""
     found: Shares = {}
     for more in shares:
-        found |= {name: meet(found[name], share) if name in found else share for name, share in more.items()}
+        found |= {name: combine(found[name], share) if name in found else share for name, share in more.items()}
     return found
 
 

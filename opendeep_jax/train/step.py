@@ -22,7 +22,7 @@ from opendeep_jax.models.parameters import Arrays, ModelDefinition
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, per_device
-from opendeep_jax.parallel.shares import meet, nothing, numbers, over_devices
+from opendeep_jax.parallel.shares import combine, neutral, over_devices, values
 from opendeep_jax.train.objective import DeviceArguments, Inputs, Measured, Objective, make_inputs, total_loss
 from opendeep_jax.train.optimizer import at_step, learning_rate
 from opendeep_jax.train.pipelined import pipelined_gradients
@@ -112,7 +112,7 @@ def batch_gradients(
     def device_gradients(arguments: DeviceArguments) -> tuple[Arrays, Measured]:
         grads, measured = local_gradients(config, definition, objective, arguments)
         grads = sum_over_copies(grads, specs.params, mesh)
-        return grads, numbers(over_devices(measured, mesh.axis_names))
+        return grads, values(over_devices(measured, mesh.axis_names))
 
     return per_device(device_gradients, (specs,), (specs.params, PartitionSpec()))(arguments)
 
@@ -184,9 +184,9 @@ def local_gradients(
 
     def accumulate(total, micro):
         grads, measured = micro_gradient(micro)
-        return (jax.tree.map(jnp.add, total[0], grads), meet(total[1], measured)), None
+        return (jax.tree.map(jnp.add, total[0], grads), combine(total[1], measured)), None
 
-    return jax.lax.scan(accumulate, (zeros, nothing(none)), cut)[0]
+    return jax.lax.scan(accumulate, (zeros, neutral(none)), cut)[0]
 
 
 def bias_update_speed(config: RunConfig, step) -> jax.Array:
