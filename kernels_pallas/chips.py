@@ -1,4 +1,4 @@
-"""What blocks of a kernel must fit on each chip: its shared memory or vector memory, its cores. Standard library only.
+"""Limits on the blocks of kernels for each chip: its shared memory or vector memory, its cores. Standard library only.
 
 The rest of what is known of a chip, for plans and rooflines, is in the project's own table.
 """
@@ -33,10 +33,10 @@ CHIPS = {
     "b200": OnChip(227 * KIB, 10),
     "gb200": OnChip(227 * KIB, 10),
 }
-"""By our name of a chip (`target.chip`)."""
+"""Chips by name (`target.chip`)."""
 
 UNKNOWN = {"gpu": OnChip(99 * KIB, 8), "tpu": OnChip(64 * MIB)}
-"""Of a chip that has no row, and of a CPU that interprets a kernel, by the kernel's platform: what the least have."""
+"""Limits for unlisted chips and for interpreted kernels, by the kernel's platform: those of the smallest chips."""
 
 DEVICE_KINDS = {
     "TPU v5 lite": "v5e",

@@ -22,12 +22,13 @@ B = TypeVar("B")
 
 
 def from_shared_memory(chip: OnChip, itemsize: int) -> bool:
-    """Whether matrix products read their operands from shared memory (wgmma, tcgen05): 16 bits, Hopper and later."""
+    """Return whether matrix products read their operands from shared memory (wgmma, tcgen05): 16 bits, Hopper and
+    later."""
     return itemsize == 2 and chip.generation >= 9
 
 
 def copies(chip: OnChip, itemsize: int, stages: int) -> int:
-    """How many times the operands of a loop's step lie in shared memory."""
+    """Return how many copies of a loop step's operands lie in shared memory."""
     return stages if from_shared_memory(chip, itemsize) else max(stages - 1, 1)
 
 
@@ -52,7 +53,7 @@ def fit(kernel: str, blocks: Iterable[B], needed: Callable[[B], int], memory: in
 
 
 def check_dtypes(kernel: str, taken: tuple[str, ...], *operands: jax.Array) -> None:
-    """Raises NotImplementedError unless the operands are all of one of the dtypes that are taken."""
+    """Raise NotImplementedError unless the operands are all of one of the dtypes that are taken."""
     names = list(dict.fromkeys(operand.dtype.name for operand in operands))
     if len(names) > 1 or names[0] not in taken:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""What a program is being compiled for, and which of a kernel's implementations runs there.
+"""Compilation target of a program, and the choice of a kernel's implementation for it.
 
 A program may be compiled for chips that are not attached (`jax.experimental.topologies`), so it is the mesh in use
 that says what it will run on, and only without a mesh the machine at hand.
@@ -13,7 +13,7 @@ from kernels_pallas.chips import CHIPS, DEVICE_KINDS, UNKNOWN, OnChip
 
 PLATFORMS = ("cpu", "tpu", "gpu")
 Implementations = Mapping[str, tuple[Callable, tuple[str, ...]]]
-"""Of a kernel: each one's function and the platforms that it runs on, the preferred first."""
+"""Implementations of a kernel: function and platforms of each, the preferred first."""
 
 
 def platform() -> str:
@@ -32,7 +32,7 @@ def chip() -> str:
 
 
 def on_chip(platform: str) -> OnChip:
-    """What blocks of a kernel for a platform, interpreted or not, have to fit on the chip that the program is for."""
+    """Return the limits that a kernel's blocks must fit on the chip that the program is for."""
     return CHIPS.get(chip()) or UNKNOWN[platform]
 
 
@@ -70,7 +70,7 @@ def choose(kernel: str, implementations: Implementations, name: str | None) -> C
 
 
 def run(kernel: str, implementations: Implementations, name: str | None, *args, **options):
-    """Calls the implementation `name` of a kernel, or with None the first of the platform's that takes these operands.
+    """Run the implementation `name` of a kernel, or with None the platform's first that takes these operands.
 
     Raises:
         ValueError: for a name that there isn't.

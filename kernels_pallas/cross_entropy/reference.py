@@ -1,4 +1,4 @@
-"""What cross-entropy and log-probabilities mean, with all logits at once; gradients by autodiff. For tests."""
+"""Reference of cross-entropy and log-probabilities, with all logits at once; gradients by autodiff. For tests."""
 
 import jax
 import jax.numpy as jnp

@@ -151,7 +151,7 @@ def _d_head_kernel(hidden, head, target, log_z, slope, weight, out, total, *, vo
 
 
 def _call(kernel, name, tokens_first, operands, outputs, scratch, sizes, matmuls, interpret):
-    """Runs a kernel over tiles of tokens and of the vocabulary, the latter innermost if `tokens_first`.
+    """Run a kernel over tiles of tokens and of the vocabulary, the latter innermost if `tokens_first`.
 
     `operands` are hidden, head and then columns [T, 1] that belong to the tokens.
     """

@@ -59,7 +59,7 @@ def flash_mla(
 
 
 def _check(query_nope, query_rope, key_nope, key_rope, value, query_order, key_order, num_heads):
-    """Raises ValueError for shapes that don't fit each other."""
+    """Raise ValueError for shapes that don't fit each other."""
     if any(x.shape[-1] % num_heads for x in (query_nope, query_rope, value)) or key_nope.shape[-1] % num_heads:
         raise ValueError(f"flash_mla: num_heads = {num_heads}: must divide the last axis of queries, keys and values.")
     if query_nope.shape[-1] != key_nope.shape[-1] or query_rope.shape[-1] != num_heads * key_rope.shape[-1]:

@@ -57,12 +57,12 @@ LARGEST = {
     2: AllBlocks(AttentionBlocks(128, 128), AttentionBlocks(32, 128), AttentionBlocks(128, 64)),
     4: AllBlocks(*3 * [AttentionBlocks(32, 32, 1)]),
 }
-"""By the operands' bytes. 16 bits, for H100: the largest whose accumulators stay in registers at 128/64/128 columns.
-float32: without tensor cores, and with operands twice as large."""
+"""Largest blocks by the operands' bytes. 16 bits, for H100: those whose accumulators stay in registers at 128/64/128
+columns. float32: without tensor cores, and with operands twice as large."""
 
 
 class _AttentionCall(NamedTuple):
-    """What a call knows beside its arrays; `pairs` of queries and keys that see each other, expected in one row."""
+    """Static arguments of a call; `pairs` of queries and keys that see each other, expected in one row."""
 
     num_heads: int
     scale: float
@@ -72,7 +72,7 @@ class _AttentionCall(NamedTuple):
 
 
 class _Marks(NamedTuple):
-    """What decides who sees whom, int32 [B, L] and [B, S]."""
+    """Orders and segments, which decide visibility: int32 [B, L] and [B, S]."""
 
     query_order: Int[Array, "B L"]
     query_segments: Int[Array, "B L"]
@@ -158,7 +158,7 @@ def blocks_for(nope: int, rope: int, width: int, itemsize: int, chip: OnChip) ->
 
 
 def _smaller(block):
-    """These blocks, and smaller and smaller ones."""
+    """Yield these blocks, then smaller and smaller ones."""
     yield block
     while max(block.q, block.k) > 16:
         side = "q" if block.q > block.k else "k"
@@ -193,8 +193,8 @@ def _ranges(marks, size):
     return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
 
 
-def _meetings(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
-    """Whether any query of a block may see any key of another, and whether each of them surely sees each."""
+def _block_visibility(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
+    """Return whether any query of a block may see any key of another, and whether each of them surely sees each."""
     (low, high), (first, last) = (_ranges(x, blocks.q) for x in (marks.query_order, marks.query_segments))
     (key_low, key_high), (key_first, key_last) = (_ranges(x, blocks.k) for x in (marks.key_order, marks.key_segments))
     low, high, first, last = (x[:, :, None] for x in (low, high, first, last))
@@ -207,7 +207,8 @@ def _meetings(marks: _Marks, blocks: AttentionBlocks) -> tuple[Bool[Array, "B Q 
 
 
 def _spans(meet, whole):
-    """For each block along axis 1 the first it meets along axis 2, a run that it sees wholly, and the end: [B, ·] each.
+    """Return for each block along axis 1 the first that it visits along axis 2, a run that it sees wholly, and the end:
+    [B, ·] each.
 
     Returns:
         first, start of the run, end of the run, end. What lies outside the run may be partly seen or not at all.
@@ -222,7 +223,7 @@ def _spans(meet, whole):
 
 
 def _loop(spans, row, block, step, carry):
-    """Runs step(block, carry, masked) for the blocks of a span: those of the run first, then those around it."""
+    """Run step(block, carry, masked) for the blocks of a span: those of the run first, then those around it."""
     first, start, stop, end = (span[row, block] for span in spans)
     carry = lax.fori_loop(start, stop, lambda i, carry: step(i, carry, False), carry)
 
@@ -263,7 +264,7 @@ def _load_vector(array, at, first, count, fill=0):
 
 
 def _visible(marks, row, blocks, i, j):
-    """Which queries of block i see which keys of block j, [q, k]."""
+    """Return the mask of the keys of block j that the queries of block i see, [q, k]."""
     # A key beyond the end is of no segment that there is.
     order, segments = (_load_vector(x, (row,), i * blocks.q, blocks.q, -1) for x in marks[:2])
     key_order, key_segments = (_load_vector(x, (row,), j * blocks.k, blocks.k, -2) for x in marks[2:])
@@ -276,7 +277,7 @@ def _dot(a, b):
 
 
 def _call(kernel, name, grid, flops, exponentials, outs, blocks, static, operands):
-    """Runs a kernel over a grid; `flops` and `exponentials` for each head's pair of a query and a key."""
+    """Run a kernel over a grid; `flops` and `exponentials` for each head's pair of a query and a key."""
     kernel.__name__ = name  # the lowering puts the function's name into the program, not `name`
     pairs = grid[1] * grid[2] * static.pairs
     cost = pl.CostEstimate(
@@ -312,7 +313,7 @@ def _forward(static, query_nope, query_rope, key_nope, key_rope, value, marks):
     """The output [B, L, H*V], and float32 [B, H, L] each query's log2-sum-exp2 of its scores."""
     (batch, length), blocks = query_nope.shape[:2], static.blocks.forward
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*_meetings(marks, blocks))
+    spans = _spans(*_block_visibility(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)
 
     def kernel(*refs):
@@ -360,7 +361,7 @@ def _key_gradients(static, query_nope, query_rope, key_nope, key_rope, value, d_
     """d_key_nope, d_key_rope of each head [B, S, H*R], d_value. Scores are made transposed, [k, q]."""
     (batch, size), blocks = key_nope.shape[:2], static.blocks.keys
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*(x.swapaxes(1, 2) for x in _meetings(marks, blocks)))
+    spans = _spans(*(x.swapaxes(1, 2) for x in _block_visibility(marks, blocks)))
 
     def kernel(*refs):
         spans, marks, refs = refs[:4], refs[4:8], refs[8:]
@@ -401,7 +402,7 @@ def _query_gradients(static, query_nope, query_rope, key_nope, key_rope, value, 
     """d_query_nope and d_query_rope."""
     (batch, length), blocks = query_nope.shape[:2], static.blocks.queries
     nope, rope, width = _sizes(static, query_nope, query_rope, value)
-    spans = _spans(*_meetings(marks, blocks))
+    spans = _spans(*_block_visibility(marks, blocks))
     num_blocks = pl.cdiv(length, blocks.q)
 
     def kernel(*refs):

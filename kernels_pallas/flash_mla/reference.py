@@ -1,4 +1,4 @@
-"""What training attention means, in plain JAX: all scores at once.
+"""Reference of training attention in plain JAX: all scores at once.
 
 B rows, L query length, S key length, H heads, N unrotated size, R rotated size, V value size.
 """

@@ -1,4 +1,4 @@
-"""What the TPU kernels of both directions share.
+"""Parts shared by the forward and backward TPU kernels.
 
 R = 64 rotated size, l queries and s keys of a block.
 """
@@ -20,7 +20,7 @@ VMEM_LIMIT = 48 * MIB
 
 
 class CallPlan(NamedTuple):
-    """What a call is specialized for."""
+    """Static arguments of a call."""
 
     num_heads: int
     scale: float
@@ -79,7 +79,8 @@ def dot(lhs, rhs, contract):
 
 
 def visible_keys(query_marks, key_marks):
-    """Which keys [s, 1] the queries [1, l] see; marks [·, l] and [·, s] hold order and segment in their rows."""
+    """Return the mask of keys [s, 1] that the queries [1, l] see; marks [·, l] and [·, s] hold order and segment in
+    their rows."""
     keys = key_marks.T
     return (keys[:, 0:1] <= query_marks[0:1]) & (keys[:, 1:2] == query_marks[1:2])
 
@@ -90,5 +91,5 @@ def seen_pairs(plan, length, keys):
 
 
 def eight(marks):
-    """Marks [B, 2, ·] as the first of 8 rows, the height of a register."""
+    """Return marks [B, 2, ·] as the first of 8 rows, the height of a register."""
     return jnp.pad(marks, ((0, 0), (0, 6), (0, 0)))

@@ -1,4 +1,4 @@
-"""Which blocks of queries and keys meet, so that a kernel visits no others.
+"""Pairs of query and key blocks that a kernel must visit.
 
 A query sees the keys of its own segment whose order is at most its own. A block's smallest and largest order and
 segment tell, without looking inside, that no query of it sees a key of another block, or that all see all.

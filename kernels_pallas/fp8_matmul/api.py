@@ -91,7 +91,7 @@ def fp8_grouped_matmul(
 
 
 def _implementation(name, inner, outputs):
-    """By name, or the first of the platform's whose units this chip has and that takes matrices of these sizes."""
+    """Return the named implementation, or the platform's first that supports this chip and these sizes."""
     fitting = {key: entry for key, entry in IMPLEMENTATIONS.items() if chip() in CHIPS.get(key, (chip(),))}
     if name is not None:
         choose("fp8_matmul", IMPLEMENTATIONS, name)

@@ -34,7 +34,7 @@ _BYTES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
 
 def _tile(out, left, right, left_scale, right_scale, left_block, right_block, scale_blocks, steps, store):
-    """Adds up `steps` blocks of 128 of left [·, C] times right [·, C] transposed, and stores one tile of outputs.
+    """Accumulate `steps` blocks of 128 of left [·, C] times right [·, C] transposed, and store one tile of outputs.
 
     Args:
         left_block, right_block: of a step, the places of its blocks of 64 x 128 and 128 x 128.

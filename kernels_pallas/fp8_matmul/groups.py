@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Alignment(NamedTuple):
-    """Where each group's rows lie once they are aligned."""
+    """Positions of each group's rows after alignment."""
 
     sources: Int[Array, "M'"]
     """The row that each aligned row comes from; M where there is none."""

@@ -27,7 +27,7 @@ class Tiled(NamedTuple):
     """E4M3 numbers and the float32 scales that their tiles are to be multiplied by."""
 
     values: jax.Array
-    """Of the carrier's type: float8_e4m3fn, or a wider type that holds the same numbers."""
+    """Values of the carrier's type: float8_e4m3fn, or a wider type that holds the same numbers."""
     scales: jax.Array
 
 

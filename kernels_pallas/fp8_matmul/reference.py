@@ -1,4 +1,4 @@
-"""What the products of FP8 operands mean: 128 products at a time, then scales, then float32 sums.
+"""Reference of products of FP8 operands: 128 products at a time, then scales, then float32 sums.
 
 M' rows in tiles of R with one group each, K', N' sizes filled up to multiples of 128, G groups.
 """

@@ -47,7 +47,7 @@ def _rows_kernel(tile_groups, x, x_scale, w, w_scale, out, total, *, unrolled, g
 
 
 def check(inner: int, outputs: int) -> None:
-    """Raises NotImplementedError for a matrix of these sizes that the products, forwards and backwards, can't take."""
+    """Raise NotImplementedError for a matrix of these sizes that the products, forwards and backwards, can't take."""
     for contracted, width in ((inner, outputs), (outputs, inner)):
         _columns(*(-(-size // TILE) * TILE for size in (contracted, width)))
 
@@ -109,7 +109,7 @@ def rows_product(rows: Tiled, blocks: Tiled, tile_groups, transposed: bool, dtyp
 
 
 def _groups_kernel(tile_groups, x, x_scale, y, y_scale, out, total, *, groups):
-    """Adds a tile of rows to its group's product: x [K, R], x_scale [1, K, R/128], y [R, N], y_scale [1, R/128, N]."""
+    """Add a tile of rows to its group's product: x [K, R], x_scale [1, K, R/128], y [R, N], y_scale [1, R/128, N]."""
     tile, last = pl.program_id(2), pl.num_programs(2) - 1
     group = tile_groups[tile]
 

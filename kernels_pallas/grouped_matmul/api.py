@@ -47,7 +47,7 @@ def grouped_matmul(
     implementation: str | None = None,
     expected_rows: int | None = None,
 ) -> Float[Array, "M N"]:
-    """Multiplies consecutive row groups of `lhs` by their own matrix: row i of group g gives `lhs[i] @ rhs[g]`.
+    """Multiply consecutive row groups of `lhs` by their own matrix: row i of group g gives `lhs[i] @ rhs[g]`.
 
     Differentiable in lhs and rhs. The work follows the rows that the groups have, not M.
 

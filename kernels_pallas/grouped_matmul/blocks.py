@@ -52,13 +52,13 @@ class RowBlocks(NamedTuple):
     rows: int
     """R, rows in a block: a power of two from 32 to 256, about a quarter of a group, so that little is padding."""
     count: Int[Array, ""]
-    """How many of the V entries are blocks."""
+    """Number of the V entries that are blocks."""
     group: Int[Array, "V"]
     first: Int[Array, "V"]
     """First row; the last block begins early enough to end with the rows."""
     begin: Int[Array, "V"]
     end: Int[Array, "V"]
-    """Of a block's rows, those from `begin` to before `end` are its own."""
+    """End (exclusive) of the block's rows, which start at `begin`."""
 
     def own(self, v) -> Array:
         """True [R, 1] for block v's own rows."""

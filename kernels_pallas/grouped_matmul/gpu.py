@@ -62,7 +62,7 @@ def grouped_swiglu(
 
 
 class _GPUCall(NamedTuple):
-    """What a call knows beside its arrays."""
+    """Static arguments of a call."""
 
     expected_rows: int
     interpret: bool
@@ -113,7 +113,7 @@ _grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _swiglu_gradients(d_out, gated, upped, row_weights):
-    """What reaches gate's and up's outputs, in their dtype, and the rows' weights, in float32."""
+    """Return the gradients of gate's and up's outputs, in their dtype, and the rows' weights, in float32."""
     dtype, weights = gated.dtype, row_weights.astype(jnp.float32)[:, None]
     d_out, gated, upped = (x.astype(jnp.float32) for x in (d_out, gated, upped))
     sigmoid = jax.nn.sigmoid(gated)
@@ -139,8 +139,8 @@ class MatmulBlocks(NamedTuple):
 
 
 LARGEST = {2: MatmulBlocks(128, 256, 64), 4: MatmulBlocks(64, 128, 32)}
-"""By the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor cores: its
-products are unrolled, and larger blocks are no faster, only longer to compile."""
+"""Largest blocks by the operands' bytes. 16 bits: the most accumulators that two warpgroups hold. float32 has no tensor
+cores: its products are unrolled, and larger blocks are no faster, only longer to compile."""
 
 
 def blocks_for(rows: int, columns: int, inner: int, matrices: int, itemsize: int, chip: OnChip) -> MatmulBlocks:
@@ -215,7 +215,7 @@ def _load_weights(matrices, group, first_row, rows, first_column, columns):
 
 
 def _store(out, group, first_row, row_end, first_column, values):
-    """Writes a block into a matrix, of one group where `group` is (g,), up to `row_end` and its last column."""
+    """Write a block into a matrix, of one group where `group` is (g,), up to `row_end` and its last column."""
     rows, columns = values.shape
     mask = (first_row + jnp.arange(rows) < row_end)[:, None] & (first_column + jnp.arange(columns) < out.shape[-1])
     at = out.at[(*group, pl.ds(first_row, rows), pl.ds(first_column, columns))]
@@ -228,7 +228,7 @@ def _dot(a, b):
 
 
 def _call(kernel, name, grid, flops, outs, blocks, static, operands):
-    """Runs a kernel over a grid; `flops` a row."""
+    """Run a kernel over a grid; `flops` a row."""
     kernel.__name__ = name  # the lowering puts the function's name into the program, not `name`
     arrays = jax.tree.leaves((operands, outs))
     cost = pl.CostEstimate(

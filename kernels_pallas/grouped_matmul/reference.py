@@ -1,4 +1,4 @@
-"""What a grouped matmul means, in a few lines: every row by every group, masked."""
+"""Reference of a grouped matmul: every row by every group, masked."""
 
 import jax
 import jax.numpy as jnp

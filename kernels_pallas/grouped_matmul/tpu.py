@@ -19,7 +19,8 @@ from kernels_pallas.grouped_matmul import tpu_groups, tpu_rows
 from kernels_pallas.tiles import tiles
 
 WIDE = {"granule": 256, "edge": 128, "sub_columns": 512, "chunk": 1792}
-"""Where matrix units are 256 wide (v6e, v7x) fewer rows don't cover the time that loading weights into them takes."""
+"""Tiles for matrix units that are 256 wide (v6e, v7x): fewer rows don't cover the time that loading weights into them
+takes."""
 
 MARGIN = 6
 """MiB of it that tiles leave to the compiler: spilled registers, and its own windows."""
@@ -60,14 +61,14 @@ def grouped_swiglu(
 
 
 class _TPUCall(NamedTuple):
-    """What a call knows beside its arrays."""
+    """Static arguments of a call."""
 
     expected_rows: int | None
     interpret: object
 
 
 def _check(lhs, *rhs):
-    """Raises NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
+    """Raise NotImplementedError for operands that the kernels of a product or of its gradients do not take."""
     check_dtypes("grouped_matmul", ON_TPU, lhs)
     (M, K), N, pairs, item, here = lhs.shape, rhs[0].shape[2], len(rhs), lhs.dtype.itemsize, target.chip()
     forward = tpu_rows.RowsShape(M, K, N, 1, pairs, 2 * pairs - 1, item)
@@ -126,7 +127,7 @@ def swiglu_gradients(
     upped: Float[Array, "M N"],
     row_weights: Float[Array, "M"] | None,
 ) -> tuple[Float[Array, "M N"], Float[Array, "M N"], Float[Array, "M"] | None]:
-    """Of sum(silu(gated) * upped * row_weights * d_hidden): for gated and upped in their dtype, for weights float32."""
+    """Return the gradients of sum(silu(gated) * upped * row_weights * d_hidden); those of the weights in float32."""
     d_hidden, gated, upped, dtype = *(x.astype(jnp.float32) for x in (d_hidden, gated, upped)), gated.dtype
     gate = jax.nn.sigmoid(gated)
     silu = gated * gate
@@ -196,17 +197,17 @@ def _groups(static, x, y, group_sizes):
 
 
 def defaults(chip: str) -> dict[str, int]:
-    """What differs from the kernels' own default tiles on this chip."""
+    """Return this chip's deviations from the kernels' default tiles."""
     return WIDE if _facts(chip).matrix > 128 else {}
 
 
 def wanted(kind: str, chip: str, inner: int, out: int) -> dict[str, int]:
-    """What the table says of a kernel's tiles, and for the rest this chip's defaults."""
+    """Return a kernel's tiles from the table, with this chip's defaults for the rest."""
     return defaults(chip) | tiles(kind, chip, inner=inner, out=out)
 
 
 def cores(chip: str) -> int:
-    """How many TensorCores share a kernel's columns."""
+    """Return the number of TensorCores that share a kernel's columns."""
     return _facts(chip).cores
 
 

@@ -17,7 +17,7 @@ from kernels_pallas.grouped_matmul.visits import groups_visits
 
 
 class GroupsShape(NamedTuple):
-    """What a call's tiles must fit."""
+    """Sizes that a call's tiles must fit."""
 
     rows: int
     inner: int
@@ -26,7 +26,7 @@ class GroupsShape(NamedTuple):
 
 
 class GroupsTiles(NamedTuple):
-    """Sizes of a call."""
+    """Tile sizes of a call."""
 
     rows: int
     """Rows T that are read at a time."""
@@ -135,7 +135,7 @@ def _kernel(tiles, shape, group, tile, begin, end, turn, following, x, y, out, t
     high = jnp.minimum(end[g] - t * T, T)
 
     def add(rows, mask):
-        """Adds the products of these rows, masked or not, sub-block by sub-block."""
+        """Add the products of these rows, masked or not, sub-block by sub-block."""
 
         def one(k, n):
             here = [pl.ds(pl.multiple_of(i * size, size), size) for i, size in zip((k, n), sub, strict=True)]
@@ -164,7 +164,7 @@ def _kernel(tiles, shape, group, tile, begin, end, turn, following, x, y, out, t
 
 
 def _used(axis, size, whole):
-    """How much of this step's block lies within the result: all, but for the last."""
+    """Return the part of this step's block within the result: all except in the last block."""
     last = size - (-(-size // whole) - 1) * whole
     if last == whole:
         return jnp.int32(whole)

@@ -23,11 +23,11 @@ from kernels_pallas.grouped_matmul.visits import rows_visits
 LANES = 128
 SUBLANES = 16
 COLUMNS_TO_BEGIN = 24
-"""What beginning with other columns costs, in columns: some hundred of the schedule's bundles."""
+"""Cost of starting other columns, in columns: some hundred of the schedule's bundles."""
 
 
 class RowsShape(NamedTuple):
-    """What a call's tiles must fit."""
+    """Sizes that a call's tiles must fit."""
 
     rows: int
     inner: int
@@ -39,7 +39,7 @@ class RowsShape(NamedTuple):
 
 
 class RowsTiles(NamedTuple):
-    """Sizes of a call, in rows and columns."""
+    """Tile sizes of a call, in rows and columns."""
 
     rows: int
     """Rows T that are read and written at a time."""
@@ -53,7 +53,7 @@ class RowsTiles(NamedTuple):
     sub_columns: int
     """Columns multiplied at a time. Divides columns."""
     chunk: int
-    """How much of the contraction is multiplied at a time. Divides it."""
+    """Part of the contraction that is multiplied at a time. Divides it."""
 
 
 def silu_product(sums, row_weights):

@@ -1,4 +1,4 @@
-"""Which tiles of rows a kernel visits for which group: computed before it starts, read by it as scalars.
+"""Schedule of the (tile of rows, group) pairs that a kernel visits: computed before it starts, read by it as scalars.
 
 M rows in tiles of T, G groups, V visits at most.
 
@@ -24,7 +24,7 @@ class TileVisits(NamedTuple):
     end: Int[Array, "G+1"]
     """One beyond a group's last row; 0 for G."""
     turn: Int[Array, "G+1"]
-    """How many groups with rows come before."""
+    """Number of nonempty groups before this one."""
     following: Int[Array, "G+1"]
     """The next group that has rows; G if there is none."""
 

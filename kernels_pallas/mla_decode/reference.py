@@ -1,4 +1,4 @@
-"""What absorbed latent decoding means, in plain JAX: every row's pages gathered, and a mask."""
+"""Reference of absorbed latent decoding in plain JAX: every row's pages gathered, and a mask."""
 
 import jax.numpy as jnp
 

@@ -46,10 +46,10 @@ from opendeep_jax.checkpoint.local import (
     common_steps,
     layout,
     local_root,
-    own_shards,
+    local_shards,
     processes_where,
-    read_alone,
-    read_own_shards,
+    read_local_shards,
+    read_one_process,
 )
 from opendeep_jax.checkpoint.versions import LAST_UPDATE, last_update_in, read_any_version
 from opendeep_jax.checkpoint.writer import Writer, snapshot
@@ -66,13 +66,13 @@ from opendeep_jax.record.origin import lost_state_error, read_origin, write_orig
 
 
 class SaveReport(NamedTuple):
-    """What a save asked of the run."""
+    """Cost of a save for the run."""
 
     step: int
     stall_seconds: float
     """All that training waited for: the save before, the digests, and the copy to the hosts' memory."""
     bytes: int
-    """Of the whole state, over all processes."""
+    """Bytes of the whole state, over all processes."""
     durable: bool
     """False for the local tier."""
     notes: tuple[str, ...]
@@ -125,7 +125,7 @@ class Checkpoints:
             self.notes.append(_local_note(root, error))
 
     def _agree_on_local(self) -> None:
-        """Leaves the local tier out where one process has none: all have to save and to look at the same time."""
+        """Disable the local tier if any process has none: all must save and list at the same time."""
         lacking = processes_where(self.local is None)
         if lacking and self.local:
             self.local.close()
@@ -154,20 +154,21 @@ class Checkpoints:
         return self.durable and self.durable.manager
 
     def wait(self) -> None:
-        """Returns when the last save is whole. Raises OSError as `save` does."""
+        """Wait until the last save is complete. Raises OSError as `save` does."""
         running, self.running = self.running, None
         if running is not None:
             with disk_failures(self.directory):
                 running.result()
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint in this process's sight, over both tiers, in order."""
+        """Return the steps with a complete checkpoint that this process can read, over both tiers, in order."""
         return sorted(
             {*checkpoint_steps(self.directory), *(checkpoint_steps(self.local.directory) if self.local else ())}
         )
 
     def save(self, state: Any, measure: float | None = None, durable: bool = True) -> SaveReport | None:
-        """Begins to write `state`; returns when the state may be donated to the next step. None: it is there already.
+        """Start a save of `state`; return once the state may be donated to the next step. None if the checkpoint
+        exists.
 
         Args:
             measure: held-out bits per byte, by which the best are kept.
@@ -196,7 +197,7 @@ class Checkpoints:
             known["frozen"] = self.frozen
         record = make_record(step, measure, arrays, names, **known, last_update=last_update)
         if writer is self.local and SHARDS in writer.items:
-            copies = own_shards(copies)
+            copies = local_shards(copies)
         jax.block_until_ready(copies)
         self.running = self._begin(writer, step, copies, record)
         notes, self.notes = tuple(self.notes), []
@@ -219,14 +220,14 @@ class Checkpoints:
         return self.pool.submit(write)
 
     def _note_saved(self, step: int) -> None:
-        """Writes down that the run has had a checkpoint: without one it never begins anew from then on."""
+        """Record that the run has had a checkpoint: from then on it never restarts from its seed."""
         known = "saved" in self.origin
         self.origin.setdefault("saved", step)
         if jax.process_index() == 0 and not (known and (self.workdir / ORIGIN).exists()):
             write_origin(self.workdir, **self.origin)
 
     def begin(self, state: Any) -> str | None:
-        """Writes down the first state of a run that has no checkpoint; a paragraph where it began once before."""
+        """Record the first state of a run without a checkpoint; return a message if it began once before."""
         if self.origin["kind"] != "random" or self.durable is None:
             return None
         arrays = {name: array for item in to_items(state).values() for name, array in item.items()}
@@ -244,8 +245,8 @@ class Checkpoints:
         return f"The run begins again at step 0, as it has no checkpoint yet. The weights of its seed are {same}."
 
     def restore(self, abstract: Any, before: int | None = None) -> tuple[Any, list[str]] | None:
-        """The newest sound state, with the shapes and shardings of `abstract`; None where the run may begin from its
-        seed: it never had a checkpoint, or none before the state that is asked for.
+        """Restore the newest intact state, with the shapes and shardings of `abstract`; None where the run may begin
+        from its seed: it never had a checkpoint, or none before the state that is asked for.
 
         Corrupt ones are moved out of the way, to WORKDIR/quarantine, and never deleted.
 
@@ -269,7 +270,7 @@ class Checkpoints:
         for step, local, directory in sorted(candidates, reverse=True):
             read = None
             if local:
-                read = read_own_shards if SHARDS in self.local.items else read_alone
+                read = read_local_shards if SHARDS in self.local.items else read_one_process
             try:
                 found = read_any_version(directory / str(step), items, read)
                 self.frozen = self.frozen or frozen_digests(abstract)
@@ -292,7 +293,7 @@ class Checkpoints:
         return None
 
     def _quarantine(self, step: int, directory: Path, error: CorruptCheckpoint) -> str:
-        """Move a corrupt checkpoint away, and return a paragraph on it."""
+        """Quarantine a corrupt checkpoint, and return a message on it."""
         target, local = None, self.local is not None and directory == self.local.directory
         if self.durable and (local or jax.process_index() == 0):
             target = quarantine(directory / str(step), (directory.parent if local else self.workdir) / QUARANTINE)
@@ -304,7 +305,7 @@ class Checkpoints:
         return f"The checkpoint of step {step:,} in {directory} was not taken: {error}.{where}"
 
     def _forget_local(self, after: int) -> None:
-        """Deletes what the local tier has of steps that the run is going to do again. Where only some processes have
+        """Delete the local tier's checkpoints of steps that the run will repeat. Where only some processes have
         such a checkpoint they would skip the save of that step, which the others wait for, and one that is newer than
         all to come would be kept in their place.
         """
@@ -313,7 +314,7 @@ class Checkpoints:
                 self.local.delete(step)
 
     def discard_from(self, step: int) -> None:
-        """Deletes the checkpoints of `step` and later ones in both tiers, after the save that is running.
+        """Delete the checkpoints of `step` and later ones in both tiers, after the save that is running.
 
         Where none is left, the run has gone back to before its first one.
         """
@@ -377,5 +378,5 @@ def load_model(workdir: str | Path, step: int | None = None, mesh: Mesh | None =
 
 
 def remove_partial_saves(workdir: str | Path) -> None:
-    """Deletes what a killed process left half-written; Orbax never reads it, but it takes space."""
+    """Delete incomplete writes of killed processes; Orbax never reads them, but they take space."""
     remove_partial(Path(workdir) / CHECKPOINTS)

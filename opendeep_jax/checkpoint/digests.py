@@ -36,7 +36,7 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def start_digests(tree: Any) -> jax.Array:
-    """Begins to compute digests and returns at once: two lanes for every leaf, uint32 [leaves, 2]."""
+    """Start computing digests, without waiting: two lanes for every leaf, uint32 [leaves, 2]."""
     leaves = jax.tree.leaves(tree)
     return _lanes_program(*_placement(leaves))(leaves)
 
@@ -64,7 +64,7 @@ def _placement(leaves: list) -> tuple[jax.sharding.Mesh | None, tuple[PartitionS
 
 
 def finish_digests(lanes: jax.Array) -> list[str]:
-    """Waits for what `start_digests` began: the digests, in the order of the tree's leaves."""
+    """Wait for what `start_digests` began: the digests, in the order of the tree's leaves."""
     return [_text(pair) for pair in np.asarray(lanes)]
 
 
@@ -221,7 +221,7 @@ def deviating_devices(tree: Any) -> list[tuple[str, int, int]]:
 
 
 def copies_of(array: jax.Array) -> int:
-    """How many devices hold each part of an array."""
+    """Return the number of devices that hold each part of an array."""
     indices = array.sharding.devices_indices_map(array.shape)
     return len(indices) // len({str(index) for index in indices.values()})
 

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's directory, and reading it with every array's digest compared.
+"""Files of a checkpoint, and reading them with every array's digest compared.
 
     checkpoints/STEP/model       weights and router biases: params.NAME, router_bias.NAME
     checkpoints/STEP/optimizer   all else of the state, by path: .step, .opt_state[0].mu['NAME'], …
@@ -58,7 +58,7 @@ class OtherLayout(CorruptCheckpoint):
 
 
 def to_items(state: Any) -> Items:
-    """The arrays of a (possibly abstract) TrainState as they are kept: {"model": {…}, "optimizer": {…}}.
+    """Return the arrays of a (possibly abstract) TrainState as they are stored: {"model": {…}, "optimizer": {…}}.
 
     Frozen weights are not: a checkpoint has their digests (`frozen_digests`).
     """
@@ -115,7 +115,7 @@ def _grouped(model: Arrays) -> Iterator[tuple[str, str, Any]]:
 
 
 def make_record(step: int, measure: float | None, arrays: Arrays, names: Mapping[str, str], **more: Any) -> dict:
-    """What a checkpoint says of itself, for JSON. `names` is each array's digest."""
+    """Return a checkpoint's record, for JSON. `names` is each array's digest."""
     described = {
         name: {"digest": names[name], "shape": list(array.shape), "dtype": str(array.dtype)}
         for name, array in arrays.items()
@@ -211,7 +211,7 @@ def read_items(
         found = read(path, items) if read else {item: read_arrays(path / item, items[item]) for item in items}
     except CorruptCheckpoint as error:
         failure = error
-    everywhere(failure)
+    raise_everywhere(failure)
     _compare(record, {name: array for arrays in found.values() for name, array in arrays.items()})
     return found
 
@@ -251,8 +251,8 @@ def key_value_store(path: Path) -> dict:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path.resolve()}/"}}
 
 
-def everywhere(failure: CorruptCheckpoint | None) -> None:
-    """Raises CorruptCheckpoint in all processes where it failed in one; all call it."""
+def raise_everywhere(failure: CorruptCheckpoint | None) -> None:
+    """Raise CorruptCheckpoint in all processes where it failed in one; all call it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -286,7 +286,7 @@ def _compare(record: dict, arrays: Arrays) -> None:
     found = flat_digests(arrays)
     wrong = [name for name in arrays if found[name] != record["arrays"][name]["digest"]]
     if wrong:
-        raise CorruptCheckpoint(damaged(wrong))
+        raise CorruptCheckpoint(mismatches(wrong))
 
 
 def flat_digests(arrays: Arrays) -> dict[str, str]:
@@ -294,19 +294,19 @@ def flat_digests(arrays: Arrays) -> dict[str, str]:
     return dict(zip(sorted(arrays), finish_digests(start_digests(arrays)), strict=True))
 
 
-def damaged(names: list[str]) -> str:
+def mismatches(names: list[str]) -> str:
     """A clause that names arrays whose digests differ."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'} not what was saved (digests differ)"
 
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENOMEM)
-"""What the system refuses says nothing of the files, so it never makes a checkpoint corrupt."""
+"""System errors that say nothing about the files and so never mark a checkpoint as corrupt."""
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what Orbax and tensorstore raise for damaged or missing files into CorruptCheckpoint."""
+    """Convert Orbax's and tensorstore's errors for damaged or missing files into CorruptCheckpoint."""
     try:
         yield
     except (CorruptCheckpoint, ConfigError, MemoryError):
@@ -332,7 +332,7 @@ def disk_error(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def disk_failures(directory: Path) -> Iterator[None]:
-    """Raises every refusal of the disk as an OSError that names `directory`."""
+    """Raise every file system error as an OSError that names `directory`."""
     try:
         yield
     except Exception as error:
@@ -345,7 +345,7 @@ def disk_failures(directory: Path) -> Iterator[None]:
 
 
 def short(error: Exception) -> str:
-    """What an error says, in a clause."""
+    """Return an error's message in one clause."""
     text = " ".join(str(error).split())
     found = re.search(r"os_error_code='(\d+)'", text)
     if found:
@@ -368,7 +368,7 @@ def quarantine(path: Path, directory: Path) -> Path | None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete what a killed process or a failed save left half-written; Orbax never reads it, but it takes space."""
+    """Delete incomplete writes of killed processes and failed saves; Orbax never reads them, but they take space."""
     for path in directory.glob("*orbax-checkpoint-tmp*"):
         for _ in range(100):  # beside a write that failed, others still make files for a moment
             shutil.rmtree(path, ignore_errors=True)
@@ -378,7 +378,7 @@ def remove_partial(directory: Path) -> None:
 
 
 def quieten_orbax() -> None:
-    """Keeps Orbax from printing the frames of failures that it raises anyway, unless the log level is info or more."""
+    """Suppress Orbax's printed tracebacks of errors that it raises anyway, unless the log level is info or more."""
     if logging.getLogger("absl").isEnabledFor(logging.INFO):
         return
     logging.getLogger("absl").setLevel(logging.CRITICAL)

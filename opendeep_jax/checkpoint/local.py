@@ -27,7 +27,7 @@ SHARDS = "shards"
 
 
 def local_root(local_directory: str, workdir: Path) -> Path:
-    """Where this process keeps the fast tier of a run, whose work directory's path names it."""
+    """Return this process's directory of the fast tier of a run, named by the work directory's path."""
     return _of_run(local_directory, workdir) / f"process_{jax.process_index()}"
 
 
@@ -36,7 +36,7 @@ def _of_run(local_directory: str, workdir: Path) -> Path:
 
 
 def layout(items: Items) -> str:
-    """A text that is the same for (possibly abstract) arrays that lie on the devices in the same way."""
+    """Return a text that is equal for (possibly abstract) arrays of equal sharding."""
     hashed = hashlib.sha256(str(jax.process_count()).encode())
     for item in (MODEL, OPTIMIZER):
         for name, array in sorted(items[item].items()):
@@ -46,7 +46,7 @@ def layout(items: Items) -> str:
     return hashed.hexdigest()[:16]
 
 
-def own_shards(items: Items) -> Items:
+def local_shards(items: Items) -> Items:
     """The shards of this process's devices, each once, as numpy arrays of their own."""
     return {
         SHARDS: {
@@ -58,8 +58,8 @@ def own_shards(items: Items) -> Items:
     }
 
 
-def read_own_shards(path: Path, items: Items) -> Items:
-    """Return arrays like the abstract ones in `items` from what all processes kept with `own_shards`.
+def read_local_shards(path: Path, items: Items) -> Items:
+    """Return arrays like the abstract ones in `items` from what all processes kept with `local_shards`.
 
     Raises CorruptCheckpoint.
     """
@@ -85,10 +85,10 @@ def read_own_shards(path: Path, items: Items) -> Items:
 
 
 class ShardsHandler(ocp.CheckpointHandler):
-    """Writes numpy arrays of one process among several in Orbax's own format; Orbax itself lets only process 0."""
+    """Writer of one process's numpy arrays in Orbax's format; Orbax itself allows only process 0 to write."""
 
     def save(self, directory: Path, args: "ShardsSave") -> None:
-        """Writes all arrays as one transaction."""
+        """Write all arrays as one transaction."""
         base = key_value_store(Path(directory))
         with tensorstore.Transaction() as transaction:
             writes = []
@@ -106,7 +106,7 @@ class ShardsHandler(ocp.CheckpointHandler):
                 write.copy.result()
 
     def restore(self, directory: Path, args: object = None) -> None:
-        """Not used: `read_own_shards` reads."""
+        """Raise NotImplementedError: `read_local_shards` reads."""
         raise NotImplementedError
 
 
@@ -122,15 +122,15 @@ def _shard_name(item: str, name: str, index: str) -> str:
     return f"{item} {name} {index}"
 
 
-def read_alone(path: Path, items: Items) -> Items:
-    """Arrays like the abstract ones in `items` from what one process kept. Raises CorruptCheckpoint."""
+def read_one_process(path: Path, items: Items) -> Items:
+    """Read arrays like the abstract ones in `items` from one process's files. Raises CorruptCheckpoint."""
     if (path / SHARDS).is_dir():
         raise OtherLayout("its parts were saved by other devices or processes than there are now")
     return {item: read_arrays(path / item, arrays) for item, arrays in items.items()}
 
 
 def common_steps(steps: list[int]) -> list[int]:
-    """The steps that all processes have; all call it."""
+    """Return the steps that all processes have; a collective call."""
     if jax.process_count() == 1:
         return steps
     most = max(int(_of_all(np.int32(len(steps))).max()), 1)
@@ -140,12 +140,12 @@ def common_steps(steps: list[int]) -> list[int]:
 
 
 def processes_where(fact: bool) -> list[int]:
-    """The processes that call it with True; all call it."""
+    """Return the processes that pass True; a collective call."""
     return [int(index) for index in np.flatnonzero(_of_all(np.array(fact)))]
 
 
 def _of_all(values: np.ndarray) -> np.ndarray:
-    """What each process gave, [processes, ...]; all give the same shape."""
+    """Gather each process's array, [processes, ...]; all have the same shape."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and why."""
+"""Policy of the checkpoints to keep, and why."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class KeepPolicy:
         self.config, self.measures, self.origin = config, measures, origin
 
     def should_preserve(self, checkpoints: Sequence, *, context: object) -> list[bool]:
-        """Whether each of Orbax's checkpoint infos is kept."""
+        """Return whether each of Orbax's checkpoint infos is kept."""
         measures = {info.step: self.measures.get(info.step) for info in checkpoints}
         kept = why_kept(measures, self.config, self.origin)
         return [info.step in kept for info in checkpoints]

@@ -19,8 +19,8 @@ from opendeep_jax.checkpoint.files import (
     OPTIMIZER,
     CorruptCheckpoint,
     checkpoint_path,
-    damaged,
     make_record,
+    mismatches,
     open_array,
     read_measure,
     read_record,
@@ -43,13 +43,13 @@ class Listed(NamedTuple):
     step: int
     time: str
     bytes: int
-    """On disk."""
+    """Bytes on disk."""
     measure: float | None
     """Held-out bits per byte, where it was measured."""
     tier: str
     """durable, local or quarantined."""
     why: str
-    """Why the keep policy keeps it; for a quarantined one, empty."""
+    """Reason why the keep policy keeps it; empty for a quarantined one."""
 
 
 class Difference(NamedTuple):
@@ -57,13 +57,13 @@ class Difference(NamedTuple):
 
     name: str
     elements: int
-    """How many differ in a bit."""
+    """Number of elements that differ in any bit."""
     absolute: float
     """Greatest difference; NaN where one has no number."""
     relative: float
     """Greatest difference over the greater of the two sizes."""
     note: str = ""
-    """Why they cannot be compared, as in `only in the first`."""
+    """Reason why they cannot be compared, as in `only in the first`."""
 
 
 def list_checkpoints(workdir: str | Path) -> list[Listed]:
@@ -163,7 +163,7 @@ def verify(path: Path, seen: Seen = lambda _: None) -> None:
         except CorruptCheckpoint:
             wrong.append(name)
     if wrong:
-        raise CorruptCheckpoint(damaged(wrong))
+        raise CorruptCheckpoint(mismatches(wrong))
 
 
 def differences(first: Path, second: Path, seen: Seen = lambda _: None) -> list[Difference]:
@@ -213,7 +213,7 @@ def prunable(workdir: str | Path, config: CheckpointConfig) -> list[int]:
 
 
 def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: None) -> list[int]:
-    """Deletes what `prunable` names, and returns it.
+    """Delete the checkpoints that `prunable` names, and return them.
 
     Raises ConfigError, and deletes nothing, where the newest checkpoint is not sound: an older one may be all there is.
     """
@@ -236,7 +236,7 @@ def prune(workdir: str | Path, config: CheckpointConfig, seen: Seen = lambda _: 
 
 
 def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Seen = lambda _: None) -> Path:
-    """Makes the work directory `out`, whose one checkpoint is the mean of the weights at `steps`; returns the latter.
+    """Write the work directory `out`, whose one checkpoint averages the weights at `steps`; return `steps`.
 
     Sums are float32; the mean has each array's own dtype. There is no optimizer state in it: it is for measuring and
     generating, not for training on.

@@ -16,7 +16,7 @@ from opendeep_jax.record.files import checkpoint_steps
 
 
 class Writer:
-    """Writes checkpoints into one directory and deletes those that the policy doesn't keep. Blocks while it works.
+    """Blocking writer of checkpoints to one directory; deletes those that the policy does not keep.
 
     Processes wait for each other through the coordination service, never through the devices, so `save` may run
     beside the training step.
@@ -60,22 +60,22 @@ class Writer:
         )
 
     def save(self, step: int, items: Items, record: dict) -> None:
-        """Writes a checkpoint, whole, and then deletes those that are not kept any more."""
+        """Write a checkpoint, then delete those that are no longer kept."""
         self.measures[step] = record["measure"]
         kinds = {SHARDS: ShardsSave}
         parts = {item: kinds.get(item, ocp.args.PyTreeSave)(arrays) for item, arrays in items.items()}
         self.manager.save(step, args=ocp.args.Composite(**parts, **{RECORD: ocp.args.JsonSave(record)}), force=True)
 
     def delete(self, step: int) -> None:
-        """Deletes the checkpoint of a step."""
+        """Delete the checkpoint of a step."""
         self.manager.delete(step)
 
     def reload(self) -> None:
-        """Looks at the directory again, after something was moved out of it."""
+        """Reread the directory after a checkpoint was moved out of it."""
         self.manager.reload()
 
     def close(self) -> None:
-        """Ends the manager, and removes what is half-written."""
+        """Close the manager and delete incomplete checkpoints."""
         try:
             self.manager.close()
         finally:
@@ -84,7 +84,7 @@ class Writer:
 
 
 def snapshot(arrays: Any) -> Any:
-    """A copy of a pytree of arrays in the memory of their hosts, begun and not waited for.
+    """Start copying a pytree of arrays to their hosts' memory, without waiting.
 
     Device memory holds no second copy, and what becomes of the originals, donation included, does not reach this one.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from opendeep_jax.config.exits import Resume, Stopped, ToldToStop
+from opendeep_jax.config.exits import Resume, Stopped, StopRequested
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 
@@ -92,7 +92,7 @@ def counted_start(
                 traceback.print_exception(error)
                 name = f"a Python error ({type(error).__name__})"
                 raise Stopped(_diagnosis(starts, f"{starts.crashes} starts", name)) from error
-        elif isinstance(error, ToldToStop | KeyboardInterrupt):
+        elif isinstance(error, StopRequested | KeyboardInterrupt):
             excuse()
         elif not isinstance(error, Resume):  # final: the user has fixed something before a restart
             _remove(file)

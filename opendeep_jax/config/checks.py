@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Switches the checks off inside, so that several fields can change before their sum is checked.
+    """Defer the checks until the block ends, so that several fields can change together.
 
     Whoever uses this calls `check_run` on the result.
     """
@@ -36,7 +36,7 @@ def deferred() -> Iterator[None]:
 
 
 def check_model(model: Any) -> None:
-    """Raises ConfigError for a `ModelConfig` with wrong types, or sizes that contradict each other."""
+    """Raise ConfigError for a `ModelConfig` with wrong types, or sizes that contradict each other."""
     if not _deferred.get():
         _raise_any(
             list(type_problems("model", model)) or [*limit_problems("model", model), *model_rules.model_problems(model)]
@@ -44,7 +44,7 @@ def check_model(model: Any) -> None:
 
 
 def check_run(run: Any) -> None:
-    """Raises ConfigError for a `RunConfig` with wrong types, or parts that contradict each other, the model's too."""
+    """Raise ConfigError for a `RunConfig` with wrong types, or parts that contradict each other, the model's too."""
     if not _deferred.get():
         _raise_any(
             list(type_problems("", run))
@@ -53,7 +53,7 @@ def check_run(run: Any) -> None:
 
 
 def check_devices(run: Any, device_count: int) -> None:
-    """Raises ConfigError unless the mesh takes exactly `device_count` devices and the batches divide over it."""
+    """Raise ConfigError unless the mesh takes exactly `device_count` devices and the batches divide over it."""
     sizes = rules.axis_sizes(run.parallel)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -92,7 +92,7 @@ def limit_problems(name: str, config: Any) -> Iterator[str]:
 
 
 def expected(annotation: Any) -> str:
-    """What a field's type annotation asks for, in words: `one of 'mla', 'gqa'`, `a whole number`, ..."""
+    """Describe the values that a field's type annotation allows: `one of 'mla', 'gqa'`, `a whole number`, ..."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(repr, get_args(annotation)))
     if get_origin(annotation) is tuple:

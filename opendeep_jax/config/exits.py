@@ -8,21 +8,21 @@ MEND = 2
 STOPPED = 3
 """The run stopped with a diagnosis that starting it again would not fix."""
 RESUME = 75
-"""Nothing is lost and nothing is wrong with the run: start the same command again. sysexits' EX_TEMPFAIL."""
+"""Exit status of a run to start again with the same command; nothing is lost. sysexits' EX_TEMPFAIL."""
 INTERRUPTED = 130
 """Ctrl-C; what was saved is intact, and the same command goes on."""
 
 
 class Resume(Exception):
-    """Ends this process with status RESUME: it was told to stop, or lost a peer. The message says which."""
+    """Exit with status RESUME after a request to stop or the loss of a peer; the message says which."""
 
 
-class ToldToStop(Resume):
+class StopRequested(Resume):
     """A signal asked for it: no fault, however often it happens."""
 
 
 class PeerEnded(Exception):
-    """Ends this process as another one of the job has ended: with a status that starting again would not change."""
+    """Exit as another process of the job did, with a status that starting again would not change."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -30,4 +30,4 @@ class PeerEnded(Exception):
 
 
 class Stopped(Exception):
-    """Ends this process with status STOPPED; the message is the diagnosis, in one paragraph."""
+    """Exit with status STOPPED; the message is the diagnosis, in one paragraph."""

@@ -28,6 +28,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path` in one step, as UTF-8. Raises OSError as `replacing` does."""
+    """Write `text` to `path` in one step, as UTF-8. Raises OSError as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from opendeep_jax.config.model import DType, ModelConfig
 from opendeep_jax.config.schema import DataConfig, OptimizerConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig
 
 OWN_TEXT = SourceConfig(name="corpus", path="corpus/**/*.jsonl", license="as each document says")
-"""Where a run that is to be fine-tuned expects its user's text, unless it is told another place."""
+"""Default path of the user's text for fine-tuning."""
 
 
 def fine_tuning(

@@ -1,4 +1,4 @@
-"""Limits of single fields, as annotations on the fields: `steps: Natural = 1000`. Standard library only."""
+"""Value limits of single fields, as annotations on the fields: `steps: Natural = 1000`. Standard library only."""
 
 import dataclasses
 from collections.abc import Callable

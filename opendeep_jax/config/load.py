@@ -1,4 +1,4 @@
-"""Recipes to configurations, configurations to JSON and back, and what a work directory remembers of its run."""
+"""Conversion of recipes to configurations and of configurations to and from JSON, and a run's saved configuration."""
 
 import dataclasses
 import difflib
@@ -47,7 +47,7 @@ ROUNDING = (
     "train.compiler_options",
     "train.working_memory_gb",
 )
-"""As above for what changes no more than the order of sums: a resumed run may have other devices and memory."""
+"""Fields like the above that change only the order of sums: a resumed run may have other devices and memory."""
 
 IMPORTED_RECIPE = "recipe.py"
 """The file that `opendeep import` leaves in a work directory."""
@@ -104,7 +104,7 @@ def load_recipe(name_or_path: str) -> RunConfig:
 
 
 def recipe_title(name_or_path: str) -> str:
-    """What a recipe's runs are called, fit for a directory: `llama3:8b` is `llama3-8b`, `mine/run.py` is `run`."""
+    """Return the directory name of a recipe's runs: `llama3:8b` is `llama3-8b`, `mine/run.py` is `run`."""
     path, colon, size = _parts(name_or_path)
     return Path(path).name.removesuffix(".py") + colon.replace(":", "-") + size
 
@@ -197,7 +197,7 @@ def _build(annotation: Any, value: Any, name: str, origin: str) -> Any:
 
 
 def record_context_length(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
-    """Writes `config`'s context length into a run that has ended, of which it is the one setting still in use."""
+    """Write `config`'s context length into a run that has ended, of which it is the one setting still in use."""
     there, wanted = load_run_config(workdir), config.model.context_length
     if there.model.context_length != wanted:
         there = dataclasses.replace(there, model=dataclasses.replace(there.model, context_length=wanted))
@@ -222,7 +222,7 @@ def format_diff(differences: list[tuple[str, Any, Any]]) -> str:
 
 
 def save_run_config(config: RunConfig, recipe_config: RunConfig | None, workdir: str | os.PathLike) -> None:
-    """Writes `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`.
+    """Write `config.json`, and in `config_diff.txt` how `config` differs from its recipe, into `workdir`.
 
     Without a recipe, the difference that is there already is brought up to date.
     """
@@ -279,5 +279,5 @@ def parent_of(text: str) -> tuple[Path, int | None]:
 
 
 def is_among(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a dotted name is one of `fields`, or belongs to a group of them (a name that ends in a dot)."""
+    """Return whether a dotted name is among `fields` or in one of their groups (names that end in a dot)."""
     return any(name == field or (field.endswith(".") and name.startswith(field)) for field in fields)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-"""What a file system that has no flock answers."""
+"""Error codes of file systems without flock."""
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
@@ -91,7 +91,7 @@ def _owning(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _create(path: Path, content: str) -> bool:
-    """Whether the file could be made: not if it was there."""
+    """Create the file; return False if it exists."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -102,7 +102,7 @@ def _create(path: Path, content: str) -> bool:
 
 
 def _state(path: Path) -> tuple[str, int] | None:
-    """What the owner's file says, and when it was touched; None if it is gone."""
+    """Return the owner file's content and modification time; None if it is gone."""
     try:
         return path.read_text("utf-8"), path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def _is_here(content: str) -> bool:
 
 
 def _is_dead(content: str) -> bool:
-    """Whether the owner is known to have ended: a process of this machine that is no more."""
+    """Return whether the owner is known to have ended: a former process of this machine."""
     if not _is_here(content):
         return False
     try:
@@ -130,7 +130,7 @@ def _is_dead(content: str) -> bool:
 
 
 def _take_away(path: Path, content: str) -> None:
-    """Removes the file of a dead owner, unless another process has done so and made its own."""
+    """Remove the lock file of a dead owner, unless another process has replaced it."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)

@@ -15,7 +15,7 @@ DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "full", "named"]
 
 HYBRID_STACKS = {"M": "mamba_layers", "*": "attention_layers", "-": "dense_layers", "E": "moe_layers"}
-"""Where the model has the layers of each letter of a hybrid's pattern."""
+"""Names of the stacks of layers by letter of a hybrid's pattern."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RopeConfig:
     interleaved: bool = True
     """Rotate neighboring pairs (DeepSeek) rather than the two halves of a head (Llama)."""
     yarn_factor: Stretch = 1.0
-    """How many times the context is stretched; 1 switches YaRN off."""
+    """Factor by which the context is extended; 1 switches YaRN off."""
     yarn_original_length: Count = 4096
     """Context length before stretching."""
     yarn_beta_fast: Positive = 32.0
@@ -151,7 +151,7 @@ class MoEConfig:
     expert_bias: bool = False
     """Experts' projections have biases (gpt-oss)."""
     bias_update_speed: float = 1e-3
-    """How far a router bias moves after each step (u in V3)."""
+    """Change of a router bias after each step (u in V3)."""
     bias_update_until_tokens: int = 0
     """Freeze the biases once this many tokens are trained; 0 never freezes them. V3: 14.3T."""
     balance_loss_weight: float = 1e-4
@@ -208,12 +208,12 @@ class MTPConfig:
     final_loss_weight: NonNegative = 0.1
     """Weight once final_from_tokens tokens are trained."""
     final_from_tokens: Natural = 0
-    """When the final weight takes over, in tokens; 0 never. V3: 10T."""
+    """Tokens after which the final weight applies; 0 never. V3: 10T."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RematConfig:
-    """What the backward pass recomputes, per kind of block."""
+    """Recomputation in the backward pass, per kind of block."""
 
     dense: RematPolicy = "named"
     """Dense blocks: `none` saves every activation, `full` saves the block's input only, `named` the names below."""
@@ -229,11 +229,11 @@ class RematConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
-    """How the model's mathematics is carried out. Nothing here changes a result beyond rounding."""
+    """Execution of the model. Nothing here changes a result beyond rounding."""
 
     expert_exchange: Literal["auto", "ragged", "all_to_all", "gather"] = "auto"
-    """How tokens reach experts on other devices: sent once to each (`ragged`), the same with worst-case slots
-    (`all_to_all`, for platforms without ragged collectives), or all of them to all (`gather`, for few devices)."""
+    """Exchange of tokens with experts on other devices: sent once to each (`ragged`), the same with worst-case slots
+    (`all_to_all`, for platforms without ragged collectives), or all tokens to all (`gather`, for few devices)."""
     exchange_buffer: Positive = 1.25
     """Rows of a device's expert buffer over the balanced number. More rows than that take further rounds; none is
     dropped."""
@@ -355,7 +355,7 @@ class ModelConfig:
 
     @property
     def layer_stacks(self) -> dict[str, tuple[int, ...]]:
-        """Which layers' arrays lie stacked under which name in the model."""
+        """Return the stacks of layers in the model, by name."""
         if self.layer_pattern:
             kinds = {name: kind for kind, name in HYBRID_STACKS.items()}
             stacks = {

@@ -1,4 +1,4 @@
-"""What the fields of a model's configuration must satisfy: generators of sentences about what does not.
+"""Rules for the fields of a model's configuration: generators of sentences about violations.
 
 As `rules.py` has them for a run. Standard library only.
 """
@@ -31,7 +31,7 @@ OFFLOAD_NAMES = (*REMAT_NAMES, "block_input")
 
 
 def model_problems(model: Any) -> Iterator[str]:
-    """Yields a sentence for each rule that a `ModelConfig` breaks."""
+    """Yield a sentence for each rule that a `ModelConfig` breaks."""
     if model.activation == "clamped_swiglu" and not model.gated_mlp:
         yield problem("model.gated_mlp", False, "clamped_swiglu multiplies a gate by a projection", "Set it to True")
     if model.num_dense_layers > model.num_layers and not model.layer_pattern:
@@ -104,7 +104,7 @@ HYBRID_MESH_AXES = ("stage", "context", "tensor")
 
 
 def hybrid_mesh_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
-    """Yields a sentence for each axis of a mesh that a hybrid, or experts without a gate, can't be divided over.
+    """Yield a sentence for each axis of a mesh that a hybrid, or experts without a gate, can't be divided over.
 
     Args:
         sizes: devices along each axis; -1 is not known yet.

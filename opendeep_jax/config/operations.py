@@ -1,4 +1,4 @@
-"""Fields of a run that decide how it is kept, watched and recovered, and nothing of what it computes on a good day."""
+"""Settings of checkpoints, fault handling and tracking, which do not change what a run computes without faults."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,14 +7,14 @@ from opendeep_jax.config.limits import Count, Natural, NonNegative, Positive
 
 DRILL_KINDS = "nan_gradient loss_spike flipped_bit sigkill sigstop sigterm hang clock_jump".split()
 DRILLS = rf"({'|'.join(DRILL_KINDS)})@([1-9]\d*)(?:-([1-9]\d*))?(?::(\d+))?"
-"""How a fire drill is written: kind@step, kind@first-last, and :process behind it."""
+"""Syntax of an injected fault: kind@step, kind@first-last, and :process behind it."""
 SpikePolicy = Literal["ignore", "record", "skip", "rollback"]
 Tracker = Literal["wandb", "mlflow", "trackio"]
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When and what to save. Saving is asynchronous and atomic."""
+    """Schedule and contents of checkpoints. Saving is asynchronous and atomic."""
 
     every: Natural = 500
     """Steps between checkpoints; 0 saves at the end only."""
@@ -32,14 +32,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """What is looked for while a run goes, and what is done about it. docs/faults.md describes each."""
+    """Detection and handling of faults during a run. docs/faults.md describes each."""
 
     rollback_after: Natural = 8
     """So many skipped updates in a row (loss or gradient not finite) take the run back to a checkpoint from before
     them, and it skips their batches from then on; 0 never."""
     spike_policy: SpikePolicy = "record"
-    """What a spike of loss or gradient does besides being recorded: nothing, skip its update on the device, or go back
-    and pass over its batch; ignore does not even record it."""
+    """Action on a spike of loss or gradient besides recording it: none, skip its update on the device, or roll back
+    and skip its batch; ignore does not even record it."""
     spike_zscore: Positive = 12.0
     """A loss or a gradient's norm is a spike so many robust standard deviations (1.4826 times the median absolute
     deviation) above the median of the last 128 finite ones, unless as high ones have come several times by now."""
@@ -63,7 +63,7 @@ class FaultsConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where numbers go besides the work directory and TensorBoard."""
+    """Destinations of metrics besides the work directory and TensorBoard."""
 
     trackers: tuple[Tracker, ...] = ()
     """Services that get every logged number too; each is an extra: pip install 'opendeep-jax[wandb]'."""
@@ -73,7 +73,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What the report and the logs compare speed with."""
+    """Hardware figures that the report and the logs compare speed with."""
 
     peak_tflops: NonNegative = 0.0
     """Peak TFLOP/s of one device for MFU; 0 uses the table of known chips, or a measured matmul on a CPU."""

@@ -39,7 +39,7 @@ _EPOCHS = " A run's length is counted in steps or, with --train.steps=0, in --tr
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What belongs to the process and not to the run, for example
+    """Settings of the process rather than the run, for example
     `Launch(config_name="quickstart", workdir="runs/quickstart", verbosity=-1, recipe=RunConfig(...))`.
     """
 
@@ -57,7 +57,7 @@ class Launch:
     num_processes: int = 0
     """Processes of the job; 0 where the environment says."""
     process_id: int = -1
-    """This process's number; -1 where the environment says."""
+    """Index of this process; -1 reads it from the environment."""
     config: str = ""
     """The recipe as it was named."""
     parent: str = ""
@@ -191,7 +191,7 @@ def _with_sources(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
-    """Prints every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
+    """Print every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
     own = "\n".join(f"--{name:<21}{process[name].help}" for name in process)
     tyro.cli(
         RunConfig,
@@ -268,7 +268,7 @@ def _group(arguments: Sequence[str], fields: dict[str, Any]) -> dict[str, list[s
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
+    """Raise ConfigError for the first argument that is no setting by its name; what a recipe decides is left out."""
     fields = dict(_leaves(RunConfig, RunConfig()))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")

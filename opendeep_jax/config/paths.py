@@ -15,10 +15,10 @@ PATHS = {
     "train.compilation_cache": "cache",
     "checkpoint.local_directory": "local",
 }
-"""By dotted name, without the index of an entry: `read` has to be there, `write` is made where it is missing, `cache`
-may be lost at the price of time, and `local` is each machine's own."""
+"""Path fields by dotted name, without the index of an entry: `read` has to be there, `write` is made where it is
+missing, `cache` may be lost at the price of time, and `local` is each machine's own."""
 ELSEWHERE = r"[a-z][a-z0-9+.-]+://.*|datasets:.*"
-"""What is read over the network: gs://, s3://, hf://, https:// and the like, and datasets of Hugging Face."""
+"""Pattern of remote paths: gs://, s3://, hf://, https:// and the like, and datasets of Hugging Face."""
 NOT_A_FILE = {"data.tokenizer": r"bytes|bpe:\d+"}
 """Values of a field that name no file."""
 

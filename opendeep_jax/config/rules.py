@@ -1,4 +1,4 @@
-"""What the fields of a run's configuration must satisfy, alone and together: generators of sentences about the rest.
+"""Rules for the fields of a run's configuration, alone and together: generators of sentences about violations.
 
 A sentence is `field = value: rule. fix.` The rules assume that every value is of its annotated type (`checks.py`
 looks at that first). Standard library only.
@@ -34,7 +34,7 @@ LENGTH_AXES = ("context", "tensor")
 
 
 def run_problems(run: Any) -> Iterator[str]:
-    """Yields a sentence for each rule that a `RunConfig` breaks, its model's own rules left out."""
+    """Yield a sentence for each rule that a `RunConfig` breaks, its model's own rules left out."""
     if not run.name.strip():
         yield problem("name", run.name, "must not be empty", "Give the run a title")
     yield from _data_problems(run)
@@ -251,7 +251,7 @@ def _parallel_problems(run: Any) -> Iterator[str]:
 
 
 def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
-    """Yields a sentence for everything that does not divide over a mesh of these sizes; -1 is not known yet."""
+    """Yield a sentence for everything that does not divide over a mesh of these sizes; -1 is not known yet."""
     rows = [sizes[axis] for axis in ROW_AXES]
     if -1 not in rows:
         yield from _row_problems(run, math.prod(rows))
@@ -274,7 +274,7 @@ def mesh_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
 
 
 def width_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
-    """Yields a sentence for every width of a model that does not divide over a mesh of these sizes."""
+    """Yield a sentence for every width of a model that does not divide over a mesh of these sizes."""
     attention, moe = model.attention, model.moe
     divided = [("tensor", "model.attention.num_heads", attention.num_heads)]
     if attention.qk_norm == "all_heads" and sizes["tensor"] > 1:
@@ -317,7 +317,7 @@ def _length_problems(run: Any, sizes: dict[str, int]) -> Iterator[str]:
 
 
 def _row_problems(run: Any, shards: int) -> Iterator[str]:
-    """Yields a sentence for each batch of which more than a third would be padding on `shards` devices."""
+    """Yield a sentence for each batch of which more than a third would be padding on `shards` devices."""
     for name, rows, parts in _batches(run):
         padded = padded_rows(run.train, rows, shards) if min(rows, parts) > 0 and rows % parts == 0 else rows
         if padded > 1.5 * rows:

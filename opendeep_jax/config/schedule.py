@@ -120,17 +120,18 @@ def step_at_tokens(config, tokens: int) -> float:
 
 
 class RatePiece(NamedTuple):
-    """Steps over which the learning rate, a fraction of its peak, goes from `begin` to `end`; then it stays there."""
+    """Piece of the schedule over which the learning rate, a fraction of its peak, goes from `begin` to `end`; then it
+    stays there."""
 
     name: str
-    """As people read it: `warm-up`, `cosine`, `stable`, `decay`, `linear (phase 2 of 5)`."""
+    """Name for people: `warm-up`, `cosine`, `stable`, `decay`, `linear (phase 2 of 5)`."""
     shape: str
     """`constant`, `linear` or `cosine`."""
     begin: float
     end: float
     first_step: int
     steps: int
-    """From `begin` to `end`, 1 or more. The next piece may start before they are over."""
+    """Number of steps from `begin` to `end`, 1 or more. The next piece may start before they are over."""
 
 
 def rate_pieces(config) -> list[RatePiece]:

@@ -52,7 +52,7 @@ class SourceConfig:
     license_field: str = ""
     """Field with the document's own license; empty where `license` holds for all."""
     text_url: str = ""
-    """Where the text is kept when records only point at it, as `s3://bucket/{blob_id}` with the record's fields."""
+    """URL of the text when records only point at it, as `s3://bucket/{blob_id}` with the record's fields."""
     keep: tuple[str, ...] = ()
     """Records to keep, as `field=value`, `!=`, or `score>=3` (also `<=`, `>`, `<`); all must hold. The others are
     counted as left out."""
@@ -60,9 +60,9 @@ class SourceConfig:
     """A record that is malformed, or whose text is null, empty or not UTF-8, stops everything with its place, or is
     left out and counted."""
     epochs: Positive = 1.0
-    """How often its text may be trained on. A run that would need more is refused."""
+    """Maximum number of passes over its text. A run that would need more is refused."""
     separator: str = ""
-    """What parts the documents in a text file: `\\n` makes each line one, `\\n\\n` each paragraph; empty: each file."""
+    """Separator of documents in a text file: `\\n` makes each line one, `\\n\\n` each paragraph; empty: each file."""
     encoding: str = ""
     """Encoding of files of text, lines and tables, such as `latin-1`; empty is UTF-8."""
     held_out_end: FractionBelowOne = 0.0
@@ -70,13 +70,13 @@ class SourceConfig:
 
     @property
     def known_license(self) -> str:
-        """The license as it is told: `by document` where a field has it, `unknown` where nobody states any."""
+        """License for display: `by document` where a field has it, `unknown` where nobody states any."""
         return self.license or ("by document" if self.license_field else "unknown")
 
 
 @dataclass(frozen=True)
 class CurationConfig:
-    """What is done to documents before they are tokenized. Everything that leaves is counted by source and reason."""
+    """Processing of documents before tokenization. Removed documents are counted by source and reason."""
 
     quality: tuple[Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"], ...] = ()
     """Heuristic filters, in this order, with their papers' thresholds."""
@@ -105,7 +105,7 @@ class CurationConfig:
 
     @property
     def active(self) -> bool:
-        """Whether anything is done at all."""
+        """True if any curation is configured."""
         switches = self.exact_deduplication, self.minhash_deduplication, self.mask_personal_data
         return any((*switches, self.quality, self.languages, self.evaluation_sets))
 
@@ -137,7 +137,8 @@ class DataConfig:
     tokenizer: str = "bpe:8192"
     """`bytes`, `bpe:SIZE` (byte-level BPE trained on the sources, cached by content hash), or a tokenizer.json path."""
     directory: str = "runs/data"
-    """Where tokenizers, curated text, token stores and packing plans are kept, shared between runs, named by hashes."""
+    """Directory of tokenizers, curated text, token stores and packing plans, shared between runs and named by
+    hashes."""
     sequence_length: int = 512
     """Tokens L in a row."""
     packing: Literal["concatenate", "first_fit", "best_fit"] = "concatenate"
@@ -151,7 +152,7 @@ class DataConfig:
     fim_rate: Fraction = 0.0
     """Share of training documents put into fill-in-the-middle order: prefix, suffix, middle. V3: 0.1."""
     curation: CurationConfig = CurationConfig()
-    """What is done to documents before they are tokenized."""
+    """Processing of documents before tokenization."""
     workers: Natural = 0
     """Processes that curate and tokenize; 0 takes one for each core. Their number changes no output."""
 
@@ -167,7 +168,7 @@ class Phase:
     """One stretch of a learning-rate schedule, as V3's report writes it. Ends `tokens` after the phase before."""
 
     shape: Literal["linear", "constant", "cosine"] = "constant"
-    """How the rate goes from where it was to `to`."""
+    """Shape of the rate's curve from its previous value to `to`."""
     to: NonNegative = 1.0
     """Rate at the end, as a fraction of optimizer.learning_rate (a constant phase has it from its start)."""
     tokens: Natural = 0
@@ -176,7 +177,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How gradients become updates."""
+    """Optimizer and learning-rate schedule."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW for all weights, or Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest."""
@@ -325,7 +326,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     faults: FaultsConfig = FaultsConfig()
-    """What may go wrong."""
+    """Fault detection and handling."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment trackers."""
     hardware: HardwareConfig = HardwareConfig()

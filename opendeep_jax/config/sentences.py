@@ -1,4 +1,4 @@
-"""Sentences that tell a user what is wrong with a configuration's field: `field = value: rule. fix.`"""
+"""Error sentences for a configuration's fields: `field = value: rule. fix.`"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the path of a source says about it: a name, and whether another path is of the same text."""
+"""Names of sources from their paths, and comparison of paths of the same text."""
 
 import posixpath
 import re
@@ -9,7 +9,7 @@ EMBEDDED = "python_stdlib"
 
 
 def same_text(old: str, new: str) -> bool:
-    """Whether `new` is the text that a source of the path `old` describes, or a part of it.
+    """Return whether `new` is the text of a source with the path `old`, or a part of it.
 
     That is the same repository of a hub, the same data set by its name, and what lies below the old path.
     """

@@ -1,4 +1,4 @@
-"""Names that other programs have for our settings, commands and targets, so that a wrong one is answered with ours."""
+"""Other programs' names for our settings, commands and targets, for suggestions after a wrong name."""
 
 from collections.abc import Collection
 

@@ -1,1 +1,1 @@
-"""What a model knows and can do: perplexity of texts, and the tasks of lm-evaluation-harness."""
+"""Evaluation of models: perplexity of texts, and the tasks of lm-evaluation-harness."""

@@ -85,7 +85,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The text that each request's context goes on with, up to one of its stop strings; of a chat the answer alone,
+        """Generate each request's continuation, up to one of its stop strings; of a chat the answer alone,
         without the thinking before it."""
         asked = [request.args for request in requests]
         settings = [_settings(arguments, self.engine.max_length) for _, arguments in asked]
@@ -119,7 +119,7 @@ class HarnessModel(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What prompts are remembered under."""
+        """Key of cached prompts."""
         return self.name
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -134,7 +134,7 @@ class HarnessModel(LM):
         return self._encode(text) if self.chat else self._tokenizer.encode_prompt(text)
 
     def _prefix(self) -> int:
-        """What stands before a text without a context."""
+        """Return the prefix of a text without a context."""
         known = (self._tokenizer.begin_id, *self._tokenizer.end_ids)
         found = next((token for token in known if token is not None), None)
         if found is None:
@@ -194,7 +194,7 @@ def _settings(given: dict[str, Any], max_length: int) -> tuple[list[str], dict[s
 
 
 def _seed(seed: int, context: str, repeat: int) -> int:
-    """A request's own seed: whatever else is asked, the answer is the same."""
+    """Return a request's seed, independent of the other requests."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{repeat}:{context}".encode()).digest()[:4], "big")
 
 
@@ -202,7 +202,8 @@ class Tasks(TaskManager):
     """The harness' tasks, with failures that a user can mend as ConfigErrors."""
 
     def load(self, task_list: list[str]) -> Any:
-        """As the harness. Raises ConfigError where a task or its data cannot be had, or runs what a model writes."""
+        """Load tasks as the harness does. Raises ConfigError where a task or its data cannot be had, or runs what a
+        model writes."""
         try:
             loaded = super().load(task_list)
         except Exception as error:  # datasets, YAML and the network fail in a hundred ways
@@ -219,7 +220,7 @@ class Tasks(TaskManager):
 
 
 def find_tasks(names: Sequence[str], include_path: str = "") -> tuple[Tasks, list[str]]:
-    """The tasks that names, groups, tags and patterns such as `mmlu_*` mean, those under include_path first.
+    """Find the tasks of names, groups, tags and patterns such as `mmlu_*`, those under include_path first.
 
     Raises ConfigError for a name that is none.
     """
@@ -248,7 +249,7 @@ def run_tasks(
     num_fewshot: int = -1,
     max_tokens: int = 0,
 ) -> dict[str, Any]:
-    """The harness' own results of some tasks (`results`, `samples`, `n-samples`, `configs`, ...).
+    """Run tasks in the harness and return its results (`results`, `samples`, `n-samples`, `configs`, ...).
 
     Args:
         tasks: Those there are, and

@@ -39,7 +39,7 @@ def bootstrap(
 
 
 def interval_of(value: float, standard_error: float | None, scores: Sequence) -> tuple[float, float] | None:
-    """Interval of a metric; None where nothing says how sure it is.
+    """Interval of a metric; None if it has no standard error.
 
     Wilson's for a mean of zeros and ones, the bootstrap's for a perplexity or bits per unit, else the normal one.
 
@@ -61,7 +61,7 @@ def interval_of(value: float, standard_error: float | None, scores: Sequence) ->
 
 
 def _row(score: Any) -> tuple[float, float] | None:
-    """What an example adds to the sums above and below a ratio."""
+    """Return an example's contribution to the numerator and the denominator of a ratio."""
     if isinstance(score, int | float):
         return score, 1.0
     if isinstance(score, list | tuple) and len(score) == 2 and all(isinstance(part, int | float) for part in score):

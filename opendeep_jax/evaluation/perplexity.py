@@ -39,7 +39,7 @@ def read_documents(path: str | Path) -> list[str]:
 def perplexity(
     engine: Engine, tokenizer: Tokenizer, documents: Sequence[str], stride: int = 0, seed: int = 0
 ) -> dict[str, Any]:
-    """How well a model foretells texts.
+    """Measure a model's perplexity of texts.
 
     Each document is read from its beginning, in windows of engine.max_length tokens. As nothing foretells a first
     token, it is not counted, unless the model expects a token that begins texts: then it is foretold from that.

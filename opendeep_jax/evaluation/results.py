@@ -1,4 +1,4 @@
-"""Results of tasks as one JSON object: what was measured, how sure it is, and of what exactly."""
+"""Results of tasks as one JSON object, with their intervals and provenance."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ MARK = ","
 
 
 def describe_model(config: ModelConfig, name: str, source: str, step: int | None = None) -> dict[str, Any]:
-    """Which model it was: its name, where it came from, and the SHA-256 of its configuration as sorted JSON."""
+    """Describe the model: its name, its origin, and the SHA-256 of its configuration as sorted JSON."""
     text = json.dumps(to_dict(config), sort_keys=True)
     return {
         "name": name,
@@ -43,8 +43,8 @@ def versions() -> dict[str, str]:
 
 
 def task_results(raw: dict[str, Any]) -> dict[str, Any]:
-    """Of each task and group: metrics with standard errors and 95% intervals, examples counted, and each example's
-    prompt hashes, answers and scores.
+    """Return for each task and group metrics with standard errors and 95% intervals, examples counted, and each
+    example's prompt hashes, answers and scores.
 
     Args:
         raw: What `harness.run_tasks` gives.
@@ -84,24 +84,24 @@ def _metric(key: str, value: Any, values: dict, samples: list[dict], better: dic
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """An example without its text, which the prompt's hash stands for."""
+    """Return an example with its text replaced by the prompt's hash."""
     return {
         "id": sample["doc_id"],
         "filter": sample["filter"],
-        "prompt_sha256": [_sha256(_given(arguments)) for arguments in sample["arguments"]],
+        "prompt_sha256": [_sha256(_request_text(arguments)) for arguments in sample["arguments"]],
         "target": str(sample["target"]),
         "answers": _plain(sample["filtered_resps"]),
         "scores": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
     }
 
 
-def _given(arguments: tuple) -> str:
-    """All text of a request that the model read: a context alone, or with the continuation that was scored."""
+def _request_text(arguments: tuple) -> str:
+    """Return the text of a request that the model read: a context, with the continuation if it was scored."""
     return "".join(part for part in arguments if isinstance(part, str))
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no infinity: numbers that are not finite become None."""
+    """Return a value for JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -26,8 +26,8 @@ if "dismissal" not in sys.stdin.read():
 """
 
 
-def leave_exit_notice(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
-    """Sees to it that this process's death is explained on standard error; returns the dismissal that calls it off.
+def install_exit_notice(process: int, coordinator: str, host: str, stacks: str) -> Callable[[], None]:
+    """Explain a sudden death of this process on standard error; return a function that cancels this.
 
     Args:
         process: this process's number.

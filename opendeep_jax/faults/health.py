@@ -1,4 +1,4 @@
-"""Whether a step's update may be applied, decided on the device, so that the loop never waits to know.
+"""Check of a step's update on the device, so that the loop never waits for it.
 
 An update is skipped where the loss or the gradient's norm is not finite, and, if the policy says so, where one of them
 is a spike: far above the median of the last ones, in robust standard deviations. A skipped step leaves parameters,
@@ -19,7 +19,7 @@ from opendeep_jax.config.operations import FaultsConfig
 WINDOW = 128
 """Steps that a new one is compared with."""
 FEWEST = 16
-"""Before so many are there, nothing is called a spike."""
+"""Minimum number of values before any is judged a spike."""
 PATIENCE = 3
 """So many spikes at least half as high among those steps, or of any height among the last RECENT, and the next one is
 none: it is how the text is by now."""
@@ -28,11 +28,11 @@ LOSS_SPREAD = 0.005, 1e-3
 """The smallest spread of losses, of the median and by itself: losses that hardly differ would make a spike of every
 breath, and those of some objectives lie around 0."""
 NORM_SPREAD = 0.1, 1e-6
-"""Of gradient norms, which vary more."""
+"""Minimum spread of gradient norms, which vary more."""
 
 
 class Health(NamedTuple):
-    """What checking a step's update needs of the steps before; part of the training state, and of its checkpoints."""
+    """Statistics of past steps for checking an update; part of the training state, and of its checkpoints."""
 
     losses: Float[Array, "window"]
     """Losses, whatever the objective has judged, of the last steps that were finite, the newest last; NaN where there
@@ -44,11 +44,11 @@ class Health(NamedTuple):
     last_update: Int[Array, ""]
     """The last step (from 1) whose update was applied; 0 for none. Weights are the same from there on."""
     stretch: Int[Array, ""]
-    """How many borders lie before the windows' steps."""
+    """Number of schedule borders before the windows' steps."""
 
 
 class UpdateCheck(NamedTuple):
-    """Whether a step's update was applied, and what that was judged by."""
+    """Result of an update's check, and the statistics behind it."""
 
     skipped: Bool[Array, ""]
     spike: Bool[Array, ""]
@@ -75,7 +75,7 @@ def check_update(
     grad_norm: jax.Array,
     judge_loss: bool = True,
 ) -> tuple[UpdateCheck, Health]:
-    """Decide whether the update of `step` (from 0) is applied, and return what is known afterwards.
+    """Decide whether the update of `step` (from 0) is applied, and return the updated statistics.
 
     Args:
         borders: first steps (from 0) of the stretches whose losses are not compared with those before.
@@ -119,14 +119,14 @@ def robust_zscore(values: Float[Array, "window"], value: jax.Array, relative: fl
 
 
 def _is_known(values: Float[Array, "window"], high: Int[Array, "window"], value: jax.Array) -> Bool[Array, ""]:
-    """Tell whether a high value is one of those that have come often enough to be expected."""
+    """Return whether a high value is among those frequent enough to be expected."""
     above = values - jnp.nanmedian(values)
     alike = (high > 0) & (above >= 0.5 * (value - jnp.nanmedian(values)))
     return (jnp.sum(alike) >= PATIENCE) | (jnp.sum(high[-RECENT:]) >= PATIENCE)
 
 
 def _begin_stretch(borders: tuple[int, ...], step, health: Health) -> Health:
-    """Empties the windows where a border lies between their steps and `step`."""
+    """Clear the windows if a schedule border lies between their steps and `step`."""
     stretch = sum(((step >= border).astype(jnp.int32) for border in borders), start=jnp.int32(0))
     empty, same = new_health(), stretch == health.stretch
     kept = {name: jnp.where(same, getattr(health, name), getattr(empty, name)) for name in ("losses", "norms", "high")}

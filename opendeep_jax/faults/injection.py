@@ -45,7 +45,7 @@ class Drill:
 
 
 def drills(texts: tuple[str, ...]) -> list[Drill]:
-    """The drills that `faults.drill` lists; `config.rules` has checked how they are written."""
+    """Return the injected faults that `faults.drill` lists; `config.rules` has checked their syntax."""
     found = []
     for text in texts:
         kind, first, last, process = re.fullmatch(DRILLS, text).groups()
@@ -80,29 +80,29 @@ def inject_faults(take_step: Callable, config: RunConfig, workdir: Path) -> Call
 
     def faulty(batch_of: Callable[[int, Any], Batch], state: Any, step: int):
         def spoiled(at: int, state: Any) -> Batch:
-            return spoil_batch(texts, at + 1, batch_of(at, state), config.model.vocab_size)
+            return corrupt_batch(texts, at + 1, batch_of(at, state), config.model.vocab_size)
 
-        strike_process(texts, workdir, step)
-        return take_step(spoiled, spoil_state(texts, workdir, step, state), step)
+        inject_process_faults(texts, workdir, step)
+        return take_step(spoiled, corrupt_state(texts, workdir, step, state), step)
 
     return faulty if texts else take_step
 
 
-def spoil_batch(texts: tuple[str, ...], step: int, batch: Batch, vocab_size: int) -> Batch:
-    """A process's rows as they are, but for random targets at the steps of loss_spike."""
+def corrupt_batch(texts: tuple[str, ...], step: int, batch: Batch, vocab_size: int) -> Batch:
+    """Return a process's rows, with random targets at the steps of loss_spike."""
     if any(drill.kind == "loss_spike" and drill.first <= step <= drill.last for drill in drills(texts)):
         random = np.random.default_rng(step).integers(0, vocab_size, batch.targets.shape, np.int32)
         return dataclasses.replace(batch, targets=random)
     return batch
 
 
-def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state):
-    """The state before a step as it is, but for one bit of one device's copy of a weight at the step of flipped_bit.
+def corrupt_state(texts: tuple[str, ...], workdir: Path, step: int, state):
+    """Return the state before a step, with one bit of one device's copy of a weight flipped at the step of flipped_bit.
 
     Raises ConfigError where no weight has a copy.
     """
     for drill in drills(texts):
-        if drill.kind == "flipped_bit" and drill.first == step and _strikes(workdir, drill):
+        if drill.kind == "flipped_bit" and drill.first == step and _inject_once(workdir, drill):
             copied = {name: weight for name, weight in state.params.items() if copies_of(weight) > 1}
             if not copied:
                 raise ConfigError(
@@ -114,11 +114,11 @@ def spoil_state(texts: tuple[str, ...], workdir: Path, step: int, state):
     return state
 
 
-def strike_process(texts: tuple[str, ...], workdir: Path, step: int) -> None:
-    """Do to this process what its drills say of `step`, before it begins."""
+def inject_process_faults(texts: tuple[str, ...], workdir: Path, step: int) -> None:
+    """Inject this process's faults of `step`, before it begins."""
     for drill in drills(texts):
         here = drill.first == step and drill.process == jax.process_index()
-        if here and drill.kind in (*SIGNALS, "hang", "clock_jump") and _strikes(workdir, drill):
+        if here and drill.kind in (*SIGNALS, "hang", "clock_jump") and _inject_once(workdir, drill):
             if drill.kind == "clock_jump":
                 time.time = functools.partial(_hour_ago, time.time)
             elif drill.kind == "hang":
@@ -128,8 +128,8 @@ def strike_process(texts: tuple[str, ...], workdir: Path, step: int) -> None:
                 os.kill(os.getpid(), SIGNALS[drill.kind])
 
 
-def _strikes(workdir: Path, drill: Drill) -> bool:
-    """Whether the drill has not struck in this work directory yet; from now on it has."""
+def _inject_once(workdir: Path, drill: Drill) -> bool:
+    """Return whether the fault is still to be injected in this work directory, and record it as injected."""
     marker = workdir / STRUCK / f"{drill.text.replace(':', '_')}.process_{jax.process_index()}"
     if marker.exists():
         return False

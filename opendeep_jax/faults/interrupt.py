@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from opendeep_jax.config.exits import ToldToStop
+from opendeep_jax.config.exits import StopRequested
 from opendeep_jax.parallel.distributed import get_value, put_first
 
 STEPS_AHEAD = 2
@@ -17,14 +17,14 @@ NOTE = "\nStopping after this step and saving it. Again to stop at once, without
 
 
 class StopRequests:
-    """What signals have asked for so far."""
+    """Requests to stop that signals have made."""
 
     def __init__(self):
         self.signal: str | None = None
         self._last_step: int | None = None
 
     def after(self, step: int) -> bool:
-        """Whether the run is to stop after `step`, which has just begun.
+        """Return whether the run is to stop after `step`, which has just begun.
 
         In a job of several processes a signal to any of them stops all, after a step that none has reached yet.
         """
@@ -41,15 +41,16 @@ class StopRequests:
         return self._last_step is not None and step >= self._last_step
 
     def end(self) -> Exception | KeyboardInterrupt:
-        """What the run ends with, once its state is saved: KeyboardInterrupt for Ctrl-C, else ToldToStop."""
+        """Return the exception that ends the run once its state is saved: KeyboardInterrupt for Ctrl-C, else
+        StopRequested."""
         if self.signal == "SIGINT":
             return KeyboardInterrupt()
-        return ToldToStop("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
+        return StopRequested("stopped by SIGTERM, as before a preemption; the step at hand is saved.")
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Inside, the first Ctrl-C or SIGTERM is only noted. Another one raises KeyboardInterrupt at once.
+    """Record the first Ctrl-C or SIGTERM in the block. Another one raises KeyboardInterrupt at once.
 
     A step gives its state's memory to the next one, so between two lines of the loop there may be no state to save.
     Threads other than the main one get no signals.

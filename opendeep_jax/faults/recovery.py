@@ -1,4 +1,4 @@
-"""What a run does when a step goes wrong: records it, rolls back, skips the batches that did it, or stops.
+"""Recovery from a bad step: record it, roll back, skip the batches that caused it, or stop.
 
 A batch that is skipped keeps its step: the step is counted and nothing is trained on it. So batches, schedules and
 `opendeep data where` mean after a rollback what they meant before, and a run that is started again, or audited, needs
@@ -62,7 +62,7 @@ class Recovery:
         self.record, self.faults, self.documents, self.say = record, faults, documents, say
         self.windows = read_skipped_batches(record.workdir)
         self.rolled_back = False
-        """Whether this start of the run has rolled back already."""
+        """True after this start of the run has rolled back."""
         self._checks: deque[tuple[int, UpdateCheck]] = deque()
         self._skipped: list[int] = []  # steps since the last update that was applied, but for skipped batches
         self._finite: list[list] = []  # [step, loss, gradient norm] of what was skipped or a spike
@@ -110,11 +110,11 @@ class Recovery:
         return next(((loss, norm) for at, loss, norm in known if at == step), (math.nan, math.nan))
 
     def note(self, step: int, check: UpdateCheck) -> None:
-        """Keep what the device will say of a step's update; nothing is waited for."""
+        """Queue a step's update check, without waiting for the device."""
         self._checks.append((step, check))
 
     def review(self) -> int:
-        """Look at all steps noted since the last time, and return how many updates were skipped.
+        """Review the steps queued since the last time, and return how many updates were skipped.
 
         Raises:
             Rollback: where too many were skipped in a row, or the policy rolls back after a spike.
@@ -168,7 +168,7 @@ class Recovery:
             self.say(f"{kind.replace('_', ' ')}: {text}")
 
     def rollback(self, fault: Rollback, at_step: int, to_step: int, last_update: int | None = None) -> None:
-        """Settle a rollback from `at_step` to the state after `to_step`, before the loop goes on from there.
+        """Complete a rollback from `at_step` to the state after `to_step`, before the loop continues from there.
 
         Args:
             last_update: the step of the last update in that state; None says `to_step` itself.

@@ -19,7 +19,7 @@ from opendeep_jax.parallel.distributed import host_of
 
 
 def compare_copies(state, before: str) -> str | None:
-    """Compares all copies of every array of the state over the devices; a sentence on those that differ, or None.
+    """Compare all copies of every array of the state over the devices; return a sentence on those that differ, or None.
 
     Args:
         before: what is about to happen, for the sentence.
@@ -35,12 +35,12 @@ def compare_copies(state, before: str) -> str | None:
 
 
 def name_device(device: int, process: int) -> str:
-    """A device as a person looks for it."""
+    """Return a device's name for messages: host, process, device."""
     return f"device {device} of process {process} on {host_of(process)}"
 
 
 class Replay:
-    """Computes a step's gradients again, on the same devices and on others, and compares what each device got.
+    """Replay of a step's gradients on the same devices and on others, compared device by device.
 
     The other assignment moves each process's work on by one of its own devices, so nothing crosses hosts but weights
     that do so anyway. Weights are held twice while it runs. Not for a pipeline, whose stages hold different layers.
@@ -56,7 +56,7 @@ class Replay:
         self._programs: dict = {}
 
     def compare(self, state, batch: Batch) -> str | None:
-        """Three computations of one step's gradients; a sentence on the devices that disagree, or None."""
+        """Compute a step's gradients three times; return a sentence on the devices that disagree, or None."""
         first, again = self._run(self.mesh, state, batch), self._run(self.mesh, state, batch)
         devices = list(self.mesh.devices.flat)
         if wrong := [devices[i] for i in np.flatnonzero((first != again).any(axis=(1, 2)))]:
@@ -78,7 +78,7 @@ class Replay:
         return f"silent corruption: a computation came out differently on other devices; suspected: {names}"
 
     def _run(self, mesh: Mesh, state, batch: Batch) -> np.ndarray:
-        """Digests of what each place of the mesh computes: uint32 [devices, arrays, 2]."""
+        """Return the digests that each position of the mesh computes: uint32 [devices, arrays, 2]."""
         key = mesh is self.mesh, batch.tokens.shape
         with jax.set_mesh(mesh):
             if key not in self._programs:

@@ -24,20 +24,20 @@ from jax._src import distributed
 from opendeep_jax.checkpoint.files import short
 from opendeep_jax.config.exits import RESUME, PeerEnded, Resume
 from opendeep_jax.config.operations import FaultsConfig
-from opendeep_jax.faults.exit_notice import leave_exit_notice
+from opendeep_jax.faults.exit_notice import install_exit_notice
 from opendeep_jax.parallel.distributed import announce_end, ended_peer, get_values, host_of, put_value
 from opendeep_jax.record.events import record_event
 from opendeep_jax.record.heartbeat import BEAT_SECONDS, beat
 
 STACKS = "stacks"
 SLOWER = {"compile": 10.0, "data preparation": 1000.0, "evaluation": 4.0, "replay": 10.0, "restore": 10.0}
-"""What may take so many times faults.hang_seconds."""
+"""Activities that may take this many times faults.hang_seconds."""
 OUT_OF_TOUCH = "DEADLINE_EXCEEDED|UNAVAILABLE|timed out|timeout|connection (closed|reset|refused)|broken pipe"
-"""What collectives say where a peer does not answer."""
+"""Error messages of collectives whose peer does not answer."""
 
 
 class Watchdog:
-    """Watches this process and its peers while the block runs.
+    """Context manager that watches this process and its peers.
 
         with Watchdog(workdir, config.faults) as watchdog:
             watchdog.doing("step", 12)
@@ -59,7 +59,7 @@ class Watchdog:
         self._interval = min(max(min(limits, default=60.0) / 10, 0.1), BEAT_SECONDS)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         # Of its own, as it waits for ever where the service's machine is stopped.
-        self._talker = threading.Thread(target=self._talk, name="watchdog's talker", daemon=True)
+        self._talker = threading.Thread(target=self._exchange_heartbeats, name="watchdog's talker", daemon=True)
         self._dismiss_notice: Callable[[], None] = lambda: None
 
     def __enter__(self):
@@ -72,7 +72,7 @@ class Watchdog:
         faulthandler.enable(self._file)
         if process:
             address = distributed.global_state.coordinator_address or ""
-            self._dismiss_notice = leave_exit_notice(process, address, host_of(0), str(self._stacks))
+            self._dismiss_notice = install_exit_notice(process, address, host_of(0), str(self._stacks))
         self._answered = time.monotonic()
         self._beat()
         self._thread.start()
@@ -96,7 +96,7 @@ class Watchdog:
                 self._stacks.parent.rmdir()
 
     def doing(self, what: str, step: int | None = None) -> None:
-        """Notes what the loop begins to do now, and at which step."""
+        """Record the loop's current activity and step."""
         self._doing, self._step, self._since = what, self._step if step is None else step, time.monotonic()
 
     def _beat(self, ended: bool = False) -> None:
@@ -104,7 +104,7 @@ class Watchdog:
             beat(self.workdir, self._doing, self._step, ended)
 
     def lost_peer(self, error: BaseException) -> Resume | PeerEnded | None:
-        """Whether a failure of this process is that of a peer: says which, after as long as it takes to know.
+        """Return which peer caused a failure of this process, if any; wait as long as it takes to know.
 
         A collective fails as soon as a peer's connection closes; the peer's silence tells later whose it was. Where all
         are still heard of, it was the network between them, or one that came too late.
@@ -119,7 +119,7 @@ class Watchdog:
             if missing := self._missing():
                 traceback.print_exception(error, file=self._file)
                 text = self._diagnosis(missing)
-                self._leave_traces(text, missing)
+                self._write_traces(text, missing)
                 return Resume(text)
             time.sleep(min(self._interval, 1.0))
         if not re.search(OUT_OF_TOUCH, str(error), re.IGNORECASE):
@@ -131,7 +131,7 @@ class Watchdog:
             f"{self._stacks}. Nothing that was saved is lost: start the same command again. If it comes again, look "
             "for a machine that is much busier than the others, and at their network."
         )
-        self._leave_traces(text, [])
+        self._write_traces(text, [])
         return Resume(text)
 
     def _watch(self) -> None:
@@ -151,13 +151,13 @@ class Watchdog:
             elif patience and time.monotonic() - self._since > patience:
                 self._give_up(self._hang(patience), [])
 
-    def _talk(self) -> None:
-        """Tells the others what this process does, and hears what they do, until the end."""
+    def _exchange_heartbeats(self) -> None:
+        """Exchange heartbeats with the other processes until the end."""
         process, told = jax.process_index(), 0
         due = time.monotonic()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: it no longer answers, that is all
             while not self._ended.wait(min(self._interval, 1.0)):
-                self._hear_of_ends()
+                self._check_peer_exits()
                 if time.monotonic() < due:
                     continue
                 due, told = time.monotonic() + self._interval, told + 1
@@ -171,11 +171,11 @@ class Watchdog:
                     if self._news.get(peer, (None, 0))[0] != word:
                         self._news[peer] = word, now
 
-    def _hear_of_ends(self) -> None:
+    def _check_peer_exits(self) -> None:
         self._ended_peer = self._ended_peer or ended_peer()
 
     def _missing(self) -> list[int]:
-        """Processes that were not heard of for too long."""
+        """Return the processes whose last heartbeat is too old."""
         if jax.process_count() == 1 or not self.faults.peer_seconds:
             return []
         now = time.monotonic()
@@ -214,15 +214,15 @@ class Watchdog:
     def _give_up(self, text: str, missing: list[int], status: int = RESUME) -> None:
         sys.stderr.write(f"\nopendeep train: {text}\n")
         if status == RESUME:
-            self._leave_traces(text, missing)
+            self._write_traces(text, missing)
         else:
             announce_end(status, text)
         self._beat(ended=True)
         self._dismiss_notice()
         self._exit(status)
 
-    def _leave_traces(self, text: str, missing: list[int]) -> None:
-        """Writes this process's stacks; and the event, if no process before this one is left to do it."""
+    def _write_traces(self, text: str, missing: list[int]) -> None:
+        """Write this process's stacks, and the event if no earlier process is left to write it."""
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         self._file.flush()

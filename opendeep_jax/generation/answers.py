@@ -1,4 +1,4 @@
-"""Tokens that come back from the engine, as the text, the thinking and the log-probabilities of answers."""
+"""Text, thinking and log-probabilities of answers, from the engine's tokens."""
 
 import dataclasses
 import secrets
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Piece:
-    """What is new of one answer."""
+    """New text of one answer."""
 
     text: str = ""
     reasoning: str = ""

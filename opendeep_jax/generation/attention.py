@@ -22,21 +22,21 @@ FEW = MOST_DRAFTS + 1
 
 
 class CachePlaces(NamedTuple):
-    """Where the new tokens stand."""
+    """Positions and pages of the new tokens."""
 
     positions: Int[Array, "B T"]
-    """In their texts, and so in the cache."""
+    """Positions in their texts, and so in the cache."""
     present: Bool[Array, "B T"]
-    """Whether there is a token at all."""
+    """True where there is a token."""
     pages: Int[Array, "B N"]
     """The rows' page tables, as far as this step looks."""
     lengths: Int[Array, "B"]
     """Positions of each row, the new ones included."""
     first: bool = False
-    """Whether nothing was there before: new tokens then see each other alone, and the cache is written to, not read."""
+    """True for a first chunk: its tokens see each other alone, and the cache is written to, not read."""
 
 
-def written(cache: LayerCache, values: dict[str, Array], places: CachePlaces) -> LayerCache:
+def update_cache(cache: LayerCache, values: dict[str, Array], places: CachePlaces) -> LayerCache:
     """The cache with the new tokens' values [B, T, ...] in their places."""
     size, new = page_size(cache), places.positions.shape[1]
     if places.first and new % size == 0:  # whole pages, which may hold anything behind a row's last token
@@ -63,7 +63,7 @@ def written(cache: LayerCache, values: dict[str, Array], places: CachePlaces) ->
 
 
 def page_size(cache: LayerCache) -> int:
-    """How many positions a page of an attention's cache holds."""
+    """Return the number of positions in a page of an attention layer's cache."""
     name, pool = next(iter(cache.items()))
     return pool.shape[PAGE_AXIS[name]]
 
@@ -71,10 +71,10 @@ def page_size(cache: LayerCache) -> int:
 def grouped_core(
     attention: GroupedQueryAttention, cache: LayerCache, places: CachePlaces, query, key, value, scoring: Scoring
 ) -> tuple[Float[Array, "1 n H Q"], LayerCache]:
-    """Of a GQA layer: the heads' values for the new tokens' queries, and its cache with their keys and values in it."""
+    """Attend in a GQA layer: return the heads' values of the new tokens and the updated cache."""
     rows, dtype = places.positions.shape, value.dtype
     query, key, value = (y.reshape(*rows, *y.shape[2:]) for y in (query, key, value))
-    cache = written(cache, {"key": key, "value": value}, places)
+    cache = update_cache(cache, {"key": key, "value": value}, places)
     if places.first:
         own = places.present.astype(jnp.int32)
         out = causal_attention(query, key, value, own, own, None, None, *scoring)
@@ -92,7 +92,7 @@ def grouped_core(
         keys, values = flat(keys.transpose(0, 1, 4, 2, 3)), flat(values.transpose(0, 1, 3, 2, 4))
         out = causal_attention(query, keys, values, *marks, *scoring)
     else:
-        out = _few(query, keys, values, at, places.positions, *scoring)
+        out = _attend_few(query, keys, values, at, places.positions, *scoring)
     return out.reshape(1, -1, *out.shape[2:]).astype(dtype), cache
 
 
@@ -110,7 +110,7 @@ def _gathered(pool: Float[Array, "P *rest"], pages: Int[Array, "B N"]) -> Float[
     return as_numbers(pool.at[pages].get(mode="promise_in_bounds"))
 
 
-def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> Float[Array, "B T H Q"]:
+def _attend_few(query, keys, values, at, positions, scale, window, sinks, softcap) -> Float[Array, "B T H Q"]:
     """Attention of a few queries [B, T, H, Q] to keys [B, N, G, Q, p] and values [B, N, G, p, Q]; in float32.
 
     Each page is multiplied by itself, as it lies: no key is moved but out of the pool.
@@ -144,7 +144,7 @@ def _few(query, keys, values, at, positions, scale, window, sinks, softcap) -> F
 def latent_core(
     attention: MultiHeadLatentAttention, cache: LayerCache, places: CachePlaces, nope, rope, latent, key_rope
 ) -> tuple[Float[Array, "1 n HV"], LayerCache]:
-    """Of a latent-attention layer: the heads' values for the new tokens' queries, and its cache with their latents.
+    """Attend in a latent-attention layer: return the heads' values of the new tokens and the updated cache.
 
     A few tokens are attended to with absorbed projections (DeepSeek-V2 report, section 2.1.2): queries go through the
     keys' up-projection, and what comes out of the latents through the values'. For many, as in a prompt, it is cheaper
@@ -154,7 +154,7 @@ def latent_core(
     new = jnp.concatenate([all_gather(latent, "tensor", 1), all_gather(key_rope, "tensor", 1)], axis=-1)
     width = cache["latent"].shape[2]
     new = jnp.pad(new, ((0, 0), (0, 0), (0, width - new.shape[2]))).reshape(*rows, width)
-    cache = written(cache, {"latent": new}, places)
+    cache = update_cache(cache, {"latent": new}, places)
     up, heads = attention.kv_up[...], attention.kv_up.shape[1]
     if rows[1] <= FEW and not places.first:
         up_key, up_value = up[..., : attention.config.qk_nope_head_dim], up[..., attention.config.qk_nope_head_dim :]

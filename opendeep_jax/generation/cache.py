@@ -35,7 +35,7 @@ TPU_LANES = 128
 
 
 def page_shapes(config: ModelConfig, page_size: int, platform: str = "cpu") -> dict[str, tuple[int, ...]]:
-    """What a layer keeps of a page's positions, by name.
+    """Return the shapes of a layer's arrays in one page, by name.
 
     Latents are filled up to whole lanes on a TPU, which would copy the cache at each step otherwise (V3: 576 to 640).
     """
@@ -53,8 +53,8 @@ def page_shapes(config: ModelConfig, page_size: int, platform: str = "cpu") -> d
 
 
 def stored_dtype(config: ModelConfig, platform: str) -> str:
-    """How numbers lie in the pages. A CPU's XLA makes a float32 copy of a whole bfloat16 pool to write a row of it; the
-    same bits as integers it writes in place.
+    """Return the dtype of stored pages. A CPU's XLA makes a float32 copy of a whole bfloat16 pool to write a row of it;
+    the same bits as integers it writes in place.
     """
     return "uint16" if platform == "cpu" and config.dtype == "bfloat16" else config.dtype
 
@@ -70,11 +70,11 @@ def as_numbers(x: jax.Array) -> jax.Array:
 
 
 PAGE_AXIS = {"key": 3, "value": 2, "latent": 1}
-"""Which axis of a pool counts a page's positions."""
+"""Axis of a pool that counts a page's positions."""
 
 
 def slot_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What a layer of Mamba-2 keeps of a text, by name."""
+    """Return the shapes of a Mamba-2 layer's state of one text, by name."""
     mamba = config.mamba
     return {
         "convolution": (mamba.conv_kernel - 1, mamba.conv_size),
@@ -88,7 +88,7 @@ def slot_dtype(config: ModelConfig, name: str) -> str:
 
 
 def layer_kinds(config: ModelConfig, mtp: bool = False) -> str:
-    """What each layer of the cache belongs to: * attention, M Mamba-2, other letters what keeps nothing."""
+    """Return each layer's kind: * attention, M Mamba-2; layers of other letters cache nothing."""
     return (config.layer_pattern or "*" * config.num_layers) + "*" * (config.mtp.depth if mtp else 0)
 
 
@@ -116,7 +116,8 @@ def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu
 
 
 def cache_spec(name: str) -> PartitionSpec:
-    """How a layer's pages lie on a mesh: each group of rows has its own pages, heads lie where their weights do."""
+    """Return the partition of a layer's pages: each group of rows has its own pages, heads lie where their weights
+    do."""
     heads = name in ("key", "value")
     return PartitionSpec(ROW_AXES, "tensor") if heads else PartitionSpec(ROW_AXES)
 
@@ -191,15 +192,15 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of free pages."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Give pages away; the caller has looked that there are so many."""
+        """Allocate pages; the caller has checked that enough are free."""
         return self.share([self._free.pop() for _ in range(count)])
 
     def share(self, pages: Sequence[int]) -> list[int]:
-        """Note one more holder of each of these pages, and return them."""
+        """Add a reference to each of these pages, and return them."""
         for page in pages:
             self._holders[page] += 1
         return list(pages)

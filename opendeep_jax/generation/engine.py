@@ -48,7 +48,7 @@ LEAST_PAGES = 2
 
 
 class Engine:
-    """Generates from a model. Belongs to one thread.
+    """Batched generator of a model. Belongs to one thread.
 
     Args:
         model: its arrays are copied, divided over `mesh`.
@@ -121,17 +121,17 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether requests wait or run."""
+        """True while requests wait or run."""
         return bool(self.waiting or self._aborted) or any(self.running)
 
     @property
     def capacity(self) -> int:
-        """Tokens that a single request may have: what its length and the pages of one group allow."""
+        """Maximum number of tokens of a request, by its length and the pages of one group."""
         return min(self.max_length, self.pools[0].count * self.page_size)
 
     @property
     def stats(self) -> EngineStats:
-        """Counts of now and since the beginning."""
+        """Return the engine's counters."""
         free = sum(pool.free for pool in self.pools)
         total = sum(pool.count for pool in self.pools)
         running = sum(request is not None for request in self.running)
@@ -179,7 +179,7 @@ class Engine:
             self._aborted = []
             self._admit()
             self._prefill(progress)
-            ready = [request if request and not self._left(request) else None for request in self.running]
+            ready = [request if request and not self._tokens_left(request) else None for request in self.running]
             if any(ready):
                 (self._speculate if self.config.speculate else self._decode)(ready, progress)
             self._counts["steps"] += 1
@@ -223,7 +223,7 @@ class Engine:
         return -(-self._limit(request) // self.page_size)
 
     def _admit(self) -> None:
-        """Give waiting requests slots and pages, first come first served; a group's others beside its leader."""
+        """Assign slots and pages to waiting requests, first come first served; a group's others beside its leader."""
         while self.waiting:
             request, idle = self.waiting[0], [slot for slot, held in enumerate(self.running) if held is None]
             needed, group, shared = self._pages_of(request), request.group, []
@@ -256,12 +256,12 @@ class Engine:
                 # A prompt that is begun comes before the others of its group of devices.
                 shard = slot // self.slots_per_shard
                 leads = request and (not request.group or request.group.leader is request)
-                if leads and self._left(request) and (not chosen[shard] or request.prefilled):
+                if leads and self._tokens_left(request) and (not chosen[shard] or request.prefilled):
                     chosen[shard] = request
             if not any(chosen):
                 break
             starts = [request.prefilled if request else 0 for request in chosen]
-            chunks = [chunk_size(self._left(request), most) if request else 0 for request in chosen]
+            chunks = [chunk_size(self._tokens_left(request), most) if request else 0 for request in chosen]
             tokens, following = cut_out([request.prompt if request else () for request in chosen], starts, chunks)
             rows = self.rows(chosen, tokens, starts, chunks)
             # A prompt's beginning sees itself alone; where groups are at different places, the cache is read by all.
@@ -275,18 +275,18 @@ class Engine:
                 if request:
                     request.prefilled += count
                     self._counts["prompt_tokens"] += count
-                    if request.group and not self._left(request):
+                    if request.group and not self._tokens_left(request):
                         group = request.group
                         group.ready, group.logits, group.experts = True, (out[0], row), list(request.experts)
-            done = [request if request and not self._left(request) else None for request in chosen]
+            done = [request if request and not self._tokens_left(request) else None for request in chosen]
             if any(done) and not self.config.speculate:
                 self._accept_all(done, out[0], progress)
             budget -= tokens.shape[1]
         self._start_samples(progress)
 
     def _start_samples(self, progress: list[RequestProgress]) -> None:
-        """Let samples that have slots go on from their group's prompt, where that is in the cache by now."""
-        begun = [request if self._follows(request) and request.group.ready else None for request in self.running]
+        """Start samples that have slots from their group's prompt, once that is in the cache."""
+        begun = [request if self._awaits_leader(request) and request.group.ready else None for request in self.running]
         if not any(begun):
             return
         source, target = np.zeros((2, self.slots), np.int32)
@@ -307,14 +307,14 @@ class Engine:
                 self._accept_all(own, logits, progress)
             self._release(group)
 
-    def _follows(self, request: Request | None) -> bool:
-        """Whether a request waits for its group's leader to prefill the prompt."""
-        return bool(request and request.group and request.group.leader is not request and self._left(request))
+    def _awaits_leader(self, request: Request | None) -> bool:
+        """Return whether a request waits for its group's leader to prefill the prompt."""
+        return bool(request and request.group and request.group.leader is not request and self._tokens_left(request))
 
     def _release(self, group: Group) -> None:
         """Give a group's pages back once all its samples have begun. A hybrid's states go on with their request, so
         samples that are still waiting then prefill the prompt anew."""
-        pending = any(member.finish is None and self._left(member) for member in group.members)
+        pending = any(member.finish is None and self._tokens_left(member) for member in group.members)
         if group.leader and not (pending and "M" not in self.model.layer_pattern):
             self._pool(group.leader.slot).give_back(group.pages)
             group.leader, group.pages, group.ready, group.logits = None, [], False, None
@@ -323,7 +323,7 @@ class Engine:
         """Tokens of the prompt that are prefilled before decoding."""
         return len(request.prompt) - self.left_to_decode
 
-    def _left(self, request: Request) -> int:
+    def _tokens_left(self, request: Request) -> int:
         """Tokens of the prompt that are still to be prefilled."""
         return self._prefix(request) - request.prefilled
 
@@ -370,7 +370,7 @@ class Engine:
                 progress.append(self._accept(request, own))
 
     def _keep_experts(self, requests: list[Request | None], experts: jax.Array | None, counts: Sequence[int]) -> None:
-        """Give requests the routers' choices for their new tokens, where the engine asks for them."""
+        """Append the routers' choices of new tokens to requests, if the engine returns them."""
         if experts is not None:
             experts = jax.device_get(experts)
             for row, request in enumerate(requests):
@@ -396,7 +396,7 @@ class Engine:
         return min(bucket(-(-positions // self.page_size), LEAST_PAGES), self.table_width)
 
     def _accept(self, request: Request, sampled: Sampled) -> RequestProgress:
-        """Give a request the tokens [T] that were sampled for it, up to its end."""
+        """Append the sampled tokens [T] to a request, up to its end."""
         params, finish, count = request.params, None, 0
         for token in sampled.tokens.tolist():
             if token in params.end_ids:
@@ -424,17 +424,17 @@ class Engine:
         return min(len(request.prompt) + request.params.max_tokens, self.max_length)
 
     def _end(self, request: Request, why: str) -> RequestProgress:
-        """Free what a request holds."""
+        """Finish a request and free what it holds."""
         request.finish = why
         if request.slot >= 0:
-            self._leave(request)
+            self._release_slot(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         group = request.group
         if group and group.leader is request and not group.ready:  # those beside it wait again, for another to lead
             beside = [member for member in group.members if member.slot >= 0 and member.finish is None]
             for member in beside:
-                self._leave(member)
+                self._release_slot(member)
                 member.slot = -1
             self.waiting.extendleft(reversed(beside))
             self._pool(request.slot).give_back(group.pages)
@@ -443,7 +443,7 @@ class Engine:
             self._release(group)
         return RequestProgress(request, [], [], why)
 
-    def _leave(self, request: Request) -> None:
-        """Give a request's slot and pages back."""
+    def _release_slot(self, request: Request) -> None:
+        """Release a request's slot and pages."""
         self._pool(request.slot).give_back(request.pages)
         self.running[request.slot], request.pages = None, []

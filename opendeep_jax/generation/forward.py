@@ -18,12 +18,12 @@ from opendeep_jax.generation.cache import PAGE_AXIS, LayerCache
 from opendeep_jax.generation.weights import EngineLayout, Weights
 from opendeep_jax.models.decoder import angles
 from opendeep_jax.models.layers import Context, Positions
-from opendeep_jax.models.mamba2 import Mamba2, Memory
+from opendeep_jax.models.mamba2 import Mamba2, MambaState
 from opendeep_jax.parallel.collectives import all_gather, axis_index, axis_size
 
 
 class Rows(NamedTuple):
-    """What is new: `counts` tokens of each row, the first at position `start`."""
+    """New tokens: `counts` tokens of each row, the first at position `start`."""
 
     tokens: Int[Array, "B T"]
     start: Int[Array, "B"]
@@ -32,11 +32,11 @@ class Rows(NamedTuple):
     pages: Int[Array, "B N"]
     """Its page table, as far as its positions reach; any pages behind them."""
     slots: Int[Array, "B"] | None = None
-    """Where its states are, for a hybrid; rows that idle may share a place."""
+    """Slots of a hybrid's states; idle rows may share a slot."""
 
 
 class Hidden(NamedTuple):
-    """What a forward pass gives of the new tokens."""
+    """Results of a forward pass for the new tokens."""
 
     hidden: Float[Array, "B T D"]
     """The final norm's output."""
@@ -188,8 +188,8 @@ def through_layer(
 def recurrent(mamba: Mamba2, x: Float[Array, "1 n D"], cache: LayerCache, at: CachePlaces, slots: Int[Array, "B"]):
     """Return what Mamba-2 gives for x, and its cache with the rows' states after their new tokens."""
     begins = (at.positions[:, 0] == 0) & (at.lengths > 0)
-    held = Memory(cache["convolution"][slots], cache["state"][slots])
-    held = Memory(*(jnp.where(begins.reshape(-1, *[1] * (y.ndim - 1)), 0, y) for y in held))
+    held = MambaState(cache["convolution"][slots], cache["state"][slots])
+    held = MambaState(*(jnp.where(begins.reshape(-1, *[1] * (y.ndim - 1)), 0, y) for y in held))
     # A row's tokens are of one document.
     out, after = mamba.continued(x.reshape(*at.present.shape, -1), jnp.zeros_like(at.positions), at.present, held)
     kept = zip(cache.items(), after, strict=True)

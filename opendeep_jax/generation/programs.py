@@ -23,7 +23,7 @@ from opendeep_jax.generation.weights import EngineLayout, layout_of
 
 
 class EnginePrograms(NamedTuple):
-    """What an engine runs."""
+    """Compiled programs of an engine."""
 
     layout: EngineLayout
     next_logits: dict[bool, Callable]

@@ -1,4 +1,4 @@
-"""What a request asks of the generator and what it gets, and the engine's settings. Without JAX."""
+"""Requests to the engine, their results, and the engine's settings. Without JAX."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. The filters apply together: top_k first, then top_p and min_p of what it leaves.
+    """Settings of sampling. The filters apply together: top_k first, then top_p and min_p of what it leaves.
 
     Raises ConfigError for a value that makes no sense.
     """
@@ -86,7 +86,7 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits of single tokens are changed."""
+        """True if logits of single tokens are changed."""
         penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
         return bool(penalties or self.logit_bias or (self.min_tokens and self.end_ids))
 
@@ -112,7 +112,7 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How many requests run together, and in how much memory."""
+    """Concurrency and memory of the engine."""
 
     slots: int = 8
     """Requests that run at a time. Each step computes all of them."""
@@ -181,19 +181,19 @@ class Group:
 
     members: list[Request]
     leader: Request | None = None
-    """Whose prompt is or was prefilled; None while none is in the cache."""
+    """Request whose prompt is or was prefilled; None before any."""
     pages: list[int] = field(default_factory=list)
     """The prompt's, held until every member has what it needs of them."""
     ready: bool = False
-    """Whether the whole prompt is in the cache."""
+    """True once the whole prompt is in the cache."""
     logits: tuple | None = None
-    """What the first tokens are sampled from: a step's logits, on the devices, and the prompt's row of them."""
+    """Logits of the first tokens: a step's logits, on the devices, and the prompt's row of them."""
     experts: list = field(default_factory=list)
     """`Request.experts` of the prompt."""
 
 
 class RequestProgress(NamedTuple):
-    """What a step brought a request."""
+    """Progress of a request in one step."""
 
     request: Request
     tokens: list[int]
@@ -203,27 +203,27 @@ class RequestProgress(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Outputs of N requests in columns, T the longest: what reinforcement learning reads."""
+    """Outputs of N requests in columns, T the longest, for reinforcement learning."""
 
     prompt: Int[np.ndarray, "N"]
-    """Which of the prompts each continues."""
+    """Index of each sample's prompt."""
     ids: Int[np.ndarray, "N T"]
     """Sampled tokens, the end token included where there is one; 0 behind them."""
     lengths: Int[np.ndarray, "N"]
     ended: Bool[np.ndarray, "N"]
-    """Whether the end was sampled; else the length was full."""
+    """True if the end token was sampled; else the length limit was reached."""
     drawn_logprobs: Float[np.ndarray, "N T"]
-    """Of the distribution that each token was drawn from; 0 behind them."""
+    """Log-probabilities in the distribution that each token was drawn from; 0 after the end."""
     logprobs: Float[np.ndarray, "N T"]
-    """Of the model, before penalties, temperature and filters."""
+    """Log-probabilities of the model, before penalties, temperature and filters."""
     kept: list[list[Int[np.ndarray, "n"] | None]]
-    """As `Request.kept`."""
+    """Kept-token sets, as in `Request.kept`."""
     experts: list[Int[np.ndarray, "length layers K"] | None]
-    """Of each request's prompt and output but its last token; None where the engine keeps none."""
+    """Expert choices for each request's prompt and output but its last token; None where the engine keeps none."""
 
 
 class EngineStats(NamedTuple):
-    """How it goes: now, and since the beginning."""
+    """Counters of the engine: current, and since the start."""
 
     running: int
     waiting: int
@@ -257,7 +257,7 @@ def chunk_size(left: int, most: int) -> int:
 def cut_out(
     texts: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """So many tokens of each text from its start on, and the token after each of them; 0 where there is none.
+    """Cut tokens of each text from its start on, and the token after each of them; 0 if none.
 
     T is the smallest bucket for the longest.
     """
@@ -294,7 +294,7 @@ def columns(requests: Sequence[Request], prompt: Sequence[int]) -> Samples:
 
 
 def check_settings(config: EngineConfig, model: ModelConfig, mesh_sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError for settings that cannot work.
+    """Raise ConfigError for invalid settings.
 
     Args:
         mesh_sizes: devices along each axis of the mesh; axes that are left out have one.

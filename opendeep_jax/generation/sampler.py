@@ -56,7 +56,7 @@ def continue_prompts(
     max_tokens: int,
     seed: int,
 ) -> Iterator[list[list[int]]]:
-    """Yields the continuation of each prompt so far, after each token; a text ends before the token `end`.
+    """Yield the continuation of each prompt so far, after each token; a text ends before the token `end`.
 
     Prompts are token ids, the beginning mark first. A context longer than `length` forgets its older half, that mark
     excepted. A row's samples depend on the seed and its place in the list, not on the other prompts.

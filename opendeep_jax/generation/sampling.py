@@ -36,7 +36,7 @@ class RowSampling(NamedTuple):
 
 
 def idle(rows: int) -> RowSampling:
-    """Settings of rows that take the most likely token, in numpy."""
+    """Return the settings of greedy rows, in numpy."""
     return RowSampling(
         np.zeros(rows, np.float32),
         np.zeros(rows, np.int32),
@@ -46,8 +46,8 @@ def idle(rows: int) -> RowSampling:
     )
 
 
-class Wanted(NamedTuple):
-    """What is to be told of sampled tokens beside themselves; each combination is a program."""
+class Outputs(NamedTuple):
+    """Optional outputs of sampling; each combination is a program."""
 
     top: bool = False
     """The model's log-probabilities, of the most likely tokens too."""
@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What a step gives for each row, or for each of a row's places, as far as it was asked for."""
+    """Results of a step for each row, or each of a row's positions, as far as requested."""
 
     tokens: Int[Array, "*B"]
     logprobs: Float[Array, "*B"] | None = None
@@ -69,7 +69,7 @@ class Sampled(NamedTuple):
     """A bit for each token, the lowest first."""
 
 
-def settings_of(requests: Sequence[Request | None], kept: bool) -> tuple[RowSampling, Int[np.ndarray, "B"], Wanted]:
+def settings_of(requests: Sequence[Request | None], kept: bool) -> tuple[RowSampling, Int[np.ndarray, "B"], Outputs]:
     """Return the rows' settings, their places in their outputs, and what any of them wants to be told, in numpy.
 
     Args:
@@ -86,12 +86,12 @@ def settings_of(requests: Sequence[Request | None], kept: bool) -> tuple[RowSamp
             # What is drawn from comes with the model's own, but not with the most likely tokens.
             index[row], drawn = len(request.tokens), drawn or params.drawn_logprobs
             top = top or params.logprobs >= params.drawn_logprobs
-    return settings, index, Wanted(top, drawn, kept)
+    return settings, index, Outputs(top, drawn, kept)
 
 
 def sample(
     vocab_size: int,
-    wanted: Wanted,
+    wanted: Outputs,
     logits: Float[Array, "B V"],
     settings: RowSampling,
     index: Int[Array, "B"],
@@ -110,7 +110,7 @@ def sample(
 
 
 def describe(
-    wanted: Wanted, tokens: Int[Array, "B"], logits: Float[Array, "B V"], changed: Float[Array, "B V"], settings
+    wanted: Outputs, tokens: Int[Array, "B"], logits: Float[Array, "B V"], changed: Float[Array, "B V"], settings
 ) -> Sampled:
     """Return sampled tokens with what is wanted of them.
 
@@ -139,7 +139,7 @@ def describe(
     return out
 
 
-def describe_drafted(vocab_size: int, wanted: Wanted, tokens, logits, settings) -> Sampled:
+def describe_drafted(vocab_size: int, wanted: Outputs, tokens, logits, settings) -> Sampled:
     """`describe` of the tokens [B, T] that a speculating step has sampled by logits [B, T, V]."""
     rows, new = tokens.shape
     flat = limited(logits.reshape(rows * new, -1), vocab_size)
@@ -246,7 +246,7 @@ def _from_ordered_bits(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Adjustments(NamedTuple):
-    """For each row the tokens whose logits change, each once; a token beyond the vocabulary stands for none."""
+    """Tokens of each row whose logits change, each once; a token id beyond the vocabulary is padding."""
 
     tokens: Int[Array, "B K"]
     factors: Float[Array, "B K"]

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """Of each token of a text from some place on."""
+    """Scores of each token of a text from some position on."""
 
     logprobs: list[float]
     """Natural logarithms of the probabilities that the model gave them."""
     greedy: list[bool]
-    """Whether each was the most likely one."""
+    """True where a token was the most likely one."""
     top: Sequence[tuple[tuple[int, float], ...]] = ()
     """The most likely tokens at each place and theirs, as many as were asked for."""
 

@@ -24,14 +24,14 @@ from opendeep_jax.parallel.collectives import all_gather
 
 
 class Verified(NamedTuple):
-    """What a step gives for each row."""
+    """Results of a step for each row."""
 
     tokens: Int[Array, "B T"]
     """Sampled after each of the new ones; those after the first refused draft mean nothing."""
     accepted: Int[Array, "B"]
     """Drafts that stand: so many and one more of `tokens` are the text's."""
     drafts: Int[Array, "B K"]
-    """For the next step."""
+    """Drafts for the next step."""
     logits: Float[Array, "B T V"]
     experts: Int[Array, "B T layers K"] | None
     """The routers' choices for the new tokens, where they are asked for."""

@@ -12,7 +12,7 @@ from opendeep_jax.generation.requests import SMALLEST_CHUNK, bucket, chunk_size
 
 
 def warm_up(engine: Engine, longest: int = 0) -> Iterator[tuple[int, int]]:
-    """Compiles by running each program once without a request; yields how many are done, and of how many.
+    """Compile by running each program once without a request; yields how many are done, and of how many.
 
     What is left out is compiled when it is first needed: scores, groups of samples, log-probabilities of what is drawn
     from, and prompts that are prefilled by several groups of devices at once and are at different places.
@@ -75,7 +75,7 @@ def _decode(engine: Engine, rows: Rows) -> None:
     programs, zeros, settings = engine.programs, rows.start, sampling.idle(len(rows.start))
     if engine.config.speculate:
         out, engine.cache = programs.verify(engine.weights, engine.cache, rows, zeros, settings, zeros)
-        for wanted in _wanted(engine):
+        for wanted in _output_sets(engine):
             if any(wanted):
                 programs.describe(wanted, out.tokens, out.logits, settings)
     else:
@@ -84,10 +84,10 @@ def _decode(engine: Engine, rows: Rows) -> None:
 
 
 def _sample(engine: Engine, logits: jax.Array) -> None:
-    for wanted in _wanted(engine):
+    for wanted in _output_sets(engine):
         engine.programs.sample(wanted, logits, sampling.idle(len(logits)), np.zeros(len(logits), np.int32), None)
 
 
-def _wanted(engine: Engine) -> list[sampling.Wanted]:
-    """What requests of servers and of evaluation want to be told."""
-    return [sampling.Wanted(top, False, engine.config.kept_tokens) for top in (False, True)]
+def _output_sets(engine: Engine) -> list[sampling.Outputs]:
+    """Return the combinations of outputs that servers and evaluation request."""
+    return [sampling.Outputs(top, False, engine.config.kept_tokens) for top in (False, True)]

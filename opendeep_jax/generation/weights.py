@@ -51,7 +51,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EngineLayout:
-    """How the generator holds a model on a mesh, and what makes modules of its arrays. `layout_of` makes it, once."""
+    """Sharding of a model's arrays in the engine, and the definition that makes modules of them. `layout_of` makes it,
+    once."""
 
     config: ModelConfig
     mesh: Mesh
@@ -61,7 +62,7 @@ class EngineLayout:
     shared: ModelDefinition
     """The model without its layers."""
     copies_head: bool
-    """Whether the model's head is its embedding, and lies here by itself."""
+    """True if the model's head is its embedding and the engine keeps a copy of it."""
 
     def block(self, run: int, arrays: Arrays) -> Block | MixerBlock:
         """Return a layer of a run, its divided weights put together as the device computes with them."""

@@ -10,7 +10,7 @@ from opendeep_jax.config.schema import ModelConfig
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters, router biases not counted. Embedding and head are counted in both `total` and `active`."""
+    """Numbers of parameters, without router biases. Embedding and head are counted in both `total` and `active`."""
 
     total: int
     """All of the main model. V3: 671.03B."""
@@ -73,7 +73,7 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 
 def _experts_parameters(config: ModelConfig, experts: int) -> int:
-    """Of a mixture with so many routed experts counted."""
+    """Return the parameters of a mixture of experts, with this many routed experts counted."""
     moe, D = config.moe, config.hidden_size
     vectors = moe.num_experts * moe.router_linear_bias + experts * (2 * moe.expert_size + D) * moe.expert_bias
     shared = _feed_forward_biases(config, moe.shared_size) if moe.num_shared_experts else 0

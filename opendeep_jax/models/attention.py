@@ -38,14 +38,14 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> "MultiHeadLatentAtten
 
 
 class AttentionMarks(NamedTuple):
-    """What a core sees of tokens' places; `layers.Positions` has the same two."""
+    """Order and segment of tokens, as attention cores read them; `layers.Positions` has the same two."""
 
     segment_ids: Int[Array, "B L"]
     order: Int[Array, "B L"] | None
 
 
 class Scoring(NamedTuple):
-    """What a core of grouped-query attention does to its scores; each core takes these, in this order."""
+    """Scaling, sinks and limits of the scores of grouped-query attention; each core takes these, in this order."""
 
     scale: float
     window: Array | int | None
@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attends within each segment, by `over_row` or another core. No layer of this kind slides."""
+        """Attend within each segment, by `over_row` or another core. No layer of this kind slides."""
         out = (core or type(self).over_row)(self, context, *self.queries(x, context), *self.latents(x, context))
         out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
         return psum_scatter(out, "tensor", 1)
@@ -140,7 +140,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def latents(
         self, x: Float[Array, "B L D"], context: Context
     ) -> tuple[Float[Array, "B L C"], Float[Array, "B L R"]]:
-        """What a cache holds of each position: the normalized latent, and the rotated part of its key."""
+        """Return the cached values of each position: the normalized latent, and the rotated part of its key."""
         compressed = checkpoint_name(project(x, self.kv_down[...], precision=self.precision), "kv_latent")
         rank = self.config.kv_lora_rank
         latent, key_rope = self.kv_norm(compressed[..., :rank]), compressed[..., rank:]
@@ -159,7 +159,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return first.reshape(up.shape[0], -1), second.reshape(up.shape[0], -1)
 
     def turn(self, x: Float[Array, "B T HR"], positions) -> Float[Array, "B T HR"]:
-        """Rotates heads that lie side by side."""
+        """Rotate heads that lie side by side."""
         heads = x.reshape(*x.shape[:2], -1, self.config.qk_rope_head_dim)
         return rotate(heads, positions.cosine, positions.sine, interleaved=False).reshape(x.shape)
 
@@ -198,7 +198,7 @@ class GroupedQueryAttention(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> Float[Array, "B L D"]:
-        """Attends within each segment, by `over_row` or another core; `sliding`: whether this layer has a window."""
+        """Attend within each segment, by `over_row` or another core; `sliding`: whether this layer has a window."""
         x = all_gather(x, "tensor", 1)
         query, key, value = self.queries_keys_values(x, context.queries, sliding)
         out = (core or type(self).over_row)(self, context, query, key, value, self.scoring(sliding))
@@ -212,7 +212,7 @@ class GroupedQueryAttention(nnx.Module):
         return causal_attention(query, key, value, *marks, *scoring)
 
     def scoring(self, sliding: Array | bool | None) -> Scoring:
-        """What is done to the scores of a layer that slides or not."""
+        """Return the scoring of a sliding or global layer."""
         sinks = self.sinks[...] if self.config.sinks else None
         return Scoring(self.scale, self.window(sliding), sinks, self.config.logit_softcap)
 

@@ -37,7 +37,7 @@ from opendeep_jax.ops.linear import matmul, project
 from opendeep_jax.ops.rope import rotations
 from opendeep_jax.parallel.axes import gather_weight
 from opendeep_jax.parallel.collectives import all_gather
-from opendeep_jax.parallel.shares import Shares, meet
+from opendeep_jax.parallel.shares import Shares, combine
 
 
 class Block(nnx.Module):
@@ -79,7 +79,7 @@ class Block(nnx.Module):
         outs, reports = zip(*(self.feed_forward(a, c) for a, c in zip(attended, contexts, strict=True)), strict=True)
         if parts == 1:
             return outs[0], reports[0]
-        return jnp.concatenate(outs), functools.reduce(meet, reports)
+        return jnp.concatenate(outs), functools.reduce(combine, reports)
 
     def add_attention(
         self, x: Float[Array, "B L D"], context: Context, sliding: Array | bool | None, core: Callable | None
@@ -149,7 +149,7 @@ def make_block(config: ModelConfig, stack: str, rngs: nnx.Rngs) -> Block | Mixer
 
 
 class MTPModule(nnx.Module):
-    """Predicts one token further than the module before it (V3 report, section 2.2).
+    """Predict one token further than the module before it (V3 report, section 2.2).
 
     Takes the previous depth's output after its norm, as the published weights' inference code does.
     """
@@ -170,14 +170,14 @@ class MTPModule(nnx.Module):
         sliding: Array | bool | None = None,
         core: Callable | None = None,
     ) -> tuple[Array, Shares]:
-        """Of the hidden state and the next token's embedding, both [B, L, D]: the normalized output [B, L, D] and the
-        block's report. The block's input is [normalized embedding; normalized hidden state], projected to D.
+        """Apply to the hidden state and the next token's embedding, both [B, L, D]; return the normalized output [B, L,
+        D] and the block's report. The block's input is [normalized embedding; normalized hidden state], projected to D.
         """
         x, report = self.block(self.combined(*inputs), context, sliding, core)
         return self.norm(x), report
 
     def combined(self, hidden: Float[Array, "B L D"], embedded: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """What the module's block takes."""
+        """Return the input of the module's block."""
         both = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
         return project(both, self.projection[...], precision=self.precision)
 
@@ -190,7 +190,7 @@ class Output(NamedTuple):
     mtp_hidden: tuple[Float[Array, "B L D"], ...]
     """The same of each MTP module, for the token 2, 3, … further on."""
     reports: dict[str, Shares]
-    """What layers have measured, by where they are in the model: of stacked layers [n, …], then of MTP modules."""
+    """Return the layers' reports by their place in the model: of stacked layers [n, …], then of MTP modules."""
 
 
 class Decoder(nnx.Module):
@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
         mtp_tokens: Sequence[Int[Array, "B L"]] = (),
         order: Int[Array, "B L"] | None = None,
     ) -> Output:
-        """Runs all blocks.
+        """Run all blocks.
 
         Args:
             mtp_tokens: for each MTP module that shall run, the token 1, 2, … after each position.
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
         return out._replace(reports=reports | out.reports)
 
     def outputs(self, x: Float[Array, "B L D"], context: Context, mtp_tokens: Sequence[Array] = ()) -> Output:
-        """What comes after the last block: its norm, and the MTP modules."""
+        """Apply what follows the last block: its norm, and the MTP modules."""
         hidden = previous = self.final_norm(x)
         mtp_hidden, reports = [], {}
         for i, (module, following) in enumerate(zip(self.mtp, mtp_tokens, strict=False)):
@@ -278,7 +278,7 @@ class Decoder(nnx.Module):
         positions: Array | None = None,
         order: Array | None = None,
     ) -> Context:
-        """What all layers share: segments, validity and rotations of each position."""
+        """Return the context that all layers share: segments, validity and rotations of each position."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -329,7 +329,7 @@ def one_layer(block: nnx.Module, context: Context, config: ModelConfig, scanned:
 
 
 def _kept(config: ModelConfig):
-    """The policy "named": what is kept in the device's memory, and what in the host's where the platform has that."""
+    """Return the policy "named": activations kept in device memory, and in host memory if the platform has it."""
     names, offload = config.remat.names, config.remat.offload
     if not offload or platform() == "cpu":
         return jax.checkpoint_policies.save_only_these_names(*names, *offload)
@@ -342,7 +342,7 @@ def _kept(config: ModelConfig):
 
 
 def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig, first: int = 0):
-    """Runs stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
+    """Run stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
     layers' reports, stacked.
     """
     if layers is None:
@@ -356,7 +356,7 @@ def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelCon
 
 
 def run_layers(stacks: dict[str, nnx.Module], x, context: Context, config: ModelConfig):
-    """Runs a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
+    """Run a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
     layers, left, reports = {}, {}, {name: [] for name in stacks}
     for name, stack in stacks.items():
         layers[name], state = one_layer(stack, context, config, scanned=False)

@@ -22,7 +22,7 @@ from opendeep_jax.parallel.collectives import all_gather, all_to_all, psum_scatt
 
 
 class Positions(NamedTuple):
-    """Where some tokens stand: in which document, where in it, where in the whole row."""
+    """Positions of tokens: their document, position in it and position in the row."""
 
     segment_ids: Int[Array, "B L"]
     """0 is padding."""
@@ -35,10 +35,10 @@ class Positions(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all layers share about the positions of a batch. L is this device's part of the length."""
+    """Positions and rotations of a batch, shared by all layers. L is this device's part of the length."""
 
     valid: Bool[Array, "B L"]
-    """Not padding."""
+    """True where a token is not padding."""
     own: Positions
     """The tokens that this device has in the residual stream."""
     queries: Positions
@@ -82,7 +82,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalizes the last axis."""
+        """Normalize the last axis."""
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -96,7 +96,7 @@ class ZeroCenteredNorm(nnx.Module):
         self.epsilon, self.has_bias = epsilon, bias
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalizes the last axis."""
+        """Normalize the last axis."""
         scale = 1 + self.scale[...].astype(jnp.float32)
         if self.has_bias:
             return layer_norm(x, scale, self.bias[...], self.epsilon)
@@ -130,7 +130,7 @@ class FeedForward(nnx.Module):
         self.activation, self.bounds = config.activation, (config.swiglu_alpha, config.swiglu_limit)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Applies the feed-forward to each position."""
+        """Apply the feed-forward to each position."""
         x = all_gather(x, "tensor", 1)
         if self.has_gate:
             gate = project(x, self.gate[...], precision=self.precision)
@@ -145,7 +145,7 @@ class FeedForward(nnx.Module):
         return self.shifted(out, "down_bias")
 
     def shifted(self, x: Float[Array, "B L M"], name: str) -> Float[Array, "B L M"]:
-        """With the bias of this name, where the projections have any."""
+        """Add the bias of this name, if projections have biases."""
         return x + getattr(self, name)[...].astype(x.dtype) if self.has_bias else x
 
 
@@ -158,7 +158,7 @@ class Embedding(nnx.Module):
         self.dtype, self.scale = jnp.dtype(config.dtype), config.embedding_scale
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Looks up; the cast comes after, so that gradients of one token add up in float32.
+        """Look up the embeddings; the cast comes after, so that gradients of one token add up in float32.
 
         Where devices have columns of the table, each looks up its columns of everyone's tokens, and sends them home:
         far less than the table, and its gradient never leaves its place.

@@ -27,8 +27,8 @@ STEPS_AT_START = 1e-3, 1e-1
 """Time steps of an untrained model's heads are drawn between these, evenly by their logarithms."""
 
 
-class Memory(NamedTuple):
-    """What a row's tokens so far have left."""
+class MambaState(NamedTuple):
+    """State after a row's tokens so far."""
 
     convolution: Float[Array, "B k C"]
     """The last inputs of the convolution."""
@@ -58,26 +58,26 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: Context, core: Callable | None = None
     ) -> Float[Array, "B L D"]:
-        """Mixes the positions of each document, by `over_row` or another core."""
+        """Mix the positions of each document, by `over_row` or another core."""
         return (core or type(self).over_row)(self, context, x)
 
     def over_row(self, context: Context, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The core of training: a row begins without memory."""
+        """Mix as in training: a row starts from the initial state."""
         documents = document_numbers(context.own.segment_ids)
-        return self.continued(x, documents, context.valid, self.nothing(len(x), x.dtype))[0]
+        return self.continued(x, documents, context.valid, self.initial_state(len(x), x.dtype))[0]
 
-    def nothing(self, rows: int, dtype) -> Memory:
-        """The memory of rows that begin."""
+    def initial_state(self, rows: int, dtype) -> MambaState:
+        """Return the initial state of rows."""
         mamba = self.config
-        return Memory(
+        return MambaState(
             jnp.zeros((rows, mamba.conv_kernel - 1, mamba.conv_size), dtype),
             jnp.zeros((rows, mamba.num_heads, mamba.head_dim, mamba.state_size), jnp.float32),
         )
 
     def continued(
-        self, x: Float[Array, "B L D"], documents: Int[Array, "B L"], present: Bool[Array, "B L"], memory: Memory
-    ) -> tuple[Float[Array, "B L D"], Memory]:
-        """The output for positions that follow what a memory is of, and the memory after the last present one.
+        self, x: Float[Array, "B L D"], documents: Int[Array, "B L"], present: Bool[Array, "B L"], memory: MambaState
+    ) -> tuple[Float[Array, "B L D"], MambaState]:
+        """Return the output for positions that follow a state, and the state after the last present one.
 
         Args:
             documents: `ops.state_space.document_numbers`; the memory is of the first one.
@@ -101,7 +101,7 @@ class Mamba2(nnx.Module):
         out = out.reshape(rows, length, -1) * jax.nn.silu(gate.astype(jnp.float32))
         out = self.normalized(out).astype(x.dtype)
         out = project(out, self.output[...], precision=self.precision)
-        return out, Memory(self._last_channels(channels, present, memory.convolution), state)
+        return out, MambaState(self._last_channels(channels, present, memory.convolution), state)
 
     def normalized(self, x: Float[Array, "B L I"]) -> Float[Array, "B L I"]:
         """RMSNorm over each group of heads."""

@@ -19,7 +19,7 @@ from opendeep_jax.parallel.shares import Shares, Sum
 
 
 class RouterBias(nnx.Variable):
-    """What is added to an expert's score for selection only. Moved by the expert load, never by a gradient."""
+    """Bias added to an expert's score for selection only. Moved by the expert load, never by a gradient."""
 
 
 class MoE(nnx.Module):

@@ -64,7 +64,7 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 
 def split(model: Decoder) -> tuple[ModelDefinition, Arrays, Arrays]:
-    """Takes a model apart into definition, parameters and router biases."""
+    """Split a model into definition, parameters and router biases."""
     graph, variables = named_variables(model, model.config)
     params = {name: v.get_value() for name, v in variables.items() if isinstance(v, nnx.Param)}
     router_bias = {name: v.get_value() for name, v in variables.items() if isinstance(v, RouterBias)}

@@ -18,16 +18,16 @@ from opendeep_jax.ops.exchange_rows import CopySlots, copies, sums
 
 
 class ExpertKind(NamedTuple):
-    """What experts compute beside their three matmuls."""
+    """Settings of an expert beside its weights."""
 
     precision: str = "default"
-    """As in `ModelConfig.precision`."""
+    """Precision, as in `ModelConfig.precision`."""
     bias: bool = False
     """The last row of each matrix is a bias: rows end with a 1, and so does what the down projection takes."""
     activation: str = "silu"
     alpha: float = 1.702
     limit: float = 7.0
-    """As in `ops.activation.gated`."""
+    """Clamp, as in `ops.activation.gated`."""
 
 
 SWIGLU = ExpertKind()

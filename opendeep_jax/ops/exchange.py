@@ -110,9 +110,9 @@ class Sizes(NamedTuple):
     expert_rows: int
     """Rows M of the buffer that the experts work on."""
     balanced: int
-    """How many of them there are when all devices have as many."""
+    """Number of received rows when the load is balanced."""
     exact: bool
-    """Whether the buffers hold whatever the tokens choose."""
+    """Return whether the buffers are large enough for any choice of experts."""
 
 
 def buffer_sizes(
@@ -133,7 +133,8 @@ def buffer_sizes(
 
 
 def fitting_tokens(choices: Int[Array, "K N"], num_experts: int, devices: int, sizes: Sizes) -> Int[Array, ""]:
-    """How many of each device's first tokens fit the buffers of all devices: a multiple of `chunk_size`, or all T."""
+    """Return how many of each device's first tokens fit the buffers of all devices: a multiple of `chunk_size`, or all
+    T."""
     tokens = choices.shape[1] // devices
     if sizes.exact:
         return jnp.int32(tokens)
@@ -162,7 +163,7 @@ def _gathered(experts, sizes, arrays, choices):
 
 
 def _exchanged(experts, form, sizes, arrays, choices):
-    """This device's tokens [T, D] through their experts, wherever those are, and back."""
+    """Send this device's tokens [T, D] to their experts on any device, and return the outputs."""
     x, weights, gate, up, down = arrays
     (T, _), n = x.shape, axis_size(AXIS)
     there, back, sent, place = checkpoint_name(_routes(choices, gate.shape[0] * n, T, n, sizes), "routing")
@@ -193,7 +194,7 @@ class Route(NamedTuple):
 
 
 def _routes(choices, num_experts, tokens, devices, sizes):
-    """How rows go there and back, which token each sent row is, and where each of all tokens [N] is received.
+    """Return the plans of both exchanges, the token of each sent row, and the received row of each token [N].
 
     Rows are sent in the order (device, token) and received in the order (sender, token).
     """

@@ -144,7 +144,7 @@ def _rounds(x):
 
 
 def _chunk(r, x, weights, choices, local_experts):
-    """Where chunk r starts, its tokens of all devices [n C, D], their sorted choices here, and weights [K n C].
+    """Return the start of chunk r, its tokens of all devices [n C, D], their sorted choices here, and weights [K n C].
 
     The last chunk starts early enough to be whole; tokens of the one before choose nothing in it.
     """

@@ -24,18 +24,18 @@ BLOCK = 256
 
 
 class CopySlots(NamedTuple):
-    """Which row each copy is of and where each row's copies are: for rows with about equally many copies."""
+    """Row of each copy and slots of each row's copies: for rows with about equally many copies."""
 
     source: Int[Array, "M"]
     """The row of each copy; any row where there is no copy."""
     places: Int[Array, "J N"]
     """The places of each row's copies, from 0 to M - 1."""
     present: Bool[Array, "J N"] | None = None
-    """Which of the places hold a copy of that row; None for all."""
+    """Mask of the slots that hold a copy of that row; None for all."""
 
 
 class Segments(NamedTuple):
-    """Which row each copy is of, and the copies sorted by row: for rows with very different numbers of copies."""
+    """Row of each copy, and the copies sorted by row: for rows with very different numbers of copies."""
 
     source: Int[Array, "M"]
     """The row of each copy, or NOWHERE."""

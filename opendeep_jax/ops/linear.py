@@ -12,7 +12,7 @@ from kernels_pallas.target import platform, widened
 def project(
     x: Float[Array, "B L ..."], kernel: Float[Array, "..."], inputs: int = 1, precision: str = "default"
 ) -> Float[Array, "B L ..."]:
-    """Contracts the last `inputs` axes of x with the first of the kernel, cast to x's dtype.
+    """Contract the last `inputs` axes of x with the first of the kernel, cast to x's dtype.
 
     As one plain matrix product of all positions: with several axes on a side, the CPU backend copies operands of
     the weights' gradients into another order first.
@@ -30,7 +30,7 @@ def project(
 
 
 def matmul(x: Float[Array, "M K"], kernel: Float[Array, "K N"], dtype=None) -> Float[Array, "M N"]:
-    """A plain product, added up and given in `dtype`; None leaves it to the platform.
+    """Multiply, accumulating and returning in `dtype`; None leaves it to the platform.
 
     A CPU's XLA multiplies bfloat16 twice as fast as float32 where it may give the float32 sums, and ten times slower
     than that where it may not, or where there is a single row.

@@ -61,7 +61,7 @@ def halves_first(x: Float[Array, "... R"]) -> Float[Array, "... R"]:
 def rotate(
     x: Float[Array, "B L H R"], cosine: Float[Array, "B L 1 r"], sine: Float[Array, "B L 1 r"], interleaved: bool
 ) -> Float[Array, "B L H R"]:
-    """Rotates pairs of x by their angles: neighbors (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …
+    """Rotate pairs of x by their angles: neighbors (0, 1), (2, 3), … or halves (0, R/2), (1, R/2 + 1), …
 
     Where x has more than R dimensions, those after the first R stay as they are.
     """

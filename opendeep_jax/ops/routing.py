@@ -12,13 +12,13 @@ from opendeep_jax.config.rules import LENGTH_AXES
 from opendeep_jax.parallel.collectives import axis_size, psum
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-"""Of the logits [B, L, E] of each token's experts, by the names of `MoEConfig.scoring`: scores of at least 0."""
+"""Nonnegative scores from the router's logits [B, L, E], by the names of `MoEConfig.scoring`."""
 
 
 def route(
     logits: Float[Array, "B L E"], bias: Float[Array, "E"] | None, moe
 ) -> tuple[Float[Array, "B L K"], Int[Array, "B L K"], Float[Array, "B L E"]]:
-    """Returns the chosen experts' weights and indices, and all scores.
+    """Return the chosen experts' weights and indices, and all scores.
 
     Selection goes by `score + bias` inside the groups that a token keeps; the weights are the scores without bias,
     normalized over the chosen if `moe.normalize_weights`, times `moe.routed_scaling_factor`.
@@ -47,7 +47,7 @@ def kept_groups(selection: Float[Array, "B L E"], moe) -> Bool[Array, "B L E"]:
 
 
 def expert_counts(indices: Int[Array, "B L K"], valid: Bool[Array, "B L"], num_experts: int) -> Int[Array, "B E"]:
-    """How many tokens of each row chose each expert; positions that are not `valid` (padding) don't count."""
+    """Count the tokens of each row that chose each expert; positions that are not `valid` (padding) don't count."""
     chosen = (indices[..., None] == jnp.arange(num_experts)) & valid[:, :, None, None]
     return jnp.sum(chosen, axis=(1, 2), dtype=jnp.int32)
 
@@ -69,6 +69,6 @@ def sequence_balance_loss(
 
 
 def updated_bias(bias: Float[Array, "... E"], load: Int[Array, "... E"], speed) -> Float[Array, "... E"]:
-    """Moves each bias by `speed` towards balance: up where the global load is below its mean, down where above."""
+    """Move each bias by `speed` towards balance: up where the global load is below its mean, down where above."""
     load = load.astype(jnp.float32)
     return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

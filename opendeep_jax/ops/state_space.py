@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 
 def document_numbers(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Which run of equal segment ids each position is in, from 0: neighbors of one number are one document."""
+    """Number the runs of equal segment ids from 0: neighbors with one number are one document."""
     starts = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 

@@ -18,12 +18,12 @@ from opendeep_jax.parallel.collectives import all_gather, psum
 
 
 class Rule(NamedTuple):
-    """Where a logical axis lies."""
+    """Mesh axes of a logical axis."""
 
     mesh_axes: tuple[str, ...]
     """The mesh axes that divide it."""
     gathered: bool
-    """Whether a layer begins by gathering it; else each device works on its own part."""
+    """True if a layer begins by gathering it; else each device works on its own part."""
 
 
 LOGICAL_AXES = {
@@ -39,7 +39,7 @@ LOGICAL_AXES = {
 }
 
 BATCH_SPEC = PartitionSpec(ROW_AXES, LENGTH_AXES)
-"""Where a batch's [rows, length] lies."""
+"""Partition of a batch's [rows, length]."""
 
 
 def partition_spec(

@@ -22,7 +22,7 @@ class Chip:
     fp8_flops: float
     """Dense FP8 FLOP/s; as bfloat16 where the chip has no FP8."""
     memory_bytes: float
-    """What a program may fill. TPU: what the compiler says is available. GPU: 95 % of the device's memory."""
+    """Memory that a program may fill. TPU: what the compiler says is available. GPU: 95 % of the device's memory."""
     bandwidth: float
     """Bytes/s of its memory."""
     link: float
@@ -32,7 +32,7 @@ class Chip:
     price: float
     """Dollars for a chip-hour: an assumption."""
     compiler_name: str = ""
-    """What its compiler calls it."""
+    """Name that its compiler uses."""
     cores: int = 1
     """Devices of JAX in one chip; each has its share of everything above."""
     torus_dimensions: int = 0

@@ -1,4 +1,4 @@
-"""Which job this process is one of: read off its flags or its environment, without JAX.
+"""Detection of this process's job from its flags or its environment, without JAX.
 
 The first that matches decides: flags, OPENDEEP_* variables (our launcher and templates), Slurm, Open MPI, JobSet,
 SkyPilot. TPU pods are left to JAX, which asks their metadata (`distributed.start`).
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from opendeep_jax.config.checks import ConfigError
 
 PORT = 12_400
-"""Where process 0 listens when nothing names a port: the first of a range, so that jobs on one host differ."""
+"""Port of process 0 when none is given: the first of a range, so that jobs on one host differ."""
 PORTS = 4096
 
 
@@ -20,7 +20,7 @@ class Cluster:
     """A process's place in its job, for example Cluster("Slurm", "node001:12417", 16, 3, (3,))."""
 
     found_by: str
-    """What said so, for messages."""
+    """Source of these values, for messages."""
     coordinator_address: str
     """host:port of process 0."""
     num_processes: int

@@ -44,7 +44,7 @@ def axis_size(axis: Axis) -> int:
 
 
 def axis_index(axis: Axis) -> jax.Array | int:
-    """This device's place along the axes, int32; 0 outside a per-device program."""
+    """Return this device's index along the axes, int32; 0 outside a per-device program."""
     names = manual_axes(axis)
     return lax.axis_index(names) if names else 0
 

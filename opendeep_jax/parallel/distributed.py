@@ -34,7 +34,7 @@ class AlreadySaid(ConfigError):
 
 
 def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
-    """Joins the job, if there is one; then `jax.devices()` are those of all processes.
+    """Join the job, if any; afterwards `jax.devices()` are those of all processes.
 
     Raises:
         Resume: where the others can't be reached within `timeout` seconds.
@@ -71,12 +71,13 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
 
 
 def _on_tpu_pod() -> bool:
-    """Whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are none."""
+    """Return whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are
+    none."""
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
 def _tpu_pod(timeout: float) -> Cluster:
-    """This process's place among the hosts of a TPU pod, as JAX finds it; of no processes where it finds none."""
+    """Return this process's place among the hosts of a TPU pod as JAX finds it; no processes if it finds none."""
     with contextlib.suppress(RuntimeError, ValueError, AttributeError, TypeError):
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
         address, count, process, local = found
@@ -86,17 +87,17 @@ def _tpu_pod(timeout: float) -> Cluster:
 
 
 def in_job() -> bool:
-    """Whether this process has joined a job of several."""
+    """Return whether this process has joined a job of several."""
     return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints, and writes what is written once."""
+    """Return whether this process is the one that prints, and writes what is written once."""
     return jax.process_index() == 0
 
 
 def put_value(name: str, text: str) -> None:
-    """Puts a word where all processes can see it."""
+    """Publish a value to all processes."""
     client = distributed.global_state.client
     if client is None:
         _words[name] = text
@@ -105,7 +106,7 @@ def put_value(name: str, text: str) -> None:
 
 
 def get_value(name: str) -> str | None:
-    """A shared word, or None where there is none yet."""
+    """Return a shared value, or None if it is not published yet."""
     client = distributed.global_state.client
     if client is None:
         return _words.get(name)
@@ -118,7 +119,7 @@ def get_value(name: str) -> str | None:
 
 
 def put_first(name: str, text: str) -> str:
-    """The word that all processes get under this name: the first that any of them proposes."""
+    """Return the value that all processes agree on under this name: the first proposed."""
     client = distributed.global_state.client
     if client is None:
         return _words.setdefault(name, text)
@@ -131,7 +132,7 @@ def put_first(name: str, text: str) -> str:
 
 
 def get_values(prefix: str) -> dict[str, str]:
-    """All shared words whose names begin with `prefix/`, by the rest of their names."""
+    """Return the shared values whose names begin with `prefix/`, by the rest of their names."""
     client = distributed.global_state.client
     if client is None:
         return {key[len(prefix) + 1 :]: text for key, text in _words.items() if key.startswith(f"{prefix}/")}
@@ -139,7 +140,7 @@ def get_values(prefix: str) -> dict[str, str]:
 
 
 def wait_for(name: str, timeout: float = _FOREVER) -> str:
-    """A shared word, as soon as it is there. Raises TimeoutError, and PeerEnded where nobody will share it any more."""
+    """Wait for a shared value. Raises TimeoutError, or PeerEnded when no process will publish it any more."""
     end, looked = time.monotonic() + timeout, time.monotonic()
     while (text := get_value(name)) is None:
         now = time.monotonic()
@@ -154,7 +155,7 @@ def wait_for(name: str, timeout: float = _FOREVER) -> str:
 
 
 def ended_peer() -> PeerEnded | None:
-    """Another process that has ended with a status which all are to end with: a bug, something to mend, a diagnosis."""
+    """Return another process that exited with a status that all must exit with: a bug, a user error, a diagnosis."""
     for process, word in get_values("ended").items():
         status, _, text = word.partition(" ")
         if int(status) in (BUG, MEND, STOPPED) and int(process) != jax.process_index():
@@ -164,15 +165,16 @@ def ended_peer() -> PeerEnded | None:
 
 
 def announce_end(status: int, text: str = "") -> None:
-    """Tells the others that this process is about to exit, and how."""
+    """Announce to the others that this process is about to exit, and with which status."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone
         put_value(f"ended/{jax.process_index()}", f"{status} {text}")
         put_value(f"left/{jax.process_index()}", "")
 
 
 def leave_together(status: int, text: str = "") -> None:
-    """Called last by a process that is about to exit with `status`, `text` being what it said. The first one waits for
-    the others, for a while: with it goes the coordination service, and JAX aborts whoever still listens to that."""
+    """Leave the job, as the last call of a process that exits with `status`, `text` being what it said. The first one
+    waits for the others, for a while: with it goes the coordination service, and JAX aborts whoever still listens to
+    that."""
     seconds = FAREWELL_SECONDS.get(status, 3.0)
 
     def leave() -> None:
@@ -190,13 +192,13 @@ def leave_together(status: int, text: str = "") -> None:
 
 
 def host_of(process: int) -> str:
-    """The name of the machine that a process of the job runs on."""
+    """Return the host name of a process of the job."""
     here = socket.gethostname() if process == jax.process_index() else "an unknown host"
     return get_value(f"host/{process}") or here
 
 
 def primary_first(name: str, action: Callable[[], Result]) -> Result:
-    """Process 0 does `action`, then all others do: what the first has made, they find.
+    """Run `action` on process 0, then on all others, which find its results.
 
     What process 0 refuses with a ConfigError, all refuse.
 

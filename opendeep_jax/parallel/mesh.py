@@ -38,7 +38,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
 
 
 def _outer_sizes(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """How many slices lie along each axis: the outermost axes take as many as divide them."""
+    """Return the number of slices along each axis: the outermost axes take as many as divide them."""
     outer = []
     for size in sizes:
         part = math.gcd(size, slices)
@@ -60,7 +60,7 @@ def global_rows(config: RunConfig, batch_size: int, mesh: Mesh) -> int:
 
 
 def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
-    """Which of a batch's rows this process's devices hold, in order; int [rows of this process].
+    """Return the batch rows that this process's devices hold, in order; int [rows of this process].
 
     Processes that divide the length of rows among themselves hold the same rows.
     """

@@ -1,4 +1,4 @@
-"""Runs a model's layers as a pipeline over the stage axis: loss and gradients equal those of the model in one piece.
+"""Run a model's layers as a pipeline over the stage axis: loss and gradients equal those of the model in one piece.
 
 S stages, v chunks a stage, n places (layers) a chunk, M microbatches. Code for the per-device program (see
 `parallel/collectives.py`): every stage runs the same scan over the ticks of a schedule. In a tick a stage runs the
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.parallel.collectives import axis_index, axis_size
 from opendeep_jax.parallel.schedule import IDLE, BufferSlots, Schedule, StageLayout, assign_slots
-from opendeep_jax.parallel.shares import meet, nothing
+from opendeep_jax.parallel.shares import combine, neutral
 
 Tree = Any
 
@@ -50,9 +50,9 @@ class PipelineResult(NamedTuple):
 
     loss: Float[Array, ""]
     shared_gradients: Tree
-    """Of `shared`; zero on stages that do not use a weight, so to be summed over the stage axis too."""
+    """Gradients of `shared`; zero on stages that do not use a weight, so to be summed over the stage axis too."""
     layer_gradients: Tree
-    """Of this stage's layers [v*n, ...]; zero in empty places."""
+    """Gradients of this stage's layers [v*n, ...]; zero in empty places."""
     embed_shares: Tree
     """`embed`'s; nothing on all stages but the first."""
     output_shares: Tree
@@ -62,24 +62,24 @@ class PipelineResult(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a stage does in a tick, forward or backward."""
+    """Work of a stage in a tick, forward or backward."""
 
     busy: Array
-    """Whether it does anything."""
+    """True unless the stage is idle."""
     chunk: Array
     """Its chunk, 0 where idle."""
     part: Array
-    """Which part of the model this is."""
+    """Return the index of this part of the model."""
     count: Array
     """The layers in it; 0 where idle."""
     microbatch: Tree
 
     def at(self, place) -> Array:
-        """Whether there is a layer to run at this place."""
+        """Return whether there is a layer to run at this place."""
         return place < self.count
 
     def is_part(self, part: int) -> Array:
-        """Whether this is the work of a part of the model."""
+        """Return whether this work is of the given part of the model."""
         return self.busy & (self.part == part)
 
 
@@ -137,7 +137,7 @@ def pipelined_value_and_grad(
         return jax.tree.map(lambda total, new: total + new.astype(total.dtype), total, new)
 
     def forward_chunk(work, x, kept, slot):
-        """Runs a chunk's layers; their inputs go to a slot of `kept` [slots, n, ...].
+        """Run a chunk's layers; their inputs go to a slot of `kept` [slots, n, ...].
 
         Conditionals return what is small and everything large is updated beside them: not every compiler updates in
         place what passes through a conditional.
@@ -151,7 +151,7 @@ def pipelined_value_and_grad(
                 index = work.chunk * places + place
                 return pieces.layer(_pick(layers, index), _pick(constants, index), x, work.microbatch)
 
-            x, *measured = lax.cond(work.at(place), run, lambda: (x, zero, nothing(layer_like)))
+            x, *measured = lax.cond(work.at(place), run, lambda: (x, zero, neutral(layer_like)))
             return (x, kept), measured
 
         (x, kept), (losses, shares) = lax.scan(step, (x, kept), jnp.arange(places))
@@ -180,7 +180,7 @@ def pipelined_value_and_grad(
         """The forward of this tick's part; returns the new state and what the next stage gets."""
         work, slot = work_of(row, "forward"), row["forward_input"]
         inputs, shared_gradients = state["inputs"], state["shared_gradients"]
-        arrived = lambda: (inputs[slot, 0], nothing(embed_like))  # noqa: E731
+        arrived = lambda: (inputs[slot, 0], neutral(embed_like))  # noqa: E731
         x, embed_shares = lax.cond(work.is_part(0), lambda: pieces.embed(shared, work.microbatch), arrived)
         if keep == "layers":
             y, inputs, loss, shares = forward_chunk(work, x, inputs, slot)
@@ -193,18 +193,18 @@ def pipelined_value_and_grad(
             (loss, shares), (weights, gradient) = output(shared, y, work.microbatch)
             return loss, shares, gradient, add(shared_gradients, weights)
 
-        idle = zero, nothing(output_like), zeros(x_like), shared_gradients
+        idle = zero, neutral(output_like), zeros(x_like), shared_gradients
         output_loss, output_shares, gradient, shared_gradients = lax.cond(work.is_part(last), close, lambda: idle)
         state |= {
             "inputs": inputs,
             "gradients": state["gradients"].at[row["output_gradient"]].set(gradient),
             "loss": state["loss"] + loss + output_loss,
-            "embed_shares": meet(state["embed_shares"], embed_shares),
-            "output_shares": meet(state["output_shares"], output_shares),
+            "embed_shares": combine(state["embed_shares"], embed_shares),
+            "output_shares": combine(state["output_shares"], output_shares),
             "layer_shares": jax.tree.map(
                 lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, work.chunk, 0),
                 state["layer_shares"],
-                meet(_pick(state["layer_shares"], work.chunk), shares),
+                combine(_pick(state["layer_shares"], work.chunk), shares),
             ),
             "shared_gradients": shared_gradients,
         }
@@ -243,9 +243,9 @@ def pipelined_value_and_grad(
         "inputs": zeros(x_like, slots.num_inputs + 1, places if keep == "layers" else 1),
         "gradients": zeros(x_like, slots.num_gradients + 1),
         "loss": zero,
-        "embed_shares": nothing(embed_like),
-        "output_shares": nothing(output_like),
-        "layer_shares": nothing(layer_like, schedule.chunks, places),
+        "embed_shares": neutral(embed_like),
+        "output_shares": neutral(output_like),
+        "layer_shares": neutral(layer_like, schedule.chunks, places),
         "shared_gradients": zeros(shared, dtype=gradient_dtype),
         "layer_gradients": zeros(layers, dtype=gradient_dtype),
     }

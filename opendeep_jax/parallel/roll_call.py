@@ -17,7 +17,7 @@ from opendeep_jax.parallel.cluster import Cluster
 
 GREETING = "opendeep roll call"
 ATTEMPT_SECONDS = 5.0
-"""For one try to connect."""
+"""Time limit of one connection attempt."""
 PAUSE_SECONDS = 0.1
 """Between two of them, and so often process 0 looks for newcomers."""
 BUSY_SECONDS = 10.0
@@ -26,7 +26,7 @@ LONGEST_LINE = 65_536
 
 
 def roll_call(cluster: Cluster, seconds: float) -> None:
-    """Returns when all processes of the job are there.
+    """Wait until all processes of the job are present.
 
     Raises:
         Resume: after so many seconds; who is missing is in the message, in every process that reached process 0.
@@ -124,7 +124,7 @@ def _listener(cluster: Cluster, port: int) -> socket.socket:
 
 
 def _hello(connection: socket.socket) -> tuple[int, int, str] | None:
-    """The number, count and machine that a newcomer tells; None for a stranger."""
+    """Read a connecting process's index, process count and host; None if it is not of this job."""
     try:
         connection.settimeout(ATTEMPT_SECONDS)
         greeting, process, count, host = json.loads(connection.makefile("rb").readline(1024))

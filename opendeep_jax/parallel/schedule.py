@@ -26,7 +26,7 @@ IDLE = -1
 
 
 class Schedule(NamedTuple):
-    """Who does what when; made by `make_schedule`. Part p is chunk p // S of stage p % S.
+    """Microbatch of each stage and chunk at each tick; made by `make_schedule`. Part p is chunk p // S of stage p % S.
 
     Instance: 2 stages, 1 chunk, 2 microbatches: forward[:, :, 1] is [[0, -1], [1, 0], [-1, 1], [-1, -1]] and
     backward[:, :, 1] is [[-1, -1], [-1, 0], [0, 1], [1, -1]].
@@ -42,7 +42,8 @@ class Schedule(NamedTuple):
 
 
 class BufferSlots(NamedTuple):
-    """Where each stage keeps what waits: slots of two buffers, reused when free. int32 [T, S], IDLE where none.
+    """Buffer slots of inputs and gradients in waiting: two buffers a stage, reused when free. int32 [T, S], IDLE where
+    none.
 
     `inputs` slots hold a chunk's input from its arrival (the first part: from its forward) to its backward; `gradients`
     slots hold the gradient of a chunk's output from its arrival (the last part: from its forward) to its backward.
@@ -53,11 +54,11 @@ class BufferSlots(NamedTuple):
     forward_input: np.ndarray
     """Slot of the input of this tick's forward."""
     output_gradient: np.ndarray
-    """Where the last part's forward puts the gradient of its own output."""
+    """Slot for the gradient of the last part's output, computed in its forward."""
     backward_input: np.ndarray
     backward_gradient: np.ndarray
     arriving_input: np.ndarray
-    """Where the activation goes that arrives at the end of this tick."""
+    """Slot for the activation that arrives at the end of this tick."""
     arriving_gradient: np.ndarray
 
 
@@ -116,7 +117,7 @@ def ticks_of(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assign_slots(schedule: Schedule) -> BufferSlots:
-    """Gives everything that waits a slot, the lowest that is free."""
+    """Assign each waiting array the lowest free slot."""
     stages, last = schedule.stages, schedule.stages * schedule.chunks - 1
     forward, backward = ticks_of(schedule)
     # What arrives at the end of a tick is there from the next tick on.
@@ -153,7 +154,7 @@ def _lowest_free(start: np.ndarray, end: np.ndarray, stages: int) -> tuple[np.nd
 
 
 class StageLayout(NamedTuple):
-    """How N stacked layers lie on the stages; made by `stage_layout`.
+    """Placement of N stacked layers on the stages; made by `stage_layout`.
 
     Each chunk has n places, the same number everywhere, the last of which may be empty. Stacked arrays at rest are
     [S*v*n, ...], divided over the stages along this axis: stage-major, then chunk-major, so that chunk c of a stage is
@@ -173,7 +174,7 @@ class StageLayout(NamedTuple):
 
 
 def stage_layout(num_layers: int, stages: int, chunks: int = 1, first: float = 0.0, last: float = 0.0) -> StageLayout:
-    """Divides N layers over S*v parts with as few places as they need, empty ones where there is other work to do.
+    """Divide N layers over S*v parts with as few places as they need, empty ones where there is other work to do.
 
     Args:
         num_layers: N; need not be divisible by anything.

@@ -1,4 +1,4 @@
-"""Numbers of which devices, micro-batches, parts of a batch, stages and layers have shares, and how these become one.
+"""Metrics as shares of devices, micro-batches, parts of a batch, stages and layers, and how shares combine.
 
 What a number means must not depend on how the work is cut, so a share says itself how it meets others. A quantity that
 is none of these three kinds (a median, a product) has no shares: gather what it is of first.
@@ -47,8 +47,8 @@ def is_share(x) -> bool:
     return isinstance(x, Share)
 
 
-def meet(one, other):
-    """Two pytrees of shares as one. Raises ConfigError where they are of different kinds."""
+def combine(one, other):
+    """Combine two pytrees of shares. Raises ConfigError where they are of different kinds."""
 
     def both(a, b):
         if type(a) is not type(b):
@@ -61,8 +61,8 @@ def meet(one, other):
     return _each(both, one, other)
 
 
-def nothing(like, *lead: int):
-    """Shares of these shapes, with leading axes, that change none that they meet."""
+def neutral(like, *lead: int):
+    """Return neutral shares of these shapes, with leading axes."""
 
     def empty(share):
         if not isinstance(share, Max):
@@ -99,8 +99,8 @@ def over_devices(shares, axis: Axis):
     return _each(lambda share: next(largest if isinstance(share, Max) else others), shares)
 
 
-def numbers(shares: Any) -> Any:
-    """The numbers that whole shares stand for."""
+def values(shares: Any) -> Any:
+    """Return the values of complete shares."""
 
     def number(share):
         return share.total / jnp.maximum(share.count, 1) if isinstance(share, Mean) else share.value

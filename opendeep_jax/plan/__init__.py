@@ -1,1 +1,1 @@
-"""What a run would take on chips that are not here: memory, time and cost, from the compiled training step."""
+"""Prediction of a run's memory, time and cost on any chips, from the compiled training step."""

@@ -36,7 +36,7 @@ SUMS_PER_BLOCK = 8
 
 
 class Estimate(NamedTuple):
-    """Seconds of a step on one device, and its memory."""
+    """Estimated seconds of a step on one device, and its memory."""
 
     compute: float
     memory: float

@@ -10,12 +10,12 @@ from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schedule import Stage
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.plan.roofline import Network
-from opendeep_jax.plan.shortage import Shortage, shortage_in, told_if_killed
+from opendeep_jax.plan.shortage import Shortage, report_if_killed, shortage_in
 from opendeep_jax.plan.topology import Topology, compile_only_devices
 
 
 class MemoryUse(NamedTuple):
-    """Bytes on one device, as the compiler allots them."""
+    """Compiler's allocation of one device's memory, in bytes."""
 
     arguments: float
     """The state and the batch."""
@@ -27,7 +27,7 @@ class MemoryUse(NamedTuple):
 
     @classmethod
     def of(cls, compiled) -> "MemoryUse":
-        """What a compiled program (`jax.stages.Compiled`) will take."""
+        """Return the memory use of a compiled program (`jax.stages.Compiled`)."""
         sizes = compiled.memory_analysis()
         use = cls(
             sizes.argument_size_in_bytes,
@@ -66,7 +66,7 @@ class OutOfResource(Exception):
 
 
 def prepare_process() -> None:
-    """Sets what compiling without accelerators takes; only before JAX is imported does it count."""
+    """Set the environment for compiling without accelerators; call it before JAX is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # libtpu asks a server for the machine's own chips, and lets one process at a time use them: here are none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -77,7 +77,7 @@ def prepare_process() -> None:
 
 @contextmanager
 def quiet_compilers() -> Iterator[None]:
-    """Keeps from the terminal what the compilers' C++ writes to standard error, errors of the block excepted."""
+    """Suppress what the compilers' C++ code writes to standard error, except when the block raises."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -89,7 +89,7 @@ def quiet_compilers() -> Iterator[None]:
 
 
 def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> CompiledStep:
-    """Compiles the training step of `config`, with the batch of `stage`, for a topology.
+    """Compile the training step of `config`, with the batch of `stage`, for a topology.
 
     Raises:
         ConfigError: where the mesh can't be laid over the topology.
@@ -119,7 +119,7 @@ def compile_step(config: RunConfig, stage: Stage, topology: Topology) -> Compile
         try:
             traced = setup.programs.trace(stage.batch_size, stage.length)
             lowered = traced.lower(lowering_platforms=(platform,))
-            with told_if_killed(), quiet_compilers():
+            with report_if_killed(), quiet_compilers():
                 compiled = lowered.compile(compiler_options=options)
         except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
             shortage = shortage_in("std::bad_alloc" if isinstance(error, MemoryError) else str(error))

@@ -6,7 +6,7 @@ SECONDS_PER_DAY = 86_400
 
 
 class Cost(NamedTuple):
-    """What a run takes."""
+    """Cost of a run."""
 
     days: float
     chip_hours: float

@@ -20,7 +20,7 @@ from opendeep_jax.plan.topology import Topology
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a step of a run would take on a topology. Bytes are of one device; FLOPs and tokens of all together.
+    """Plan of a run's step on a topology. Bytes are of one device; FLOPs and tokens of all together.
 
     Where the program does not fit the device's memory there is none: `program` and all that follows from it is None.
     """
@@ -40,10 +40,10 @@ class RunPlan:
     compile_seconds: float
     memory: MemoryUse | None = None
     needed_bytes: float = math.nan
-    """Where it does not fit: what the compiler says it would need, or, where weights and optimizer state alone are too
-    much and nothing was compiled, what arithmetic says."""
+    """Memory needed by a program that does not fit: the compiler's figure, or, where weights and optimizer state
+    alone are too large and nothing was compiled, the arithmetic one."""
     shortage: Shortage | None = None
-    """What the compiler ran short of, where that is not the device's memory."""
+    """Resource that the compiler ran short of, if not the device's memory."""
     program: Program | None = None
     times: Roofline | None = None
     traffic: list[Traffic] = field(default_factory=list)
@@ -57,7 +57,7 @@ class RunPlan:
 
     @property
     def limit_bytes(self) -> float:
-        """What a program may fill of a device's memory."""
+        """Part of a device's memory that a program may fill."""
         return self.topology.chip.per_device().memory_bytes
 
     @property
@@ -67,7 +67,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits."""
+        """True if the program fits."""
         return self.memory is not None and self.memory.total <= self.limit_bytes
 
     @property
@@ -148,7 +148,7 @@ class RunPlan:
         return {name: None if value != value else value for name, value in self.shortage._asdict().items()}
 
     def warnings(self) -> list[str]:
-        """What the figures leave out, in sentences."""
+        """Return warnings about what the figures do not include."""
         if self.program is None:
             return []
         found = []
@@ -161,13 +161,13 @@ class RunPlan:
 
     @property
     def verdict(self) -> str:
-        """In a few words, whether it fits."""
+        """Return in a few words whether the program fits."""
         if self.shortage is None:
             return "fits" if self.fits else "does not fit"
         return f"runs out of {self.shortage.resource}" if self.shortage.resource else "refused by the compiler"
 
     def why_not(self) -> str:
-        """Why it does not fit, by how much, and what would help: the text of an error."""
+        """Return the error text of a program that does not fit: why, by how much, and what would help."""
         if self.shortage:
             return f"{self.config.name} does not compile for {self.topology.name}. {self.shortage.sentence()}"
         over = self.total_bytes - self.limit_bytes
@@ -189,7 +189,7 @@ class RunPlan:
 
 
 def check_mesh(config: RunConfig, topology: Topology) -> None:
-    """Raises ConfigError unless the mesh takes all devices of the topology and the batches divide over it."""
+    """Raise ConfigError unless the mesh takes all devices of the topology and the batches divide over it."""
     try:
         check_devices(config, topology.device_count)
     except ConfigError as error:
@@ -199,7 +199,7 @@ def check_mesh(config: RunConfig, topology: Topology) -> None:
 
 
 def make_plan(config: RunConfig, topology: Topology, price: float = 0.0, total_tokens: float = 0.0) -> RunPlan:
-    """Compiles a run's training step for a topology and reads what it would take.
+    """Compile a run's training step for a topology, and return its plan.
 
     Args:
         price: dollars for a chip-hour; 0 takes the chip's default, an assumption.

@@ -1,4 +1,4 @@
-"""What XLA has to know of a GPU that is not attached."""
+"""XLA's description of a GPU that is not attached."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ device_description_str: "{name}"
 
 
 class Gpu(NamedTuple):
-    """Figures of one GPU."""
+    """Specification of one GPU."""
 
     name: str
     cores: int

@@ -47,10 +47,10 @@ class Instruction:
     name: str
     op: str
     shapes: list[ArrayShape]
-    """Of its result; several for a tuple, nested tuples laid flat."""
+    """Shapes of the result; several for a tuple, nested tuples flattened."""
     operands: list[str]
     argument: str
-    """What stands between the brackets: the operands' names, a constant's value, a parameter's number."""
+    """Text in parentheses: the operands' names, a constant's value, a parameter's number."""
     attributes: str
     is_root: bool
     plain: str = field(default="", repr=False)
@@ -79,7 +79,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where it came from: JAX's path through the traced functions."""
+        """Origin of the instruction: JAX's path through the traced functions."""
         match = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return match.group(1) if match else ""
 
@@ -105,7 +105,7 @@ class Computation(dict[str, Instruction]):
 
     @cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """For each name the instructions that take it, with the place among their operands."""
+        """Users of each name: instructions, with its index among their operands."""
         users = defaultdict(list)
         for x in self.values():
             for place, operand in enumerate(x.operands):
@@ -142,7 +142,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a compiled program. Raises ValueError where it has no entry computation."""
+    """Read the text of a compiled program. Raises ValueError where it has no entry computation."""
     computations: dict[str, Computation] = {}
     current, entry = None, ""
     for line in _whole_lines(text):
@@ -253,6 +253,6 @@ def first_group(x: Instruction, devices: int) -> tuple[int, ...]:
 
 
 def source_target_pairs(x: Instruction) -> tuple[tuple[int, int], ...]:
-    """Who sends to whom in a collective-permute."""
+    """Return the (source, target) pairs of a collective-permute."""
     match = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", x.attributes)
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", match.group(1))) if match else ()

@@ -1,4 +1,4 @@
-"""How often each while loop of a compiled program runs.
+"""Trip counts of the while loops of a compiled program.
 
 XLA writes the count beside many loops. Where it doesn't, the loop's scalars are evaluated: the condition is a function
 of induction variables that grow by a fixed step and of values that never change, which may come from outer loops.
@@ -53,7 +53,7 @@ class Loops:
                     self.caller.setdefault(called, (name, x))
 
     def trips(self, name: str, loop: Instruction) -> int | None:
-        """How often the body of `loop`, in the computation `name`, runs; None where the text can't say."""
+        """Return the trip count of `loop`, in the computation `name`; None if the text does not determine it."""
         if match := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(match.group(1))
         body, condition = loop.attribute("body"), loop.attribute("condition")

@@ -89,7 +89,7 @@ def memory_by_component(config: RunConfig, stage: Stage, axes: dict[str, int]) -
 
 
 def _optimizer_bytes(config: RunConfig, axes: dict[str, int]) -> int:
-    """What the optimizer keeps, as the run would lay it out: every array that its state really has."""
+    """Return the bytes of the optimizer's state, from the arrays and shardings that the run would have."""
     from jax.sharding import AbstractMesh
 
     from opendeep_jax.train.state import bytes_on_each_device, placed_state

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: FLOPs, HBM traffic and messages, every loop's trip count honored."""
+"""Work of a compiled program on one device: FLOPs, HBM traffic and messages, multiplied by loops' trip counts."""
 
 import re
 from collections import Counter
@@ -32,9 +32,9 @@ class Collective(NamedTuple):
     """Bytes of the whole tensor on each device: gathered, or before it is reduced or exchanged. A ragged exchange
     counts its whole operand, an upper bound."""
     hbm_bytes: float
-    """What it reads from and writes to HBM."""
+    """Bytes read from and written to HBM."""
     is_async: bool
-    """Whether the device computes while it is under way."""
+    """True if the device computes while it is in flight."""
 
     @property
     def sent(self) -> float:
@@ -55,14 +55,14 @@ class Kernel(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What happens next in a computation's schedule."""
+    """Event in a computation's schedule."""
 
     kernel: Kernel | None = None
     """Runs to its end."""
     messages: tuple[Collective, ...] = ()
     """Begin now; waited for if there is no `name`."""
     name: str = ""
-    """Of the instruction that starts the messages, or, alone, whose messages are waited for."""
+    """Name of the instruction that starts the messages, or, alone, whose messages are waited for."""
     body: tuple[str, bool] | None = None
     """A computation that runs `times` times, a key of Program.schedule."""
     times: float = 1
@@ -80,7 +80,7 @@ class Program:
     unknown_loops: float = 0.0
     """Loops whose trip count the text doesn't tell, counted once each."""
     kernels: Counter[Kernel] = field(default_factory=Counter)
-    """What runs one after another, and how often; what runs beside it isn't here."""
+    """Kernels that run in sequence, with their counts; without those that overlap them."""
     collectives: Counter[Collective] = field(default_factory=Counter)
     uncounted: Counter[str] = field(default_factory=Counter)
     """Kernels that say nothing of their FLOPs."""
@@ -96,7 +96,7 @@ class Program:
     COUNTERS = ("kernels", "collectives", "uncounted", "flops_by_name", "bytes_by_name")
 
     def add(self, other: "Program", times: float = 1) -> None:
-        """Adds another's totals, so many times."""
+        """Add another program's totals, multiplied by a count."""
         for name in self.SUMS:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for name in self.COUNTERS:
@@ -106,7 +106,7 @@ class Program:
 
 
 def analyze(text: str) -> Program:
-    """Reads a compiled program's text (`compiled.as_text()`). Raises ValueError where it is none."""
+    """Read a compiled program's text (`compiled.as_text()`). Raises ValueError where it is none."""
     module = parse(text)
     reader = _Reader(module)
     total = Program(devices=module.devices)
@@ -254,7 +254,7 @@ def _start_of(computation: Computation, done: Instruction) -> str:
 
 
 def _hides(x: Instruction) -> bool:
-    """Whether the device goes on behind this instruction before it is done; GPU programs mark starts that wait."""
+    """Return whether the device continues before this instruction is done; GPU programs mark starts that wait."""
     return (x.op == "send" or x.op.endswith("-start")) and '"is_sync":true' not in x.attributes
 
 
@@ -288,7 +288,7 @@ def _slices_group(x: Instruction, devices: int) -> tuple[int, ...]:
 
 
 def _weight(part: Program) -> tuple[float, float]:
-    """Which branch of a conditional is the costliest: roughly the time of its work on a recent chip."""
+    """Return the weight of a conditional's branch: the approximate time of its work on a recent chip."""
     sent = sum(message.sent * count for message, count in part.collectives.items())
     return part.flops / 4e14 + part.hbm_bytes / 2e12 + sent / 1e11, part.flops
 

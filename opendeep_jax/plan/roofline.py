@@ -1,4 +1,4 @@
-"""How long a program takes at the least: compute, memory and network, each at its data-sheet speed.
+"""Lower bounds of a program's time: compute, memory and network, each at its data-sheet speed.
 
 Every time here is a bound, not a measurement. Of one step:
 
@@ -27,7 +27,7 @@ EXCHANGES = ("all-to-all", "ragged-all-to-all")
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step; the module's docstring says what each is."""
+    """Roofline of one step, in seconds; see the module's docstring."""
 
     compute: float
     memory: float
@@ -48,12 +48,12 @@ class Roofline(NamedTuple):
 
     @property
     def scheduled(self) -> float:
-        """What the compiled program allows."""
+        """Seconds of the compiled program's schedule, with messages hidden where it allows."""
         return max(max(self.kernels, self.hidden) + self.waiting, self.fastest)
 
     @property
     def timeline(self) -> float:
-        """What the compiled program's own order allows."""
+        """Seconds of the compiled program in its own order."""
         return max(self.in_order, self.scheduled)
 
     @property
@@ -63,7 +63,7 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Which of the three is the longest: `compute`, `memory` or `network`."""
+        """Longest of the three: `compute`, `memory` or `network`."""
         terms = {"compute": self.compute, "memory": self.memory, "network": self.collective}
         return max(terms, key=terms.__getitem__)
 
@@ -113,7 +113,7 @@ class Network:
         return "+".join(reversed(names)) or "none"
 
     def seconds(self, message: Collective) -> dict[str, float]:
-        """How long each part of the network is busy with a message, on each device."""
+        """Return how long each part of the network is busy with a message, on each device."""
         n = len(message.group)
         if n < 2 or not message.payload:
             return {}
@@ -156,7 +156,7 @@ class Network:
         return 2 * 3 * self.topology.chip.link
 
     def _spans(self, group: tuple[int, ...]) -> tuple[int, dict[int, int]]:
-        """How many slices a group lies in, and its extent along each dimension of the torus that it spans."""
+        """Return the number of slices of a group, and its extent along each dimension of the torus that it spans."""
         if group not in self._known_spans:
             slices = {self.places[member][0] for member in group}
             first = [self.places[member][1] for member in group if self.places[member][0] == self.places[group[0]][0]]
@@ -207,13 +207,13 @@ def kernel_seconds(kernel: Kernel, device: Chip) -> float:
 
 
 def wait_seconds(message: Collective, network: Network) -> float:
-    """How long a device waits for a message with nothing beside it."""
+    """Return how long a device waits for a message that nothing hides."""
     busy = network.seconds(message).values()
     return max(*busy, message.hbm_bytes / network.device.bandwidth) if busy else 0.0
 
 
 def seconds_in_order(program: Program, network: Network) -> float:
-    """Runs through the program's schedule: kernels take their time, each part of the network one message at a time, and
+    """Simulate the program's schedule: kernels take their time, each part of the network one message at a time, and
     what is waited for is waited for.
     """
     known: dict[tuple[str, bool], float] = {}
@@ -248,7 +248,7 @@ def _seconds_of(events: Iterable[Event], run: Callable[[tuple[str, bool]], float
 
 
 class Traffic(NamedTuple):
-    """Messages of one kind along the same mesh axes."""
+    """Communication of one kind along the same mesh axes."""
 
     kind: str
     axes: str
@@ -257,7 +257,7 @@ class Traffic(NamedTuple):
     bytes: float
     """Sent by each device in a step."""
     seconds: float
-    """At the links' speed, one after another."""
+    """Seconds at the links' speed, one message after another."""
 
 
 def traffic(program: Program, network: Network) -> list[Traffic]:

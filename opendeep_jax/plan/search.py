@@ -1,4 +1,4 @@
-"""Layouts that a run could have on a topology, ranked: all of them by arithmetic, the best by their programs."""
+"""Ranking of a run's possible layouts on a topology: all of them by arithmetic, the best by their programs."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,8 @@ STAGES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8)
 ACCUMULATIONS = (1, 2, 4, 8)
 ROOM = 1.1
-"""How far above the limit an estimate may be and still be tried: the compiler is often thriftier than arithmetic."""
+"""Allowed ratio of an estimate to the memory limit for a layout to be compiled: the compiler is often thriftier than
+arithmetic."""
 
 
 class Candidate(NamedTuple):
@@ -29,7 +30,7 @@ class Candidate(NamedTuple):
     estimate: Estimate
 
     def settings(self, recipe: RunConfig) -> dict[str, str]:
-        """What differs from the recipe, as `{"parallel.expert": "8"}`."""
+        """Settings that differ from the recipe, as `{"parallel.expert": "8"}`."""
         changes = diff(recipe, self.config)
         return {name: str(value) for name, _, value in changes if not isinstance(value, tuple)}
 
@@ -41,7 +42,7 @@ class Found(NamedTuple):
     plan: RunPlan | None
     """None where it could not be compiled."""
     problem: str
-    """Why not."""
+    """Reason why the layout does not work."""
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -95,7 +96,7 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
 def search(
     config: RunConfig, topology: Topology, count: int, price: float, total_tokens: float, tell=print
 ) -> list[Found]:
-    """Compiles the `count` best layouts by arithmetic and ranks them, the best first.
+    """Compile the `count` best layouts by arithmetic, and return them ranked, the best first.
 
     Layouts that differ in rematerialization or micro-batches alone count as one until others have had their turn.
 

@@ -1,4 +1,4 @@
-"""What a compiler ran short of, from its words: one table, and what helps for each.
+"""Shortages of resources in compilers' error messages, and their cures.
 
 Each pattern is of words that the compilers gave when the thing was made to run short (`tests/plan/test_shortage.py`
 keeps them). What is not in the table is passed on as it came.
@@ -21,7 +21,7 @@ _WINDOW = r"Scoped allocation with size (?P<needed>[\d.]+[KMG]?) and limit (?P<a
 
 
 class Shortage(NamedTuple):
-    """What was short."""
+    """Resource that was short."""
 
     resource: str
     """A key of CURES, or empty where the compiler's words are in no row of PATTERNS."""
@@ -32,7 +32,7 @@ class Shortage(NamedTuple):
     """The compiler's own, shortened."""
 
     def sentence(self) -> str:
-        """What the compiler refused, with its figures, and what helps."""
+        """Return the compiler's refusal with its figures, and the cure."""
         if not self.resource:
             return f"The compiler refuses it, and says: {self.words}"
         unit = "columns" if self.resource == "tensor memory" else "bytes"
@@ -89,11 +89,11 @@ CURES = {
     HOST: "That is the memory of the machine that compiles, not of the chips: use one with more, or end what else runs "
     "here.",
 }
-"""What helps against a lack of each resource."""
+"""Cures for a shortage of each resource."""
 
 
 def shortage_in(message: str) -> Shortage:
-    """What a compiler's error says was short."""
+    """Return the shortage that a compiler's error reports."""
     words = message.split("See https://openxla.org")[0].split("context: [")[0].rstrip(" ,\n")[:1500]
     for pattern, resource in PATTERNS:
         found = re.search(pattern, message, re.DOTALL)
@@ -122,8 +122,8 @@ if sys.stdin.buffer.read() != b"done":
 
 
 @contextmanager
-def told_if_killed() -> Iterator[None]:
-    """Another process that says what probably happened if this one is killed in the block: it can't itself."""
+def report_if_killed() -> Iterator[None]:
+    """Run a second process in the block that reports the probable cause if this one is killed."""
     words = (
         "opendeep: this process was killed while it compiled, as Linux does to one that takes a machine's last memory. "
         f"If so: {CURES[HOST]}"

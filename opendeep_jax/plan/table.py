@@ -8,7 +8,7 @@ from opendeep_jax.plan.estimate import RunPlan
 
 
 def plan_table(plan: RunPlan) -> str:
-    """The whole plan in aligned columns; estimates are called so."""
+    """Return the plan in aligned columns; estimates are labeled."""
     return key_value_table([*_what(plan), *_memory(plan), *_work(plan), *_time(plan)])
 
 

@@ -56,7 +56,7 @@ class Topology:
         return self.device_count // self.slices * JOINED_NODES.get(self.chip.name, 1)
 
     def is_ring(self, dimension: int) -> bool:
-        """Whether a dimension of the torus closes: 16 chips (v5e, v6e), or whole cubes of 4x4x4 (v5p, v7x)."""
+        """Return whether a dimension of the torus closes: 16 chips (v5e, v6e), or whole cubes of 4x4x4 (v5p, v7x)."""
         if self.chip.torus_dimensions == 2:
             return self.shape[dimension] == 16
         return all(size % 4 == 0 for size in self.shape)
@@ -123,7 +123,7 @@ def _check_slice(text: str, chip: Chip, shape: tuple[int, ...]) -> None:
 
 
 def check_compiler(topology: Topology) -> None:
-    """Raises ConfigError, naming the extra to install, where the chip's compiler is missing. JAX is not loaded."""
+    """Raise ConfigError, naming the extra to install, where the chip's compiler is missing. JAX is not loaded."""
     module, extra = {"tpu": ("libtpu", "tpu-compiler"), "gpu": ("jax_cuda13_plugin", "gpu-compiler")}[
         topology.chip.platform
     ]

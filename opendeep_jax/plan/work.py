@@ -69,7 +69,7 @@ def _convolution_flops(computation: Computation, x: Instruction) -> float:
 
 
 def is_fp8(computation: Computation, x: Instruction) -> bool:
-    """Whether both operands are 8-bit floats."""
+    """True if both operands are 8-bit floats."""
     return all(computation.operand_shape(x, place).dtype.startswith("f8") for place in (0, 1))
 
 
@@ -129,7 +129,7 @@ _PARTIAL = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
 
 
 def _saved_in_place(module: Module, inner: Computation, x: Instruction):
-    """For each result that is an update in place, the (negative) bytes of it that are not written."""
+    """Return for each update in place the (negative) bytes that are not written."""
     if inner.root is None:
         return
     outputs = [inner.get(name) for name in inner.root.operands] if inner.root.op == "tuple" else [inner.root]
@@ -148,7 +148,7 @@ def _saved_in_place(module: Module, inner: Computation, x: Instruction):
 
 
 def real_uses(module: Module, name: str, value: str, depth: int = 0) -> list[tuple[Instruction, int]]:
-    """Who really uses a value of computation `name`, seen through views, conversions and nested fusions."""
+    """Return the real users of a value of computation `name`, seen through views, conversions and nested fusions."""
     found = []
     for user, place in module.computations[name].users.get(value, ()):
         onwards: list[tuple[str, str]] | None = None

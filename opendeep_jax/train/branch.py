@@ -127,7 +127,7 @@ def begin_branch(
         primary_first("branch/lock", lambda: stack.enter_context(only_writer(workdir)) if is_primary() else None)
 
         def decide() -> str:
-            """The step to branch from, of which the first process decides; empty where the branch is there."""
+            """Return the step to branch from, decided by the first process; empty if the branch exists."""
             if is_primary():
                 finish_branch(workdir)
                 begun = read_origin(workdir)["kind"] == "branch"
@@ -205,7 +205,7 @@ def content_digest(record: dict) -> str:
 
 
 def finish_branch(workdir: str | Path) -> bool:
-    """Move what a branch was made of to its places, where origin.json says that it is whole; whether any was left."""
+    """Move a branch's files into place if origin.json says that they are complete; return whether any remained."""
     workdir = Path(workdir)
     staged = workdir / STAGED
     if not staged.is_dir() or read_origin(workdir)["kind"] != "branch":
@@ -228,14 +228,14 @@ def remove_unfinished(workdir: str | Path) -> None:
 
 
 def _has_own_order(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> bool:
-    """Whether steps have other batches than the parent's would have had."""
+    """Return whether steps have other batches than the parent would have had."""
     deciding = [name for name, _, _ in changes if is_among(name, OWN_ORDER) and not is_among(name, SAME_ORDER)]
     deciding = [name for name in deciding if not name.endswith(".epochs")]  # which only says how many there may be
     return bool(deciding) or bool(config.data.phases and total_steps(config) != total_steps(parent.config))
 
 
 def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[dict]:
-    """The steps that the parent passes over: with other batches than the parent's, only those that are done.
+    """Return the steps that the parent skips; with other batches than the parent's, only those already done.
 
     None of them counts as a rollback of the branch.
     """
@@ -248,7 +248,7 @@ def _inherited(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, 
 
 
 def _notes(config: RunConfig, parent: Parent, changes: list[tuple[str, Any, Any]]) -> list[str]:
-    """What follows from the settings that differ, a sentence each, and the settings themselves."""
+    """Return the consequences of changed settings, a sentence each, and the settings."""
     notes = format_diff(changes).splitlines() or ["no setting differs from the parent's"]
     here, there = (
         float(one.optimizer.learning_rate * learning_rate_schedule(one)(parent.step)) for one in (config, parent.config)

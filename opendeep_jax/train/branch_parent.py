@@ -20,7 +20,7 @@ class Parent(NamedTuple):
     step: int
     config: RunConfig
     record: dict
-    """What the checkpoint says of itself."""
+    """Record of the checkpoint."""
 
     @property
     def path(self) -> Path:
@@ -47,7 +47,7 @@ def open_parent(config: RunConfig, parent: str, step: int | None = None) -> Pare
 
 
 def corrupt_parent(parent: str, run: Path, step: int, error: CorruptCheckpoint) -> ConfigError:
-    """The error for a checkpoint that cannot be read as it was written; it names the others."""
+    """Return the error for a corrupt checkpoint; it names the others."""
     steps = checkpoint_steps(run / CHECKPOINTS)
     if step not in steps:  # a run that is going keeps its newest ones only
         there = ", ".join(map(str, steps)) or "none"

@@ -20,13 +20,13 @@ from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
 
 RULES = {"adamw": "AdamW", "muon": "Muon"}
-"""How rules are spelled, where not as `optimizer.kind` has them."""
+"""Names of rules that differ from `optimizer.kind`."""
 NAMED = 3
 """Arrays that a refusal names."""
 
 
 class Move(NamedTuple):
-    """How the arrays of a state come about."""
+    """Origins of a state's arrays."""
 
     step: int
     kept: dict[str, str]
@@ -35,11 +35,11 @@ class Move(NamedTuple):
     """The checkpoint's arrays that are read, abstract, by their names there."""
     notes: list[str]
     refusal: str
-    """Why the weights do not fit; empty where they do."""
+    """Reason why the weights do not fit; empty if they do."""
 
 
 def plan_move(record: dict, there: RunConfig, here: RunConfig, template: TrainState, keep_health: bool) -> Move:
-    """Plan how the state of a run `here` is made from the checkpoint of one `there`.
+    """Plan how the state of a run `here` is made from a checkpoint of the run `there`.
 
     Args:
         record: the checkpoint's.
@@ -133,7 +133,7 @@ def _cast(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _first_state(step: int, template: TrainState, optimizer: optax.GradientTransformation, model: dict) -> TrainState:
-    """A state at `step` whose optimizer and judgment know nothing yet; weights stand for themselves."""
+    """Return a state at `step` with fresh optimizer and update check; weights keep their values."""
     params = {name: model[f"params.{name}"] for name in template.params}
 
     def first(params):

@@ -16,17 +16,17 @@ from opendeep_jax.display.numbers import human_time
 
 TIMES_FILE = "compile_times.json"
 SHORT_SECONDS = 2.0
-"""Of what took no longer, nothing more is said."""
+"""Compilations up to this time print no second message."""
 FATAL = 3
 
 
-def say_once(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line to standard output, at once."""
     print(text, flush=True)
 
 
 @contextlib.contextmanager
-def compiling(what: str, directory: str, key: object, say: Callable[[str], None] | None = say_once) -> Iterator[None]:
+def compiling(what: str, directory: str, key: object, say: Callable[[str], None] | None = print_once) -> Iterator[None]:
     """Say that `what` is compiled while the block runs, and how long that took; on a terminal with a running clock.
 
     Args:
@@ -49,7 +49,7 @@ def compiling(what: str, directory: str, key: object, say: Callable[[str], None]
 @contextlib.contextmanager
 def _clock(text: str, say: Callable[[str], None] | None) -> Iterator[None]:
     """A line with a running clock on a terminal that is free for one, else a plain line."""
-    if say is not say_once or not sys.stdout.isatty():
+    if say is not print_once or not sys.stdout.isatty():
         if say:
             say(text)
         yield

@@ -21,7 +21,7 @@ from opendeep_jax.config.files import write_atomically
 PEAK_FILE = "cpu_peak.json"
 SIZES = (512, 1024)
 FIRST_SECONDS, SECONDS = 1.0, 0.2
-"""How long a kind of machine is measured the first time, and after that."""
+"""Seconds of the first measurement of a kind of machine, and of later ones."""
 
 
 def cpu_peak(directory: str) -> float:

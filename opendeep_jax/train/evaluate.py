@@ -78,7 +78,7 @@ def evaluation_rows(config: RunConfig, mesh: Mesh) -> int:
 
 
 def held_out_batches(config: RunConfig, data: Data, mesh: Mesh, max_batches: int) -> HeldOut:
-    """This process's rows of the evaluation batches, for `make_evaluator`; all held-out text for 0 batches."""
+    """Return this process's rows of the evaluation batches, for `make_evaluator`; all held-out text for 0 batches."""
     here = rows_here(mesh, evaluation_rows(config, mesh))
     return data.held_out(evaluation_batch_size(config), max_batches, here)
 
@@ -89,7 +89,7 @@ def evaluation_batch_size(config: RunConfig) -> int:
 
 
 def evaluate_workdir(workdir: str | Path, step: int | None = None) -> dict[str, float]:
-    """Measures a checkpoint of a run (the newest, or that of `step`) as at the run's end, on the devices found here.
+    """Measure a checkpoint of a run (the newest, or that of `step`) as at the run's end, on the devices found here.
 
     It takes `evaluation.final_batches` of the held-out text, and the compressors all of it.
 

@@ -1,4 +1,4 @@
-"""Where a run's batches come from: all that the loop knows of what is trained on.
+"""Sources of a run's batches, as the training loop sees them.
 
 A feed samples, reads or makes the batch of a step; the loop puts it on the devices and trains on it. After a kill or a
 rollback the loop asks for the same step again and must get the same batch: a feed whose batches depend on the state
@@ -32,7 +32,7 @@ from opendeep_jax.train.state import TrainState
 from opendeep_jax.train.summary import data_rows
 
 TEXT_FILES = (TOKENIZER, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-"""What a run keeps of its tokenizer. The second and third are beside a file that names its boundaries."""
+"""Tokenizer files that a run keeps. The second and third accompany a file that names its boundaries."""
 
 
 class Feed:
@@ -49,7 +49,7 @@ class Feed:
 
     @property
     def is_ready(self) -> bool:
-        """Whether nothing that takes long, and shows it on the terminal, is left to prepare."""
+        """Return whether no long preparation, with progress on the terminal, is left."""
         return True
 
     def check(self) -> None:

@@ -38,7 +38,7 @@ def get_config():
 
 
 def check_importable(workdir: str | Path) -> None:
-    """Raises ConfigError where a run is in the way."""
+    """Raise ConfigError if the work directory already has a run."""
     if checkpoint_steps(Path(workdir) / CHECKPOINTS) and not (Path(workdir) / CONFIG_FILE).exists():
         raise ConfigError(
             f"--out={workdir}: holds a checkpoint of an import that was cut short. Delete it, or choose another."
@@ -54,7 +54,7 @@ def import_run(
     workdir: str | Path,
     beside: Mapping[str, str] | None = None,
 ) -> RunConfig:
-    """Writes a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
+    """Write a work directory whose step 0 has a model's weights, and which `opendeep train` goes on from.
 
     Args:
         model: In float32, the dtype of master weights.

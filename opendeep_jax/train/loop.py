@@ -33,7 +33,7 @@ from opendeep_jax.record.goodput import GoodputClock, read_goodput
 from opendeep_jax.record.record import Record
 from opendeep_jax.record.workdir import check_workdir, only_writer
 from opendeep_jax.train.branch import finish_branch, remove_unfinished
-from opendeep_jax.train.compiling import say_once
+from opendeep_jax.train.compiling import print_once
 from opendeep_jax.train.feed import Feed, Pretraining
 from opendeep_jax.train.objective import Objective
 from opendeep_jax.train.observer import Observer
@@ -96,7 +96,7 @@ def train(
 
 
 def _finish_branch(config: RunConfig, workdir: Path) -> None:
-    """Move what a branch that was killed when it began has left to its places, or delete it."""
+    """Complete or delete a branch that was killed while it was made."""
     if finish_branch(workdir):
         check_workdir(config, workdir)
     remove_unfinished(workdir)
@@ -266,7 +266,7 @@ def _train(
 
         state, start = restore()
         # With a running clock, unless the bars of the text's preparation are on the terminal at the same time.
-        programs.say = (say_once if feed.is_ready else say) if is_primary() else None
+        programs.say = (print_once if feed.is_ready else say) if is_primary() else None
         if start < steps:
             watchdog.doing("compile", start + 1)
             with clock.counting("compile"):

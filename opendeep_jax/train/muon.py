@@ -50,7 +50,7 @@ class Stack(NamedTuple):
     shape: tuple[int, ...]
     """The weight's, its axes in the order N…, inputs…, outputs…"""
     order: tuple[int, ...]
-    """Where each of those axes is in the weight."""
+    """Index of each of those axes in the weight."""
     turned: bool
 
     @staticmethod

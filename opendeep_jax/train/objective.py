@@ -1,4 +1,4 @@
-"""What a training step minimizes: an argument of the step, of which `pretraining` is one.
+"""Objectives of a training step; `pretraining` is one.
 
     loss, metrics = objective.loss(hidden, head=…, batch=…, normalizers=…, …)
 
@@ -23,7 +23,7 @@ from opendeep_jax.data.batch import Batch
 from opendeep_jax.models.decoder import Output, shift_left
 from opendeep_jax.models.parameters import Arrays
 from opendeep_jax.parallel.axes import balanced_order
-from opendeep_jax.parallel.shares import Shares, Sum, all_entries, meet
+from opendeep_jax.parallel.shares import Shares, Sum, all_entries, combine
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Objective:
     `batch`; `normalizers`; `mtp_hidden` and `mtp`, one entry for each MTP module that runs; `frozen`, as in the state;
     `step`, from 0. In a pipeline it runs on the last stage."""
     normalizers: Callable[[Batch], Any]
-    """Of the global batch: a pytree of what its loss is divided by."""
+    """Normalizers of the global batch's loss, a pytree."""
     extras: dict[str, str] = field(default_factory=dict)
     """Dtypes of the arrays [B, L] that it reads in `Batch.extras`, by name."""
     weighted: bool = False
-    """Whether batches have a weight for each target."""
+    """True if batches have a weight for each target."""
     mtp_depth: int = 0
     """MTP modules that run."""
     judged: str | None = "loss"
@@ -57,7 +57,7 @@ class Objective:
 
 
 class MTPTargets(NamedTuple):
-    """What one MTP module reads and predicts, each [B, L]."""
+    """Inputs and targets of one MTP module, each [B, L]."""
 
     tokens: jax.Array
     targets: jax.Array
@@ -90,7 +90,7 @@ def make_inputs(batch: Batch, depth: int, mesh) -> Inputs:
 
 
 def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
-    """Where module k = 1, 2, … has a target: the k + 1 tokens after a position all belong to its document."""
+    """Return where module k = 1, 2, … has a target: the k + 1 tokens after a position all belong to its document."""
     masks, mask = [], loss_mask
     for k in range(1, depth + 1):
         mask = mask & shift_left(loss_mask, k)
@@ -99,7 +99,7 @@ def mtp_masks(loss_mask: jax.Array, depth: int) -> list[jax.Array]:
 
 
 class Measured(NamedTuple):
-    """What a device measures beside its gradients: its shares (`parallel/shares.py`)."""
+    """A device's shares of metrics (`parallel/shares.py`)."""
 
     metrics: dict[str, Any]
     """Shares by name, and numbers once all of them have met."""
@@ -108,7 +108,7 @@ class Measured(NamedTuple):
 
 
 class DeviceArguments(NamedTuple):
-    """What one device's program computes its gradients from."""
+    """Inputs of one device's gradient program."""
 
     params: Arrays
     """Weights in the dtype that a step multiplies by."""
@@ -120,7 +120,7 @@ class DeviceArguments(NamedTuple):
     rows: jax.Array
     """Rows of the global batch that are not padding, float32: what the balance loss is divided by."""
     step: jax.Array
-    """From 0."""
+    """Step, from 0."""
 
 
 def total_loss(
@@ -145,9 +145,7 @@ def total_loss(
 
 
 def layer_losses(config: RunConfig, reports: dict[str, Shares], rows: jax.Array) -> tuple[jax.Array | None, Measured]:
-    """What layers add to the loss, and what is in their reports, whichever layers these are: all of them, or in a
-    pipeline one.
-    """
+    """Return the layers' losses and the metrics of their reports, for all layers or, in a pipeline, for one."""
     found: list[Shares] = []
     balances = [share.value for report in reports.values() if isinstance(share := report.get("balance_loss"), Sum)]
     weighted = None
@@ -162,10 +160,10 @@ def layer_losses(config: RunConfig, reports: dict[str, Shares], rows: jax.Array)
 
 
 def joined(*shares: Shares) -> Shares:
-    """All of these metrics; those of one name meet."""
+    """Join dictionaries of metrics, combining shares of the same name."""
     found: Shares = {}
     for more in shares:
-        found |= {name: meet(found[name], share) if name in found else share for name, share in more.items()}
+        found |= {name: combine(found[name], share) if name in found else share for name, share in more.items()}
     return found
 
 
@@ -174,7 +172,7 @@ class TargetCounts(NamedTuple):
 
     targets: jax.Array
     mtp_targets: list[jax.Array]
-    """Of each MTP module."""
+    """Return the targets of each MTP module."""
 
 
 def pretraining(config: RunConfig, weighted: bool = False) -> Objective:

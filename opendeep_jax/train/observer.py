@@ -1,4 +1,4 @@
-"""Numbers of a run for the world: metrics, evaluations, samples, the summary."""
+"""Observation of a run: metrics, evaluations, samples, the summary."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ from opendeep_jax.train.summary import peak_memory_bytes
 
 
 class Observer:
-    """Measures a run and writes what it measures; changes nothing of it.
+    """Observer that measures a run and writes the results, without effect on the run.
 
     Args:
         record: of the run; in a job of several processes all compute, and the first one writes.
@@ -79,7 +79,7 @@ class Observer:
         self._begin(step)
 
     def skip(self, step: int) -> None:
-        """Note that nothing was trained on the batch of `step`: it counts for no speed."""
+        """Record that the batch of `step` was skipped: it does not count for speeds."""
         steps, tokens = self._skipped
         self._skipped = steps + 1, tokens + tokens_before(self.config, step) - tokens_before(self.config, step - 1)
 
@@ -141,7 +141,7 @@ class Observer:
         return flops_per_token(self.config.model, self.feed.shape(step)[1]).total
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        """Let the feed measure the state, on all it has for 0 batches; write what it finds and return its measure."""
+        """Evaluate the state with the feed, on all data for 0 batches; write the results and return the measure."""
         with self.aside(state, "evaluation", step=step):
             found = self.feed.evaluate(step, state, max_batches)
         if not found:
@@ -155,13 +155,13 @@ class Observer:
         return self.measured[1] if self.measured[0] == step else None
 
     def saved(self, step: int, report) -> None:
-        """Note what a save kept the loop from."""
+        """Record the time that a save blocked the loop."""
         if report is not None:
             self.stalls.append(report.stall_seconds)
             self.writer.checkpoint({"step": step, "stall_seconds": report.stall_seconds, "bytes": report.bytes})
 
     def sample(self, step: int, state: TrainState) -> str:
-        """Let the feed continue the sample prompts; return what to print."""
+        """Sample continuations of the prompts from the feed; return the text to print."""
         with self.aside(state, "evaluation"):
             samples = self.feed.sample(step, state)
         for prompt, text in samples:

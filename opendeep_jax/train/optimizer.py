@@ -54,7 +54,7 @@ def _cosine(begin: float, end: float, span: int) -> optax.Schedule:
 
 
 class StepCount(NamedTuple):
-    """What the last link of an optimizer keeps: the step whose rate it applies."""
+    """State of an optimizer's last transformation: the step whose rate it applies."""
 
     count: Int[Array, ""]
 
@@ -174,7 +174,7 @@ def _is_hidden_matrix(names: tuple[str | None, ...]) -> bool:
 
 
 def _dimension_numbers(names: tuple[str | None, ...]) -> MuonDimensionNumbers:
-    """Which axes a matrix reduces over: (heads, head_dim) of an attention output, else the first."""
+    """Return the axes that a matrix reduces over: (heads, head_dim) of an attention output, else the first."""
     matrix = _matrix_axes(names)
     inputs = 2 if names[matrix[0]] == "heads" else 1
     return MuonDimensionNumbers(reduction_axis=matrix[:inputs], output_axis=matrix[inputs:])

@@ -23,7 +23,7 @@ from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, per_device
 from opendeep_jax.parallel.pipeline import StageFunctions, from_stages, pipelined_value_and_grad, to_stages
 from opendeep_jax.parallel.schedule import StageLayout, make_schedule, stage_layout
-from opendeep_jax.parallel.shares import Sum, all_entries, numbers, over_devices
+from opendeep_jax.parallel.shares import Sum, all_entries, over_devices, values
 from opendeep_jax.train.objective import DeviceArguments, Measured, Objective, joined, layer_losses, total_loss
 from opendeep_jax.train.state import BASE
 
@@ -34,7 +34,7 @@ def stacked_layers(config: RunConfig) -> str:
 
 
 def layers_on_stages(config: RunConfig, stages: int) -> StageLayout:
-    """Which stage has which layers. Leading dense layers are the first stage's, MTP modules the last one's."""
+    """Return the stage of each layer. Leading dense layers are the first stage's, MTP modules the last one's."""
     model, chunks = config.model, config.parallel.stage_chunks
     layers = model.num_moe_layers or model.num_layers
     first = model.num_leading_dense_layers if model.num_moe_layers else 0
@@ -149,6 +149,6 @@ def _device_gradients(config, definition, objective, layout, specs, arguments: D
     grads = sum_over_copies({**result.shared_gradients, **result.layer_gradients}, specs, mesh)
     output, layers = result.output_shares, result.layer_shares
     metrics = joined(output.metrics, all_entries(layers.metrics), result.embed_shares) | {"loss": Sum(result.loss)}
-    measured = numbers(over_devices(output._replace(metrics=metrics), mesh.axis_names))
+    measured = values(over_devices(output._replace(metrics=metrics), mesh.axis_names))
     within_stage = tuple(name for name in mesh.axis_names if name != "stage")
-    return grads, measured, numbers(over_devices(layers.loads, within_stage))
+    return grads, measured, values(over_devices(layers.loads, within_stage))

@@ -1,4 +1,4 @@
-"""What a run directory says of the configuration, the versions and the hardware of its run."""
+"""Records of a run's configuration, versions and hardware in its directory."""
 
 import importlib.metadata
 import os

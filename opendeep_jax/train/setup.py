@@ -37,7 +37,7 @@ from opendeep_jax.train.step import StepOutput, device_arguments, local_gradient
 
 
 def use_compilation_cache(config: RunConfig) -> None:
-    """Keeps compiled programs in `train.compilation_cache`, so that the next start is quick."""
+    """Enable the cache of compiled programs in `train.compilation_cache`."""
     if config.train.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -61,7 +61,7 @@ COMPILER_OPTIONS = {
 
 
 def check_implementations(config: RunConfig) -> None:
-    """Raises ConfigError for a kernel's implementation that there isn't, or that the mesh's platform lacks."""
+    """Raise ConfigError for a kernel implementation that does not exist, or not on the mesh's platform."""
     tables = {
         "attention": flash_mla.IMPLEMENTATIONS,
         "grouped_matmul": grouped_matmul.IMPLEMENTATIONS,
@@ -76,7 +76,7 @@ def check_implementations(config: RunConfig) -> None:
 
 
 def compiler_options(config: RunConfig, chip: str, platform: str, state: TrainState) -> dict[str, Any]:
-    """The options for a run's training step: the chip's, then the configuration's own for this platform.
+    """Compiler options of a run's training step: the chip's, then the configuration's for this platform.
 
     Args:
         chip, platform: as `kernels_pallas.target` names them.
@@ -111,7 +111,7 @@ class StepPrograms:
         self.jitted = jax.jit(train_step, donate_argnums=0)  # frozen weights stay the caller's
 
     def has(self, rows: int, length: int) -> bool:
-        """Whether the program of this shape is compiled."""
+        """Return whether the program of this shape is compiled."""
         return (rows, length) in self.compiled
 
     def of(self, rows: int, length: int) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
@@ -148,7 +148,7 @@ class StepPrograms:
         )
 
     def _key(self, shape: tuple[int, int]) -> tuple:
-        """What the time of compiling depends on."""
+        """Return the key of recorded compile times."""
         run, train = self.config, self.config.train
         pieces = train.accumulation_steps, train.rows_per_device, train.loss_chunk, run.optimizer.kind
         return run.model, run.parallel, pieces, shape, chip(), self.mesh.size, jax.__version__
@@ -219,7 +219,7 @@ def assemble(
 
 
 def _barrier(name: str) -> None:
-    """Returns when all processes of the job are here. A first collective does not wait long for a peer: half a minute
+    """Wait until all processes of the job are here. A first collective does not wait long for a peer: half a minute
     on a CPU, which on busy cores another one may take longer to compile. The watchdog ends a wait for one that is gone.
     """
     put_value(f"{name}/{jax.process_index()}", "")

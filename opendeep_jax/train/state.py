@@ -1,4 +1,4 @@
-"""What a training step takes and gives back, and where its arrays lie on the mesh."""
+"""Training state and the sharding of its arrays."""
 
 import math
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     router_bias: Arrays
     """Router biases by name, [layers, experts] or [experts]."""
     health: Health
-    """What the next step's update is checked by."""
+    """Statistics for the check of the next step's update."""
     frozen: dict[str, Arrays] = {}
     """Weights that do not train, by name, in groups: under BASE, weights of the model itself that `params` then lacks;
     under another name (`reference`, `teacher`), what the objective reads of another model. They have no masters and no
@@ -66,7 +66,8 @@ def skip_batch(
 def state_shardings(
     state: TrainState, definition: ModelDefinition, mesh: Mesh | AbstractMesh, zero_1: bool = False
 ) -> TrainState:
-    """Where each array of a (possibly abstract) state lies: optimizer state like the weight whose name it carries.
+    """Return the sharding of each array of a (possibly abstract) state: optimizer state like the weight whose name it
+    carries.
 
     Args:
         zero_1: moments are divided over the devices that hold copies of their weight, too.

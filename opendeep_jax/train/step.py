@@ -22,7 +22,7 @@ from opendeep_jax.models.parameters import Arrays, ModelDefinition
 from opendeep_jax.ops.routing import updated_bias
 from opendeep_jax.parallel.axes import BATCH_SPEC, sum_over_copies, weight_specs
 from opendeep_jax.parallel.collectives import axis_size, per_device
-from opendeep_jax.parallel.shares import meet, nothing, numbers, over_devices
+from opendeep_jax.parallel.shares import combine, neutral, over_devices, values
 from opendeep_jax.train.objective import DeviceArguments, Inputs, Measured, Objective, make_inputs, total_loss
 from opendeep_jax.train.optimizer import at_step, learning_rate
 from opendeep_jax.train.pipelined import pipelined_gradients
@@ -32,12 +32,12 @@ Metrics = dict[str, jax.Array]
 
 
 class StepOutput(NamedTuple):
-    """What a step tells beside the new state."""
+    """Results of a step beside the new state."""
 
     metrics: Metrics
     """Scalars by name: `loss`, the objective's metrics, `grad_norm`, `learning_rate`."""
     check: UpdateCheck
-    """Whether its update was applied, and why not."""
+    """Result of the update check: whether it was applied, and if not, why."""
     loads: Arrays
     """Tokens of the batch that chose each expert, int32 [layers, experts] or [experts], by router bias."""
     router_bias: Arrays
@@ -112,7 +112,7 @@ def batch_gradients(
     def device_gradients(arguments: DeviceArguments) -> tuple[Arrays, Measured]:
         grads, measured = local_gradients(config, definition, objective, arguments)
         grads = sum_over_copies(grads, specs.params, mesh)
-        return grads, numbers(over_devices(measured, mesh.axis_names))
+        return grads, values(over_devices(measured, mesh.axis_names))
 
     return per_device(device_gradients, (specs,), (specs.params, PartitionSpec()))(arguments)
 
@@ -120,7 +120,7 @@ def batch_gradients(
 def device_arguments(
     config: RunConfig, definition: ModelDefinition, objective: Objective, state: TrainState, batch: Batch
 ) -> tuple[DeviceArguments, DeviceArguments]:
-    """What the per-device program takes, and how it is divided over the mesh in use."""
+    """Return the arguments of the per-device program and their partition over the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     # Gradients are taken of what is multiplied by, and so have its dtype: a reduce-scatter in bfloat16 gives no more.
     params = definition.in_compute_dtype(state.params, config.model.dtype)
@@ -155,7 +155,7 @@ def device_arguments(
 def local_gradients(
     config: RunConfig, definition: ModelDefinition, objective: Objective, arguments: DeviceArguments
 ) -> tuple[Arrays, Measured]:
-    """What a device computes from its own rows: gradients divided like the weights, and its share of every metric.
+    """Compute from a device's own rows gradients divided like the weights, and its share of every metric.
 
     Over the devices that hold copies of a weight, gradients are still to be added up: once, after all micro-batches.
     """
@@ -184,9 +184,9 @@ def local_gradients(
 
     def accumulate(total, micro):
         grads, measured = micro_gradient(micro)
-        return (jax.tree.map(jnp.add, total[0], grads), meet(total[1], measured)), None
+        return (jax.tree.map(jnp.add, total[0], grads), combine(total[1], measured)), None
 
-    return jax.lax.scan(accumulate, (zeros, nothing(none)), cut)[0]
+    return jax.lax.scan(accumulate, (zeros, neutral(none)), cut)[0]
 
 
 def bias_update_speed(config: RunConfig, step) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a run says of itself: before the first step, and when it is over."""
+"""Summaries of a run: before the first step and at its end."""
 
 import math
 import os
@@ -59,7 +59,7 @@ def memory_estimate(config: RunConfig, state: TrainState, devices: int) -> dict[
 
 
 def check_memory(config: RunConfig, state: TrainState, devices: int) -> None:
-    """Raises ConfigError where the weights, gradients and moments alone cannot fit, before anything is made."""
+    """Raise ConfigError where the weights, gradients and moments alone cannot fit, before anything is made."""
     memory = memory_estimate(config, state, devices)
     needed = sum(memory[part] for part in ("weights", "gradients", "moments"))
     present = device_memory_bytes()

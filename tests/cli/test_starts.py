@@ -8,7 +8,7 @@ import pytest
 from opendeep_jax.cli import main as command
 from opendeep_jax.cli.starts import MOST_LOSSES, counted_start, exclude_from_count, newest_step
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.config.exits import PeerEnded, Resume, Stopped, ToldToStop
+from opendeep_jax.config.exits import PeerEnded, Resume, Stopped, StopRequested
 from opendeep_jax.record.files import CHECKPOINTS
 
 JOB = {"OPENDEEP_JOB": "slurm-17"}
@@ -66,7 +66,7 @@ def test_starts_that_are_lost_without_progress_end(error, tmp_path):
     assert ended(tmp_path, None) is None
 
 
-@pytest.mark.parametrize("error", [ToldToStop("SIGTERM"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [StopRequested("SIGTERM"), KeyboardInterrupt()])
 def test_being_told_to_stop_never_counts(error, tmp_path):
     for _ in range(2 * MOST_LOSSES):
         assert ended(tmp_path, error) is error

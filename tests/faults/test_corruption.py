@@ -170,5 +170,5 @@ def test_many_wrong_arrays_are_one_sentence(replicated):
 def test_a_drill_for_a_flipped_bit_is_refused_where_nobody_could_see_it(replicated, tmp_path):
     state = jax.device_put(replicated.state, jax.devices()[0])
     with pytest.raises(ConfigError, match="flipped_bit@3: no device has a copy.*--parallel.data=2"):
-        drill.spoil_state(("flipped_bit@3",), tmp_path, 3, state)
-    assert drill.spoil_state(("flipped_bit@3",), tmp_path, 4, state) is state
+        drill.corrupt_state(("flipped_bit@3",), tmp_path, 3, state)
+    assert drill.corrupt_state(("flipped_bit@3",), tmp_path, 4, state) is state

@@ -166,8 +166,8 @@ def test_a_bug_of_this_process_stays_one_where_no_peer_is_missing(end, first_of_
 
 LAST_WORDS = """
 import os, sys, time
-from opendeep_jax.faults.exit_notice import leave_exit_notice
-farewell = leave_exit_notice(3, sys.argv[1], "node000", "stacks/process_3.txt")
+from opendeep_jax.faults.exit_notice import install_exit_notice
+farewell = install_exit_notice(3, sys.argv[1], "node000", "stacks/process_3.txt")
 print("ready", flush=True)
 {end}
 """
@@ -216,7 +216,7 @@ def test_a_process_ends_as_another_one_has_ended_for_good(status, ends, end, tmp
     monkeypatch.setattr(distributed, "get_values", lambda prefix: said if prefix == "ended" else {})
     monkeypatch.setattr(distributed, "host_of", lambda process: "node001")
     watchdog = Watchdog(tmp_path, FaultsConfig(peer_seconds=1.0), end)
-    watchdog._hear_of_ends()
+    watchdog._check_peer_exits()
     with watchdog:
         end.happened.wait(4 if ends else 0.5)
     assert end.statuses[:1] == ends

@@ -220,7 +220,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_takes_no_gradient():
 
 
 BLOCKS = flash_mla_gpu.LARGEST[4].forward
-spans_of = jax.jit(lambda marks: flash_mla_gpu._spans(*flash_mla_gpu._meetings(marks, BLOCKS)))
+spans_of = jax.jit(lambda marks: flash_mla_gpu._spans(*flash_mla_gpu._block_visibility(marks, BLOCKS)))
 
 
 @given(seed=st.integers(0, 2**32 - 1), shuffled=st.booleans())

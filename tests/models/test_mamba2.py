@@ -156,7 +156,7 @@ def test_a_text_taken_in_piece_by_piece_gives_what_it_gives_at_once(conv_kernel)
     mamba = mixer(conv_kernel=conv_kernel, time_step_min=0.3)
     length, width = 23, 6
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, length, NEMOTRON_H.hidden_size)), jnp.float32)
-    memory, one = mamba.nothing(2, x.dtype), jnp.zeros((2, width), jnp.int32)
+    memory, one = mamba.initial_state(2, x.dtype), jnp.zeros((2, width), jnp.int32)
     whole, end = mamba.continued(x, jnp.zeros((2, length), jnp.int32), jnp.ones((2, length), bool), memory)
     taken, outs = 0, []
     step = jax.jit(lambda x, present, memory: mamba.continued(x, one, present, memory))

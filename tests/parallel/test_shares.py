@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.parallel.shares import Max, Mean, Sum, all_entries, meet, nothing, numbers
+from opendeep_jax.parallel.shares import Max, Mean, Sum, all_entries, combine, neutral, values
 
 TERMS = np.random.default_rng(0).normal(-5, 1, 12).astype(np.float32)
 
@@ -25,10 +25,10 @@ def shares_of(terms):
 
 @given(st.lists(st.integers(0, 12), max_size=4))
 def test_any_cut_gives_the_sum_mean_and_maximum_of_all_terms(cuts):
-    total = nothing(jax.eval_shape(lambda: shares_of(TERMS)))
+    total = neutral(jax.eval_shape(lambda: shares_of(TERMS)))
     for part in np.split(TERMS, sorted(cuts)):
-        total = meet(total, shares_of(part))
-    found = numbers(total)
+        total = combine(total, shares_of(part))
+    found = values(total)
     assert found["most"]["of integers"] == -min(map(len, np.split(TERMS, sorted(cuts))))
     for name, value in (("sum", TERMS.sum()), ("mean", TERMS.mean()), ("max", TERMS.max())):
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
@@ -37,12 +37,12 @@ def test_any_cut_gives_the_sum_mean_and_maximum_of_all_terms(cuts):
 def test_stacked_layers_are_entries_of_one_number():
     layers = np.arange(6.0).reshape(2, 3)
     stacked = {"mean": Mean(layers.sum(1), np.array([3, 3])), "max": Max(layers.max(1)), "sum": Sum(layers.sum(1))}
-    assert numbers(all_entries(stacked)) == {"mean": 2.5, "max": 5.0, "sum": 15.0}
+    assert values(all_entries(stacked)) == {"mean": 2.5, "max": 5.0, "sum": 15.0}
     with pytest.raises(ConfigError, match=r"total has the shape \(2,\) and whose count \(\)"):
         all_entries({"mean": Mean(layers.sum(1), np.float32(6))})
 
 
-@pytest.mark.parametrize("function", [lambda x: meet(x, x), nothing, numbers, all_entries])
+@pytest.mark.parametrize("function", [lambda x: combine(x, x), neutral, values, all_entries])
 def test_a_plain_number_has_no_way_to_meet_others(function):
     with pytest.raises(ConfigError, match="Make it a Sum, a Mean or a Max"):
         function({"loss": jnp.float32(1)})

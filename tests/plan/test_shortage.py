@@ -93,9 +93,8 @@ def test_a_lack_of_this_machines_memory_is_told_from_the_chips():
 
 @pytest.mark.parametrize("end, said", [("os.kill(os.getpid(), signal.SIGKILL)", True), ("pass", False)])
 def test_a_compiler_that_linux_kills_does_not_end_without_a_word(end, said):
-    script = (
-        f"import os, signal\nfrom opendeep_jax.plan.shortage import told_if_killed\nwith told_if_killed():\n    {end}\n"
-    )
+    script = "import os, signal\nfrom opendeep_jax.plan.shortage import report_if_killed\n"
+    script += f"with report_if_killed():\n    {end}\n"
     process = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert process.returncode == (-signal.SIGKILL if said else 0)
     assert ("memory of the machine that compiles" in process.stderr) is said

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from opendeep_jax.train import compiling as module
-from opendeep_jax.train.compiling import TIMES_FILE, Times, compiling, quiet_alarms, say_once
+from opendeep_jax.train.compiling import TIMES_FILE, Times, compiling, print_once, quiet_alarms
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_terminal_shows_a_running_clock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with compiling("the step", str(tmp_path), "key", say_once):
+    with compiling("the step", str(tmp_path), "key", print_once):
         pass
     assert "compiling the step" in sys.stdout.getvalue() and "0:00:00" in sys.stdout.getvalue()
 
