@@ -22,8 +22,7 @@ B = TypeVar("B")
 
 
 def from_shared_memory(chip: OnChip, itemsize: int) -> bool:
-    """Return whether matrix products read their operands from shared memory (wgmma, tcgen05): 16 bits, Hopper and
-    later."""
+    """Return whether matrix products read operands from shared memory (wgmma, tcgen05): 16 bits, since Hopper."""
     return itemsize == 2 and chip.generation >= 9
 
 

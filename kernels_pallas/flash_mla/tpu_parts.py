@@ -79,8 +79,7 @@ def dot(lhs, rhs, contract):
 
 
 def visible_keys(query_marks, key_marks):
-    """Return the mask of keys [s, 1] that the queries [1, l] see; marks [·, l] and [·, s] hold order and segment in
-    their rows."""
+    """Return the mask of keys [s, 1] that queries [1, l] see; rows of marks [·, l], [·, s]: order and segment."""
     keys = key_marks.T
     return (keys[:, 0:1] <= query_marks[0:1]) & (keys[:, 1:2] == query_marks[1:2])
 

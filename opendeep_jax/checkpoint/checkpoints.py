@@ -167,8 +167,7 @@ class Checkpoints:
         )
 
     def save(self, state: Any, measure: float | None = None, durable: bool = True) -> SaveReport | None:
-        """Start a save of `state`; return once the state may be donated to the next step. None if the checkpoint
-        exists.
+        """Start a save; return once `state` may be donated to the next step. None if the checkpoint exists.
 
         Args:
             measure: held-out bits per byte, by which the best are kept.

@@ -93,7 +93,7 @@ class AttentionConfig:
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     """GQA: RMSNorm of queries and keys before rotation, over each head (Qwen 3, Gemma 3) or all together (OLMo 2)."""
     sinks: bool = False
-    """GQA: a learned score for each head that takes its share of the softmax and gives nothing (gpt-oss)."""
+    """GQA: attention sinks, a learned score of each head in the softmax's denominator only (gpt-oss)."""
     query_scale: NonNegative = 0.0
     """Factor on the scores; 0 takes qk_head_dim ** -0.5."""
     logit_softcap: float = 0.0
@@ -174,7 +174,7 @@ class MambaConfig:
     state_size: Count = 16
     """Numbers that a state keeps for each of head_dim."""
     num_groups: Count = 1
-    """Groups of heads that share what writes to and reads from their states."""
+    """Groups of heads that share input and output projections of their states (B and C)."""
     conv_kernel: Count = 4
     """Positions that the convolution before the states sees, its own included."""
     conv_bias: bool = True

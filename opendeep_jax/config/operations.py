@@ -23,7 +23,7 @@ class CheckpointConfig:
     keep_every: Natural = 0
     """Checkpoints at multiples of so many steps are kept for ever; 0 for none."""
     keep_best: Natural = 0
-    """So many checkpoints with the fewest held-out bits per byte are kept besides."""
+    """Number of checkpoints with the fewest held-out bits per byte to keep besides."""
     local_directory: str = ""
     """A fast disk of each machine (or memory, such as /dev/shm) for more frequent checkpoints; empty for none."""
     local_every: Natural = 0
@@ -53,12 +53,12 @@ class FaultsConfig:
     """A process whose step, save or evaluation takes longer writes all its stacks and exits; 0 waits for ever.
     Compilation may take ten times as long."""
     peer_seconds: NonNegative = 60.0
-    """A process that was not heard of for so long is named by all others, which then exit; 0 waits for ever."""
+    """Seconds without a heartbeat after which all others name the process and exit; 0 waits forever."""
     join_seconds: NonNegative = 300.0
     """Seconds that the processes of a job wait, at the start, until all are there; then they say who is missing, and
     end with status 75."""
     drill: tuple[str, ...] = ()
-    """Faults to make on purpose, such as nan_gradient@12, sigkill@20:1 (a step, a process), to see what happens."""
+    """Faults to inject, such as nan_gradient@12, sigkill@20:1 (a step, a process)."""
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,7 @@ def step_at_tokens(config, tokens: int) -> float:
 
 
 class RatePiece(NamedTuple):
-    """Piece of the schedule over which the learning rate, a fraction of its peak, goes from `begin` to `end`; then it
-    stays there."""
+    """Piece of the schedule: the rate, a fraction of its peak, goes from `begin` to `end` and stays there."""
 
     name: str
     """Name for people: `warm-up`, `cosine`, `stable`, `decay`, `linear (phase 2 of 5)`."""

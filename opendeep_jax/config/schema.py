@@ -83,7 +83,7 @@ class CurationConfig:
     languages: tuple[str, ...] = ()
     """Keep documents in these languages, such as `en`; empty keeps all."""
     language_model: str = ""
-    """fastText's lid.176.bin (or another model with `__label__xx`) that tells languages."""
+    """Language identifier: fastText's lid.176.bin (or another model with `__label__xx`)."""
     language_threshold: Fraction = 0.65
     """Least certainty of the language."""
     exact_deduplication: bool = False
@@ -137,8 +137,7 @@ class DataConfig:
     tokenizer: str = "bpe:8192"
     """`bytes`, `bpe:SIZE` (byte-level BPE trained on the sources, cached by content hash), or a tokenizer.json path."""
     directory: str = "runs/data"
-    """Directory of tokenizers, curated text, token stores and packing plans, shared between runs and named by
-    hashes."""
+    """Directory of tokenizers, curated text, token stores and packing plans, shared by runs, named by hashes."""
     sequence_length: int = 512
     """Tokens L in a row."""
     packing: Literal["concatenate", "first_fit", "best_fit"] = "concatenate"
@@ -217,7 +216,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Size of each mesh axis; -1 fills what the devices leave, on one axis at most."""
+    """Size of each mesh axis; -1, on one axis at most, takes the remaining devices."""
 
     data: AxisSize = 1
     """Replicas with a copy of the weights each (over slices or nodes)."""

@@ -202,8 +202,7 @@ class Tasks(TaskManager):
     """The harness' tasks, with failures that a user can mend as ConfigErrors."""
 
     def load(self, task_list: list[str]) -> Any:
-        """Load tasks as the harness does. Raises ConfigError where a task or its data cannot be had, or runs what a
-        model writes."""
+        """Load tasks. Raises ConfigError for a task without its data, or one that runs what a model writes."""
         try:
             loaded = super().load(task_list)
         except Exception as error:  # datasets, YAML and the network fail in a hundred ways

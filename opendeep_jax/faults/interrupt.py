@@ -41,8 +41,7 @@ class StopRequests:
         return self._last_step is not None and step >= self._last_step
 
     def end(self) -> Exception | KeyboardInterrupt:
-        """Return the exception that ends the run once its state is saved: KeyboardInterrupt for Ctrl-C, else
-        StopRequested."""
+        """Return the exception that ends the run after its save: KeyboardInterrupt or StopRequested."""
         if self.signal == "SIGINT":
             return KeyboardInterrupt()
         return StopRequested("stopped by SIGTERM, as before a preemption; the step at hand is saved.")

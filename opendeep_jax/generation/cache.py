@@ -116,8 +116,7 @@ def bytes_per_token(config: ModelConfig, mtp: bool = False, platform: str = "cpu
 
 
 def cache_spec(name: str) -> PartitionSpec:
-    """Return the partition of a layer's pages: each group of rows has its own pages, heads lie where their weights
-    do."""
+    """Return the partition of a layer's pages: each group of rows has its own; heads follow their weights."""
     heads = name in ("key", "value")
     return PartitionSpec(ROW_AXES, "tensor") if heads else PartitionSpec(ROW_AXES)
 

@@ -348,7 +348,9 @@ class Engine:
         rows = self.rows(ready, tokens, starts, counts, ahead=self.config.speculate)
         settings, index, wanted = settings_of(ready, self.config.kept_tokens)
         out, self.cache = self.programs.verify(self.weights, self.cache, rows, limits, settings, index)
-        told = jax.device_get(self.programs.describe(wanted, out.tokens, out.logits, settings)) if any(wanted) else None
+        details = (
+            jax.device_get(self.programs.describe(wanted, out.tokens, out.logits, settings)) if any(wanted) else None
+        )
         sampled, accepted, drafts = jax.device_get((out.tokens, out.accepted, out.drafts))
         self._keep_experts(ready, out.experts, accepted + 1)
         for row, request in enumerate(ready):
@@ -356,7 +358,7 @@ class Engine:
                 request.drafts = drafts[row].tolist()
                 self._counts["drafted_tokens"] += int(counts[row]) - 1
                 self._counts["accepted_tokens"] += int(accepted[row])
-                own = told or Sampled(sampled)
+                own = details or Sampled(sampled)
                 own = Sampled(*(None if array is None else array[row, : accepted[row] + 1] for array in own))
                 progress.append(self._accept(request, own))
 

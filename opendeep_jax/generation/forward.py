@@ -52,15 +52,15 @@ def places(rows: Rows, first: bool = False) -> CachePlaces:
 
 
 def context_of(layout: EngineLayout, at: CachePlaces) -> Context:
-    """Return what all layers share about the new tokens."""
+    """Return the layers' shared context of the new tokens."""
     positions, present = at.positions.reshape(1, -1), at.present.reshape(1, -1)
     turned = angles(layout.config.attention, positions)
     everyone = Positions(present.astype(jnp.int32), None, *turned)
-    own = jax.tree.map(lambda x: own_tokens(x), everyone)
-    return Context(own_tokens(present), own, everyone, everyone)
+    own = jax.tree.map(lambda x: local_tokens(x), everyone)
+    return Context(local_tokens(present), own, everyone, everyone)
 
 
-def own_tokens(x: Array) -> Array:
+def local_tokens(x: Array) -> Array:
     """Return this device's part [1, n / tensor, ...] of what all devices of its `tensor` axis have [1, n, ...]."""
     size = axis_size("tensor")
     if size == 1:
@@ -105,7 +105,7 @@ def forward(
         return layer
 
     # Embedded as rows of one token: a device's columns or rows of the table are told to others as in training.
-    x = outside.embedding(own_tokens(rows.tokens.reshape(1, -1)))
+    x = outside.embedding(local_tokens(rows.tokens.reshape(1, -1)))
     after, routed = [], []
     for number, (run, arrays) in enumerate(zip(layout.runs, weights.runs, strict=True)):
         layer, held = program(number), cache[number]

@@ -70,7 +70,7 @@ class Sampled(NamedTuple):
 
 
 def settings_of(requests: Sequence[Request | None], kept: bool) -> tuple[RowSampling, Int[np.ndarray, "B"], Outputs]:
-    """Return the rows' settings, their places in their outputs, and what any of them wants to be told, in numpy.
+    """Return the rows' settings, their places in their outputs, and the union of requested outputs, in numpy.
 
     Args:
         kept: whether the tokens that were drawn among are wanted.

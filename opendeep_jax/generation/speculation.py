@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from opendeep_jax.generation.cache import LayerCache
-from opendeep_jax.generation.forward import Rows, context_of, forward, own_tokens, places, through_layer
+from opendeep_jax.generation.forward import Rows, context_of, forward, local_tokens, places, through_layer
 from opendeep_jax.generation.sampling import RowSampling, draw, limited
 from opendeep_jax.generation.weights import EngineLayout, Weights
 from opendeep_jax.parallel.collectives import all_gather
@@ -103,7 +103,7 @@ def verify(
 def _module(layout, weights, hidden, following, cache, rows, first=False):
     """Return the first MTP module's outputs [B, T, D], given the model's and the tokens that follow."""
     at, outside, module = places(rows, first), layout.outside(weights), layout.mtp(weights, 0)
-    flat = own_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
-    inputs = flat, outside.embedding(own_tokens(following.reshape(1, -1)))
+    flat = local_tokens(hidden.reshape(1, -1, hidden.shape[-1]))
+    inputs = flat, outside.embedding(local_tokens(following.reshape(1, -1)))
     x, cache = through_layer(module, inputs, context_of(layout, at), cache, at, rows.slots)
     return all_gather(x, "tensor", 1).reshape(hidden.shape), cache

@@ -51,8 +51,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EngineLayout:
-    """Sharding of a model's arrays in the engine, and the definition that makes modules of them. `layout_of` makes it,
-    once."""
+    """Sharding of a model's arrays in the engine, and the definition of its modules; made by `layout_of`."""
 
     config: ModelConfig
     mesh: Mesh

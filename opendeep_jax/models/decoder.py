@@ -342,7 +342,7 @@ def _kept(config: ModelConfig):
 
 
 def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelConfig, first: int = 0):
-    """Run stacked layers, of which the model's layer `first` is the first, one after the other; returns x and the
+    """Run stacked layers in order, starting with the model's layer `first`; return x and the
     layers' reports, stacked.
     """
     if layers is None:
@@ -356,7 +356,7 @@ def scan_layers(layers: nnx.Module | None, x, context: Context, config: ModelCon
 
 
 def run_layers(stacks: dict[str, nnx.Module], x, context: Context, config: ModelConfig):
-    """Run a hybrid's layers in their order, each by itself; returns x and each stack's reports, stacked."""
+    """Run a hybrid's layers in their order, each by itself; return x and each stack's reports, stacked."""
     layers, left, reports = {}, {}, {name: [] for name in stacks}
     for name, stack in stacks.items():
         layers[name], state = one_layer(stack, context, config, scanned=False)

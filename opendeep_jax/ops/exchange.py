@@ -133,8 +133,7 @@ def buffer_sizes(
 
 
 def fitting_tokens(choices: Int[Array, "K N"], num_experts: int, devices: int, sizes: Sizes) -> Int[Array, ""]:
-    """Return how many of each device's first tokens fit the buffers of all devices: a multiple of `chunk_size`, or all
-    T."""
+    """Return how many of each device's first tokens fit all devices' buffers: a multiple of `chunk_size`, or all T."""
     tokens = choices.shape[1] // devices
     if sizes.exact:
         return jnp.int32(tokens)

@@ -71,8 +71,7 @@ def start(cluster: Cluster | None, timeout: float = 300.0) -> None:
 
 
 def _on_tpu_pod() -> bool:
-    """Return whether this is a TPU machine; JAX then finds the pod's other hosts by itself, also where there are
-    none."""
+    """Return whether this is a TPU machine, whose pod's other hosts JAX finds by itself."""
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
@@ -92,7 +91,7 @@ def in_job() -> bool:
 
 
 def is_primary() -> bool:
-    """Return whether this process is the one that prints, and writes what is written once."""
+    """Return whether this is the process that prints and writes shared files."""
     return jax.process_index() == 0
 
 

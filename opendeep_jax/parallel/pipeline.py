@@ -177,7 +177,7 @@ def pipelined_value_and_grad(
         return lax.scan(step, (gradient, total), jnp.arange(places), reverse=True)[0]
 
     def forward_tick(state, row):
-        """The forward of this tick's part; returns the new state and what the next stage gets."""
+        """Run the forward of this tick's part; return the new state and what the next stage gets."""
         work, slot = work_of(row, "forward"), row["forward_input"]
         inputs, shared_gradients = state["inputs"], state["shared_gradients"]
         arrived = lambda: (inputs[slot, 0], neutral(embed_like))  # noqa: E731
@@ -211,7 +211,7 @@ def pipelined_value_and_grad(
         return state, y
 
     def backward_tick(state, row):
-        """The backward of this tick's part; returns the new state and what the stage before gets."""
+        """Run the backward of this tick's part; return the new state and what the stage before gets."""
         work, kept, slot = work_of(row, "backward"), state["inputs"], row["backward_input"]
         if keep == "chunk":
             _, kept, *_ = forward_chunk(work, kept[slot, 0], zeros(x_like, 1, places), 0)

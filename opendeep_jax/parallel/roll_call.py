@@ -41,7 +41,7 @@ def roll_call(cluster: Cluster, seconds: float) -> None:
 
 def _call(cluster: Cluster, seconds: float, end: float) -> None:
     port = int(cluster.coordinator_address.rpartition(":")[2])
-    there: dict[int, socket.socket] = {}
+    present: dict[int, socket.socket] = {}
     hosts = {0: socket.gethostname()}
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(cluster, port))
@@ -66,11 +66,11 @@ def _call(cluster: Cluster, seconds: float, end: float) -> None:
                     f"{cluster.num_processes}, which has them numbered from 0 to {cluster.num_processes - 1}. Start "
                     "all with the same number of processes."
                 )
-            there[process], hosts[process] = connection, host
-        for connection in there.values():
+            present[process], hosts[process] = connection, host
+        for connection in present.values():
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps({"wrong": wrong, "verdict": verdict}).encode() + b"\n")
-        for connection in there.values():  # whoever closes first keeps the port in TIME_WAIT, and JAX needs it here
+        for connection in present.values():  # whoever closes first keeps the port in TIME_WAIT, and JAX needs it here
             with contextlib.suppress(OSError):
                 connection.settimeout(1.0)
                 connection.recv(1)

@@ -42,8 +42,7 @@ class Schedule(NamedTuple):
 
 
 class BufferSlots(NamedTuple):
-    """Buffer slots of inputs and gradients in waiting: two buffers a stage, reused when free. int32 [T, S], IDLE where
-    none.
+    """Buffer slots of waiting inputs and gradients, reused when free. int32 [T, S], IDLE where none.
 
     `inputs` slots hold a chunk's input from its arrival (the first part: from its forward) to its backward; `gradients`
     slots hold the gradient of a chunk's output from its arrival (the last part: from its forward) to its backward.

@@ -53,7 +53,7 @@ class Feed:
         return True
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot be opened, before anything is compiled."""
+        """Raise ConfigError for sources that cannot be opened, before anything is compiled."""
 
     def open(self, setup: Setup) -> None:
         """Prepare for `batch`, in a thread of its own while the step is compiled."""
@@ -77,11 +77,11 @@ class Feed:
         return rows_here(self.setup.mesh, global_rows(self.config, size, self.setup.mesh))
 
     def documents(self, step: int) -> list[dict[str, Any]]:
-        """Return what the batch of `step` was made of, each once: objects with `source`, `id` and the first `row`."""
+        """Return the documents of the batch of `step`, each once: objects with `source`, `id` and the first `row`."""
         return []
 
     def describe(self) -> dict[str, Any]:
-        """Return what belongs into data.json."""
+        """Return the content of data.json."""
         return {}
 
     def startup_rows(self) -> list[tuple[str, str]]:
@@ -89,19 +89,19 @@ class Feed:
         return []
 
     def save(self, record: Record) -> None:
-        """Write what the run directory keeps of the data."""
+        """Write the data's files of the run directory."""
         record.write(DATA, self.describe())
 
     def evaluate(self, step: int, state: TrainState, max_batches: int) -> dict[str, float]:
-        """Measure the state after `step` steps, on all there is for 0 batches; empty where nothing is measured."""
+        """Evaluate the state after `step` steps, on all data for 0 batches; empty without an evaluation."""
         return {}
 
     def sample(self, step: int, state: TrainState) -> list[tuple[str, str]]:
-        """Return (prompt, what the model makes of it) of the sample prompts."""
+        """Return (prompt, continuation) of the sample prompts."""
         return []
 
     def summary(self, evaluations: list[dict[str, Any]]) -> dict[str, float | None]:
-        """Return what belongs into summary.json besides, given the lines of evaluation.jsonl."""
+        """Return the feed's entries of summary.json, given the lines of evaluation.jsonl."""
         return {}
 
 
