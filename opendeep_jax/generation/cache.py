@@ -121,14 +121,16 @@ def cache_spec(name: str) -> PartitionSpec:
     return PartitionSpec(ROW_AXES, "tensor") if heads else PartitionSpec(ROW_AXES)
 
 
-def cache_specs(layout: "Layout", mtp: bool) -> tuple[dict[str, PartitionSpec], ...]:
+def cache_specs(layout: "EngineLayout", mtp: bool) -> tuple[dict[str, PartitionSpec], ...]:
     """Return how the whole cache lies: a dictionary for each run of layers, and for the MTP modules one each."""
     kinds = layer_kinds(layout.config, mtp)
     places = [run.layers[0] for run in layout.runs] + [*range(layout.config.num_layers, len(kinds))]
     return tuple({name: cache_spec(name) for name in cache_names(layout.config, kinds[place])} for place in places)
 
 
-def make_cache(layout: "Layout", pages: int, page_size: int, slots: int, mtp: bool = False) -> tuple[LayerCache, ...]:
+def make_cache(
+    layout: "EngineLayout", pages: int, page_size: int, slots: int, mtp: bool = False
+) -> tuple[LayerCache, ...]:
     """Return empty pools, with `pages` and one more than `slots` for a layer in each of the mesh's groups of rows.
 
     Args:
