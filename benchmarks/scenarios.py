@@ -348,16 +348,16 @@ class Bench:
     def patched(self, s: Scenario, kill: int | None) -> Iterator[None]:
         """The loop as it is, but for made-up batches, programs that are shared, and a death before step `kill`."""
 
-        def assembled(config, mesh):
-            made = assemble(config, mesh)
+        def assembled(config, mesh, *objective_and_frozen):
+            made = assemble(config, mesh, *objective_and_frozen)
             made.programs.compiled = self.compiled.setdefault(s.policy == "skip", {})
             return made
 
         def inject(take_step, config, workdir):
-            def faulty(batches, state, step):
+            def faulty(batch_of, state, step):
                 if step == kill:
                     raise Killed
-                return take_step((coded(step, rows) for rows in batches), state, step)
+                return take_step(lambda at, state: coded(step, batch_of(at, state)), state, step)
 
             return faulty
 
@@ -371,7 +371,7 @@ class Bench:
                 loop__assemble=assembled,
                 loop__inject_faults=inject,
                 setup__create_state=lambda *_: self.placed(self.first),
-                loop__write_report=lambda _: None,
+                loop___report=lambda _: None,
                 step__batch_gradients=self.made_up,
             ),
             contextlib.redirect_stdout(io.StringIO()),

@@ -368,9 +368,13 @@ def quarantine(path: Path, directory: Path) -> Path | None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete incomplete writes of killed processes; Orbax never reads them, but they take space."""
+    """Delete incomplete writes of killed processes and failed saves; Orbax never reads them, but they take space."""
     for path in directory.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(100):  # beside a write that failed, others still make files for a moment
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
+            time.sleep(0.02)
 
 
 def quieten_orbax() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from opendeep_jax.config.exits import Resume, Stopped, StopRequested
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
 
 DIRECTORY = "starts"
-CHECKPOINTS = "checkpoints"  # as checkpoint/files.py, which loads JAX
 MOST_CRASHES = 2
 """Python errors in a row, without progress, that end a job."""
 MOST_LOSSES = 5
@@ -39,9 +39,9 @@ class Starts:
 
 
 def newest_step(workdir: Path) -> int:
-    """The step of the newest checkpoint in a work directory; 0 where there is none. Loads no JAX."""
+    """Return the step of the newest checkpoint in a work directory; 0 where there is none."""
     with contextlib.suppress(OSError):
-        return max((int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit()), default=0)
+        return max(checkpoint_steps(workdir / CHECKPOINTS), default=0)
     return 0
 
 

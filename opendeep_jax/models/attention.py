@@ -7,8 +7,8 @@ Departs from the reports in nothing. Heads are divided over the `tensor` axis: e
 heads for the tokens of that axis' devices, and keys for those of `context` too. What travels for that are MLA's
 latents, which are an order of magnitude narrower than the keys and values made of them.
 
-B batch, L length, D model width, H heads, G key/value heads, N/R sizes of a head's unrotated and rotated part,
-Q = N + R size of a head, V value head size, C rank of a latent.
+B batch, L length on this device, T on all devices of its `tensor` axis, D model width, H heads, G key/value heads, N/R
+sizes of a head's unrotated and rotated part, Q = N + R size of a head, V value head size, C rank of a latent.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ class MultiHeadLatentAttention(nnx.Module):
         out = project(out, self.out[...].reshape(-1, x.shape[-1]), precision=self.precision)
         return psum_scatter(out, "tensor", 1)
 
-    def over_row(self, context: Context, nope, rope, latent, key_rope) -> Float[Array, "B L HV"]:
+    def over_row(self, context: Context, nope, rope, latent, key_rope) -> Float[Array, "B T HV"]:
         """The core of training: the heads' values for the two parts of their queries, which see their segments.
 
         Args:
@@ -97,7 +97,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def flash(
         self, nope, rope, latent, key_rope, queries: AttentionMarks, keys: AttentionMarks
-    ) -> Float[Array, "B L HV"]:
+    ) -> Float[Array, "B T HV"]:
         """Attention to the keys and values that latents [B, S, C] and rotated keys [B, S, R] stand for."""
         key, value = self.keys_values(latent)
         return flash_mla(
@@ -115,7 +115,7 @@ class MultiHeadLatentAttention(nnx.Module):
             implementation=self.implementation,
         )
 
-    def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B L HN"], Array]:
+    def queries(self, x: Float[Array, "B L D"], context: Context) -> tuple[Float[Array, "B T HN"], Array]:
         """The two parts of this device's heads' queries, heads side by side, the second rotated."""
         if self.config.q_lora_rank:
             latent = self.q_norm(checkpoint_name(project(x, self.q_down[...], precision=self.precision), "q_latent"))
@@ -158,7 +158,7 @@ class MultiHeadLatentAttention(nnx.Module):
             second = halves_first(second)
         return first.reshape(up.shape[0], -1), second.reshape(up.shape[0], -1)
 
-    def turn(self, x: Float[Array, "B L HR"], positions) -> Float[Array, "B L HR"]:
+    def turn(self, x: Float[Array, "B T HR"], positions) -> Float[Array, "B T HR"]:
         """Rotate heads that lie side by side."""
         heads = x.reshape(*x.shape[:2], -1, self.config.qk_rope_head_dim)
         return rotate(heads, positions.cosine, positions.sine, interleaved=False).reshape(x.shape)
@@ -204,7 +204,7 @@ class GroupedQueryAttention(nnx.Module):
         out = (core or type(self).over_row)(self, context, query, key, value, self.scoring(sliding))
         return self.project_out(out)
 
-    def over_row(self, context: Context, query, key, value, scoring: Scoring) -> Float[Array, "B L H Q"]:
+    def over_row(self, context: Context, query, key, value, scoring: Scoring) -> Float[Array, "B T H Q"]:
         """The core of training: the heads' values for queries, which see their segments."""
         queries, keys = context.queries, context.keys
         key, value = all_gather(key, "context", 1), all_gather(value, "context", 1)
@@ -217,8 +217,8 @@ class GroupedQueryAttention(nnx.Module):
         return Scoring(self.scale, self.window(sliding), sinks, self.config.logit_softcap)
 
     def queries_keys_values(
-        self, x: Float[Array, "B L D"], positions: Positions, sliding: Array | None
-    ) -> tuple[Float[Array, "B L H Q"], Float[Array, "B L G Q"], Float[Array, "B L G Q"]]:
+        self, x: Float[Array, "B T D"], positions: Positions, sliding: Array | None
+    ) -> tuple[Float[Array, "B T H Q"], Float[Array, "B T G Q"], Float[Array, "B T G Q"]]:
         """Queries and keys, normalized and rotated, and values."""
         query, key, value = (
             checkpoint_name(project(x, kernel[...], precision=self.precision), name)
@@ -247,7 +247,7 @@ class GroupedQueryAttention(nnx.Module):
             return self.config.window if sliding else None
         return jnp.where(sliding, self.config.window, jnp.iinfo(jnp.int32).max)
 
-    def project_out(self, out: Float[Array, "B L H Q"]) -> Float[Array, "B L D"]:
+    def project_out(self, out: Float[Array, "B T H Q"]) -> Float[Array, "B L D"]:
         """The heads' values put together."""
         out = psum_scatter(project(out, self.out[...], inputs=2, precision=self.precision), "tensor", 1)
         return out + self.out_bias[...].astype(out.dtype) if self.config.out_bias else out

@@ -115,7 +115,7 @@ def _refusal(saved: dict, weights: dict) -> str:
 def make_state(path: Path, move: Move, template: TrainState, optimizer: optax.GradientTransformation) -> Items:
     """Read a checkpoint and make the new state's arrays of it, as they are kept.
 
-    In a job of several processes all call it. Raises Unsound where the checkpoint is damaged.
+    In a job of several processes all call it. Raises CorruptCheckpoint where the checkpoint is damaged.
     """
     found, wanted = read_items(path, move.read, whole=False), to_items(template)
     made = {name: _cast(array, wanted[MODEL][name]) for name, array in found[MODEL].items()}

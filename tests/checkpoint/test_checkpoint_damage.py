@@ -18,7 +18,7 @@ from small_checkpoints import abstract, files_of, flip, payload, save, state_at
 from opendeep_jax.checkpoint import checkpoints as checkpoint
 from opendeep_jax.checkpoint import files as checkpoint_files
 from opendeep_jax.checkpoint.checkpoints import Checkpoints
-from opendeep_jax.checkpoint.files import read_items, to_items
+from opendeep_jax.checkpoint.files import CorruptCheckpoint, read_items, to_items
 from opendeep_jax.checkpoint.policy import why_kept
 from opendeep_jax.checkpoint.tools import checkpoint_path, verify
 from opendeep_jax.checkpoint.writer import snapshot
@@ -46,7 +46,7 @@ def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path):
             flip(file, place)
             try:
                 found = read_items(step, items)
-            except checkpoint.Unsound as error:
+            except CorruptCheckpoint as error:
                 noticed.add(file.relative_to(step).as_posix())
                 assert "\n" not in str(error) and 20 < len(str(error)) < 400
             else:

@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
-from opendeep_jax.checkpoint import files as checkpoint_files
 from opendeep_jax.cli import main as command
-from opendeep_jax.cli.starts import CHECKPOINTS, MOST_LOSSES, counted, newest_step, told_to_stop
+from opendeep_jax.cli.starts import MOST_LOSSES, counted, newest_step, told_to_stop
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.exits import PeerEnded, Resume, Stopped, StopRequested
+from opendeep_jax.record.files import CHECKPOINTS
 
 JOB = {"OPENDEEP_JOB": "slurm-17"}
 
@@ -112,7 +112,6 @@ def test_a_directory_that_takes_no_file_hides_nothing(tmp_path):
 
 
 def test_progress_is_looked_for_where_checkpoints_are(tmp_path):
-    assert checkpoint_files.DIRECTORY == CHECKPOINTS
     assert newest_step(tmp_path) == 0
     for name in (9, 100):
         save(tmp_path, name)

@@ -1,7 +1,6 @@
 """Memory by arithmetic: the state's part is exact, and each setting that is offered as a fix saves something."""
 
 import dataclasses
-import math
 
 import jax
 import optax
@@ -9,6 +8,7 @@ import pytest
 from small_models import FAMILIES, NEMOTRON_H, OPTIMIZERS, V3, run_config
 
 from opendeep_jax.config.load import load_recipe
+from opendeep_jax.config.schedule import ENDLESS
 from opendeep_jax.config.schema import OptimizerConfig, ParallelConfig, RematConfig
 from opendeep_jax.models.accounting import layer_kinds
 from opendeep_jax.models.parameters import model_definition
@@ -124,4 +124,4 @@ def test_micro_batches_halve_what_rows_take():
 @pytest.mark.parametrize("chips, rows", [(512, 4), (64, 1)])
 def test_a_chosen_batch_replaces_ramp_and_phases(chips, rows):
     config = with_batch(load_recipe("deepseek_v3"), rows * chips)
-    assert largest_stage(config)[1:] == (0, math.inf, rows * chips, 4096)
+    assert largest_stage(config)[1:] == (0, ENDLESS, rows * chips, 4096)

@@ -54,7 +54,7 @@ def test_other_processes_say_and_keep_nothing_and_so_does_a_run_without_a_cache(
     monkeypatch.chdir(tmp_path)
     with compiling("the step", str(tmp_path), "key", None):
         clock[0] += 9.0
-    assert compile_for(clock, 9.0, "") == ["compiling the step", "compiled in 9.0 s"]
+    assert compile_for(clock, 9.0, "") == ["compiling the step", "compiled in 9 s"]
     (tmp_path / "file").touch()
     assert compile_for(clock, 9.0, str(tmp_path / "file"))[0] == "compiling the step"  # no place to keep it
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and capsys.readouterr().out == ""
