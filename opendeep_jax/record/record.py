@@ -6,7 +6,7 @@
     record.rewind(800)        # what lies after step 800 is cut, and an event says what it was
     record.write(SUMMARY, {"steps": 1000, …})
 
-Every write passes `_written`, which tells `ledger` the file's name and the bytes, so that each may be chained.
+Every write passes `_written`, which tells `ledger` what was done to which file, and the bytes: each may be chained.
 """
 
 import datetime
@@ -22,8 +22,8 @@ from typing import Any
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.record.files import EVENTS, METRICS, REWOUND, parse
 
-Ledger = Callable[[str, bytes], None]
-"""Called with the name of a file and the bytes that were appended to it, or put in its place."""
+Ledger = Callable[[str, str, bytes], None]
+"""Called with `append` or `write`, the name of a file, and the bytes appended to it or put in its place."""
 
 
 class Record:
@@ -52,9 +52,10 @@ class Record:
         with open(self.workdir / name, "ab") as file:
             # A start that died in the middle of a line must not spoil this one's first.
             torn = name not in self._whole and file.tell() and not _ends_a_line(self.workdir / name)
-            file.write(b"\n" + line if torn else line)
+            data = b"\n" + line if torn else line
+            file.write(data)
         self._whole.add(name)
-        self._written(name, line)
+        self._written("append", name, data)
 
     def event(self, kind: str, step: int, text: str, **fields: Any) -> dict[str, Any]:
         """Append an event to events.jsonl, which is never rewound, and return it (`record.events`)."""
@@ -70,7 +71,7 @@ class Record:
         """Put a text in a file's place, in one step."""
         if self.writes:
             write_atomically(self.workdir / name, text)
-            self._written(name, text.encode())
+            self._written("write", name, text.encode())
 
     def rewind(self, step: int, names: Iterable[str] = REWOUND) -> int:
         """Cut the lines after `step`, and broken ones, from JSON-lines files; return how many. Step 0 empties them.
@@ -90,9 +91,9 @@ class Record:
             self._whole.add(name)
         return sum(len(dropped) for _, dropped in cuts.values())
 
-    def _written(self, name: str, data: bytes) -> None:
+    def _written(self, kind: str, name: str, data: bytes) -> None:
         if self.ledger is not None:
-            self.ledger(name, data)
+            self.ledger(kind, name, data)
 
 
 def now() -> str:

@@ -46,8 +46,8 @@ class Objective:
     `step`, from 0. In a pipeline it runs on the last stage."""
     normalizers: Callable[[Batch], Any]
     """Normalizers of the global batch's loss, a pytree."""
-    extras: dict[str, str] = field(default_factory=dict)
-    """Dtypes of the arrays [B, L] that it reads in `Batch.extras`, by name."""
+    extras: dict[str, str | tuple] = field(default_factory=dict)
+    """Arrays that it reads in `Batch.extras`, by name: the dtype of one [B, L], `("int32", 8)` for one [B, L, 8]."""
     weighted: bool = False
     """True if batches have a weight for each target."""
     mtp_depth: int = 0

@@ -134,8 +134,8 @@ class StepPrograms:
         """Return shapes, dtypes and shardings of a batch, with the rows of padding; no array is made."""
         sharding, shape = batch_sharding(self.mesh), (global_rows(self.config, rows, self.mesh), length)
 
-        def array(dtype: str) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        def array(dtype: str, *more: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*shape, *more), jnp.dtype(dtype), sharding=sharding)
 
         return Batch(
             tokens=array("int32"),
@@ -144,7 +144,10 @@ class StepPrograms:
             segment_ids=array("int32"),
             positions=array("int32"),
             weights=array("float32") if self.objective.weighted else None,
-            extras={name: array(dtype) for name, dtype in self.objective.extras.items()},
+            extras={
+                name: array(kind) if isinstance(kind, str) else array(*kind)
+                for name, kind in self.objective.extras.items()
+            },
         )
 
     def _key(self, shape: tuple[int, int]) -> tuple:

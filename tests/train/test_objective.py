@@ -26,11 +26,11 @@ MODEL = dataclasses.replace(V3, num_layers=2, num_dense_layers=0)
 ROWS, LENGTH = 8, 16
 WEIGHTS = np.random.default_rng(3).uniform(0, 2, (ROWS, LENGTH)).astype(np.float32)
 PLAIN = packed_batch(ROWS, LENGTH, seed=5)
-BATCH = dataclasses.replace(PLAIN, extras={"weights": WEIGHTS})
+BATCH = dataclasses.replace(PLAIN, extras={"weights": WEIGHTS, "parts": np.stack([WEIGHTS, -WEIGHTS], axis=-1)})
 
 
 def weighted_next_token() -> Objective:
-    """The mean over targets of a weighted cross-entropy, in ten lines."""
+    """The mean over targets of a weighted cross-entropy, in ten lines, and a number of extras of several values."""
 
     def normalizers(batch):
         return jnp.sum(batch.extras["weights"] * batch.loss_mask)
@@ -38,9 +38,11 @@ def weighted_next_token() -> Objective:
     def loss(hidden, *, head, batch, normalizers, **_):
         logprobs, _ = token_logprobs(hidden, head, batch.targets, mask=batch.loss_mask)
         share = -jnp.sum(logprobs * batch.extras["weights"]) / normalizers
-        return share, {"weighted_loss": Sum(share)}
+        parts = jnp.sum(batch.extras["parts"] * jnp.array([3.0, 2.0])) / normalizers  # [B, L, 2]
+        return share, {"weighted_loss": Sum(share), "parts": Sum(parts)}
 
-    return Objective(loss, normalizers, extras={"weights": "float32"}, judged="weighted_loss")
+    extras = {"weights": "float32", "parts": ("float32", 2)}
+    return Objective(loss, normalizers, extras, judged="weighted_loss")
 
 
 def run_of(model=MODEL, micros=1, **parallel):
@@ -109,7 +111,8 @@ def test_an_objective_over_extras_is_what_numpy_makes_of_it(weighted):
     balance = MODEL.moe.balance_loss_weight * output.metrics["balance_loss"]
     assert float(output.metrics["loss"]) == pytest.approx(want + float(balance), rel=1e-5)
     assert float(output.check.loss) == float(output.metrics["weighted_loss"])
-    assert set(output.metrics) == {"loss", "weighted_loss", "balance_loss", "grad_norm", "learning_rate"}
+    assert float(output.metrics["parts"]) == pytest.approx(WEIGHTS.sum() / (WEIGHTS * BATCH.loss_mask).sum(), rel=1e-5)
+    assert set(output.metrics) == {"loss", "weighted_loss", "parts", "balance_loss", "grad_norm", "learning_rate"}
 
 
 @pytest.mark.parametrize(
