@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from opendeep_jax.config.checks import ConfigError, check_devices
+from opendeep_jax.config.rules import axis_sizes
 from opendeep_jax.config.schedule import Stage, tokens_before, total_steps
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.display.numbers import human_bytes
