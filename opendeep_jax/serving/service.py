@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 class Ticket:
     """One prompt of a job, while it runs or waits."""
 
-    job: "Job"
+    job: "ServiceJob"
     index: int
     prompt: Sequence[int]
     params: SamplingParams
@@ -74,21 +74,21 @@ class ServiceJob:
         self._events: asyncio.Queue[tuple[Ticket, RequestProgress | Exception]] = asyncio.Queue()
         self.open = {Ticket(self, index, prompt, params) for index, (prompt, params) in enumerate(requests)}
 
-    async def __aenter__(self) -> "Job":
+    async def __aenter__(self) -> "ServiceJob":
         return self
 
     async def __aexit__(self, *_) -> None:
         for ticket in list(self.open):
             self._service.abort(ticket)
 
-    async def __aiter__(self) -> "AsyncIterator[tuple[int, Progress]]":
+    async def __aiter__(self) -> "AsyncIterator[tuple[int, RequestProgress]]":
         while self.open or not self._events.empty():
             ticket, event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
             yield ticket.index, event
 
-    def give(self, ticket: Ticket, event: "Progress | Exception") -> None:
+    def give(self, ticket: Ticket, event: "RequestProgress | Exception") -> None:
         """Takes one piece of progress. The event loop's alone to call."""
         if ticket in self.open:
             self._events.put_nowait((ticket, event))
@@ -259,7 +259,7 @@ class EngineService:
             self._inbox.append(action)
             self._wake.notify()
 
-    def _finish(self, ticket: Ticket, event: "Progress | Exception") -> None:
+    def _finish(self, ticket: Ticket, event: "RequestProgress | Exception") -> None:
         """Hands an event over and, if it is the last, forgets the ticket. In the event loop."""
         ticket.job.give(ticket, event)
         if isinstance(event, Exception) or event.finish:
@@ -334,7 +334,7 @@ class EngineService:
         self._running.clear()
         self._tell(self._deliver, failed)
 
-    def _ticket(self, progress: "Progress") -> Ticket | None:
+    def _ticket(self, progress: "RequestProgress") -> Ticket | None:
         key = id(progress.request)
         return self._running.pop(key, None) if progress.finish else self._running.get(key)
 
@@ -362,7 +362,7 @@ class EngineService:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, events: "Sequence[tuple[Ticket | None, Progress | Exception]]") -> None:
+    def _deliver(self, events: "Sequence[tuple[Ticket | None, RequestProgress | Exception]]") -> None:
         """In the event loop: one call for all that a step brought."""
         for ticket, event in events:
             if ticket is not None:
