@@ -109,9 +109,7 @@ class Engine:
             ConfigError: while requests are running, whose cache would be of the old weights; for another model's.
         """
         if self.busy:
-            raise ConfigError(
-                "Requests are running, and their cache is of the old weights. Let them end, or abort them."
-            )
+            raise ConfigError("Requests are running, whose cache is of the old weights. Let them end, or abort them.")
         old, arrays = self.weights, {**params, **router_bias}
         check_names(self.programs.layout, arrays)
         self.weights = None
