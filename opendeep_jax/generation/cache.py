@@ -24,7 +24,7 @@ from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.parallel.axes import row_shards
 
 if TYPE_CHECKING:
-    pass
+    from opendeep_jax.generation.weights import EngineLayout
 
 LayerCache = dict[str, jax.Array]
 """A layer's pages: `key` [P, G, Q, page] and `value` [P, G, page, Q], each as a product with a few rows reads it

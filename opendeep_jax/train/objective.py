@@ -172,7 +172,7 @@ class TargetCounts(NamedTuple):
 
     targets: jax.Array
     mtp_targets: list[jax.Array]
-    """Return the targets of each MTP module."""
+    """Those of each MTP module."""
 
 
 def pretraining(config: RunConfig, weighted: bool = False) -> Objective:

@@ -1,9 +1,11 @@
 """The seams carry what is not pretraining: a run that samples what it trains on (tests/rollouts.py), in any number of
 starts and processes."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -15,6 +17,7 @@ from opendeep_jax.checkpoint.tools import checkpoint_path, differences
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.data.recorded import check_same_data
 from opendeep_jax.record.files import METRICS, SUMMARY, read_jsonl, read_object
+from opendeep_jax.train.feed import Pretraining
 from opendeep_jax.train.loop import train
 
 
@@ -71,6 +74,12 @@ def test_each_process_of_a_job_samples_the_prompts_of_its_own_rows_with_its_own_
     # With the first weights each has drawn what one process draws for those rows.
     assert np.array_equal(np.concatenate(drawn), np.load(whole / "rollouts" / "0.0.npy"))
     assert read_object(tmp_path / "run" / SUMMARY)["steps"] == STEPS
+
+
+def test_a_batch_that_is_asked_for_again_is_the_same(tmp_path):
+    feed = Pretraining(config(), tmp_path)
+    feed.data = SimpleNamespace(iterate=lambda first, part: itertools.count(first))
+    assert [feed.batch(step, None) for step in (3, 4, 5, 4, 5, 2, 7)] == [3, 4, 5, 4, 5, 2, 7]
 
 
 def test_other_tokens_than_those_of_the_run_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from opendeep_jax.faults.health import new_health
 from opendeep_jax.models.parameters import model_definition
 from opendeep_jax.parallel.mesh import make_mesh, put_batch
 from opendeep_jax.parallel.shares import Sum
-from opendeep_jax.train.objective import Objective, pretraining
+from opendeep_jax.train.objective import Objective, make_inputs, pretraining, summed_cross_entropy, target_counts
 from opendeep_jax.train.setup import assemble
 from opendeep_jax.train.state import BASE, state_shardings
 
@@ -151,6 +151,27 @@ def test_pretraining_weighs_targets_and_weights_of_one_change_nothing(rule):
     *_, output = step_of(config, half, objective=pretraining(config, weighted=True))
     each = -logprobs_of(before, PLAIN, V3) * PLAIN.loss_mask * WEIGHTS
     assert float(output.metrics["lm_loss"]) == pytest.approx(each.sum() / (WEIGHTS * PLAIN.loss_mask).sum(), rel=1e-5)
+
+
+def test_an_mtp_target_has_the_weight_of_its_token():
+    batch = dataclasses.replace(PLAIN, weights=WEIGHTS)
+    (module,) = make_inputs(batch, 1, jax.sharding.get_abstract_mesh()).mtp
+    rows, places = np.nonzero(module.loss_mask)
+    np.testing.assert_array_equal(module.targets[rows, places], PLAIN.targets[rows, places + 1])
+    np.testing.assert_array_equal(module.weights[rows, places], WEIGHTS[rows, places + 1])
+    (count,) = target_counts(batch, 1).mtp_targets
+    assert float(count) == pytest.approx(WEIGHTS[rows, places + 1].sum(), rel=1e-5)
+
+
+def test_weights_of_one_leave_a_soft_capped_loss_as_it_is():
+    config = run_of(dataclasses.replace(MODEL, logit_softcap=2.0))
+    random = np.random.default_rng(1)
+    hidden = random.normal(size=(*PLAIN.targets.shape, 8)).astype(np.float32)
+    head = random.normal(size=(8, MODEL.vocab_size)).astype(np.float32)
+    given = config, hidden, head, PLAIN.targets, PLAIN.loss_mask
+    plain, _ = summed_cross_entropy(*given)
+    weighted, _ = summed_cross_entropy(*given, weights=np.ones_like(WEIGHTS))
+    assert float(weighted) == pytest.approx(float(plain), rel=1e-5)
 
 
 def test_weights_with_a_z_loss_are_refused():
