@@ -49,6 +49,24 @@ def test_every_requirement_is_pinned_within_its_range(python):
     assert wrong == [], "`make lock` writes constraints.txt anew"
 
 
+def test_continuous_integration_runs_lint_and_then_the_readmes_tests():
+    commands = re.findall(r"^make .*?(?= </dev/null$)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+    assert commands[0] == "make lint"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [f"```bash\n{command}\n```" in readme for command in commands[1:]] == [True]
+
+
+def test_every_extra_that_is_named_is_one():
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("opendeep_jax/**/*.py"), ROOT / "pyproject.toml"]
+    named = {
+        (file.name, extra.strip())
+        for file in files
+        for extras in re.findall(r"opendeep-jax\[([a-z, -]+)\]", file.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    }
+    assert len(named) > 10 and [one for one in named if one[1] not in PROJECT["optional-dependencies"]] == []
+
+
 def test_shapes_in_annotations_are_checked_while_tests_trace():
     assert version("beartype")
     indices = jnp.zeros((2, 3, 4), jnp.int32)
