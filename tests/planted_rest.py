@@ -43,8 +43,8 @@ REST = [
     Mutation(
         "page_freed_twice",
         "opendeep_jax/generation/cache.py",
-        "if not self._holders[page]:",
-        "if self._holders[page] <= 1:",
+        "self._free.append(page)",
+        "self._free.extend([page, page])",
         "tests/generation/test_engine.py::test_an_aborted_request_frees_its_pages_and_disturbs_no_other",
     ),
     Mutation(

@@ -65,7 +65,7 @@ class Replay:
         if self.other is None:
             return None
         with jax.set_mesh(self.other):  # device_put looks at the mesh in use where it crosses processes
-            elsewhere = jax.device_put((state, batch), _moved((state, batch), self.other))
+            elsewhere = _moved((state, batch), self.other)
         moved = self._run(self.other, *elsewhere)
         differ = np.flatnonzero((first != moved).any(axis=(1, 2)))
         if not len(differ):
@@ -102,4 +102,7 @@ def _rotated(mesh: Mesh) -> Mesh | None:
 
 
 def _moved(tree, mesh: Mesh):
-    return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), tree)
+    """Copy arrays to another mesh of the same shape, one after the other: of several such copies at once, a CPU's
+    devices may each wait in another one for the rest."""
+    jax.block_until_ready(tree)
+    return jax.tree.map(lambda x: jax.block_until_ready(jax.device_put(x, NamedSharding(mesh, x.sharding.spec))), tree)
