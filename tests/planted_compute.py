@@ -283,10 +283,10 @@ COMPUTE = [
         "tests/train/test_objective.py::test_the_first_state_has_no_masters_and_no_moments_of_frozen_weights",
     ),
     Mutation(
-        "frozen_weights_lost_after_a_step",
-        "opendeep_jax/train/step.py",
-        "health=health, frozen=state.frozen)",
-        "health=health, frozen={})",
+        "other_frozen_weights_taken",
+        "opendeep_jax/checkpoint/files.py",
+        'saved = read_record(path).get("frozen", {})',
+        "saved = digests",
         "tests/train/test_objective.py::test_a_checkpoint_holds_frozen_weights_by_their_digests_alone",
     ),
     Mutation(

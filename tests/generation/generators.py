@@ -12,7 +12,12 @@ from opendeep_jax.config.schema import MTPConfig
 from opendeep_jax.generation.engine import Engine, EngineConfig
 from opendeep_jax.generation.requests import SamplingParams
 
-MODELS = FAMILIES | {"gqa with mtp": dataclasses.replace(FAMILIES["gqa"], mtp=MTPConfig(depth=1))}
+MODELS = FAMILIES | {
+    "gqa with mtp": dataclasses.replace(FAMILIES["gqa"], mtp=MTPConfig(depth=1)),
+    # Runs of layers that are scanned, one after another.
+    "deep v3": dataclasses.replace(FAMILIES["v3"], num_layers=5, mtp=MTPConfig(depth=0)),
+    "deep hybrid": dataclasses.replace(FAMILIES["nemotron-h"], num_layers=9, layer_pattern="MMMM****E"),
+}
 LENGTH = 128
 SETTINGS = {"slots": 4, "max_length": LENGTH, "page_size": 8, "prefill_tokens": 32}
 

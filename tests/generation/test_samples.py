@@ -206,6 +206,26 @@ def test_expert_choices_are_the_routers(family, settings):
                 assert count.tolist() == load.tolist()
 
 
+@pytest.mark.parametrize("family, runs", [("deep v3", [1, 4]), ("deep hybrid", [4, 4, 1])])
+def test_layers_that_are_scanned_have_pages_slots_and_choices_of_their_own(family, runs):
+    model, engine = model_of(family), engine_of(family, expert_choices=True)
+    assert [len(run.layers) for run in engine.programs.layout.runs] == runs
+    requests = engine.submit(PROMPT, HOT, samples=2).samples
+    while engine.busy:
+        engine.step()
+    assert requests[0].tokens != requests[1].tokens
+    for request in requests:
+        text = PROMPT + request.tokens
+        logits = logits_of(family, text)[len(PROMPT) - 1 : -1]
+        want = jax.nn.log_softmax(logits)[np.arange(len(logits)), request.tokens]
+        np.testing.assert_allclose([one.logprob for one in request.logprobs], want, atol=1e-4)
+    choices, tokens = np.concatenate(request.experts), np.array([text[:-1]])
+    reports = jax.jit(lambda *given: model.forward(*given).reports)(tokens, np.ones_like(tokens))
+    (load,) = (np.atleast_2d(report["load"].value) for report in reports.values() if "load" in report)
+    counts = [np.bincount(layer.reshape(-1), minlength=load.shape[1]) for layer in choices.swapaxes(0, 1)]
+    assert np.array_equal(counts, load)
+
+
 def test_a_dense_model_has_no_expert_choices():
     with pytest.raises(ConfigError, match="this model has no experts"):
         Engine(model_of("dense"), EngineConfig(**SETTINGS | {"expert_choices": True}))
