@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError, check_devices, check_run, deferred
+from opendeep_jax.config.limits import field_types
 from opendeep_jax.config.load import diff
 from opendeep_jax.config.schema import (
     AttentionConfig,
@@ -288,8 +289,8 @@ def _negative(config, name=""):
             changed = _negative(value, dotted)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             changed = ((inner, (element, *value[1:])) for inner, element in _negative(value[0], f"{dotted}.0"))
-        elif field.type in (int, float):
-            changed = [(dotted, field.type(-2))]
+        elif (kind := field_types(config)[field.name]) in (int, float):  # without its limit
+            changed = [(dotted, kind(-2))]
         else:
             changed = []
         for inner, new in changed:

@@ -73,6 +73,8 @@ def test_a_falling_loss_and_the_first_steps_are_no_spikes():
 def test_losses_that_hardly_differ_do_not_make_a_spike_of_a_breath():
     still = history(*[4.0] * 40).losses
     assert 0 < robust_zscore(still, jnp.float32(4.05), *LOSS_SPREAD) < 3
+    around_zero = history(*[1e-5, -1e-5] * 20).losses
+    assert 0 < robust_zscore(around_zero, jnp.float32(2e-3), *LOSS_SPREAD) < 3
 
 
 def test_an_objective_that_names_no_scalar_is_checked_by_its_gradient_norm_and_finiteness_alone():
