@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints, remove_partial_saves
 from opendeep_jax.config.load import record_context_length
@@ -85,8 +84,8 @@ def train(
             return summary
         watchdog = stack.enter_context(Watchdog(workdir, config.faults))
         try:
-            run = config, Record(workdir, is_primary()), feed
-            summary = _train(*run, lambda mesh: assemble(config, mesh, objective, frozen), recipe, begun, watchdog)
+            record = Record(workdir, is_primary())
+            summary = _train(config, record, feed, objective, frozen, recipe, begun, watchdog)
         except Exception as error:
             if lost := watchdog.lost_peer(error):
                 raise lost from error
@@ -233,7 +232,8 @@ def _train(
     config: RunConfig,
     record: Record,
     feed: Feed,
-    assemble_on: Callable[[Mesh], Setup],
+    objective: Objective | None,
+    frozen: dict[str, Arrays] | None,
     recipe: RunConfig | None,
     begun: float,
     watchdog: Watchdog,
@@ -250,7 +250,7 @@ def _train(
         Checkpoints(workdir, config.checkpoint) as checkpoints,
     ):
         check_implementations(config)
-        setup = assemble_on(mesh)
+        setup = assemble(config, mesh, objective, frozen)
         programs = setup.programs
         say(key_value_table(model_rows(config, setup.template, mesh, peak, checkpoints.steps())))
         check_memory(config, setup.template, mesh.size)
