@@ -124,8 +124,8 @@ def device_arguments(
     mesh = jax.sharding.get_abstract_mesh()
     # Gradients are taken of what is multiplied by, and so have its dtype: a reduce-scatter in bfloat16 gives no more.
     params = definition.in_compute_dtype(state.params, config.model.dtype)
-    frozen = {BASE: definition.in_compute_dtype(state.frozen.get(BASE, {}), config.model.dtype)}
-    frozen = {**state.frozen, **(frozen if frozen[BASE] else {})}
+    base = definition.in_compute_dtype(state.frozen.get(BASE, {}), config.model.dtype)
+    frozen = state.frozen | ({BASE: base} if base else {})
     rows = jnp.maximum(jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32), 1.0)
     inputs = make_inputs(batch, objective.mtp_depth, mesh)
     arguments = DeviceArguments(
@@ -161,10 +161,8 @@ def local_gradients(
     """
 
     def batch_loss(params: Arrays, micro: Inputs) -> tuple[jax.Array, Measured]:
-        model, batch = (
-            definition.model({**arguments.frozen.get(BASE, {}), **params}, arguments.router_bias),
-            micro.batch,
-        )
+        weights = {**arguments.frozen.get(BASE, {}), **params}
+        model, batch = definition.model(weights, arguments.router_bias), micro.batch
         mtp_tokens = [module.tokens for module in micro.mtp]
         out = model.forward(batch.tokens, batch.segment_ids, batch.positions, mtp_tokens, micro.order)
         return total_loss(config, objective, out, model.head_kernel, arguments._replace(inputs=micro))
