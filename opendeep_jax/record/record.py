@@ -107,11 +107,11 @@ def _cut(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return [], []
-
-    def stays(line: bytes) -> bool:
-        return step > 0 and line.endswith(b"\n") and bool(record := parse(line)) and record.get("step", 0) <= step
-
-    return [line for line in lines if stays(line)], [line for line in lines if not stays(line)]
+    kept, dropped = [], []
+    for line in lines:
+        record = parse(line) if step > 0 and line.endswith(b"\n") else None
+        (kept if record and record.get("step", 0) <= step else dropped).append(line)
+    return kept, dropped
 
 
 def _ends_a_line(path: Path) -> bool:
