@@ -20,20 +20,23 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from opendeep_jax.checkpoint.digests import compile_digests, finish_digests, start_digests
+from opendeep_jax.checkpoint.digests import compile_digests, start_digests
 from opendeep_jax.checkpoint.files import (
-    GROUPS,
     MODEL,
     OPTIMIZER,
     STEP,
+    Arrays,
     CorruptCheckpoint,
     Items,
     OtherLayout,
     check_frozen,
     checkpoint_path,
     disk_failures,
+    flat,
+    flat_digests,
     from_items,
     frozen_digests,
+    is_of_model,
     make_record,
     model_groups,
     quarantine,
@@ -148,11 +151,6 @@ class Checkpoints:
             if self.durable and jax.process_index() == 0:
                 remove_partial(self.directory)
 
-    @property
-    def manager(self):
-        """Orbax's manager of the durable tier; None where nothing is written."""
-        return self.durable and self.durable.manager
-
     def wait(self) -> None:
         """Wait until the last save is complete. Raises OSError as `save` does."""
         running, self.running = self.running, None
@@ -183,13 +181,12 @@ class Checkpoints:
         writer = self.durable if durable else self.local
         if writer is None or step in checkpoint_steps(writer.directory):
             return None
-        arrays = {name: array for item in items.values() for name, array in item.items()}
+        arrays = flat(items)
         size = sum(array.nbytes for array in arrays.values())
         if durable:
             _check_space(self.directory, size)
-        digesting = self.digesting.result() if self.digesting else start_digests
-        lanes, copies = digesting(arrays), snapshot(items)
-        names = dict(zip(sorted(arrays), finish_digests(lanes), strict=True))
+        lanes, copies = self._start_digests(arrays), snapshot(items)
+        names = flat_digests(arrays, lanes)
         known = {"layout": layout(items), "processes": jax.process_count()}
         if state.frozen:
             self.frozen = self.frozen or frozen_digests(state)
@@ -201,6 +198,10 @@ class Checkpoints:
         self.running = self._begin(writer, step, copies, record)
         notes, self.notes = tuple(self.notes), []
         return SaveReport(step, time.perf_counter() - begun, size, durable, notes)
+
+    def _start_digests(self, arrays: Arrays) -> jax.Array:
+        """`start_digests`, by the program that was compiled ahead where there is one."""
+        return (self.digesting.result() if self.digesting else start_digests)(arrays)
 
     def _begin(self, writer: Writer, step: int, copies: Items, record: dict) -> Future:
         def write() -> None:
@@ -229,10 +230,9 @@ class Checkpoints:
         """Record the first state of a run without a checkpoint; return a message if it began once before."""
         if self.origin["kind"] != "random" or self.durable is None:
             return None
-        arrays = {name: array for item in to_items(state).values() for name, array in item.items()}
-        digesting = self.digesting.result() if self.digesting else start_digests
-        found = zip(sorted(arrays), finish_digests(digesting(arrays)), strict=True)
-        model = {name: digest for name, digest in found if name.startswith(tuple(f"{group}." for group in GROUPS))}
+        arrays = flat(to_items(state))
+        found = flat_digests(arrays, self._start_digests(arrays))
+        model = {name: digest for name, digest in found.items() if is_of_model(name)}
         start = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
         before = self.origin.get("start")
         self.origin["start"] = start
@@ -287,8 +287,7 @@ class Checkpoints:
             raise NoSoundCheckpoint(text)
         self._forget_local(after=-1)
         if self.durable:  # the first save's program, compiled while the step is
-            arrays = {name: array for item in items.values() for name, array in item.items()}
-            self.digesting = self.pool.submit(compile_digests, arrays)
+            self.digesting = self.pool.submit(compile_digests, flat(items))
         return None
 
     def _quarantine(self, step: int, directory: Path, error: CorruptCheckpoint) -> str:

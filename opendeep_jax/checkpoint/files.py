@@ -8,7 +8,6 @@ The arrays are written by Orbax. A step's directory appears under its name in on
 """
 
 import contextlib
-import datetime
 import errno
 import hashlib
 import json
@@ -29,9 +28,10 @@ import numpy as np
 import tensorstore
 
 import opendeep_jax
-from opendeep_jax.checkpoint.digests import finish_digests, start_digests
+from opendeep_jax.checkpoint.digests import finish_digests, named_leaves, start_digests
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.record.files import CHECKPOINTS, checkpoint_steps
+from opendeep_jax.record.record import now
 
 RECORD = "digests"
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -63,15 +63,20 @@ def to_items(state: Any) -> Items:
     Frozen weights are not: a checkpoint has their digests (`frozen_digests`).
     """
     model = {f"{group}.{name}": array for group in GROUPS for name, array in getattr(state, group).items()}
-    rest = _paths(state._replace(frozen={}))
-    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in rest if _group(name) not in GROUPS}}
+    rest = named_leaves(state._replace(frozen={}))
+    return {MODEL: model, OPTIMIZER: {name: leaf for name, leaf in rest.items() if not is_of_model(name)}}
+
+
+def flat(items: Items) -> Arrays:
+    """Return the arrays of all items by name."""
+    return {name: array for arrays in items.values() for name, array in arrays.items()}
 
 
 def from_items(items: Items, like: Any) -> Any:
     """The state of `like`'s structure with the arrays of `to_items`, and `like`'s own frozen weights."""
     model = {f".{group}[{name!r}]": array for group, name, array in _grouped(items[MODEL])}
     leaves, trained = model | items[OPTIMIZER], like._replace(frozen={})
-    state = jax.tree.unflatten(jax.tree.structure(trained), [leaves[name] for name, _ in _paths(trained)])
+    state = jax.tree.unflatten(jax.tree.structure(trained), [leaves[name] for name in named_leaves(trained)])
     return state._replace(frozen=like.frozen)
 
 
@@ -100,12 +105,9 @@ def model_groups(model: Arrays) -> dict[str, Arrays]:
     return groups
 
 
-def _paths(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _group(path: str) -> str:
-    return re.match(r"\.?(\w+)", path)[1]
+def is_of_model(name: str) -> bool:
+    """Return whether an array, by its name in a checkpoint or its path in the state, makes up the model."""
+    return re.match(r"\.?(\w+)", name)[1] in GROUPS
 
 
 def _grouped(model: Arrays) -> Iterator[tuple[str, str, Any]]:
@@ -122,7 +124,7 @@ def make_record(step: int, measure: float | None, arrays: Arrays, names: Mapping
     }
     record = {
         "step": step,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "measure": measure if measure is not None and math.isfinite(measure) else None,
         "version": opendeep_jax.__version__,
         "format": FORMAT,
@@ -212,7 +214,7 @@ def read_items(
     except CorruptCheckpoint as error:
         failure = error
     raise_everywhere(failure)
-    _compare(record, {name: array for arrays in found.values() for name, array in arrays.items()})
+    _compare(record, flat(found))
     return found
 
 
@@ -265,7 +267,7 @@ def raise_everywhere(failure: CorruptCheckpoint | None) -> None:
 
 def _check_shapes(path: Path, record: dict, items: Items, whole: bool) -> None:
     saved = record["arrays"]
-    wanted = {name: array for arrays in items.values() for name, array in arrays.items()}
+    wanted = flat(items)
     complete = whole and set(items) == {MODEL, OPTIMIZER}
     for name in sorted(set(wanted) - set(saved)) + sorted(set(saved) - set(wanted) if complete else ()):
         here, there = ("no array", "one") if name in saved else ("an array", "none")
@@ -289,9 +291,13 @@ def _compare(record: dict, arrays: Arrays) -> None:
         raise CorruptCheckpoint(mismatches(wrong))
 
 
-def flat_digests(arrays: Arrays) -> dict[str, str]:
-    """The digests of a flat dictionary of arrays, by its own names."""
-    return dict(zip(sorted(arrays), finish_digests(start_digests(arrays)), strict=True))
+def flat_digests(arrays: Arrays, lanes: jax.Array | None = None) -> dict[str, str]:
+    """The digests of a flat dictionary of arrays, by its own names.
+
+    Args:
+        lanes: what `start_digests` gave for them, if that was begun before.
+    """
+    return dict(zip(sorted(arrays), finish_digests(start_digests(arrays) if lanes is None else lanes), strict=True))
 
 
 def mismatches(names: list[str]) -> str:

@@ -14,11 +14,11 @@ import tensorstore
 
 from opendeep_jax.checkpoint.digests import digest_blocks, digest_numpy
 from opendeep_jax.checkpoint.files import (
-    GROUPS,
     MODEL,
     OPTIMIZER,
     CorruptCheckpoint,
     checkpoint_path,
+    is_of_model,
     make_record,
     mismatches,
     open_array,
@@ -112,7 +112,7 @@ def open_arrays(path: Path) -> dict[str, tensorstore.TensorStore]:
     """Return the arrays of a checkpoint by name, opened and not yet read. Raises CorruptCheckpoint."""
     opened, context = {}, tensorstore.Context()
     for name in read_record(path)["arrays"]:
-        item = MODEL if name.startswith(tuple(f"{group}." for group in GROUPS)) else OPTIMIZER
+        item = MODEL if is_of_model(name) else OPTIMIZER
         with reading(path / item / name):
             opened[name] = open_array(path / item, name, context)
     return opened
@@ -257,9 +257,7 @@ def average(workdir: str | Path, steps: Sequence[int], out: str | Path, seen: Se
             verify(path, seen)
         except CorruptCheckpoint as error:
             raise ConfigError(f"{path}: is not sound: {error}. Average others.") from error
-    names = [
-        name for name in read_record(paths[-1])["arrays"] if name.startswith(tuple(f"{group}." for group in GROUPS))
-    ]
+    names = [name for name in read_record(paths[-1])["arrays"] if is_of_model(name)]
     opened = [open_arrays(path) for path in paths]
     means = {}
     for name in names:

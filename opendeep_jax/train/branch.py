@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, CorruptCheckpoint, flat_digests, make_record
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, CorruptCheckpoint, flat, flat_digests, make_record
 from opendeep_jax.checkpoint.local import layout
 from opendeep_jax.checkpoint.writer import Writer
 from opendeep_jax.config.checks import ConfigError
@@ -164,7 +164,7 @@ def _branch(config, recipe, workdir: Path, given: str, parent: Parent, say: Call
             items = make_state(parent.path, move, template, optimizer)
         except CorruptCheckpoint as error:
             raise corrupt_parent(given, parent.workdir, parent.step, error) from error
-        arrays = {name: array for item in items.values() for name, array in item.items()}
+        arrays = flat(items)
         measure = parent.record["measure"] if comparable else None
         last_update = int(items[OPTIMIZER][".health.last_update"])
         more = {"layout": layout(items), "processes": jax.process_count(), "last_update": last_update}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, Items, read_items, to_items
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, Items, is_of_model, read_items, to_items
 from opendeep_jax.config.schema import RunConfig
 from opendeep_jax.faults.health import new_health
 from opendeep_jax.train.state import TrainState
@@ -100,7 +100,7 @@ def _kept(rule: str, saved: dict, found: dict[str, str], arrays: dict) -> str:
 
 
 def _refusal(saved: dict, weights: dict) -> str:
-    there = {name for name in saved if name.partition(".")[0] in ("params", "router_bias")}
+    there = {name for name in saved if is_of_model(name)}
     wrong = [
         f"{name} is {list(array.shape)} here and {saved[name]['shape']} there"
         for name, array in weights.items()

@@ -14,7 +14,7 @@ from small_models import run_config
 
 from opendeep_jax.checkpoint.checkpoints import Checkpoints, NoSoundCheckpoint
 from opendeep_jax.checkpoint.digests import digest_numpy
-from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, make_record, to_items
+from opendeep_jax.checkpoint.files import MODEL, OPTIMIZER, flat, make_record, to_items
 from opendeep_jax.checkpoint.policy import why_kept
 from opendeep_jax.checkpoint.tools import list_checkpoints, prunable, prune
 from opendeep_jax.checkpoint.versions import IN_A_ROW, NEW
@@ -150,7 +150,7 @@ def older(workdir, step: int, skipped_in_a_row: int) -> None:
     items = to_items(state_at(step))
     rest = {name: array for name, array in items[OPTIMIZER].items() if name not in NEW}
     items[OPTIMIZER] = rest | {IN_A_ROW: jnp.int32(skipped_in_a_row), ".health.losses": jnp.arange(128.0)}
-    arrays = {name: array for item in items.values() for name, array in item.items()}
+    arrays = flat(items)
     digests = {name: digest_numpy(np.asarray(array)) for name, array in arrays.items()}
     writer = Writer(workdir / "checkpoints", CheckpointConfig(keep=0), (MODEL, OPTIMIZER))
     writer.save(step, items, make_record(step, None, arrays, digests))

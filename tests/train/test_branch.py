@@ -16,7 +16,7 @@ from processes import tiny_config
 from rich.console import Console
 from small_models import DENSE, run_config
 
-from opendeep_jax.checkpoint.files import read_record, to_items
+from opendeep_jax.checkpoint.files import flat, read_record, to_items
 from opendeep_jax.checkpoint.tools import average, differences, open_arrays
 from opendeep_jax.cli.main import main
 from opendeep_jax.cli.train import check_start
@@ -379,8 +379,7 @@ def test_a_rule_added_later_keeps_its_moments_or_begins_anew_by_its_own_name():
     template = jax.eval_shape(lambda: init_state(config, make_optimizer(config, model_definition(DENSE).axes())))
     saved = {
         name: {"shape": list(array.shape), "dtype": str(array.dtype)}
-        for item in to_items(template).values()
-        for name, array in item.items()
+        for name, array in flat(to_items(template)).items()
     }
     later = SimpleNamespace(optimizer=SimpleNamespace(kind="later"))  # all that is read of it
     record = {"step": 3, "arrays": saved}

@@ -53,7 +53,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoints_before(method, tm
         raise FULL
 
     with pytest.raises(OSError) as raised, Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        monkeypatch.setattr(checkpoints.manager, method, no_space)
+        monkeypatch.setattr(checkpoints.durable.manager, method, no_space)
         checkpoints.save(state_at(2))
     assert (raised.value.errno, raised.value.strerror) == (28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "checkpoints")
@@ -73,7 +73,9 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
 def test_an_error_that_is_not_the_disks_is_raised_as_it_is(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="a bug"):
-            patch.setattr(checkpoints.manager, "save", lambda *_, **__: (_ for _ in ()).throw(ValueError("a bug")))
+            patch.setattr(
+                checkpoints.durable.manager, "save", lambda *_, **__: (_ for _ in ()).throw(ValueError("a bug"))
+            )
             checkpoints.save(state_at(1))
             checkpoints.wait()
 
