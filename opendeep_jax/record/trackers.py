@@ -25,7 +25,7 @@ from typing import NamedTuple
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.config.schema import RunConfig, to_dict
-from opendeep_jax.record.files import dotted, number
+from opendeep_jax.record.files import dotted, number, read_object
 
 RUN_IDS = "trackers.json"
 """File of a work directory with the run's id at each service, so that a resumed run goes on there as the same."""
@@ -232,16 +232,9 @@ _ids_lock = threading.Lock()
 def _run_id(workdir: Path, service: str, create: Callable[[], str]) -> str:
     """The run's id at a service, as RUN_IDS remembers it; made with `create` and written there the first time."""
     path = workdir / RUN_IDS
-
-    def read() -> dict[str, str]:
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    if found := read().get(service):
+    if found := read_object(path).get(service):
         return found
     made = create()
     with _ids_lock:
-        write_atomically(path, json.dumps(read() | {service: made}, indent=2) + "\n")
+        write_atomically(path, json.dumps(read_object(path) | {service: made}, indent=2) + "\n")
     return made

@@ -47,6 +47,7 @@ from opendeep_jax.record.skipped_batches import read_skipped_batches
 from opendeep_jax.record.workdir import check_workdir, only_writer
 from opendeep_jax.train.branch_parent import Parent, check_tokenizer, corrupt_parent, open_parent
 from opendeep_jax.train.branch_state import make_state, plan_move
+from opendeep_jax.train.compiling import print_once
 from opendeep_jax.train.feed import TEXT_FILES, with_tokenizer
 from opendeep_jax.train.optimizer import learning_rate_schedule
 from opendeep_jax.train.setup import assemble
@@ -104,12 +105,12 @@ def _began(origin: dict) -> str:
     return "began with imported weights" if origin["kind"] == "import" else "did not begin as a branch"
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
 def begin_branch(
-    config: RunConfig, recipe: RunConfig | None, workdir: str | Path, parent: str, say: Callable[[str], None] = _print
+    config: RunConfig,
+    recipe: RunConfig | None,
+    workdir: str | Path,
+    parent: str,
+    say: Callable[[str], None] = print_once,
 ) -> None:
     """Make `workdir` a run whose first checkpoint is the parent's, moved to this run's mesh, moments and dtypes.
 

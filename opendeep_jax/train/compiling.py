@@ -13,6 +13,7 @@ from jaxlib import utils
 
 from opendeep_jax.config.files import write_atomically
 from opendeep_jax.display.numbers import human_time
+from opendeep_jax.record.files import read_object
 
 TIMES_FILE = "compile_times.json"
 SHORT_SECONDS = 2.0
@@ -103,8 +104,4 @@ class Times:
                 write_atomically(self.path, json.dumps(self._read() | {self.name: round(seconds, 2)}, indent=2) + "\n")
 
     def _read(self) -> dict:
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_object(self.path) if self.path else {}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from opendeep_jax.config.files import write_atomically
+from opendeep_jax.record.files import read_object
 
 PEAK_FILE = "cpu_peak.json"
 SIZES = (512, 1024)
@@ -71,7 +72,6 @@ def machine_kind() -> str:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return {name: float(value) for name, value in kept.items() if 0 < float(value) < float("inf")}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: float(value) for name, value in read_object(path).items() if 0 < float(value) < float("inf")}
+    except (ValueError, TypeError):
         return {}

@@ -22,7 +22,6 @@ from opendeep_jax.text.tokenizer import Tokenizer
 from opendeep_jax.train.optimizer import make_optimizer
 from opendeep_jax.train.state import TrainState
 
-RECIPE_FILE = IMPORTED_RECIPE
 RECIPE = f'''\
 """{IMPORTED}, as its config.json has it: `opendeep train --config={{path}} --workdir={{workdir}}`"""
 
@@ -83,7 +82,7 @@ def import_run(
         write_origin(workdir, "import")  # before the weights: without them, nothing is ever trained here
         with Checkpoints(workdir, config.checkpoint) as checkpoints:
             checkpoints.save(state)
-        recipe = workdir / RECIPE_FILE
+        recipe = workdir / IMPORTED_RECIPE
         write_atomically(recipe, RECIPE.format(path=recipe, workdir=workdir))
         save_run_config(config, config, workdir)  # last: what has a config.json is a whole run
     return config
