@@ -69,8 +69,7 @@ def check_devices(run: Any, device_count: int) -> None:
             f"{'are' if device_count != 1 else 'is'} found here. Set --parallel.fsdp=-1 to use what is there, "
             f"or sizes whose product is {device_count}."
         )
-    sizes.update({axis: device_count // fixed for axis in free})
-    _raise_any(list(rules.mesh_problems(run, sizes)))
+    _raise_any(list(rules.mesh_problems(run, rules.axis_sizes(run.parallel, device_count))))
 
 
 def type_problems(name: str, config: Any) -> Iterator[str]:
