@@ -12,18 +12,19 @@ class Limit(NamedTuple):
     holds: Callable[[float], bool]
 
 
-_FROM_0 = Limit("must be at least 0", lambda value: value >= 0)
-_FROM_1 = Limit("must be at least 1", lambda value: value >= 1)
+FROM_0 = Limit("must be at least 0", lambda value: value >= 0)
+FROM_1 = Limit("must be at least 1", lambda value: value >= 1)
+ABOVE_0 = Limit("must be greater than 0", lambda value: value > 0)
 
-Natural = Annotated[int, _FROM_0]
-Count = Annotated[int, _FROM_1]
+Natural = Annotated[int, FROM_0]
+Count = Annotated[int, FROM_1]
 Seed = Annotated[int, Limit("must be from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)]
 AxisSize = Annotated[
     int, Limit("must be at least 1, or -1 for what the devices leave", lambda value: value >= 1 or value == -1)
 ]
-NonNegative = Annotated[float, _FROM_0]
-Positive = Annotated[float, Limit("must be greater than 0", lambda value: value > 0)]
-Stretch = Annotated[float, _FROM_1]
+NonNegative = Annotated[float, FROM_0]
+Positive = Annotated[float, ABOVE_0]
+Stretch = Annotated[float, FROM_1]
 Fraction = Annotated[float, Limit("must be from 0 to 1", lambda value: 0 <= value <= 1)]
 FractionBelowOne = Annotated[float, Limit("must be from 0 to below 1", lambda value: 0 <= value < 1)]
 

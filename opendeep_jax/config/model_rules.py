@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from opendeep_jax.config.sentences import above_zero, at_least, problem
+from opendeep_jax.config.limits import ABOVE_0, FROM_0, FROM_1
+from opendeep_jax.config.sentences import limited, problem
 
 REMAT_NAMES = (
     "q_latent",
@@ -50,7 +51,7 @@ def model_problems(model: Any) -> Iterator[str]:
                 f"Use indices from 0 to {model.num_layers - 1}",
             )
     if "-" in model.layer_pattern or (not model.layer_pattern and model.num_leading_dense_layers > 0):
-        yield from at_least(1, "model", model, "mlp_size")
+        yield from limited(FROM_1, "model", model, "mlp_size")
     if model.layer_pattern:
         yield from _hybrid_problems(model)
     yield from _attention_problems(model.attention)
@@ -121,14 +122,16 @@ def hybrid_mesh_problems(model: Any, sizes: dict[str, int]) -> Iterator[str]:
 def _attention_problems(attention: Any) -> Iterator[str]:
     where = "model.attention"
     if attention.kind == "mla":
-        yield from at_least(0, where, attention, "q_lora_rank")
-        yield from at_least(1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        yield from limited(FROM_0, where, attention, "q_lora_rank")
+        yield from limited(
+            FROM_1, where, attention, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+        )
         rotated = "qk_rope_head_dim"
-        yield from above_zero(where, attention, "latent_norm_epsilon")
+        yield from limited(ABOVE_0, where, attention, "latent_norm_epsilon")
         yield from _gqa_only_problems(attention)
     else:
-        yield from at_least(1, where, attention, "num_kv_heads", "head_dim")
-        yield from at_least(0, where, attention, "rotary_dim", "window", "sliding_rope_theta", "logit_softcap")
+        yield from limited(FROM_1, where, attention, "num_kv_heads", "head_dim")
+        yield from limited(FROM_0, where, attention, "rotary_dim", "window", "sliding_rope_theta", "logit_softcap")
         rotated = "rotary_dim" if attention.rotary_dim else "head_dim"
         if attention.rotary_dim > attention.head_dim:
             yield problem(
@@ -217,11 +220,11 @@ def _gqa_only_problems(attention: Any) -> Iterator[str]:
 def _moe_problems(moe: Any) -> Iterator[str]:
     where = "model.moe"
     counts = ("experts_per_token", "expert_size", "num_groups", "groups_per_token")
-    yield from at_least(1, where, moe, *counts)
-    yield from at_least(0, where, moe, "num_shared_experts", "shared_expert_size")
-    yield from at_least(0, where, moe, "bias_update_speed", "bias_update_until_tokens")
-    yield from at_least(0, where, moe, "balance_loss_weight")
-    yield from above_zero(where, moe, "routed_scaling_factor")
+    yield from limited(FROM_1, where, moe, *counts)
+    yield from limited(FROM_0, where, moe, "num_shared_experts", "shared_expert_size")
+    yield from limited(FROM_0, where, moe, "bias_update_speed", "bias_update_until_tokens")
+    yield from limited(FROM_0, where, moe, "balance_loss_weight")
+    yield from limited(ABOVE_0, where, moe, "routed_scaling_factor")
     if min(getattr(moe, field) for field in counts) < 1:
         return  # the rules below divide by these
     if moe.num_experts % moe.num_groups:
