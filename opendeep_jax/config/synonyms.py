@@ -93,7 +93,7 @@ COMMANDS = {
     "report": "plot plots summary summarize",
     "watch": "monitor tail tensorboard status dashboard top logs",
     "describe": "info show params parameters inspect count size memory",
-    "data": "prepare tokenize tokenize preprocess dataset corpus tokenizer",
+    "data": "prepare tokenize tokenise preprocess dataset corpus tokenizer",  # codespell:ignore tokenise
     "checkpoints": "checkpoint ckpt list ls prune average verify",
     "sweep": "tune hyperopt search ablate ablation grid",
     "launch": "submit slurm sbatch kubernetes k8s torchrun distributed cluster accelerate mpirun",
