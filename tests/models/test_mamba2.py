@@ -196,10 +196,8 @@ def test_recomputing_a_hybrids_activations_changes_no_loss_and_no_gradient():
 def step_on(devices: int, **parallel):
     """Gradients and metrics of a training step on some devices."""
     config = run_config(NEMOTRON_H, optimizer=OptimizerConfig(warmup_steps=0, clip_norm=0.0))
-    definition, mesh = (
-        model_definition(NEMOTRON_H),
-        make_mesh(ParallelConfig(**{"fsdp": 1} | parallel), jax.devices()[:devices]),
-    )
+    definition = model_definition(NEMOTRON_H)
+    mesh = make_mesh(ParallelConfig(**{"fsdp": 1} | parallel), jax.devices()[:devices])
     params, router_bias = random_arrays(definition)
     rule = optax.GradientTransformation(lambda p: p, lambda grads, state, p: (jax.tree.map(jnp.zeros_like, p), grads))
     state = TrainState(jnp.int32(0), params, params, router_bias, new_health())

@@ -14,6 +14,7 @@ from rollouts import ROWS, STEPS, Rollouts, config, policy_gradient
 from small_models import interrupted_after
 
 from opendeep_jax.checkpoint.tools import checkpoint_path, differences
+from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import ParallelConfig
 from opendeep_jax.data.recorded import check_same_data
 from opendeep_jax.record.files import METRICS, SUMMARY, read_jsonl, read_object
@@ -83,8 +84,6 @@ def test_a_batch_that_is_asked_for_again_is_the_same(tmp_path):
 
 
 def test_other_tokens_than_those_of_the_run_are_refused(tmp_path):
-    from opendeep_jax.config.checks import ConfigError
-
     (tmp_path / "data.json").write_text(json.dumps({"content_hash": "a" * 64, "train_tokens": 5}))
     check_same_data({"content_hash": "a" * 64, "train_tokens": 5}, tmp_path)
     with pytest.raises(ConfigError, match="trained on 5 tokens .* now give 6 others"):
