@@ -1,4 +1,5 @@
-"""docs/architecture.md and docs/extending.md name nothing that does not exist: files, functions, tests, settings."""
+"""docs/architecture.md and docs/extending.md name nothing that does not exist: files, functions, tests, settings; nor
+does another page name a function that is not there."""
 
 import ast
 import dataclasses
@@ -57,6 +58,12 @@ def exists(place: str) -> bool:
 
 def test_what_the_architecture_names_exists():
     assert [place for place in PLACES if not exists(place)] == []
+
+
+def test_functions_that_other_pages_name_exist():
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("**/*.md")]
+    places = {place for page in pages for place in re.findall(r"`(\w+(?:/\w+)+\.py:[\w.]+)`", page)}
+    assert len(places) > 100 and sorted(place for place in places if not exists(place)) == []
 
 
 def test_settings_that_the_architecture_names_are_fields():
