@@ -191,7 +191,7 @@ def _with_sources(recipe: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 
 def print_help(recipe: RunConfig, process: flags.FlagValues, program: str) -> NoReturn:
-    """Print every field with its meaning and its value in `recipe`, then raises SystemExit(0)."""
+    """Print every field with its meaning and its value in `recipe`, then raise SystemExit(0)."""
     own = "\n".join(f"--{name:<21}{process[name].help}" for name in process)
     tyro.cli(
         RunConfig,

@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(directory: Path, work: str) -> Iterator[int]:
-    """Hold a directory's lock, waiting for another process that is at the same `work` there; gives its descriptor.
+    """Hold a directory's lock, waiting for another process that is at the same `work` there; give its descriptor.
 
     Child processes that inherit the descriptor share the lock: it is free once the last of them has ended.
     """

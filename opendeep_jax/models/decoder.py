@@ -190,7 +190,7 @@ class Output(NamedTuple):
     mtp_hidden: tuple[Float[Array, "B L D"], ...]
     """The same of each MTP module, for the token 2, 3, … further on."""
     reports: dict[str, Shares]
-    """Return the layers' reports by their place in the model: of stacked layers [n, …], then of MTP modules."""
+    """The layers' reports by their place in the model: of stacked layers [n, …], then of MTP modules."""
 
 
 class Decoder(nnx.Module):

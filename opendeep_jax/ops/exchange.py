@@ -112,7 +112,7 @@ class Sizes(NamedTuple):
     balanced: int
     """Number of received rows when the load is balanced."""
     exact: bool
-    """Return whether the buffers are large enough for any choice of experts."""
+    """True if the buffers are large enough for any choice of experts."""
 
 
 def buffer_sizes(

@@ -60,7 +60,7 @@ def copies(rows: Float[Array, "N *D"], index: CopySlots | Segments) -> Float[Arr
 def sums(rows: Float[Array, "M *D"], index: CopySlots | Segments, num_rows: int) -> Float[Array, "N *D"]:
     """The sum of each row's copies, in float32, rounded once to their dtype. What isn't a copy counts for nothing.
 
-    Rows by `Slots` may have several dimensions of their own, by `Segments` one.
+    Rows by `CopySlots` may have several dimensions of their own, by `Segments` one.
     """
     return _sums(num_rows, rows, index)
 

@@ -64,7 +64,7 @@ def partition_spec(
 
 
 def weight_specs(definition, mesh, at_rest: bool = False) -> dict[str, PartitionSpec]:
-    """`partition_spec` of each array of a `models.parameters.Skeleton`."""
+    """`partition_spec` of each array of a `models.parameters.ModelDefinition`."""
     axes = definition.axes()
     return {name: partition_spec(axes[name], x.shape, mesh, at_rest) for name, x in definition.shapes().items()}
 

@@ -69,7 +69,7 @@ class Work(NamedTuple):
     chunk: Array
     """Its chunk, 0 where idle."""
     part: Array
-    """Return the index of this part of the model."""
+    """Index of its part of the model."""
     count: Array
     """The layers in it; 0 where idle."""
     microbatch: Tree

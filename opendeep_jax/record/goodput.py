@@ -26,7 +26,7 @@ from opendeep_jax.record.time_kinds import KINDS, measured
 class GoodputClock:
     """Account of every second of this process, each of one kind (`time_kinds`). Not for use by several threads.
 
-        clock = Clock(record, begun, first_step=100)
+        clock = GoodputClock(record, begun, first_step=100)
         with clock.counting("compile"):
             …
         clock.default = "step"  # from here on, what isn't counted as something else

@@ -60,7 +60,7 @@ class StepCount(NamedTuple):
 
 
 def at_step(opt_state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
-    """The optimizer's state with its clocks at the run's step, whatever updates were skipped or batches passed over.
+    """The optimizer's state with its clocks at the run's step, whatever updates or batches were skipped.
 
     Adam's bias correction goes by the updates that its moments have seen, and keeps a count of its own.
     """
