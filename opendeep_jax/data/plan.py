@@ -60,7 +60,7 @@ class PlanKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
-    """An open plan: arrays as in `Pieces`, memory-mapped."""
+    """An open plan: arrays as in `PackedPieces`, memory-mapped."""
 
     directory: Path
     manifest: dict

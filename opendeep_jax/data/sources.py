@@ -33,7 +33,6 @@ from opendeep_jax.data.reading.formats import (
 )
 from opendeep_jax.data.reading.linked import ENCODING, LINK, fetch_texts
 from opendeep_jax.data.reading.listing import list_files as list_files
-from opendeep_jax.data.reading.listing import list_source as list_source
 from opendeep_jax.data.reading.listing import valid_text
 from opendeep_jax.data.shuffle import scramble
 

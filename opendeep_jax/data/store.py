@@ -166,7 +166,7 @@ class Store:
         return found
 
     def open_shards(self, documents: Sequence[int]) -> None:
-        """Open the shards of these documents, and checks them, side by side."""
+        """Open the shards of these documents, and check them, side by side."""
         owners = np.unique(self._shard_of(np.asarray(documents, np.int64))).tolist()
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(self.shard, owners):
@@ -297,8 +297,9 @@ def read_manifest(directory: Path) -> dict:
 def check_files(store: Store) -> None:
     """Raise ConfigError for the first file of the store's shards that is missing or has another size."""
     for number in range(store.shards):
-        directory = store.shard_directory(number)
-        for name, file in store.files(number).items():
+        row = store.row(number)
+        directory = store.directory / "shards" / row["name"]
+        for name, file in row["files"].items():
             with reading(directory / name):
                 if (size := (directory / name).stat().st_size) != file["size"]:
                     raise damaged(directory / name, f"it has {size} bytes instead of {file['size']}")

@@ -128,6 +128,11 @@ def cache_specs(layout: "EngineLayout", mtp: bool) -> tuple[dict[str, PartitionS
     return tuple({name: cache_spec(name) for name in cache_names(layout.config, kinds[place])} for place in places)
 
 
+def layers_of_parts(layout: "EngineLayout", mtp: bool) -> list[int]:
+    """Return how many layers each part of `cache_specs` is for."""
+    return [len(run.layers) for run in layout.runs] + [1] * (layout.config.mtp.depth if mtp else 0)
+
+
 def make_cache(
     layout: "EngineLayout", pages: int, page_size: int, slots: int, mtp: bool = False
 ) -> tuple[LayerCache, ...]:
@@ -147,7 +152,7 @@ def make_cache(
         return jnp.zeros(shape, dtype, device=NamedSharding(mesh, spec))
 
     specs = cache_specs(layout, mtp)
-    counts = [len(run.layers) for run in layout.runs] + [1] * (len(specs) - len(layout.runs))
+    counts = layers_of_parts(layout, mtp)
     return tuple(
         {name: zeros(name, count, spec) for name, spec in own.items()} for count, own in zip(counts, specs, strict=True)
     )

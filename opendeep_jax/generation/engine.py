@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.generation import scoring
-from opendeep_jax.generation.cache import TPU_LANES, Pages, bytes_per_token, make_cache, platform_of
+from opendeep_jax.generation.cache import TPU_LANES, Pages, make_cache, platform_of
 from opendeep_jax.generation.forward import Rows
 from opendeep_jax.generation.programs import programs_of
 from opendeep_jax.generation.requests import (
@@ -91,7 +91,6 @@ class Engine:
         self.cache = make_cache(
             self.programs.layout, pages + 1, self.page_size, self.slots_per_shard, mtp=config.speculate > 0
         )
-        self.cache_bytes_per_token = bytes_per_token(model.config, mtp=config.speculate > 0)
         self.running: list[Request | None] = [None] * config.slots
         self.waiting: deque[Request] = deque()
         self._aborted: list[Request] = []

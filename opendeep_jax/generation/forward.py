@@ -56,7 +56,7 @@ def context_of(layout: EngineLayout, at: CachePlaces) -> Context:
     positions, present = at.positions.reshape(1, -1), at.present.reshape(1, -1)
     turned = angles(layout.config.attention, positions)
     everyone = Positions(present.astype(jnp.int32), None, *turned)
-    own = jax.tree.map(lambda x: local_tokens(x), everyone)
+    own = jax.tree.map(local_tokens, everyone)
     return Context(local_tokens(present), own, everyone, everyone)
 
 
@@ -90,8 +90,8 @@ def forward(
     context = context_of(layout, at)
 
     def program(number: int):
-        """Return a run's layer as a function of x, its weights, its cache and its number in the run: not in a jit of
-        its own: that changes how a bfloat16 model rounds."""
+        """Return a run's layer as a function of x, its weights, its cache and its number in the run; not in a jit of
+        its own, which changes how a bfloat16 model rounds."""
         run = layout.runs[number]
 
         def layer(x, arrays, held, index):

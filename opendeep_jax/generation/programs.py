@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from opendeep_jax.config.rules import ROW_AXES
 from opendeep_jax.config.schema import ModelConfig
 from opendeep_jax.generation import sampling, speculation
-from opendeep_jax.generation.cache import cache_specs, copy_pages
+from opendeep_jax.generation.cache import cache_specs, copy_pages, layers_of_parts
 from opendeep_jax.generation.forward import next_logits, score
 from opendeep_jax.generation.requests import MOST_LOGPROBS
 from opendeep_jax.generation.weights import EngineLayout, layout_of
@@ -55,11 +55,9 @@ def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int
     """
     layout, both = layout_of(config, mesh), (False, True)
     compiled = partial(on_mesh, layout, mtp=speculate > 0)
-    specs, kinds = cache_specs(layout, speculate > 0), [len(run.layers) for run in layout.runs]
-    kinds += [1] * (len(specs) - len(kinds))
-    rows = PartitionSpec(ROW_AXES)
+    specs, rows = cache_specs(layout, speculate > 0), PartitionSpec(ROW_AXES)
     copied = jax.shard_map(
-        partial(copy_pages, kinds),
+        partial(copy_pages, layers_of_parts(layout, speculate > 0)),
         mesh=mesh,
         in_specs=(specs, (rows,) * 2, (rows,) * 2),
         out_specs=specs,
@@ -73,7 +71,7 @@ def programs_of(config: ModelConfig, mesh: Mesh, vocab_size: int, speculate: int
         },
         verify=compiled(partial(speculation.verify, layout, vocab_size, speculate, experts), extra=4),
         sample=jax.jit(partial(sampling.sample, vocab_size), static_argnums=0),
-        describe=jax.jit(partial(sampling.describe_drafted, vocab_size), static_argnums=0),
+        describe=jax.jit(sampling.describe_drafted, static_argnums=0),
         score={top: compiled(partial(score, layout, MOST_LOGPROBS * top), extra=2) for top in both},
         repeat=jax.jit(
             lambda logits, row, count: jnp.broadcast_to(logits[row], (count, logits.shape[1])),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opendeep_jax.generation.sampling import limited
 from opendeep_jax.models.parameters import Arrays, ModelDefinition
 
 NextTokens = Callable[[Arrays, Arrays, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -32,8 +33,7 @@ def make_next_tokens(definition: ModelDefinition, vocab_size: int, temperature: 
         segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
         hidden = model.forward(tokens, segment_ids).hidden
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        logits = model.logits(last)
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        logits = limited(model.logits(last), vocab_size)
         if not jax.sharding.get_abstract_mesh().empty:  # every process sees every row's token
             logits = jax.lax.with_sharding_constraint(logits, jax.sharding.PartitionSpec())
         if temperature == 0:

@@ -139,10 +139,10 @@ def describe(
     return out
 
 
-def describe_drafted(vocab_size: int, wanted: Outputs, tokens, logits, settings) -> Sampled:
+def describe_drafted(wanted: Outputs, tokens, logits, settings) -> Sampled:
     """`describe` of the tokens [B, T] that a speculating step has sampled by logits [B, T, V]."""
     rows, new = tokens.shape
-    flat = limited(logits.reshape(rows * new, -1), vocab_size)
+    flat = logits.reshape(rows * new, -1)
     settings = RowSampling(*(jnp.repeat(setting, new) for setting in settings))
     out = describe(wanted, tokens.reshape(-1), flat, flat, settings)
     return jax.tree.map(lambda x: x.reshape(rows, new, *x.shape[1:]), out)

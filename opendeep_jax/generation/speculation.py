@@ -33,6 +33,7 @@ class Verified(NamedTuple):
     drafts: Int[Array, "B K"]
     """Drafts for the next step."""
     logits: Float[Array, "B T V"]
+    """-inf for tokens that the tokenizer does not have."""
     experts: Int[Array, "B T layers K"] | None
     """The routers' choices for the new tokens, where they are asked for."""
 

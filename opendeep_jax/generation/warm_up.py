@@ -12,7 +12,7 @@ from opendeep_jax.generation.requests import SMALLEST_CHUNK, bucket, chunk_size
 
 
 def warm_up(engine: Engine, longest: int = 0) -> Iterator[tuple[int, int]]:
-    """Compile by running each program once without a request; yields how many are done, and of how many.
+    """Compile by running each program once without a request; yield how many are done, and of how many.
 
     What is left out is compiled when it is first needed: scores, groups of samples, log-probabilities of what is drawn
     from, and prompts that are prefilled by several groups of devices at once and are at different places.

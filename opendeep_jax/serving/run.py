@@ -70,7 +70,7 @@ def run(
     drain_seconds: float,
     started: Callable[[DrainingServer], None],
 ) -> bool:
-    """Serve until SIGTERM or Ctrl-C and then drains; return whether every answer was completed.
+    """Serve until SIGTERM or Ctrl-C and then drain; return whether every answer was completed.
 
     Args:
         service: The application's.

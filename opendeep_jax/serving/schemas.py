@@ -48,7 +48,7 @@ CURES = {
     "guided_grammar": "this server cannot bind an answer to a grammar; ask for the form in words",
     "use_beam_search": "this server samples; leave it out",
 }
-"""Fixes for settings that would change the answer and that this server lacks."""
+"""Cures for settings that would change the answer and that this server lacks."""
 
 
 class Strict(BaseModel):
@@ -117,7 +117,7 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_effect(cls, data: Any) -> Any:
-        """Drop fields that change nothing; refuse those that would change the answer by name, with a fix."""
+        """Drop fields that change nothing; refuse those that would change the answer by name, with a cure."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -128,8 +128,8 @@ class Sampling(Strict):
             if name in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
                 continue
             if name not in cls.model_fields and (name in CURES or name in NEUTRAL):
-                fix = CURES.get(name, f"this server knows it only as {NEUTRAL.get(name)!r}; leave it out")
-                raise ValueError(f"{name}: {fix}.")
+                cure = CURES.get(name, f"this server knows it only as {NEUTRAL.get(name)!r}; leave it out")
+                raise ValueError(f"{name}: {cure}.")
             kept[name] = value
         return kept
 

@@ -68,13 +68,11 @@ class TextStream(StopStrings):
             special: Whether special tokens are text.
             before: Ids of the text that this one goes on with: behind them a first word keeps its space.
         """
+        super().__init__()
         self.tokenizer, self.special = tokenizer, special
         self.stop_at(stop)
-        self.matched: str | None = None
-        """The stop string that ended the text."""
         begun = any(tokenizer.piece(i) for i in before)
         self._decoder = IncrementalDecoder(tokenizer.byte_decoder, () if special else tokenizer.special_ids, begun)
-        self._held = ""
 
     def stop_at(self, stop: Iterable[str]) -> None:
         """End the text before the first of these from now on."""

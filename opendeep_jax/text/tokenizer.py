@@ -136,12 +136,12 @@ class Tokenizer:
         model = self.description["model"]
         return model["unk_id"] if "unk_id" in model else self.library.token_to_id(model.get("unk_token") or "")
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode training texts as int32 arrays of ids; special tokens' names are plain text."""
-        return self._encode_batch(texts)
-
     @functools.cached_property
-    def _encode_batch(self) -> EncodeBatch:
+    def encode_batch(self) -> EncodeBatch:
+        """Function from training texts to int32 arrays of ids; special tokens' names are plain text."""
+        if self.encoder:
+            return self.encoder
+
         def encode_batch(texts: list[str]) -> list[np.ndarray]:
             try:
                 encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
@@ -152,8 +152,6 @@ class Tokenizer:
                 ) from error
             return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
-        if self.encoder:
-            return self.encoder
         encode = cache_words(encode_batch) if self._splits_into_our_words() and _threads() <= FEW_CORES else None
         return (in_pieces if splits_words_at_cuts(self.library) else lambda same: same)(encode or encode_batch)
 

@@ -184,8 +184,8 @@ def test_a_source_that_cannot_be_divided_is_refused_before_anything_is_tokenized
     with pytest.raises(ConfigError, match=r"'book' .* no documents held out.*held_out_end=0.05.*0 holds nothing out"):
         main(arguments)
     assert not (tmp_path / "data/stores").exists()
-    for fix, documents in (("sources.1.held_out_end=0.05", 102), ("held_out_fraction=0", 101)):
-        main([*arguments, f"--data.{fix}"])
+    for cure, documents in (("sources.1.held_out_end=0.05", 102), ("held_out_fraction=0", 101)):
+        main([*arguments, f"--data.{cure}"])
         described = json.loads(capsys.readouterr().out)
         assert described["train_documents"] + described["held_out_documents"] == documents
 

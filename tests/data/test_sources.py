@@ -14,8 +14,9 @@ from small_shards import TEXTS, write_jsonl, write_parquet
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.config.schema import SourceConfig
 from opendeep_jax.data import sources
-from opendeep_jax.data.reading import files as remote
+from opendeep_jax.data.reading import files
 from opendeep_jax.data.reading.formats import SourceFile
+from opendeep_jax.data.reading.listing import list_source
 from opendeep_jax.data.sources import (
     Document,
     fingerprint,
@@ -138,7 +139,7 @@ def test_file_without_permission_is_named(tmp_path, monkeypatch, name):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / name).write_text("text")
-    monkeypatch.setattr(remote, "open", refuse, raising=False)  # root, who may run this, is refused nothing
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # root, who may run this, is refused nothing
     with pytest.raises(ConfigError, match=f"Cannot read .*{name}: Permission denied. Make the file readable"):
         read(SourceConfig("s", str(tmp_path)))
 
@@ -146,7 +147,7 @@ def test_file_without_permission_is_named(tmp_path, monkeypatch, name):
 def test_a_readme_beside_records_is_not_taken_for_a_document(tmp_path):
     write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "one"}])
     (tmp_path / "README.md").write_text("About these data")
-    listing = sources.list_source(SourceConfig("s", str(tmp_path)))
+    listing = list_source(SourceConfig("s", str(tmp_path)))
     assert [file.name for file in listing.files] == ["a.jsonl.gz"]
     assert listing.skipped == {"text about the records": ["README.md"]}
     (tmp_path / "story.md").write_text("A document?")
@@ -306,9 +307,9 @@ def test_fields_that_came_later_leave_the_fingerprints_of_before():
 
 
 def test_stamp_of_a_remote_file_prefers_a_hash_of_its_content():
-    assert remote._stamp({"lfs": {"sha256": "abc"}, "blob_id": "x"}) == "abc"
-    assert remote._stamp({"ETag": '"e"', "mtime": 3}) == '"e"'
-    assert remote._stamp({"name": "x"}) == ""
+    assert files._stamp({"lfs": {"sha256": "abc"}, "blob_id": "x"}) == "abc"
+    assert files._stamp({"ETag": '"e"', "mtime": 3}) == '"e"'
+    assert files._stamp({"name": "x"}) == ""
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1), st.floats(0, 1))

@@ -24,7 +24,7 @@ SETTINGS = EngineConfig(slots=2, max_length=64, page_size=8, prefill_tokens=32)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A small random Llama over bytes: as a Hugging Face directory and as a .gguf file."""
-    from live_server import byte_codec
+    from live_server import chat_tokenizer
 
     from opendeep_jax.text.gguf_tokenizer import gguf_fields_of
 
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
     model = random_model(
         dataclasses.replace(DENSE, vocab_size=264, context_length=128, norm_epsilon=1e-5, attention=attention)
     )
-    tokenizer = byte_codec()
+    tokenizer = chat_tokenizer()
     save_hf(model, directory / "hf")
     save_tokenizer(tokenizer, directory / "hf")
     save_gguf(model, directory / "model.gguf", "f32", gguf_fields_of(tokenizer, 264, ""), "tiny")

@@ -62,7 +62,7 @@ class EchoEngine:
         answer: list[int] | None = None,
         vocab_size: int = 262,
     ):
-        self.slots, self.max_length, self.vocab_size, self.cache_bytes_per_token = slots, max_length, vocab_size, 1
+        self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self.stats = Stats()
         self.requests: list[Request] = []
         self._step_seconds, self._fail, self._answer = step_seconds, fail, answer

@@ -40,7 +40,7 @@ class Live:
         self.server.handle_exit(signal.SIGTERM, None)
 
 
-def byte_codec(template: str | None = TEMPLATE) -> Tokenizer:
+def chat_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     """Bytes as tokens, and a small chat template."""
     return dataclasses.replace(byte_tokenizer(), chat_template=template)
 
@@ -57,7 +57,7 @@ def live(
 ) -> Iterator[Live]:
     """A server with this engine; ended, and its thread joined, on leaving."""
     service = EngineService(make_engine, max_waiting)
-    app = make_app(name, service, tokenizer or byte_codec(), config, defaults or {})
+    app = make_app(name, service, tokenizer or chat_tokenizer(), config, defaults or {})
     listening, started = listen("127.0.0.1", 0), threading.Event()
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     found: list[DrainingServer] = []

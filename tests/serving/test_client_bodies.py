@@ -5,7 +5,7 @@ import time
 import openai
 import pytest
 from fake_engine import EchoEngine
-from live_server import byte_codec, live
+from live_server import chat_tokenizer, live
 from test_conversation import thinker
 
 from opendeep_jax.serving.server import ServerConfig
@@ -62,7 +62,7 @@ def test_penalties_bias_and_ends_reach_the_engine(server):
         del engine.submit
     (params,) = seen
     assert {name: getattr(params, name) for name in asked} == asked
-    assert params.logit_bias == ((97, -100.0),) and params.end_ids == (*byte_codec().end_ids, 98)
+    assert params.logit_bias == ((97, -100.0),) and params.end_ids == (*chat_tokenizer().end_ids, 98)
 
 
 def test_more_tokens_than_the_context_leaves_are_cut_to_it(server):
@@ -106,7 +106,7 @@ SLOW = "{% for m in messages %}{% if 'slow' in m.content %}{% for i in range(999
 
 
 def test_slow_templates_end_by_the_timeout_and_hold_nobody_up():
-    with live(tokenizer=byte_codec(SLOW), config=ServerConfig(request_seconds=0.3)) as server:
+    with live(tokenizer=chat_tokenizer(SLOW), config=ServerConfig(request_seconds=0.3)) as server:
         import concurrent.futures
 
         slow = {"messages": [{"role": "user", "content": "slow"}]}
@@ -131,7 +131,7 @@ SAYS = (
 
 
 def test_a_tool_call_of_gpt_oss_comes_back_as_one_and_is_taken_again():
-    with live(lambda: thinker(SAYS, max_length=2000), tokenizer=byte_codec(HARMONY)) as server:
+    with live(lambda: thinker(SAYS, max_length=2000), tokenizer=chat_tokenizer(HARMONY)) as server:
         with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
             found = client.chat.completions.create(model="echo", messages=ASK, tools=[TOOL]).choices[0]
             call = found.message.tool_calls[0]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 from fake_engine import EchoEngine, Progress
-from live_server import byte_codec
+from live_server import chat_tokenizer
 
 from opendeep_jax.config.checks import ConfigError
 from opendeep_jax.evaluation.harness import HarnessModel
@@ -34,7 +34,7 @@ def whole(pieces) -> dict[int, tuple[str, str]]:
 
 def test_each_prompt_has_its_own_text_and_end():
     engine = EchoEngine(slots=2)
-    found = whole(continued(engine, byte_codec(), ["abc", "xyz", "größe"], [SIX] * 3, ["ca"]))
+    found = whole(continued(engine, chat_tokenizer(), ["abc", "xyz", "größe"], [SIX] * 3, ["ca"]))
     assert found[0] == ("ab", "stop") and not engine.busy
     assert found[1][1] == "length" and found[1][0].startswith("xyz")
     assert found[2][0].startswith("grö")
@@ -42,14 +42,14 @@ def test_each_prompt_has_its_own_text_and_end():
 
 def test_a_prompt_that_is_too_long_is_refused_before_a_piece_is_asked_for():
     with pytest.raises(ConfigError, match="too long"):
-        continued(EchoEngine(max_length=8), byte_codec(), ["a" * 9], [SIX])
+        continued(EchoEngine(max_length=8), chat_tokenizer(), ["a" * 9], [SIX])
 
 
 def test_no_prompts_are_no_pieces():
-    assert list(continued(EchoEngine(), byte_codec(), [], [])) == []
+    assert list(continued(EchoEngine(), chat_tokenizer(), [], [])) == []
 
 
-def spaced_codec(kind: str) -> Tokenizer:
+def spaced_tokenizer(kind: str) -> Tokenizer:
     """A tokenizer whose decoder cuts a text's leading space off, as those of Llama 2, Mistral and T5 do."""
     names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehiknrstuy"]
     library = tokenizers.Tokenizer(
@@ -70,7 +70,7 @@ def spaced_codec(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
 def test_a_text_and_what_goes_on_with_it_are_the_whole_text(kind):
-    tokenizer = spaced_codec(kind)
+    tokenizer = spaced_tokenizer(kind)
     ids = [tokenizer.begin_id, *tokenizer.encode("the sky  is 🦜 here ")]
     starts = [
         n for n in range(len(ids) + 1) if not tokenizer.byte_decoder.raw & {*ids[n : n + 1], *ids[max(n - 1, 0) : n]}
@@ -86,7 +86,7 @@ def test_a_text_and_what_goes_on_with_it_are_the_whole_text(kind):
 
 @pytest.mark.parametrize("kind", ["Strip", "Metaspace"])
 def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_word(kind):
-    tokenizer = spaced_codec(kind)
+    tokenizer = spaced_tokenizer(kind)
     says = tokenizer.encode("the end")
     engine = EchoEngine(answer=says, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(max_tokens=len(says))
@@ -103,7 +103,7 @@ def test_generate_server_and_harness_keep_the_space_of_a_continuations_first_wor
 
 @pytest.mark.parametrize("least, text", [(0, "the"), (4, "the"), (5, "thesky"), (8, "thesky"), (9, "theskyis")])
 def test_no_stop_string_ends_an_answer_that_is_shorter_than_its_least_length(least, text):
-    tokenizer = spaced_codec("Strip")
+    tokenizer = spaced_tokenizer("Strip")
     says = [*tokenizer.encode("the"), 1, *tokenizer.encode("sky")[1:], 1, *tokenizer.encode("is")[1:], 1]
     answer = Answer(tokenizer, ["</s>"], least=least)
     for i in says:

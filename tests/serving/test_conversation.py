@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from fake_engine import EchoEngine
-from live_server import byte_codec, live
+from live_server import chat_tokenizer, live
 from rich.console import Console
 
 from opendeep_jax.config.checks import ConfigError
@@ -25,11 +25,11 @@ THINKS = (
 
 def thinker(text: str, **more) -> EchoEngine:
     """An engine that says this text and ends."""
-    return EchoEngine(answer=[*byte_codec().encode(text), *byte_codec().end_ids[:1]], **more)
+    return EchoEngine(answer=[*chat_tokenizer().encode(text), *chat_tokenizer().end_ids[:1]], **more)
 
 
 def conversation(engine=None, template=None, **more) -> Conversation:
-    tokenizer = byte_codec(template) if template else byte_codec()
+    tokenizer = chat_tokenizer(template) if template else chat_tokenizer()
     return Conversation(engine or EchoEngine(), tokenizer, SamplingParams(), **more)
 
 
@@ -168,7 +168,7 @@ def test_piped_input_is_read_as_text(tmp_path, monkeypatch):
 
 def test_the_api_gives_thinking_as_reasoning_content():
     ask = {"messages": [{"role": "user", "content": "?"}]}
-    with live(lambda: thinker("Hm.\n</think>\n\n42"), byte_codec(THINKS)) as server:
+    with live(lambda: thinker("Hm.\n</think>\n\n42"), chat_tokenizer(THINKS)) as server:
         message = server.post("/v1/chat/completions", ask).json()["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("Hm.", "42")
         lines = server.post("/v1/chat/completions", {**ask, "stream": True}).text.split("\n\n")[:-2]

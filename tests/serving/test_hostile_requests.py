@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 from fake_engine import EchoEngine
-from live_server import byte_codec, live
+from live_server import chat_tokenizer, live
 
 from opendeep_jax.serving.server import ServerConfig
 
@@ -170,7 +170,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(server):
 def test_an_empty_prompt_of_a_model_without_a_beginning_is_refused():
     import dataclasses
 
-    tokenizer = dataclasses.replace(byte_codec(), add_begin=False)
+    tokenizer = dataclasses.replace(chat_tokenizer(), add_begin=False)
     with live(tokenizer=tokenizer) as server:
         assert error_of(server.post(COMPLETIONS, {"prompt": ""}), 400)["param"] == "prompt"
 
@@ -270,7 +270,7 @@ def test_a_name_that_was_made_to_point_here_is_not_answered_to():
 
 
 def test_a_template_that_refuses_a_conversation_is_the_clients_error():
-    tokenizer = byte_codec("{{ raise_exception('roles must take turns') }}")
+    tokenizer = chat_tokenizer("{{ raise_exception('roles must take turns') }}")
     with live(tokenizer=tokenizer) as server:
         error = error_of(server.post(CHAT, {"messages": [{"role": "user", "content": "hi"}]}), 400)
         assert "roles must take turns" in error["message"]

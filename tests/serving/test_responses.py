@@ -2,13 +2,13 @@
 
 import openai
 import pytest
-from live_server import byte_codec, live
+from live_server import chat_tokenizer, live
 from test_conversation import THINKS, thinker
 
 
 @pytest.fixture(scope="module")
 def server():
-    with live(lambda: thinker("Hm.</think>42"), tokenizer=byte_codec(THINKS)) as running:
+    with live(lambda: thinker("Hm.</think>42"), tokenizer=chat_tokenizer(THINKS)) as running:
         yield running
 
 

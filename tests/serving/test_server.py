@@ -9,7 +9,7 @@ import time
 import openai
 import pytest
 from fake_engine import EchoEngine
-from live_server import byte_codec, live
+from live_server import chat_tokenizer, live
 
 from opendeep_jax.serving.server import ServerConfig
 
@@ -85,7 +85,7 @@ def test_every_form_of_prompt_is_read(server):
         answer = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 3, **more}).json()
         return [choice["text"] for choice in answer["choices"]]
 
-    ids = byte_codec().encode("xyz")
+    ids = chat_tokenizer().encode("xyz")
     assert texts(ids) == ["xyz"]
     assert texts([ids, ids[1:]]) == ["xyz", "yzy"]
     assert len(texts(["one", "two"], n=3)) == 6
@@ -122,12 +122,12 @@ def test_sampling_settings_reach_the_engine(server):
         del engine.submit
     assert {name: getattr(seen[0], name) for name in settings} == settings
     assert (seen[0].max_tokens, seen[0].logprobs) == (2, -1)
-    assert seen[0].end_ids == byte_codec().end_ids and seen[1].end_ids == ()
+    assert seen[0].end_ids == chat_tokenizer().end_ids and seen[1].end_ids == ()
     assert (seen[1].temperature, seen[1].top_p, seen[1].top_k, seen[1].min_p) == (1.0, 1.0, 0, 0.0)
 
 
 def test_stop_strings_end_an_answer_and_its_tokens(server):
-    ask = {"prompt": byte_codec().encode("hello world "), "max_tokens": 100, "stop": ["xx", "o wo"]}
+    ask = {"prompt": chat_tokenizer().encode("hello world "), "max_tokens": 100, "stop": ["xx", "o wo"]}
     answer = server.post("/v1/completions", ask).json()
     assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("hell", "stop")
     assert answer["usage"]["completion_tokens"] == len("hello wo")
@@ -141,7 +141,7 @@ def test_stop_strings_end_an_answer_and_its_tokens(server):
 
 
 def test_log_probabilities_of_completions(server):
-    ids = byte_codec().encode("abc")
+    ids = chat_tokenizer().encode("abc")
     answer = server.post("/v1/completions", {"prompt": ids, "max_tokens": 3, "logprobs": 2}).json()
     found = answer["choices"][0]["logprobs"]
     assert found["tokens"] == ["a", "b", "c"] and found["text_offset"] == [0, 1, 2]
@@ -160,7 +160,7 @@ def test_log_probabilities_of_chat(server):
 
 
 def test_echo_gives_the_prompt_back_with_its_log_probabilities(server):
-    ids = byte_codec().encode("abc")
+    ids = chat_tokenizer().encode("abc")
     answer = server.post("/v1/completions", {"prompt": ids, "max_tokens": 2, "echo": True, "logprobs": 0}).json()
     choice = answer["choices"][0]
     assert choice["text"] == "abcab"

@@ -183,7 +183,7 @@ def test_an_engine_that_cannot_be_made_at_all_is_kept_as_the_reason():
     assert isinstance(run(scenario, make), ConfigError)
 
 
-def test_nothing_is_taken_before_the_engine_is_wait_started():
+def test_nothing_is_taken_before_the_engine_is_made():
     made = threading.Event()
 
     def make():

@@ -141,7 +141,7 @@ def test_any_ids_say_what_the_library_decodes_in_any_pieces(name, data):
 @pytest.mark.parametrize("name", MADE)
 @hypothesis.given(text=st.lists(TEXTS | st.sampled_from(MARKS), max_size=4).map("".join))
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_codec_and_stream_read_and_write_texts_as_the_library_does(name, text):
+def test_tokenizer_and_stream_read_and_write_texts_as_the_library_does(name, text):
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(MADE[name].to_str()))
     ids = tokenizer.encode(text, special=True)
     assert ids == MADE[name].encode(text, add_special_tokens=False).ids

@@ -10,7 +10,7 @@ from whole_text import split_thinking
 from opendeep_jax.text.files import byte_tokenizer
 from opendeep_jax.text.stream import HARMONY, THINK, TextStream, ThinkingStream, thinking_stream
 
-CODEC = byte_tokenizer()
+TOKENIZER = byte_tokenizer()
 WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "é", "🙂", "\n", " "]), max_size=12).map("".join)
 STOPS = st.lists(st.sampled_from(["ab", "aba", "b\n", "é", "🙂b", "bab", ""]), max_size=3)
 
@@ -36,8 +36,8 @@ def pieces(sequence, sizes):
 @hypothesis.given(WORDS, STOPS, st.lists(st.integers(1, 5), max_size=4))
 @hypothesis.settings(max_examples=400, deadline=None)
 def test_a_stream_is_the_text_cut_at_its_first_stop_string(text, stops, sizes):
-    stream, shown = TextStream(CODEC, stops), ""
-    for part in pieces(CODEC.encode(text), sizes):
+    stream, shown = TextStream(TOKENIZER, stops), ""
+    for part in pieces(TOKENIZER.encode(text), sizes):
         shown += stream.push(part)
         assert plain(text, stops).startswith(shown)  # nothing is ever taken back
     shown += stream.finish()
@@ -47,38 +47,38 @@ def test_a_stream_is_the_text_cut_at_its_first_stop_string(text, stops, sizes):
 
 @hypothesis.given(st.binary(max_size=40), st.lists(st.integers(1, 5), max_size=3))
 def test_broken_utf8_is_what_decoding_gives(raw, sizes):
-    stream = TextStream(CODEC)
+    stream = TextStream(TOKENIZER)
     shown = "".join(stream.push(part) for part in pieces(list(raw), sizes)) + stream.finish()
-    assert shown == CODEC.decode(raw) == raw.decode("utf-8", "replace")
+    assert shown == TOKENIZER.decode(raw) == raw.decode("utf-8", "replace")
 
 
 def test_half_a_character_waits_for_its_other_half():
-    stream = TextStream(CODEC)
-    first, *rest = CODEC.encode("é")
+    stream = TextStream(TOKENIZER)
+    first, *rest = TOKENIZER.encode("é")
     assert stream.push([first]) == "" and stream.push(rest) == "é" and stream.finish() == ""
 
 
 def test_what_may_be_a_stop_string_waits_and_is_given_when_it_is_none():
-    stream = TextStream(CODEC, ["###"])
-    assert stream.push(CODEC.encode("a##")) == "a"
-    assert stream.push(CODEC.encode("b#")) == "##b"
+    stream = TextStream(TOKENIZER, ["###"])
+    assert stream.push(TOKENIZER.encode("a##")) == "a"
+    assert stream.push(TOKENIZER.encode("b#")) == "##b"
     assert stream.finish() == "#" and not stream.stopped
 
 
 def test_what_comes_after_the_stop_string_is_nothing():
-    stream = TextStream(CODEC, ["END"])
-    assert stream.push(CODEC.encode("xENDy")) == "x"
-    assert stream.matched == "END" and stream.push(CODEC.encode("z")) == stream.finish() == ""
+    stream = TextStream(TOKENIZER, ["END"])
+    assert stream.push(TOKENIZER.encode("xENDy")) == "x"
+    assert stream.matched == "END" and stream.push(TOKENIZER.encode("z")) == stream.finish() == ""
 
 
 def test_special_tokens_are_text_only_where_that_is_asked():
-    end = CODEC.end_ids[0]
-    assert TextStream(CODEC).push([end]) == ""
-    assert TextStream(CODEC, special=True).push([end]) == "<｜end▁of▁sentence｜>"
+    end = TOKENIZER.end_ids[0]
+    assert TextStream(TOKENIZER).push([end]) == ""
+    assert TextStream(TOKENIZER, special=True).push([end]) == "<｜end▁of▁sentence｜>"
 
 
 def test_the_time_for_a_token_does_not_grow_with_the_text():
-    stream = TextStream(CODEC, ["b" * 50, "c" * 50])
+    stream = TextStream(TOKENIZER, ["b" * 50, "c" * 50])
 
     def seconds(tokens):
         begun = time.perf_counter()

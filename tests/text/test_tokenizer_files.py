@@ -184,7 +184,7 @@ def test_our_own_tokenizers_give_the_ids_they_gave_in_training(kind, tmp_path):
     assert tokenizer.with_prefix([]) == [tokenizer.bos_id] and tokenizer.end_ids == (tokenizer.eos_id,)
 
 
-def test_a_saved_codec_is_read_again_and_trains(tmp_path, tokenizer):
+def test_a_saved_tokenizer_is_read_again_and_trains(tmp_path, tokenizer):
     save_tokenizer(tokenizer, tmp_path)
     again = tokenizer_from_hf(tmp_path)
     assert (again.begin_id, again.end_ids, again.chat_template) == (0, tokenizer.end_ids, TEMPLATE)

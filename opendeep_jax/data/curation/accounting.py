@@ -19,7 +19,7 @@ ENGINES = ("datatrove", "rensa", "fasttext-numpy2-wheel", "pyarrow")
 
 
 def write_accounting(plan: CurationPlan) -> None:
-    """Add up the counts of all tasks and writes curation.json.
+    """Add up the counts of all tasks and write curation.json.
 
     By source: documents_in = documents_out + those dropped, and bytes_in = bytes_out + bytes_trimmed + those dropped,
     where a step trims bytes that takes lines out of a text, or masks (which may add some: then it is negative).

@@ -48,7 +48,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def write_index(curation: CurationConfig, directory: Path) -> dict[str, dict[str, int]]:
-    """Write one file of n-gram hashes for each evaluation set; returns by set its items, n-grams, and short items.
+    """Write one file of n-gram hashes for each evaluation set; return by set its items, n-grams, and short items.
 
     An item of fewer than curation.evaluation_ngram words has no n-gram, so nothing is ever removed for its sake; nor is
     it for an n-gram of numbers alone.

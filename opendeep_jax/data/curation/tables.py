@@ -63,7 +63,7 @@ class CurationTable:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, ...]]:
-    """Yield the COLUMNS of each document of a Table, in order; nothing if it has none."""
+    """Yield the COLUMNS of each document of a CurationTable, in order; nothing if it has none."""
     import pyarrow.parquet as parquet
 
     if path.exists():

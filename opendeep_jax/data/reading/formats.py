@@ -382,14 +382,14 @@ def read_texts(file: SourceFile, separator: str, encoding: str) -> Iterator[tupl
     """
     with open_content(file.path, file.name) as content:
         if not separator:
-            yield file.name, _utf8(content.read(), file, encoding)
+            yield file.name, _utf8(content.read(), encoding)
             return
         for number, text in enumerate(_pieces(content, file, separator, encoding), start=1):
             if text.strip():
                 yield f"{file.name}#{number}", text.encode("utf-8", "surrogateescape")
 
 
-def _utf8(content: bytes, file: SourceFile, encoding: str) -> bytes:
+def _utf8(content: bytes, encoding: str) -> bytes:
     """The content as UTF-8. What is not in `encoding` stays as it is, with a byte that no UTF-8 has before it."""
     if not encoding:
         return content

@@ -162,7 +162,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _tokenize(batch: list[Document], tokenizer: Tokenizer, tokens: "_TokenWriter", collected: Collected) -> int:
-    """Add a batch of documents; gives the bytes of their text."""
+    """Add a batch of documents; return the bytes of their text."""
     encoded = tokenizer.encode_batch([document.text for document in batch])
     row = np.empty(sum(map(len, encoded)) + 2 * len(encoded), tokens.dtype)
     at = size = 0

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opendeep_jax.config.checks import ConfigError
-from opendeep_jax.data import store as layout
+from opendeep_jax.data import store as stores
 from opendeep_jax.data.sources import Part, SourceFile
 from opendeep_jax.data.store import check_files, open_store
 from opendeep_jax.data.storing import shards
@@ -165,8 +165,8 @@ def test_a_source_without_documents_makes_an_empty_store(tmp_path):
 
 
 def test_tokens_of_a_large_shard_are_divided_over_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "INNER_CHUNK", 16)
-    monkeypatch.setattr(layout, "OUTER_CHUNK", 64)
+    monkeypatch.setattr(stores, "INNER_CHUNK", 16)
+    monkeypatch.setattr(stores, "OUTER_CHUNK", 64)
     monkeypatch.setattr(shards, "OUTER_CHUNK", 64)
     texts = ["a" * 300, "b", "c" * 62, "d" * 63]
     made = small_store.make_store(tmp_path, texts)
