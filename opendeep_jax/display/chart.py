@@ -191,11 +191,12 @@ def _scale(axes, lines: Sequence[Line], levels: Sequence[Level], log: bool) -> N
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(True, axis="y", which="minor", linewidth=0.35)
     elif len(means) >= 100:
-        # A spike or the first steps must not flatten the rest: all but the highest hundredth of the means are seen.
+        # A spike or the first steps must not flatten the rest: where the highest hundredth of the means would more than
+        # double the axis, it is not seen.
         seen = [low, means[math.ceil(0.99 * (len(means) - 1))], *(level.y for level in levels)]
-        margin = 0.05 * (max(seen) - min(seen))
-        if margin > 0:
-            axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        span = max(seen) - min(seen)
+        if 0 < 2 * span < high - low:
+            axes.set_ylim(min(seen) - 0.05 * span, max(seen) + 0.05 * span)
     steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)  # of a decade
     axes.yaxis.set_major_locator(LogLocator(10, steps) if log else MaxNLocator(5))
 
@@ -307,7 +308,8 @@ def _page_svg(svg: str, prefix: str, label: str, values: dict) -> str:
     svg = re.sub(r'<g id="run(\d+)-\d+">', r'<g data-run="\1">', svg)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{prefix}-", svg)
-    svg = re.sub(r"(?<=\d\.\d\d)\d+", "", svg)  # hundredths of a point are enough, and half the size
+    # Hundredths of a point are enough for places, and half the size; labels keep their digits.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\d\.\d\d)\d+", "", tag[0]), svg)
     svg = svg.replace("'DejaVu Sans'", "var(--sans)")
     for color, variable in CSS_VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")

@@ -61,6 +61,12 @@ def test_a_logarithmic_axis_says_so():
     assert "(log scale)" not in constant.get_title(loc="left") and constant.get_ylim()[0] == 0
 
 
+def test_labels_of_a_page_keep_all_their_digits():
+    svg = line_chart((line("", np.linspace(0.0, 0.01, 30)),), "step", "learning rate")
+    assert {">0.0025<", ">0.0075<"} <= set(re.findall(r">[\d.]+<", svg))
+    assert not re.search(r'd="[^"]*\d\.\d{3}', svg)
+
+
 def test_equal_curves_take_turns_and_others_stay_solid():
     axes, _, _ = drawn([line("a", 1 / X), line("b", 1 / X, chart.ORANGE), line("c", 2 / X, chart.GREEN)])
     a, b, c = axes.lines
@@ -77,6 +83,12 @@ def test_a_spike_does_not_flatten_the_rest_and_stretches_are_shaded():
     spiky = Line("", tuple((float(i), 0.5, 1.0 + (i % 5) / 10 if i != 150 else 1e4, 2.0) for i in range(300)))
     axes, _, _ = drawn([spiky])
     assert axes.get_ylim()[1] < 3 and len(axes.collections) == 1
+
+
+def test_a_curve_stays_inside_its_axes_where_its_highest_part_is_not_far_from_the_rest():
+    steady = 5.0 + np.arange(60) % 2
+    axes, _, _ = drawn([line("a", np.where(np.arange(60) == 20, 6.8, steady)), line("b", steady)])
+    assert axes.get_ylim()[1] > 6.8
 
 
 @pytest.mark.parametrize(
