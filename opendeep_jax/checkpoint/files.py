@@ -374,13 +374,19 @@ def quarantine(path: Path, directory: Path) -> Path | None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Delete incomplete writes of killed processes and failed saves; Orbax never reads them, but they take space."""
-    for path in directory.glob("*orbax-checkpoint-tmp*"):
-        for _ in range(100):  # beside a write that failed, others still make files for a moment
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                break
-            time.sleep(0.02)
+    """Delete incomplete writes of killed processes and failed saves; Orbax never reads them, but they take space.
+
+    Beside a write that failed, TensorStore's threads write on for a moment and make the directory anew, and nobody
+    can wait for them: so a directory counts as deleted when it has stayed away for half a second.
+    """
+    partial = list(directory.glob("*orbax-checkpoint-tmp*"))
+    deadline, absent_since = time.monotonic() + 10.0, time.monotonic()
+    while partial and time.monotonic() < min(deadline, absent_since + 0.5):
+        for path in partial:
+            if path.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                absent_since = time.monotonic()
+        time.sleep(0.02)
 
 
 def quieten_orbax() -> None:
